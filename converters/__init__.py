@@ -1,0 +1,1 @@
+"""Converters: one foreign format, one module."""

@@ -1,0 +1,1 @@
+"""Optimizer state keyed by parameter name, in safetensors."""

@@ -1,0 +1,655 @@
+"""Optimizer state as this package holds it: frozen, framework-free, tensors as byte ranges.
+
+There is one in-memory thing, ``OptimizerState``. Every reader makes one, every writer takes one. State whose parameters
+have no names yet is a ``PositionalState``; ``PositionalState.named`` is the only way from one to the other.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from enum import Enum
+from functools import cached_property
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Final, TypeAlias
+
+from lora_state_format.errors import ConversionError
+from lora_state_format.sources import Source
+
+if TYPE_CHECKING:
+    import numpy as np
+
+__all__ = [
+    "BITS",
+    "CHUNK",
+    "Box",
+    "Checkpoint",
+    "Digest",
+    "Flat",
+    "Group",
+    "Naming",
+    "Optimizer",
+    "OptimizerState",
+    "Parameter",
+    "Piece",
+    "PositionalState",
+    "Role",
+    "Scalar",
+    "Slot",
+    "Tensor",
+    "Value",
+    "contiguous",
+    "item_size",
+    "walk",
+]
+
+BITS: Final[Mapping[str, int]] = {
+    "BOOL": 8, "U8": 8, "I8": 8, "U16": 16, "I16": 16, "U32": 32, "I32": 32, "U64": 64, "I64": 64,
+    "F16": 16, "BF16": 16, "F32": 32, "F64": 64, "C64": 64,
+    "F8_E5M2": 8, "F8_E4M3": 8, "F8_E8M0": 8, "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8,
+    "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6,
+}  # fmt: skip
+"""Bits per element of every dtype, spelled as safetensors spells it."""
+
+CHUNK: Final = 1 << 20
+"""Bytes moved at a time."""
+
+GATHER_SPAN: Final = 1 << 24
+"""Bytes of a source that gathering a strided tensor may hold at a time."""
+
+
+def item_size(dtype: str) -> int:
+    """Bytes per element, rounded up for the dtypes that are smaller than a byte."""
+    return (BITS[dtype] + 7) // 8
+
+
+@dataclass(frozen=True, slots=True)
+class Box:
+    """The part of a tensor that a piece holds: the elements from ``start`` on, ``shape`` of them along each axis."""
+
+    start: tuple[int, ...]
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Flat:
+    """The part of a tensor that a piece holds: ``count`` elements from ``start`` on, in C order. It may cut a row."""
+
+    start: int
+    count: int
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """Elements of a tensor and where their bytes are.
+
+    ``offset`` is in bytes from the start of ``source``. ``strides`` is in elements, one per axis, for a ``Box``;
+    ``None`` means C order without gaps, which is the only layout a ``Flat`` piece has.
+    """
+
+    source: Source
+    offset: int
+    where: Box | Flat
+    strides: tuple[int, ...] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Digest:
+    """A checksum of a tensor's little-endian C-order bytes. ``dtype`` says of which type those bytes were."""
+
+    algorithm: str
+    dtype: str
+    hex: str
+
+
+@dataclass(frozen=True, eq=False)
+class Tensor:
+    """A tensor as the places of its bytes. Nothing is read before it is asked for.
+
+    ``dtype`` is spelled as in safetensors. The pieces cover every element exactly once. ``digest`` is the checksum that
+    the file states, if any. A tensor is itself a ``Source``: of its little-endian bytes in C order.
+    """
+
+    dtype: str
+    shape: tuple[int, ...]
+    pieces: tuple[Piece, ...]
+    digest: Digest | None = None
+    crc32 = None
+
+    @property
+    def count(self) -> int:
+        """Elements."""
+        return math.prod(self.shape)
+
+    @cached_property
+    def size(self) -> int:
+        """Bytes."""
+        return self.count * BITS[self.dtype] // 8
+
+    @property
+    def range(self) -> tuple[Source, int] | None:
+        """The source and byte offset that hold the whole tensor in C order in one run, or ``None``."""
+        if len(self.pieces) == 1 and self.pieces[0].strides is None:
+            return self.pieces[0].source, self.pieces[0].offset
+        return None
+
+    def readinto(self, offset: int, out: memoryview) -> None:
+        """Fill ``out`` (format ``B``) with the bytes from ``offset`` on."""
+        if offset < 0 or offset + len(out) > self.size:
+            raise ValueError(f"bytes {offset} to {offset + len(out)} of a tensor that has {self.size}")
+        if self.range:
+            source, start = self.range
+            source.readinto(start + offset, out)
+            return
+        width = item_size(self.dtype)
+        first, last = offset // width, -(-(offset + len(out)) // width)
+        if (first * width, last * width) != (offset, offset + len(out)):
+            whole = memoryview(bytearray((last - first) * width))
+            _fill(self, first, last, whole)
+            out[:] = whole[offset - first * width :][: len(out)]
+        else:
+            _fill(self, first, last, out)
+
+    def view(self, offset: int, size: int) -> memoryview | None:
+        if self.range:
+            source, start = self.range
+            return source.view(start + offset, size)
+        return None
+
+    def chunks(self, buffer: memoryview | None = None) -> Iterator[memoryview]:
+        """All bytes in order. Each chunk is valid until the next one is asked for; ``buffer`` is reused if given."""
+        if buffer is None:
+            buffer = memoryview(bytearray(min(CHUNK, self.size)))
+        for offset in range(0, self.size, max(len(buffer), 1)):
+            size = min(len(buffer), self.size - offset)
+            chunk = self.view(offset, size)
+            if chunk is None:
+                chunk = buffer[:size]
+                self.readinto(offset, chunk)
+            yield chunk
+
+    def bytes(self) -> bytearray:
+        """All bytes at once."""
+        buffer = bytearray(self.size)
+        self.readinto(0, memoryview(buffer))
+        return buffer
+
+    def boxed(self) -> Tensor:
+        """The same tensor as boxes: flat pieces are hidden behind one source that reads them."""
+        if all(isinstance(piece.where, Box) for piece in self.pieces):
+            return self
+        return contiguous(self.dtype, self.shape, self, 0)
+
+    def permute(self, axes: Sequence[int]) -> Tensor:
+        """The tensor with its axes in another order; bytes are gathered when they are read."""
+        if sorted(axes) != list(range(len(self.shape))):
+            raise ValueError(f"axes {tuple(axes)} of a tensor with {len(self.shape)}")
+        if list(axes) == list(range(len(self.shape))):
+            return self
+
+        def pick(values: Sequence[int]) -> tuple[int, ...]:
+            return tuple(values[axis] for axis in axes)
+
+        pieces = []
+        for piece in self.boxed().pieces:
+            assert isinstance(piece.where, Box)
+            strides = piece.strides or c_strides(piece.where.shape)
+            pieces.append(
+                Piece(piece.source, piece.offset, Box(pick(piece.where.start), pick(piece.where.shape)), pick(strides))
+            )
+        return Tensor(self.dtype, pick(self.shape), tuple(pieces))
+
+    def part(self, start: Sequence[int], shape: Sequence[int]) -> Tensor:
+        """The box of ``shape`` elements from ``start`` on, as a tensor of its own; nothing is read."""
+        if len(start) != len(self.shape) or len(shape) != len(self.shape):
+            raise ValueError(f"a box of {len(shape)} axes in a tensor of {len(self.shape)}")
+        if any(not 0 <= s <= s + n <= d for s, n, d in zip(start, shape, self.shape, strict=True)):
+            raise ValueError(f"box {tuple(shape)} at {tuple(start)} of a tensor of shape {self.shape}")
+        target = Box(tuple(start), tuple(shape))
+        pieces = []
+        for piece in self.boxed().pieces:
+            assert isinstance(piece.where, Box)
+            common = _intersection(piece.where, target)
+            if common is None:
+                continue
+            strides = piece.strides or c_strides(piece.where.shape)
+            skipped = sum((c - p) * s for c, p, s in zip(common.start, piece.where.start, strides, strict=True))
+            moved = Box(tuple(c - t for c, t in zip(common.start, target.start, strict=True)), common.shape)
+            dense = _drop_units(common.shape, strides) == _drop_units(common.shape, c_strides(common.shape))
+            offset = piece.offset + skipped * item_size(self.dtype)
+            pieces.append(Piece(piece.source, offset, moved, None if dense else strides))
+        return Tensor(self.dtype, target.shape, tuple(pieces))
+
+    def read(self, slices: Sequence[slice]) -> bytearray:
+        """The bytes of a part, in C order; only what the part needs is read. Steps other than 1 are refused."""
+        ranges = [s.indices(n) for s, n in zip(slices, self.shape, strict=True)]
+        if any(step != 1 for _, _, step in ranges):
+            raise ValueError("slices with a step")
+        return self.part([a for a, _, _ in ranges], [max(b - a, 0) for a, b, _ in ranges]).bytes()
+
+    def numpy(self) -> np.ndarray[Any, Any]:
+        """A NumPy array of its own. NumPy has no bfloat16 and no 8-bit floats: those raise ``TypeError``."""
+        import numpy as np
+
+        names = {
+            "BOOL": "?", "U8": "u1", "I8": "i1", "U16": "<u2", "I16": "<i2", "U32": "<u4", "I32": "<i4", "U64": "<u8",
+            "I64": "<i8", "F16": "<f2", "F32": "<f4", "F64": "<f8", "C64": "<c8",
+        }  # fmt: skip
+        if self.dtype not in names:
+            raise TypeError(f"NumPy has no {self.dtype}; use .bytes(), or .torch()")
+        return np.frombuffer(self.bytes(), dtype=names[self.dtype]).reshape(self.shape)
+
+    def torch(self) -> Any:
+        """A ``torch.Tensor`` of its own, on the CPU. Needs torch."""
+        from lora_state_format.torch.tensors import to_torch
+
+        return to_torch(self)
+
+
+def contiguous(
+    dtype: str, shape: Sequence[int], source: Source, offset: int = 0, digest: Digest | None = None
+) -> Tensor:
+    """A tensor whose bytes lie in one run, in C order, from ``offset`` on."""
+    shape = tuple(shape)
+    return Tensor(dtype, shape, (Piece(source, offset, Box((0,) * len(shape), shape)),), digest)
+
+
+def c_strides(shape: Sequence[int]) -> tuple[int, ...]:
+    """Elements to step along each axis of a C-order tensor without gaps."""
+    strides = [1] * len(shape)
+    for axis in range(len(shape) - 2, -1, -1):
+        strides[axis] = strides[axis + 1] * max(shape[axis + 1], 1)
+    return tuple(strides)
+
+
+def _drop_units(shape: Sequence[int], strides: Sequence[int]) -> list[int]:
+    """Strides of the axes that matter: along an axis of one element nothing is ever stepped."""
+    return [stride for size, stride in zip(shape, strides, strict=True) if size != 1]
+
+
+def _intersection(a: Box, b: Box) -> Box | None:
+    start = tuple(max(x, y) for x, y in zip(a.start, b.start, strict=True))
+    stop = tuple(min(x + m, y + n) for x, m, y, n in zip(a.start, a.shape, b.start, b.shape, strict=True))
+    if any(x >= y for x, y in zip(start, stop, strict=True)):
+        return None
+    return Box(start, tuple(y - x for x, y in zip(start, stop, strict=True)))
+
+
+def _fill(tensor: Tensor, first: int, last: int, out: memoryview) -> None:
+    """Elements ``first`` to ``last`` of a tensor in several pieces, or in strided ones."""
+    width = item_size(tensor.dtype)
+    boxes: list[tuple[int, Box]] | None = None
+    for piece in tensor.pieces:
+        if isinstance(piece.where, Flat):
+            low, high = max(first, piece.where.start), min(last, piece.where.start + piece.where.count)
+            if low < high:
+                offset = piece.offset + (low - piece.where.start) * width
+                piece.source.readinto(offset, out[(low - first) * width : (high - first) * width])
+            continue
+        if boxes is None:
+            boxes = list(_boxes(tensor.shape, first, last))
+        for position, box in boxes:
+            _fill_box(piece, box, width, out[(position - first) * width :][: math.prod(box.shape) * width])
+
+
+def _boxes(shape: tuple[int, ...], first: int, last: int) -> Iterator[tuple[int, Box]]:
+    """The elements from ``first`` to ``last`` in C order, as boxes that are each one run of the output."""
+    while first < last:
+        # The largest trailing block that starts here and ends in time; then as many of them as fit in its parent.
+        axis, block = len(shape), 1
+        while axis > 0 and first % (block * shape[axis - 1]) == 0 and first + block * shape[axis - 1] <= last:
+            axis -= 1
+            block *= shape[axis]
+        start, rest = [], first
+        for stride in c_strides(shape):
+            start.append(rest // stride)
+            rest %= stride
+        extent = [1] * axis + list(shape[axis:])
+        if axis > 0:
+            extent[axis - 1] = min((last - first) // block, shape[axis - 1] - start[axis - 1])
+            block *= extent[axis - 1]
+        yield first, Box(tuple(start), tuple(extent))
+        first += block
+
+
+def _fill_box(piece: Piece, box: Box, width: int, out: memoryview) -> None:
+    assert isinstance(piece.where, Box)
+    common = _intersection(piece.where, box)
+    if common is None:
+        return
+    strides = piece.strides or c_strides(piece.where.shape)
+    skipped = sum((c - p) * s for c, p, s in zip(common.start, piece.where.start, strides, strict=True))
+    into = c_strides(box.shape)
+    ahead = sum((c - b) * s for c, b, s in zip(common.start, box.start, into, strict=True))
+    _gather(piece.source, piece.offset + skipped * width, common.shape, strides, out, ahead * width, into, width)
+
+
+def _gather(
+    source: Source, offset: int, shape: Sequence[int], strides: Sequence[int],
+    out: memoryview, ahead: int, into: Sequence[int], width: int,
+) -> None:  # fmt: skip
+    """Copy a strided box of ``source`` into a strided box of ``out``; offsets in bytes, strides in elements.
+
+    Reads runs where both sides are runs. Else reads the span of the box and gathers from it, in halves along the axis
+    with the widest step while the span is too large, or mostly bytes that nobody asked for.
+    """
+    count = math.prod(shape)
+    run = _drop_units(shape, c_strides(shape))
+    if _drop_units(shape, strides) == run and _drop_units(shape, into) == run:
+        source.readinto(offset, out[ahead : ahead + count * width])
+        return
+    span = 1 + sum((n - 1) * s for n, s in zip(shape, strides, strict=True))
+    if span * width > GATHER_SPAN or span > 8 * count:
+        axis = max((a for a in range(len(shape)) if shape[a] > 1), key=lambda a: strides[a])
+        half = shape[axis] // 2
+        for start, size in ((0, half), (half, shape[axis] - half)):
+            part = [*shape[:axis], size, *shape[axis + 1 :]]
+            _gather(
+                source, offset + start * strides[axis] * width, part, strides,
+                out, ahead + start * into[axis] * width, into, width,
+            )  # fmt: skip
+        return
+    import numpy as np
+    from numpy.lib.stride_tricks import as_strided
+
+    buffer = bytearray(span * width)
+    source.readinto(offset, memoryview(buffer))
+    item = np.dtype((np.void, width))
+    read = np.frombuffer(buffer, item)
+    target = np.frombuffer(out[ahead:], item, count=1 + sum((n - 1) * s for n, s in zip(shape, into, strict=True)))
+    as_strided(target, tuple(shape), [s * width for s in into])[...] = as_strided(
+        read, tuple(shape), [s * width for s in strides]
+    )
+
+
+class Role(str, Enum):
+    """How a slot's tensor relates to the parameter's axes: what may be done to it.
+
+    It comes from the optimizer's description, never from a shape that happens to agree. Unknown is ``OPAQUE``.
+    """
+
+    PARAM = "param"
+    """Element for element: sliced, permuted and resized with the parameter."""
+    ROW = "row"
+    """The last axis reduced: one value per index of the others (Adafactor's ``exp_avg_sq_row``)."""
+    COL = "col"
+    """The last but one axis reduced (Adafactor's ``exp_avg_sq_col``)."""
+    BLOCK = "block"
+    """Codes or scales of blocks of consecutive elements in C order: cut between blocks only, never permuted."""
+    OPAQUE = "opaque"
+    """Nothing is known: copied whole or not at all."""
+
+
+@dataclass(frozen=True, slots=True)
+class Scalar:
+    """A 0-d tensor: its dtype and its little-endian bytes, so that every dtype and every NaN survives."""
+
+    dtype: str
+    data: bytes
+
+    def item(self) -> bool | int | float | complex:
+        """The value as a Python number. Raises ``TypeError`` for a dtype that ``struct`` does not know."""
+        import struct
+
+        codes = {
+            "BOOL": "?", "U8": "B", "I8": "b", "U16": "H", "I16": "h", "U32": "I", "I32": "i", "U64": "Q", "I64": "q",
+            "F16": "e", "F32": "f", "F64": "d",
+        }  # fmt: skip
+        if self.dtype == "BF16":
+            return float(struct.unpack("<f", b"\0\0" + self.data)[0])
+        if self.dtype == "C64":
+            return complex(*struct.unpack("<2f", self.data))
+        if self.dtype not in codes:
+            raise TypeError(f"a scalar of type {self.dtype} has no Python number")
+        value: bool | int | float = struct.unpack("<" + codes[self.dtype], self.data)[0]
+        return value
+
+
+@dataclass(frozen=True, slots=True)
+class Slot:
+    """A tensor of one or more dimensions in a slot tree."""
+
+    tensor: Tensor
+    role: Role = Role.OPAQUE
+
+
+Value: TypeAlias = (
+    "bool | int | float | str | bytes | Scalar | Slot | tuple[Value, ...] | list[Value] | Mapping[Any, Value] | None"
+)
+"""What a slot, an option or an extra may hold. Mapping keys are ``None``, ``bool``, ``int``, ``float`` or ``str``."""
+
+
+def walk(value: Value, path: tuple[Any, ...] = ()) -> Iterator[tuple[tuple[Any, ...], Value]]:
+    """Every leaf of a value tree with its path, in order."""
+    if isinstance(value, Mapping):
+        for key, inner in value.items():
+            yield from walk(inner, (*path, key))
+    elif isinstance(value, (list, tuple)):
+        for index, inner in enumerate(value):
+            yield from walk(inner, (*path, index))
+    else:
+        yield path, value
+
+
+@dataclass(frozen=True, slots=True)
+class Optimizer:
+    """One of the optimizers of a run. ``class_path`` is ``None`` where the file does not say."""
+
+    class_path: str | None = None
+    id: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """A group's options, and how many parameters it has: groups are consecutive runs over the state's parameters.
+
+    ``optimizer`` is an index into the state's ``optimizers``. ``options`` keeps the order in which they were found.
+    """
+
+    optimizer: int
+    options: tuple[tuple[str, Value], ...]
+    count: int
+    name: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Parameter:
+    """One parameter's state, under its name.
+
+    ``state`` is ``None`` for a parameter that never took a step, ``{}`` for one whose optimizer keeps no slots.
+    ``tied`` are other live names of the same tensor; ``keys`` is what others call it (``{"peft": ...}``); ``weights`` is the
+    checksum of the parameter's own bytes when the state was saved; ``original_id`` is the id of a positional file.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    state: Mapping[str, Value] | None
+    dtype: str | None = None
+    adapter: str | None = None
+    tied: tuple[str, ...] = ()
+    keys: Mapping[str, str] = field(default_factory=dict)
+    weights: Digest | None = None
+    original_id: int | str | None = None
+
+    def __getitem__(self, slot: str) -> Any:
+        """The slot's value; a ``Tensor`` where it is one. Raises ``KeyError``."""
+        if self.state is None or slot not in self.state:
+            raise KeyError(slot)
+        value = self.state[slot]
+        return value.tensor if isinstance(value, Slot) else value
+
+    def tensors(self) -> Iterator[tuple[tuple[Any, ...], Slot]]:
+        """Every tensor of the slot tree with its path."""
+        for path, leaf in walk(self.state or {}):
+            if isinstance(leaf, Slot):
+                yield path, leaf
+
+
+@dataclass(frozen=True, slots=True)
+class Naming:
+    """Where a state's names came from, and how sure that is.
+
+    ``source`` is one of ``model``, ``checkpoint``, ``names``, ``adapter``, ``configs``. ``rule`` is the grouping rule
+    that turned positions into names, ``None`` where none was needed. ``details`` is free: counts, survivors, evidence.
+    """
+
+    source: str
+    rule: str | None = None
+    details: Mapping[str, Value] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class OptimizerState(Mapping[str, Parameter]):
+    """Named optimizer state: a mapping from parameter name to ``Parameter``, in optimizer order.
+
+    ``parameters`` holds the groups' members, run after run, and after them the carried ones: parameters whose state is
+    kept though they are in no group any more. ``globals`` is state that belongs to no parameter. ``origin`` says what
+    wrote the state (``format``, versions; never a path or a host). ``extra`` holds the user's own values, without
+    tensors. ``extensions`` and ``unknown`` are members of a manifest that this version has no meaning for; they are
+    kept. Two states are the same if ``diff`` finds nothing; ``==`` is identity of the object, as a state may be large.
+    """
+
+    optimizers: tuple[Optimizer, ...]
+    groups: tuple[Group, ...]
+    parameters: tuple[Parameter, ...]
+    naming: Naming
+    globals: Mapping[str, Value] = field(default_factory=dict)
+    origin: Mapping[str, Value] = field(default_factory=dict)
+    extra: Mapping[str, Value] = field(default_factory=dict)
+    extensions: Mapping[str, Value] = field(default_factory=dict)
+    unknown: Mapping[str, Value] = field(default_factory=dict)
+    global_step: int | None = None
+    resources: tuple[Any, ...] = field(default=(), repr=False)
+
+    __eq__ = object.__eq__
+    __hash__ = object.__hash__
+
+    def __post_init__(self) -> None:
+        if len(self._index) != len(self.parameters):
+            seen: set[str] = set()
+            for parameter in self.parameters:
+                if parameter.name in seen:
+                    raise ConversionError(f"parameter '{parameter.name}' occurs twice")
+                seen.add(parameter.name)
+
+    @cached_property
+    def _index(self) -> dict[str, Parameter]:
+        return {parameter.name: parameter for parameter in self.parameters}
+
+    def __getitem__(self, name: str) -> Parameter:
+        """By name, or by a foreign key (``keys``) that only one parameter has."""
+        try:
+            return self._index[name]
+        except KeyError:
+            found = [p for p in self.parameters if name in p.keys.values()]
+            if len(found) != 1:
+                raise
+            return found[0]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._index)
+
+    def __len__(self) -> int:
+        return len(self.parameters)
+
+    def members(self) -> list[tuple[Parameter, ...]]:
+        """The parameters of each group, in order."""
+        result, start = [], 0
+        for group in self.groups:
+            result.append(self.parameters[start : start + group.count])
+            start += group.count
+        return result
+
+    @property
+    def carried(self) -> tuple[Parameter, ...]:
+        """The parameters that are in no group."""
+        return self.parameters[sum(group.count for group in self.groups) :]
+
+    def close(self) -> None:
+        """Close the files that the tensors read from."""
+        for resource in self.resources:
+            resource.close()
+
+    def __enter__(self) -> OptimizerState:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+@dataclass(frozen=True)
+class PositionalState:
+    """State whose parameters have ids, not names: ``ids`` run through the groups as ``OptimizerState.parameters`` do.
+
+    ``entries`` maps an id to its slots; an id without an entry never took a step. ``names`` are the names that the file
+    itself states, id by id, if it does; they are a hint to verify, since torch overwrites them on load.
+    """
+
+    optimizers: tuple[Optimizer, ...]
+    groups: tuple[Group, ...]
+    ids: tuple[int | str, ...]
+    entries: Mapping[int | str, Mapping[str, Value]]
+    names: tuple[str, ...] | None = None
+    globals: Mapping[str, Value] = field(default_factory=dict)
+    origin: Mapping[str, Value] = field(default_factory=dict)
+    global_step: int | None = None
+    resources: tuple[Any, ...] = field(default=(), repr=False)
+
+    def sizes(self) -> list[int]:
+        """How many parameters each group has."""
+        return [group.count for group in self.groups]
+
+    def shapes(self) -> list[tuple[int, ...] | None]:
+        """The shape of each parameter as its ``param`` slots show it; ``None`` where they do not."""
+        result: list[tuple[int, ...] | None] = []
+        for identity in self.ids:
+            leaves = (leaf for _, leaf in walk(self.entries.get(identity, {})))
+            result.append(next((x.tensor.shape for x in leaves if isinstance(x, Slot) and x.role is Role.PARAM), None))
+        return result
+
+    def named(self, parameters: Sequence[Parameter], naming: Naming) -> OptimizerState:
+        """The same state under names. ``parameters`` stand in the order of ``ids``; their state is filled in from here.
+
+        Raises ``ConversionError`` if the counts differ, a name occurs twice, or a ``param`` slot has another shape than
+        its parameter.
+        """
+        if len(parameters) != len(self.ids):
+            raise ConversionError(f"{len(parameters)} names for {len(self.ids)} parameters")
+        plain = self.ids == tuple(range(len(self.ids)))
+        filled = []
+        for identity, parameter in zip(self.ids, parameters, strict=True):
+            state = self.entries.get(identity)
+            for path, leaf in walk(state or {}):
+                if isinstance(leaf, Slot) and leaf.role is Role.PARAM and leaf.tensor.shape != parameter.shape:
+                    raise ConversionError(
+                        f"parameter '{parameter.name}' has shape {list(parameter.shape)}, but id {identity}, which "
+                        f"would become its state, has {'.'.join(map(str, path))} of shape {list(leaf.tensor.shape)}"
+                    )
+            filled.append(replace(parameter, state=state, original_id=None if plain else identity))
+        return OptimizerState(
+            optimizers=self.optimizers,
+            groups=self.groups,
+            parameters=tuple(filled),
+            naming=naming,
+            globals=self.globals,
+            origin=self.origin,
+            global_step=self.global_step,
+            resources=self.resources,
+        )
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What a converter found: the state, and beside it what can name it.
+
+    ``weights`` are the tensors of a sibling weights or adapter file under their own keys; ``configs`` are sibling
+    configuration files by name (``adapter_config.json``).
+    """
+
+    state: OptimizerState | PositionalState
+    weights: Mapping[str, Tensor] = field(default_factory=dict)
+    configs: Mapping[str, Path] = field(default_factory=dict)

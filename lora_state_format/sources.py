@@ -1,0 +1,134 @@
+"""Where bytes come from: an open file, a range of another source, memory. Nothing here knows what the bytes mean."""
+
+from __future__ import annotations
+
+import os
+import stat
+from typing import TYPE_CHECKING, Protocol
+
+from lora_state_format.errors import FileError
+
+if TYPE_CHECKING:
+    from types import TracebackType
+
+__all__ = ["File", "Memory", "Range", "Source"]
+
+
+class Source(Protocol):
+    """Bytes that can be read by position, any number of times."""
+
+    @property
+    def size(self) -> int:
+        """Bytes held."""
+
+    @property
+    def crc32(self) -> int | None:
+        """CRC-32 of all bytes as the container states it, or ``None`` where it states none."""
+
+    def readinto(self, offset: int, out: memoryview) -> None:
+        """Fill ``out`` (format ``B``) with the bytes from ``offset`` on; reading past the end is a ``FileError``."""
+
+    def view(self, offset: int, size: int) -> memoryview | None:
+        """The same bytes without a copy, where they are in memory anyway; else ``None``."""
+
+
+class File:
+    """A regular file, opened once and read by position.
+
+    Closed by ``close``, by leaving a ``with`` block, or with the last reference to it. Raises ``FileNotFoundError`` for
+    a missing path and ``FileError`` for anything that is not a regular file (a folder, a pipe, a device).
+    """
+
+    crc32 = None
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = os.fspath(path)
+        self._descriptor = -1
+        # O_NONBLOCK: opening a pipe that nobody writes to must not hang. It changes nothing for a regular file.
+        descriptor = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+        self._descriptor = descriptor
+        self._opened = os.fstat(descriptor)
+        if not stat.S_ISREG(self._opened.st_mode):
+            self.close()
+            raise FileError("not a regular file", path=self.path)
+        self.size = self._opened.st_size
+
+    def readinto(self, offset: int, out: memoryview) -> None:
+        done = 0
+        while done < len(out):
+            count = os.preadv(self._descriptor, [out[done:]], offset + done)
+            if count == 0:
+                raise FileError(
+                    f"ends at byte {offset + done}, {len(out) - done} bytes before the end of what was asked for",
+                    path=self.path,
+                )
+            done += count
+
+    def view(self, offset: int, size: int) -> memoryview | None:
+        return None
+
+    def read(self, offset: int, size: int) -> bytearray:
+        """``size`` bytes from ``offset`` on. Check ``size`` against ``self.size`` before asking for it."""
+        buffer = bytearray(size)
+        self.readinto(offset, memoryview(buffer))
+        return buffer
+
+    def check_unchanged(self) -> None:
+        """Raise ``FileError`` if the file's size or modification time is no longer what it was when it was opened."""
+        now = os.fstat(self._descriptor)
+        if (now.st_size, now.st_mtime_ns) != (self._opened.st_size, self._opened.st_mtime_ns):
+            raise FileError("changed while it was read", path=self.path)
+
+    def close(self) -> None:
+        if self._descriptor >= 0:
+            os.close(self._descriptor)
+            self._descriptor = -1
+
+    def __enter__(self) -> File:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def __del__(self) -> None:
+        self.close()
+
+
+class Range:
+    """``size`` bytes of another source, from ``start`` on; a zip member, for example."""
+
+    def __init__(self, source: Source, start: int, size: int, crc32: int | None = None) -> None:
+        if start < 0 or size < 0 or start + size > source.size:
+            raise FileError(f"bytes {start} to {start + size} of a source that holds {source.size}")
+        self.source = source
+        self.start = start
+        self.size = size
+        self.crc32 = crc32
+
+    def readinto(self, offset: int, out: memoryview) -> None:
+        if offset + len(out) > self.size:
+            raise FileError(f"bytes {offset} to {offset + len(out)} of a range that holds {self.size}")
+        self.source.readinto(self.start + offset, out)
+
+    def view(self, offset: int, size: int) -> memoryview | None:
+        return self.source.view(self.start + offset, size)
+
+
+class Memory:
+    """A buffer; the caller must not change it while it is read."""
+
+    crc32 = None
+
+    def __init__(self, buffer: bytes | bytearray | memoryview) -> None:
+        self._view = memoryview(buffer).cast("B")
+        self.size = len(self._view)
+
+    def readinto(self, offset: int, out: memoryview) -> None:
+        if offset + len(out) > self.size:
+            raise FileError(f"bytes {offset} to {offset + len(out)} of a buffer that holds {self.size}")
+        out[:] = self._view[offset : offset + len(out)]
+
+    def view(self, offset: int, size: int) -> memoryview | None:
+        return self._view[offset : offset + size]
