@@ -459,8 +459,8 @@ class Parameter:
     """One parameter's state, under its name.
 
     ``state`` is ``None`` for a parameter that never took a step, ``{}`` for one whose optimizer keeps no slots.
-    ``tied`` are other live names of the same tensor; ``keys`` is what others call it (``{"peft": ...}``); ``weights`` is the
-    checksum of the parameter's own bytes when the state was saved; ``original_id`` is the id of a positional file.
+    ``tied`` are other live names of the same tensor; ``keys`` is what others call it (``{"peft": ...}``);
+    ``weights`` is the checksum of the parameter's own bytes when the state was saved; ``original_id`` is the id of a positional file.
     """
 
     name: str
