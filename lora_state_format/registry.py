@@ -1,0 +1,134 @@
+"""Converters by name, and which of them a path belongs to.
+
+A converter is a module (or any object) with the members of ``Converter``. Those that come with this package stand in
+``BUILT_IN`` as strings and are imported when they are asked for; other packages add theirs through the entry-point
+group ``lora_state_format.converters``.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final, Protocol, cast
+
+from lora_state_format.errors import AmbiguousFormatError, MissingDependencyError, OptionError, UnknownFormatError
+
+if TYPE_CHECKING:
+    from lora_state_format.model import Checkpoint, OptimizerState
+
+__all__ = ["BUILT_IN", "ENTRY_POINTS", "NAMED", "Converter", "Match", "Writer", "detect", "get", "names"]
+
+NAMED: Final = "named"
+"""The name under which this package's own format is registered."""
+
+BUILT_IN: Final[Mapping[str, str]] = {
+    NAMED: "lora_state_format.converters.named",
+    "torch_optimizer": "lora_state_format.converters.torch_optimizer",
+}
+"""Converter name -> its module."""
+
+ENTRY_POINTS: Final = "lora_state_format.converters"
+"""The entry-point group for converters of other packages; the entry's name is the converter's."""
+
+
+@dataclass(frozen=True, slots=True)
+class Match:
+    """A converter's claim to a path.
+
+    ``reason`` says what was found, in words; ``path`` is the file or folder that decided. A ``generic`` match, one
+    whose signs many writers leave, gives way to any that is not.
+    """
+
+    reason: str
+    path: Path
+    generic: bool = False
+
+
+class Converter(Protocol):
+    """What reads one foreign format. ``NAME`` is what ``--from`` calls it; ``DESCRIPTION`` says what is recognised."""
+
+    NAME: str
+    DESCRIPTION: str
+
+    def detect(self, path: Path) -> Match | None:
+        """Whether a file or folder that exists is of this format, by names, magic bytes and headers.
+
+        Looks at most one folder deep; reads no tensor and runs nothing.
+        """
+
+    def read(self, path: Path) -> Checkpoint:
+        """The state, lazily, and beside it whatever can name its parameters."""
+
+
+class Writer(Converter, Protocol):
+    """A converter that can also write its format, exactly or not at all."""
+
+    def write(self, state: OptimizerState, path: Path, *, base: Path | None, force: bool) -> Any:
+        """Write the state. ``base`` is a checkpoint of the format to take from what the state does not hold."""
+
+
+def names() -> list[str]:
+    """The names of all converters, sorted. None is imported."""
+    return sorted({*BUILT_IN, *_entries()})
+
+
+def get(name: str) -> Converter:
+    """The converter called ``name``.
+
+    Raises ``OptionError`` if there is none and ``MissingDependencyError`` if it cannot be imported.
+    """
+    try:
+        if name in BUILT_IN:
+            return cast("Converter", import_module(BUILT_IN[name]))
+        if name in _entries():
+            return cast("Converter", _entries()[name].load())
+    except ImportError as error:
+        raise MissingDependencyError(f"converter '{name}' cannot be imported: {error}") from error
+    raise OptionError(f"no converter '{name}'; there are: {', '.join(names())}")
+
+
+def detect(path: str | os.PathLike[str]) -> tuple[Converter, Match]:
+    """The converter that a path belongs to, and why.
+
+    This package's own format is asked first: where a folder holds it beside the file it was converted from, the one
+    with names is meant. Raises ``FileNotFoundError``, ``UnknownFormatError`` and ``AmbiguousFormatError``.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise FileNotFoundError(f"{path}: no such file or folder")
+    named = get(NAMED)
+    if match := named.detect(path):
+        return named, match
+    others = [get(name) for name in names() if name != NAMED]
+    found = [(converter, match) for converter in others if (match := converter.detect(path))]
+    found = [(converter, match) for converter, match in found if not match.generic] or found
+    if len(found) > 1:
+        claims = "; ".join(f"{converter.NAME} ({match.reason})" for converter, match in found)
+        raise AmbiguousFormatError(
+            f"{path}: {len(found)} formats fit: {claims}; say which with --from (source_format=)",
+            tuple((converter.NAME, match) for converter, match in found),
+        )
+    if not found:
+        known = "; ".join(f"{converter.NAME} ({converter.DESCRIPTION})" for converter in (named, *others))
+        raise UnknownFormatError(f"{path}: no optimizer state found here; looked for: {known}")
+    return found[0]
+
+
+@cache
+def _entries() -> Mapping[str, Any]:
+    """The entry points of other packages by name, listed but not loaded."""
+    from importlib.metadata import entry_points
+
+    found: dict[str, Any] = {}
+    for entry in entry_points(group=ENTRY_POINTS):
+        if entry.name in found or entry.name in BUILT_IN:
+            other = found[entry.name].value if entry.name in found else BUILT_IN[entry.name]
+            raise OptionError(
+                f"two converters are called '{entry.name}': {other} and {entry.value}; uninstall or rename one"
+            )
+        found[entry.name] = entry
+    return found
