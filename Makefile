@@ -1,0 +1,29 @@
+# A fresh machine needs Python 3.10 or newer and make; `make demo` and `make test` do the rest, each by itself.
+PYTHON ?= python3
+
+.PHONY: demo test test-frameworks lint
+
+demo: .venv/ready  ## train, convert, rebuild, resume: the main job, told step by step
+	.venv/bin/lora-state demo
+
+test: lint
+	OMP_NUM_THREADS=1 .venv/bin/pytest --numprocesses auto --dist loadfile
+
+lint: .venv/ready
+	.venv/bin/ruff check
+	.venv/bin/ruff format --check
+	.venv/bin/mypy
+
+test-frameworks: .venv-frameworks/ready  ## the converters against every framework they read
+	OMP_NUM_THREADS=1 .venv-frameworks/bin/pytest -m frameworks
+
+# A folder is ready until its constraints or the project's requirements change.
+.venv/ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	.venv/bin/pip install --quiet --constraint constraints.txt --editable '.[test]'
+	touch $@
+
+.venv-frameworks/ready: pyproject.toml constraints-frameworks.txt
+	$(PYTHON) -m venv .venv-frameworks
+	.venv-frameworks/bin/pip install --quiet --constraint constraints-frameworks.txt --editable '.[frameworks,test]'
+	touch $@
