@@ -57,7 +57,7 @@ HEX: Final = re.compile(r"[0-9a-f]{32}")
 
 
 def dumps(value: Any) -> str:
-    """Canonical JSON (W1-W3): keys sorted by code point, no spaces, no escapes beyond the needed ones, ECMAScript floats."""
+    """Canonical JSON (W1-W3): keys sorted by code point, no spaces, only the needed escapes, ECMAScript floats."""
     out: list[str] = []
     _dump(value, out.append)
     return "".join(out)
@@ -294,7 +294,7 @@ def _same_key(mapping: Mapping[Any, Value], key: Any) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class ShardOf:
-    """A shard's place: ``index`` (from 1) of ``count`` in the set ``id``; ``positions`` of its parameters in the whole."""
+    """A shard's place: ``index`` (from 1) of ``count`` in the set ``id``; ``positions`` of its parameters."""
 
     id: str
     index: int
@@ -349,8 +349,7 @@ def encode(state: OptimizerState, shard: ShardOf | None = None) -> Manifest:
                 states[text] = len(trees)
                 trees.append(tree)
             entry["state"] = states[text]
-            for label, slot in own.items():
-                tensors[tensor_key(parameter.name, label)] = slot
+            tensors.update((tensor_key(parameter.name, label), own[label]) for label in sorted(own))
         parameters.append(entry)
     members: dict[str, Any] = {
         **state.unknown,
@@ -369,7 +368,7 @@ def encode(state: OptimizerState, shard: ShardOf | None = None) -> Manifest:
     if state.globals:
         own = {}
         members["globals"] = encode_value(state.globals, "the global state", own)
-        tensors.update({tensor_key(GLOBALS, label): slot for label, slot in own.items()})
+        tensors.update((tensor_key(GLOBALS, label), own[label]) for label in sorted(own))
     for name, value in (("origin", state.origin), ("extra", state.extra), ("extensions", state.extensions)):
         if value:
             members[name] = encode_value(value, name, None)
@@ -574,7 +573,7 @@ def _unknown_nested(members: dict[str, Any]) -> list[str]:
 
 
 def _decode_groups(r: _Reader, members: dict[str, Any], optimizers: int, parameters: int) -> tuple[Group, ...]:
-    groups = []
+    groups: list[Group] = []
     for index, item in enumerate(members["groups"]):
         where = f"groups[{index}]"
         options = []

@@ -1,0 +1,87 @@
+"""Files that appear whole or not at all."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import re
+import secrets
+from collections.abc import Iterator
+from pathlib import Path
+
+__all__ = ["TemporaryFile", "locked", "sync_folder"]
+
+
+class TemporaryFile:
+    """A file beside the target that becomes it by a rename, or vanishes.
+
+    It is locked while its writer lives, so that the next writer knows a killed one's left-over and removes it.
+    """
+
+    def __init__(self, target: Path) -> None:
+        _sweep(target)
+        self.path = target.with_name(f".{target.name}.{secrets.token_hex(8)}.tmp")
+        # 0o666: the umask decides, as for any file that a program makes.
+        self._descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+        with contextlib.suppress(OSError):  # a file system without locks: left-overs stay
+            fcntl.flock(self._descriptor, fcntl.LOCK_EX)
+
+    def write(self, position: int, data: bytes | memoryview) -> None:
+        data = memoryview(data)
+        while len(data):
+            count = os.pwrite(self._descriptor, data, position)
+            data, position = data[count:], position + count
+
+    def finish(self, header: bytes) -> None:
+        """Write the first bytes last, and sync everything."""
+        self.write(0, header)
+        os.fsync(self._descriptor)
+
+    def commit(self, target: Path) -> None:
+        self.path.replace(target)
+        sync_folder(target.parent)
+
+    def __enter__(self) -> TemporaryFile:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.path.unlink(missing_ok=True)
+        os.close(self._descriptor)
+
+
+def _sweep(target: Path) -> None:
+    """Remove the temporary files of writers of ``target`` that no longer live."""
+    for path in target.parent.iterdir():
+        if re.fullmatch(re.escape(f".{target.name}.") + r"[0-9a-f]{16}\.tmp", path.name):
+            with contextlib.suppress(OSError):
+                descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+                try:
+                    fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    path.unlink()
+                finally:
+                    os.close(descriptor)
+
+
+def sync_folder(folder: Path) -> None:
+    """Make renames in a folder survive a power cut."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Hold the folder's lock, so that renames of several files are not mixed with another writer's.
+
+    A file system without locks goes unlocked.
+    """
+    descriptor = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        with contextlib.suppress(OSError):
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)

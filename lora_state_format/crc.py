@@ -1,0 +1,94 @@
+"""CRC-32 as zip archives state it: checked on the bytes that stream by, and only otherwise by reading again."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from itertools import pairwise
+from typing import TYPE_CHECKING
+
+from lora_state_format.errors import FileError
+from lora_state_format.model import CHUNK, Tensor
+from lora_state_format.sources import Source
+
+if TYPE_CHECKING:
+
+    def crc32(data: bytes | memoryview, value: int = 0) -> int: ...
+    def combine(first: int, second: int, size: int) -> int: ...
+
+    COMBINES = True
+else:
+    try:
+        from isal.isal_zlib import crc32
+        from isal.isal_zlib import crc32_combine as combine
+
+        COMBINES = True
+    except ImportError:  # no wheel for this platform
+        from zlib import crc32
+
+        COMBINES = False
+
+__all__ = ["Ledger", "crc32"]
+
+
+class Ledger:
+    """Checks the CRC-32 that sources state about themselves while their bytes stream by.
+
+    What streamed past is kept as (offset, size, crc) per source and combined at the end; only bytes that no tensor
+    covers, or that were gathered, are read once more.
+    """
+
+    def __init__(self) -> None:
+        self._seen: dict[int, tuple[Source, list[tuple[int, int, int]]]] = {}
+
+    def chunks(self, tensor: Tensor, buffer: memoryview) -> Iterator[memoryview]:
+        if tensor.runs is None:
+            for piece in tensor.pieces:
+                self._note(piece.source)
+            yield from tensor.chunks(buffer)
+            return
+        for run in tensor.runs:
+            parts = self._note(run.source)
+            crc = 0
+            for offset in range(0, run.size, len(buffer)):
+                size = min(len(buffer), run.size - offset)
+                chunk = run.source.view(run.offset + offset, size)
+                if chunk is None:
+                    chunk = buffer[:size]
+                    run.source.readinto(run.offset + offset, chunk)
+                if parts is not None:
+                    crc = crc32(chunk, crc)
+                yield chunk
+            if parts is not None:
+                parts.append((run.offset, run.size, crc))
+
+    def _note(self, source: Source) -> list[tuple[int, int, int]] | None:
+        if isinstance(source, Tensor):
+            for piece in source.pieces:
+                self._note(piece.source)
+            return None
+        if source.crc32 is None:
+            return None
+        return self._seen.setdefault(id(source), (source, []))[1]
+
+    def check(self) -> None:
+        """Raise ``FileError`` for the first source whose bytes do not have the CRC that it states."""
+        buffer = memoryview(bytearray(CHUNK))
+        for source, parts in self._seen.values():
+            if _combined_crc(source, sorted(parts), buffer) != source.crc32:
+                name = getattr(source, "name", "a member of the container")
+                raise FileError(f"{name} does not have the CRC-32 that the container states: the file is damaged")
+
+
+def _combined_crc(source: Source, parts: Sequence[tuple[int, int, int]], buffer: memoryview) -> int:
+    overlap = any(a[0] + a[1] > b[0] for a, b in pairwise(parts))
+    if overlap or (combine is None and [part[:2] for part in parts] != [(0, source.size)]):
+        parts = ()
+    crc = position = 0
+    for offset, size, part in [*parts, (source.size, 0, 0)]:
+        for start in range(position, offset, len(buffer)):
+            chunk = buffer[: min(len(buffer), offset - start)]
+            source.readinto(start, chunk)
+            crc = crc32(chunk, crc)
+        crc = part if offset == 0 and size else combine(crc, part, size) if size else crc
+        position = offset + size
+    return crc
