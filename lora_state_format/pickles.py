@@ -1,0 +1,816 @@
+"""Files that ``torch.save`` wrote, read without torch and without running anything.
+
+A pickle is a program for a stack machine. ``_Machine`` is that machine with everything dangerous left out: the module
+``pickle`` is not imported, a global is never looked up anywhere but in ``GLOBALS``, and what is built out of one is a
+tensor, a plain Python value, or an inert ``Record``. The opcodes are those of ``Lib/pickletools.py`` (protocols 2 to
+5); what torch puts into them is described in ``torch/serialization.py`` and ``torch/_utils.py``.
+
+Memory and time grow with the pickle's size and are bounded by the constants below.
+"""
+
+from __future__ import annotations
+
+import math
+import struct
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+
+from lora_state_format.errors import FileError, RefusedError
+from lora_state_format.model import Box, Piece, Tensor, c_strides, contiguous, item_size
+from lora_state_format.sources import File, Memory, Range, Source
+from lora_state_format.zips import Archive, crc32
+
+__all__ = ["Global", "NumpyScalar", "Pickled", "Record", "array", "load", "load_plain"]
+
+MAX_PICKLE: Final = 48 << 20
+"""Bytes of one pickle; an Adam state of 100,000 parameters has 33 MB."""
+
+MAX_BUILT: Final = 8_000_000
+"""Objects that a pickle may build, those of some size counted several times: about 400 MB."""
+
+MAX_DEPTH: Final = 200
+"""How deep values may be nested in each other, and marks on the stack."""
+
+MAX_TREE: Final = 10_000_000
+"""Values in the result, each counted as often as it is referred to: shared lists of shared lists grow exponentially."""
+
+MAX_ODD_KEYS: Final = 10_000
+"""Tuples as keys, and integers beyond 64 bits: their hashes can be made to collide, and dicts become quadratic."""
+
+MAX_REPEATS: Final = 16
+"""How often a file's bytes may appear in its tensors (shared and expanded storages), beyond the first 64 MiB."""
+
+MAX_INTEGER: Final = 256
+"""Bytes of an integer."""
+
+MAX_NAME: Final = 256
+"""Bytes of a module's or a global's name."""
+
+MAGIC: Final = 0x1950A86A20F9469CFC6C
+"""What the stream that torch wrote before 1.6 begins with, as a pickled integer."""
+
+_U16, _I32, _U32, _I64, _U64 = (struct.Struct(code) for code in ("<H", "<i", "<I", "<q", "<Q"))
+_F64 = struct.Struct(">d")
+
+(
+    MARK, STOP, POP, POP_MARK, DUP, BINFLOAT, BININT, BININT1, BININT2, LONG1, LONG4, BINSTRING, SHORT_BINSTRING,
+    BINUNICODE, SHORT_BINUNICODE, BINUNICODE8, BINBYTES, SHORT_BINBYTES, BINBYTES8, BYTEARRAY8, NONE, NEWTRUE, NEWFALSE,
+    EMPTY_TUPLE, TUPLE, TUPLE1, TUPLE2, TUPLE3, EMPTY_LIST, LIST, APPEND, APPENDS, EMPTY_DICT, DICT, SETITEM, SETITEMS,
+    EMPTY_SET, ADDITEMS, FROZENSET, BINGET, LONG_BINGET, BINPUT, LONG_BINPUT, MEMOIZE, GLOBAL, STACK_GLOBAL, REDUCE,
+    BUILD, NEWOBJ, NEWOBJ_EX, BINPERSID, PROTO, FRAME,
+) = (
+    b"(.012GJKM\x8a\x8bTUX\x8c\x8dBC\x8e\x96N\x88\x89)t\x85\x86\x87]lae}dsu\x8f\x90\x91hjqr\x94c\x93Rb\x81\x92Q\x80\x95"
+)  # fmt: skip
+
+_PUT: Final = frozenset((LONG_BINPUT, BINPUT, MEMOIZE))
+_TEXT: Final = frozenset((BINUNICODE, SHORT_BINUNICODE))
+_SIZED: Final = {  # opcode -> bytes of its length
+    BINSTRING: 4, SHORT_BINSTRING: 1, BINUNICODE8: 8, BINBYTES: 4, SHORT_BINBYTES: 1, BINBYTES8: 8, BYTEARRAY8: 8,
+    LONG1: 1, LONG4: 4,
+}  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Global:
+    """A class, function or dtype that a pickle names. It stands for the name and does nothing by itself."""
+
+    module: str
+    name: str
+    call: Callable[..., Any] | None = None
+
+    def __str__(self) -> str:
+        return f"{self.module}.{self.name}"
+
+
+@dataclass(slots=True, eq=False)
+class Record:
+    """An object of a class that is known by name only: what it was to be called with, and its state."""
+
+    module: str
+    name: str
+    args: tuple[Any, ...] = ()
+    state: Any = None
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class NumpyScalar:
+    """A NumPy scalar as the Python number of the same value; ``dtype`` is NumPy's code (``f8``)."""
+
+    value: bool | int | float | complex
+    dtype: str
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Pickled:
+    """What a file holds. ``storages`` are its storages by key, whether or not some tensor shows all of their bytes."""
+
+    value: Any
+    container: str
+    protocol: int
+    storages: Mapping[str, Range]
+
+
+@dataclass(frozen=True, slots=True)
+class _Storage:
+    """``count`` elements of ``width`` bytes; ``dtype`` is torch's name."""
+
+    source: Range
+    dtype: str
+    width: int
+    count: int
+
+
+class _CutShortError(FileError):
+    """The pickle goes on behind the bytes that were given."""
+
+
+class _Machine:
+    """Builds the values of the pickles in ``data``.
+
+    ``open_storage`` gives the bytes of a storage by its key and size; ``room`` is how many bytes of tensors may come of
+    it. Errors name the byte of ``where`` (a member, a file) at which a pickle went wrong.
+    """
+
+    def __init__(
+        self, data: bytes, path: object, where: str, room: int, open_storage: Callable[[str, int], Range] | None
+    ) -> None:
+        self.data = data
+        self.path = path
+        self.where = where
+        self.room = room
+        self.open_storage = open_storage
+        self.storages: dict[str, Range] = {}
+        self.widths: dict[str, int] = {}
+        self.protocol = 0
+        self._layouts: dict[Any, tuple[Box, tuple[int, ...] | None, int]] = {}
+        self._built = 0
+        self._odd_keys = 0
+        self._at = 0
+
+    def run(self, start: int = 0) -> tuple[Any, int]:
+        """The value of the pickle that starts at byte ``start``, and the byte behind its end."""
+        self._at = start
+        try:
+            value, end = self._run(start)
+            if type(value) in _NESTING and _measure(value, {}, 0)[0] > MAX_TREE:
+                raise self.error(f"the pickle unfolds to more than {MAX_TREE} values")
+        except FileError:
+            raise
+        except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError, struct.error) as error:
+            if self._at + 9 > len(self.data):
+                raise self._cut_short() from None
+            raise self.error("the pickle is not well-formed") from error
+        return value, end
+
+    def error(self, detail: str, kind: type[FileError] = FileError) -> FileError:
+        return kind(f"{detail} at byte {self._at} of {self.where}", path=self.path)
+
+    def _cut_short(self) -> FileError:
+        return _CutShortError(f"the pickle in {self.where} is cut short at byte {len(self.data)}", path=self.path)
+
+    def _run(self, i: int) -> tuple[Any, int]:
+        data, end = self.data, len(self.data)
+        stack: list[Any] = []
+        marks: list[list[Any]] = []
+        memo: list[Any] = []
+        while i < end:
+            self._at = i
+            op = data[i]
+            i += 1
+            if op == BINGET:
+                stack.append(memo[data[i]])
+                i += 1
+            elif op in _PUT:
+                if op == LONG_BINPUT:
+                    index = _U32.unpack_from(data, i)[0]
+                    i += 4
+                elif op == BINPUT:
+                    index = data[i]
+                    i += 1
+                else:
+                    index = len(memo)
+                if index == len(memo):
+                    memo.append(stack[-1])
+                elif index < len(memo):
+                    memo[index] = stack[-1]
+                else:
+                    raise self.error(f"memo entry {index} is written before {len(memo)}")
+            elif op == MARK:
+                if len(marks) == MAX_DEPTH:
+                    raise self.error(f"more than {MAX_DEPTH} open marks")
+                marks.append(stack)
+                stack = []
+            elif op == TUPLE:
+                self._built += 1
+                value: Any = tuple(stack)
+                stack = marks.pop()
+                stack.append(value)
+            elif op == BININT1:
+                stack.append(data[i])
+                i += 1
+            elif op == TUPLE2:
+                self._built += 1
+                value = stack.pop()
+                stack[-1] = (stack[-1], value)
+            elif op == REDUCE:
+                args = stack.pop()
+                stack[-1] = self.call(stack[-1], args)
+            elif op in _TEXT:
+                if op == BINUNICODE:
+                    size = _U32.unpack_from(data, i)[0]
+                    i += 4
+                else:
+                    size = data[i]
+                    i += 1
+                if i + size > end:
+                    raise self._cut_short()
+                stack.append(data[i : i + size].decode())
+                i += size
+            elif op == LONG_BINGET:
+                stack.append(memo[_U32.unpack_from(data, i)[0]])
+                i += 4
+            elif op == BINPERSID:
+                stack[-1] = self._storage(stack[-1])
+            elif op == NEWFALSE:
+                stack.append(False)
+            elif op == EMPTY_TUPLE:
+                stack.append(())
+            elif op == BININT2:
+                stack.append(_U16.unpack_from(data, i)[0])
+                i += 2
+            elif op == BININT:
+                stack.append(_I32.unpack_from(data, i)[0])
+                i += 4
+            elif op == TUPLE1:
+                self._built += 1
+                stack[-1] = (stack[-1],)
+            elif op == EMPTY_DICT:
+                self._built += 1
+                stack.append({})
+            elif op == SETITEMS:
+                items = stack
+                stack = marks.pop()
+                self.set(stack[-1], items)
+            elif op == TUPLE3:
+                self._built += 1
+                third, second = stack.pop(), stack.pop()
+                stack[-1] = (stack[-1], second, third)
+            elif op == SETITEM:
+                value, key = stack.pop(), stack.pop()
+                self.set(stack[-1], (key, value))
+            elif op == BINFLOAT:
+                stack.append(_F64.unpack_from(data, i)[0])
+                i += 8
+            elif op == EMPTY_LIST:
+                self._built += 1
+                stack.append([])
+            elif op == APPENDS:
+                items = stack
+                stack = marks.pop()
+                self._append(stack[-1], items)
+            elif op == APPEND:
+                value = stack.pop()
+                self._append(stack[-1], (value,))
+            elif op == NEWTRUE:
+                stack.append(True)
+            elif op == NONE:
+                stack.append(None)
+            elif op == GLOBAL:
+                words = []
+                for _ in range(2):
+                    stop = data.find(b"\n", i, i + MAX_NAME)
+                    if stop < 0:
+                        raise self.error("a global has no name") if i + MAX_NAME <= end else self._cut_short()
+                    words.append(data[i:stop].decode())
+                    i = stop + 1
+                stack.append(self._global(*words))
+            elif op == STACK_GLOBAL:
+                name = stack.pop()
+                stack[-1] = self._global(stack[-1], name)
+            elif op == NEWOBJ:
+                args = stack.pop()
+                stack[-1] = self.call(stack[-1], args)
+            elif op == BUILD:
+                value = stack.pop()
+                if type(stack[-1]) is Record:
+                    stack[-1].state = value
+                elif type(stack[-1]) is not dict:  # an OrderedDict's attributes, a state_dict's _metadata: not kept
+                    raise self.error("the pickle sets the state of something that has none")
+            elif op in _SIZED:
+                width = _SIZED[op]
+                size = int.from_bytes(data[i : i + width], "little")
+                i += width
+                if i + size > end:
+                    raise self._cut_short()
+                stack.append(self._blob(op, data[i : i + size]))
+                i += size
+            elif op == PROTO:
+                self.protocol = data[i]
+                i += 1
+                if not 2 <= self.protocol <= 5:
+                    raise self.error(f"pickle protocol {self.protocol} is not one of 2 to 5")
+            elif op == FRAME:
+                if i + 8 + _U64.unpack_from(data, i)[0] > end:
+                    raise self._cut_short()
+                i += 8
+            elif op == EMPTY_SET:
+                self._built += 3
+                stack.append(set())
+            elif op in (ADDITEMS, FROZENSET):
+                items = stack
+                stack = marks.pop()
+                self._built += 3
+                self.check_keys(items)
+                if op == ADDITEMS:
+                    stack[-1].update(items)
+                else:
+                    stack.append(frozenset(items))
+            elif op in (LIST, DICT):
+                items = stack
+                stack = marks.pop()
+                stack.append([] if op == LIST else {})
+                (self._append if op == LIST else self.set)(stack[-1], items)
+            elif op == NEWOBJ_EX:
+                options, args = stack.pop(), stack.pop()
+                stack[-1] = self.call(stack[-1], (*args, options) if options else args)
+            elif op == POP:
+                stack.pop()
+            elif op == POP_MARK:
+                stack = marks.pop()
+            elif op == DUP:
+                stack.append(stack[-1])
+            elif op == STOP:
+                if len(stack) != 1 or marks:
+                    raise self.error("the pickle stops with more than one value")
+                return stack[0], i
+            else:
+                raise self.error(f"pickle opcode {bytes([op])!r} is not read")
+            if self._built > MAX_BUILT:
+                raise self.error(f"the pickle builds more than {MAX_BUILT} objects")
+        raise self._cut_short()
+
+    def _global(self, module: Any, name: Any) -> Global:
+        known = GLOBALS.get((module, name))
+        if known is None:
+            raise RefusedError(
+                f"pickle global {f'{module}.{name}'[:MAX_NAME]!r} at byte {self._at} of {self.where} refused; "
+                "nothing was run",
+                path=self.path,
+            )
+        return known
+
+    def call(self, function: Any, args: Any) -> Any:
+        if type(function) is not Global or type(args) is not tuple:
+            raise self.error("the pickle calls something that is no global")
+        if function.call is None:
+            self._built += 2
+            return Record(function.module, function.name, args)
+        self._built += 5
+        return function.call(self, *args)
+
+    def set(self, target: Any, items: Sequence[Any]) -> None:
+        if type(target) is not dict or len(items) % 2:
+            raise self.error("the pickle sets items of something that is no dict")
+        keys = items[::2]
+        self.check_keys(keys)
+        target.update(zip(keys, items[1::2], strict=True))
+
+    def _append(self, target: Any, items: Sequence[Any]) -> None:
+        if type(target) is not list:
+            raise self.error("the pickle appends to something that is no list")
+        target.extend(items)
+
+    def check_keys(self, keys: Sequence[Any]) -> None:
+        self._odd_keys += sum(type(key) is tuple for key in keys)
+        if self._odd_keys > MAX_ODD_KEYS:
+            raise self.error(f"more than {MAX_ODD_KEYS} tuples or huge integers as keys")
+
+    def _blob(self, op: int, data: bytes) -> str | bytes | bytearray | int:
+        """The value of an opcode that states how many bytes it has."""
+        if op in (LONG1, LONG4):
+            if len(data) > MAX_INTEGER:
+                raise self.error(f"an integer of {len(data)} bytes")
+            if len(data) > 8:
+                self._odd_keys += 1
+            return int.from_bytes(data, "little", signed=True)
+        if op == BINUNICODE8:
+            return data.decode()
+        if op in (BINSTRING, SHORT_BINSTRING):  # Python 2's str: text where it is text
+            try:
+                return data.decode()
+            except UnicodeDecodeError:
+                return data
+        return bytearray(data) if op == BYTEARRAY8 else data
+
+    def _storage(self, identity: Any) -> _Storage:
+        """The storage of a persistent id, which is ``("storage", class, key, device, elements)``."""
+        tag, kind, key, _, count, *view = identity
+        if tag != "storage" or type(key) is not str or type(count) is not int or self.open_storage is None:
+            raise self.error("a persistent id that is no storage")
+        if any(part is not None for part in view):
+            raise self.error("a storage that is a view of another is not read", RefusedError)
+        dtype = _STORAGES[kind.name]
+        width = _WIDTHS[dtype]
+        if key not in self.storages:
+            self._built += 5
+            self.storages[key] = self.open_storage(key, count * width)
+            self.widths[key] = width
+        if not 0 <= count * width <= self.storages[key].size:
+            raise self.error(
+                f"storage {key!r} of {count * width} bytes, for which the file holds {self.storages[key].size}"
+            )
+        return _Storage(self.storages[key], dtype, width, count)
+
+    def tensor(
+        self, storage: _Storage, offset: int, shape: tuple[int, ...], strides: tuple[int, ...]
+    ) -> Tensor | Record:
+        """A view of a storage; ``offset`` and ``strides`` are in elements. Inert if safetensors has no such dtype."""
+        layout = self._layouts.get((shape, strides))
+        if layout is None:
+            if not all(type(n) is int and n >= 0 for n in (*shape, *strides)) or len(shape) != len(strides):
+                raise self.error(f"a tensor of shape {shape} and strides {strides}")
+            span = 0 if 0 in shape else 1 + sum((n - 1) * s for n, s in zip(shape, strides, strict=True))
+            dense = not span or all(n == 1 or s == c for n, s, c in zip(shape, strides, c_strides(shape), strict=True))
+            layout = Box((0,) * len(shape), tuple(shape)), None if dense else strides, span
+            self._layouts[shape, strides] = layout
+        box, gaps, span = layout
+        if type(offset) is not int or not 0 <= offset <= storage.count - span:
+            raise self.error(f"a tensor of {span} elements from {offset} on, in a storage of {storage.count}")
+        dtype = _SAFETENSORS.get(storage.dtype)
+        if dtype is None or (dtype == "F4" and (gaps or not shape)):
+            return Record("torch", storage.dtype, (box.shape,))
+        if dtype == "F4":  # torch counts pairs, safetensors elements
+            tensor = contiguous(dtype, (*shape[:-1], 2 * shape[-1]), storage.source, offset)
+        else:
+            tensor = Tensor(dtype, box.shape, (Piece(storage.source, offset * storage.width, box, gaps),))
+        self.room -= tensor.size
+        if self.room < 0:
+            raise self.error(f"the tensors would hold more than {MAX_REPEATS} times the file's bytes")
+        return tensor
+
+
+def _measure(value: Any, known: dict[int, tuple[int, int]], depth: int) -> tuple[int, int]:
+    """How many values a container holds, counted as often as they are referred to, and how deep it is."""
+    if id(value) in known:
+        return known[id(value)]
+    if depth > MAX_DEPTH:
+        raise FileError(f"the pickle nests values more than {MAX_DEPTH} deep, or a value in itself")
+    inner: Any = value
+    if type(value) is dict:
+        inner = value.values()
+    elif type(value) is Record:
+        inner = (value.args, value.state)
+    size, height = 1, 0
+    for item in inner:
+        if type(item) in _NESTING:
+            below, deep = _measure(item, known, depth + 1)
+            size += below
+            height = max(height, deep + 1)
+        else:
+            size += 1
+    known[id(value)] = size, height
+    return size, height
+
+
+_NESTING: Final = frozenset({dict, list, tuple, set, frozenset, Record})
+
+
+# --- globals ------------------------------------------------------------------------------------------------------
+
+_SAFETENSORS: Final = {
+    "bool": "BOOL", "uint8": "U8", "int8": "I8", "uint16": "U16", "int16": "I16", "uint32": "U32", "int32": "I32",
+    "uint64": "U64", "int64": "I64", "float16": "F16", "bfloat16": "BF16", "float32": "F32", "float64": "F64",
+    "complex64": "C64", "float8_e4m3fn": "F8_E4M3", "float8_e5m2": "F8_E5M2", "float8_e8m0fnu": "F8_E8M0",
+    "float8_e4m3fnuz": "F8_E4M3FNUZ", "float8_e5m2fnuz": "F8_E5M2FNUZ", "float4_e2m1fn_x2": "F4",
+}  # fmt: skip
+"""torch's dtypes by name."""
+
+_WIDTHS: Final = {
+    **{name: item_size(dtype) for name, dtype in _SAFETENSORS.items()},
+    "complex32": 4, "complex128": 16, "qint8": 1, "quint8": 1, "qint32": 4, "quint4x2": 1, "quint2x4": 1,
+}  # fmt: skip
+"""Bytes per element, of the dtypes that safetensors lacks too."""
+
+_STORAGES: Final = {
+    "DoubleStorage": "float64", "FloatStorage": "float32", "HalfStorage": "float16", "BFloat16Storage": "bfloat16",
+    "LongStorage": "int64", "IntStorage": "int32", "ShortStorage": "int16", "CharStorage": "int8",
+    "ByteStorage": "uint8", "BoolStorage": "bool", "ComplexFloatStorage": "complex64",
+    "ComplexDoubleStorage": "complex128", "QInt8Storage": "qint8", "QUInt8Storage": "quint8", "QInt32Storage": "qint32",
+    "QUInt4x2Storage": "quint4x2", "QUInt2x4Storage": "quint2x4", "UntypedStorage": "uint8",
+}  # fmt: skip
+"""Storage class -> dtype of its elements."""
+
+
+def _tensor_v2(machine: _Machine, storage: Any, offset: Any, shape: Any, strides: Any, *_: Any) -> Any:
+    return machine.tensor(storage, offset, shape, strides)
+
+
+def _tensor_v3(
+    machine: _Machine, storage: Any, offset: Any, shape: Any, strides: Any, grad: Any, hooks: Any, dtype: Any, *_: Any
+) -> Any:
+    width = _WIDTHS[dtype.name]
+    count = storage.count * storage.width // width
+    return machine.tensor(_Storage(storage.source, dtype.name, width, count), offset, shape, strides)
+
+
+def _first(machine: _Machine, value: Any, *_: Any) -> Any:
+    return value
+
+
+def _subclass(machine: _Machine, function: Any, kind: Any, args: Any, state: Any) -> Any:
+    value = machine.call(function, args)
+    if (kind.module, kind.name) in (("torch", "Tensor"), ("torch.nn.parameter", "Parameter")):
+        return value
+    return Record(kind.module, kind.name, (value,), state)
+
+
+def _dict(machine: _Machine, items: Any = (), *_: Any) -> dict[Any, Any]:
+    pairs = list(items.items() if type(items) is dict else items)
+    flat = [part for pair in pairs for part in pair]
+    result: dict[Any, Any] = {}
+    machine.set(result, flat)
+    return result
+
+
+def _defaultdict(machine: _Machine, factory: Any = None, items: Any = ()) -> dict[Any, Any]:
+    return _dict(machine, items)
+
+
+def _set(machine: _Machine, items: Any = ()) -> set[Any]:
+    machine.check_keys(items)
+    return set(items)
+
+
+def _frozenset(machine: _Machine, items: Any = ()) -> frozenset[Any]:
+    return frozenset(_set(machine, items))
+
+
+def _encode(machine: _Machine, text: Any, codec: Any) -> bytes:
+    """Protocol 2 has no bytes: they come as text, one character for each."""
+    if codec not in ("latin1", "latin-1"):
+        raise ValueError(codec)
+    return bytes(text.encode("latin-1"))
+
+
+def _bytes(machine: _Machine, *args: Any) -> bytes:
+    return _encode(machine, *args) if args else b""
+
+
+def _bytearray(machine: _Machine, data: Any = b"", *codec: Any) -> bytearray:
+    return bytearray(_encode(machine, data, *codec) if codec else memoryview(data))
+
+
+def _complex(machine: _Machine, real: Any, imaginary: Any) -> complex:
+    return complex(real, imaginary)
+
+
+def _size(machine: _Machine, sizes: Any) -> tuple[Any, ...]:
+    return tuple(sizes)
+
+
+_ARRAYS: Final = {
+    "b1": "BOOL", "u1": "U8", "i1": "I8", "u2": "U16", "i2": "I16", "u4": "U32", "i4": "I32", "u8": "U64", "i8": "I64",
+    "f2": "F16", "f4": "F32", "f8": "F64", "c8": "C64",
+}  # fmt: skip
+"""NumPy's types, without byte order, as safetensors spells them."""
+
+_SCALARS: Final = {
+    "b1": "?", "u1": "B", "i1": "b", "u2": "H", "i2": "h", "u4": "I", "i4": "i", "u8": "Q", "i8": "q",
+    "f2": "e", "f4": "f", "f8": "d", "c8": "2f", "c16": "2d",
+}  # fmt: skip
+"""The same in the spelling of ``struct``."""
+
+
+def _numpy_scalar(machine: _Machine, dtype: Any, data: Any) -> NumpyScalar | Record:
+    code = _numpy_code(dtype)
+    if code[1:] not in _SCALARS:
+        return Record("numpy", "scalar", (dtype, data))
+    values = struct.unpack(code[0] + _SCALARS[code[1:]], data)
+    return NumpyScalar(complex(*values) if len(values) == 2 else values[0], code[1:])
+
+
+def _numpy_code(dtype: Record) -> str:
+    """Byte order and type of a pickled dtype, ``<f8``."""
+    order = dtype.state[1] if dtype.state else "="
+    return (">" if order == ">" else "<") + str(dtype.args[0])
+
+
+def _frombuffer(machine: _Machine, data: Any, dtype: Any, shape: Any, order: Any, *_: Any) -> Record:
+    return Record("numpy", "ndarray", (), (1, shape, dtype, order == "F", data))
+
+
+def _reconstruct(machine: _Machine, *_: Any) -> Record:
+    return Record("numpy", "ndarray")
+
+
+_CALLS: Final[Mapping[str, Mapping[str, Callable[..., Any]]]] = {
+    "torch._utils": {
+        "_rebuild_tensor": _tensor_v2,
+        "_rebuild_tensor_v2": _tensor_v2,
+        "_rebuild_tensor_v3": _tensor_v3,
+        "_rebuild_parameter": _first,
+        "_rebuild_parameter_with_state": _first,
+        "_rebuild_device_tensor_from_cpu_tensor": _first,
+    },
+    "torch._tensor": {"_rebuild_from_type_v2": _subclass},
+    "torch": {"Size": _size},
+    "collections": {"OrderedDict": _dict, "Counter": _dict, "defaultdict": _defaultdict},
+    "builtins": {
+        "set": _set, "frozenset": _frozenset, "bytes": _bytes, "bytearray": _bytearray, "complex": _complex,
+    },
+    "_codecs": {"encode": _encode},
+    "numpy._core.multiarray": {"scalar": _numpy_scalar, "_reconstruct": _reconstruct},
+    "numpy._core.numeric": {"_frombuffer": _frombuffer},
+    "pytorch_lightning.utilities.parsing": {"AttributeDict": _dict},
+    "lightning_fabric.utilities.data": {"AttributeDict": _dict},
+    "lightning.fabric.utilities.data": {"AttributeDict": _dict},
+}  # fmt: skip
+"""What is done for a global when it is called; everything else becomes a ``Record``."""
+
+_INERT: Final[Mapping[str, str]] = {
+    "torch": "Tensor device dtype layout memory_format strided sparse_coo contiguous_format preserve_format "
+    + " ".join((*_WIDTHS, *_STORAGES)),
+    "torch.cuda": " ".join(_STORAGES),
+    "torch.storage": "UntypedStorage _UntypedStorage",
+    "torch._utils": "_rebuild_sparse_tensor _rebuild_sparse_csr_tensor _rebuild_qtensor _rebuild_nested_tensor "
+    "_rebuild_meta_tensor_no_storage _rebuild_wrapper_subclass _rebuild_device_tensor_from_numpy",
+    "torch.nn.parameter": "Parameter",
+    "torch.serialization": "_get_layout",
+    "torch.distributed.checkpoint.metadata": "Metadata MetadataIndex TensorStorageMetadata BytesStorageMetadata "
+    "ChunkStorageMetadata TensorProperties StorageMeta _MEM_FORMAT_ENCODING",
+    "torch.distributed.checkpoint.filesystem": "_StorageInfo",
+    "torch.distributed.checkpoint.hf_storage": "_HFStorageInfo",
+    "torch.distributed.tensor": "DTensor",
+    "torch.distributed.tensor._api": "DTensor",
+    "torch.distributed.tensor._dtensor_spec": "DTensorSpec TensorMeta",
+    "torch.distributed.tensor.placement_types": "Shard Replicate Partial _StridedShard",
+    "torch.distributed.device_mesh": "DeviceMesh",
+    "torchao.optim.subclass_8bit": "OptimState8bit",
+    "torchao.optim.subclass_4bit": "OptimState4bit",
+    "torchao.optim.subclass_fp8": "OptimStateFp8",
+    "deepspeed.runtime.fp16.loss_scaler": "LossScaler DynamicLossScaler",
+    "deepspeed.runtime.zero.config": "ZeroStageEnum",
+    "deepspeed.utils.tensor_fragment": "fragment_address",
+    "galore_torch.galore_projector": "GaLoreProjector",
+    "apollo_torch.random_projector": "GradientProjector",
+    "pytorch_lightning.callbacks.early_stopping": "EarlyStopping",
+    "pytorch_lightning.callbacks.model_checkpoint": "ModelCheckpoint",
+    "composer.core.event": "Event",
+    "composer.core.time": "Time Timestamp TimeUnit",
+    "omegaconf.dictconfig": "DictConfig",
+    "omegaconf.listconfig": "ListConfig",
+    "omegaconf.base": "ContainerMetadata Metadata SCMode",
+    "omegaconf.nodes": "AnyNode StringNode IntegerNode FloatNode BooleanNode",
+    "numpy": "dtype ndarray",
+    "pathlib": "Path PosixPath PurePath PurePosixPath WindowsPath PureWindowsPath",
+    "pathlib._local": "Path PosixPath PurePath PurePosixPath WindowsPath PureWindowsPath",
+    "argparse": "Namespace",
+    "datetime": "date datetime time timedelta timezone",
+    "typing": "Any",
+    "builtins": "dict list tuple int float str bool slice",
+}
+"""Module -> classes and functions that known frameworks put into checkpoints, as names only."""
+
+_RENAMED: Final = {
+    "__builtin__": "builtins",
+    "numpy.core.multiarray": "numpy._core.multiarray",
+    "numpy.core.numeric": "numpy._core.numeric",
+}
+"""Older names of modules -> what they are called in the tables above."""
+
+GLOBALS: Final[Mapping[tuple[str, str], Global]] = {
+    (alias, name): Global(module, name, _CALLS.get(module, {}).get(name))
+    for module in {**_CALLS, **_INERT}
+    for alias in (module, *(old for old, new in _RENAMED.items() if new == module))
+    for name in (*_CALLS.get(module, ()), *_INERT.get(module, "").split())
+}
+"""Every global that a pickle may name. There is no way to add to it at run time."""
+
+
+# --- files --------------------------------------------------------------------------------------------------------
+
+
+def load(source: Source, path: object = None) -> Pickled:
+    """What ``torch.save`` wrote: a zip archive, or the stream from before torch 1.6. No tensor is read.
+
+    ``source`` may be a file or a part of one: a member of another zip, an item of a ``.distcp`` file. Tensors become
+    ``Tensor`` objects over byte ranges of it that carry the CRC-32 of the archive; nothing else than plain values,
+    ``Record``, ``Global`` and ``NumpyScalar`` comes beside them. ``path`` is for messages. Raises ``FileError`` for
+    a file that is damaged or something else, ``RefusedError`` for a pickle that names a global which is not on the
+    list, for big-endian files, and for the tar archives of torch 0.1.
+    """
+    if path is None and isinstance(source, File):
+        path = source.path
+    start = _peek(source, 0, 4)
+    if start == b"PK\3\4":
+        return _load_zip(source, path)
+    if start[:1] == b"\x80":
+        return _load_stream(source, path)
+    if _peek(source, 257, 5) == b"ustar":
+        raise RefusedError("a tar archive of torch 0.1: save it again with a newer torch", path=path)
+    raise FileError("not a file that torch.save wrote: neither a zip archive nor a pickle", path=path)
+
+
+def load_plain(data: bytes, path: object = None) -> Any:
+    """The value of a pickle that torch did not write and that holds no tensors: DCP's ``.metadata``, for one."""
+    if len(data) > MAX_PICKLE:
+        raise FileError(f"a pickle of {len(data)} bytes; the limit is {MAX_PICKLE}", path=path)
+    return _Machine(data, path, "the pickle", 0, None).run()[0]
+
+
+def array(record: Record) -> Tensor | None:
+    """The tensor of a NumPy array's record; ``None`` for a type or byte order that safetensors does not have."""
+    match record:
+        case Record("numpy", "ndarray", _, (1, tuple(shape), Record("numpy", "dtype") as dtype, fortran, data)):
+            pass
+        case _:
+            return None
+    code = _numpy_code(dtype)
+    name = _ARRAYS.get(code[1:])
+    if name is None or type(data) not in (bytes, bytearray) or (code[0] == ">" and item_size(name) > 1):
+        return None
+    if len(data) != math.prod(shape) * item_size(name):
+        raise FileError(f"a NumPy array of shape {list(shape)} and type {code} with {len(data)} bytes")
+    tensor = contiguous(name, shape[::-1] if fortran else shape, Memory(data))
+    return tensor.permute(range(len(shape))[::-1]) if fortran else tensor
+
+
+def _peek(source: Source, offset: int, size: int) -> bytes:
+    buffer = bytearray(max(0, min(size, source.size - offset)))
+    source.readinto(offset, memoryview(buffer))
+    return bytes(buffer)
+
+
+def _room(source: Source) -> int:
+    return MAX_REPEATS * source.size + (64 << 20)
+
+
+def _load_zip(source: Source, path: object) -> Pickled:
+    archive = Archive(source, path)
+    pickles = [name for name in archive if name.endswith("/data.pkl") and name.count("/") == 1]
+    if len(pickles) != 1:
+        raise FileError(
+            f"the zip archive has {len(pickles) or 'no'} data.pkl among its {len(archive)} members: "
+            + ("not one that torch.save wrote" if pickles else "an interrupted torch.save, or another kind of archive"),
+            path=path,
+        )
+    root = pickles[0].removesuffix("data.pkl")
+    if root + "byteorder" in archive and archive[root + "byteorder"].bytes() == b"big":
+        raise RefusedError("written on a big-endian machine: save it again on a little-endian one", path=path)
+    member = archive[pickles[0]]
+    if member.size > MAX_PICKLE:
+        raise FileError(f"{member.name} has {member.size} bytes; the limit is {MAX_PICKLE}", path=path)
+    data = bytes(member.bytes())
+    if member.crc32 not in (None, crc32(data)):
+        raise FileError(
+            f"{member.name} does not have the CRC-32 that the archive states: the file is damaged", path=path
+        )
+
+    def open_storage(key: str, size: int) -> Range:
+        name = f"{root}data/{key}"
+        if name not in archive:
+            raise FileError(f"the zip archive has no member {name!r}, which its pickle refers to", path=path)
+        return archive[name]
+
+    machine = _Machine(data, path, member.name, _room(source), open_storage)
+    value, end = machine.run()
+    if end != len(data):
+        raise FileError(f"{len(data) - end} bytes follow the pickle in {member.name}", path=path)
+    return Pickled(value, "zip", machine.protocol, machine.storages)
+
+
+def _load_stream(source: Source, path: object) -> Pickled:
+    """Five pickles (magic number, version, the writer's machine, the value, the storages' keys), then the storages."""
+    window = 1 << 20
+    while True:
+        data = _peek(source, 0, window)
+        machine = _Machine(data, path, "the file", _room(source), lambda key, size: Range(source, 0, size))
+        try:
+            magic, at = machine.run()
+            if magic != MAGIC:
+                raise FileError("a pickle that torch.save did not write", path=path)
+            _, at = machine.run(at)
+            writer, at = machine.run(at)
+            value, at = machine.run(at)
+            keys, at = machine.run(at)
+            break
+        except _CutShortError:
+            if len(data) in (source.size, MAX_PICKLE):
+                raise
+            window = min(2 * window, MAX_PICKLE)
+    if type(keys) is not list or not all(type(key) is str for key in keys) or set(keys) != machine.storages.keys():
+        raise FileError("the storages in the file are not those that its pickle refers to", path=path)
+    if type(writer) is not dict or writer.get("little_endian") is not True:
+        raise RefusedError("written on a big-endian machine: save it again on a little-endian one", path=path)
+    for key in keys:
+        storage, width = machine.storages[key], machine.widths[key]
+        count = int.from_bytes(_peek(source, at, 8), "little")
+        at += 8
+        if count * width != storage.size or at + storage.size > source.size:
+            raise FileError(f"storage {key!r} at byte {at} is cut short, or not of {storage.size} bytes", path=path)
+        storage.start = at
+        at += storage.size
+    if at != source.size:
+        raise FileError(f"{source.size - at} bytes follow the last storage", path=path)
+    return Pickled(value, "stream", machine.protocol, machine.storages)
