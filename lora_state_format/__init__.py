@@ -1,1 +1,42 @@
-"""Optimizer state keyed by parameter name, in safetensors."""
+"""Optimizer state keyed by parameter name, in safetensors.
+
+``convert`` makes a file out of a checkpoint, ``open_state`` opens one, ``read`` reads any known format, ``write`` and
+``verify`` do what they say; ``errors`` holds what they raise. Saving and loading in a training loop is in
+``lora_state_format.torch``. Names are imported when they are first used.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from lora_state_format import errors
+    from lora_state_format.container import open_state, verify, write
+    from lora_state_format.conversion import convert, read
+
+__all__ = ["convert", "errors", "open_state", "read", "verify", "write"]
+
+_HOMES = {
+    "convert": "lora_state_format.conversion",
+    "open_state": "lora_state_format.container",
+    "read": "lora_state_format.conversion",
+    "verify": "lora_state_format.container",
+    "write": "lora_state_format.container",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name == "errors":
+        return import_module("lora_state_format.errors")
+    if name == "__version__":
+        from importlib.metadata import version
+
+        return version("lora_state_format")
+    if name not in _HOMES:
+        raise AttributeError(f"module 'lora_state_format' has no attribute '{name}'")
+    return getattr(import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -1,0 +1,32 @@
+"""This package's own format, as one more format: a file, the index of a set of shards, or a folder that holds either."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Final
+
+from lora_state_format import container
+from lora_state_format.model import Checkpoint, OptimizerState
+from lora_state_format.registry import Match
+
+NAME: Final = "named"
+DESCRIPTION: Final = "named optimizer state: a .safetensors file of this package, or a set of them with its index"
+
+PLACES: Final = ("training_state/optimizer.safetensors", "optimizer.safetensors")
+"""Where the state lies in a checkpoint folder."""
+
+
+def detect(path: Path) -> Match | None:
+    for place in (path, *(path / place for place in PLACES)):
+        if container.is_state(place):
+            return Match("a safetensors file whose metadata holds 'optimizer_state'", place)
+    return None
+
+
+def read(path: Path) -> Checkpoint:
+    match = detect(path)
+    return Checkpoint(container.open_state(match.path if match else path))
+
+
+def write(state: OptimizerState, path: Path, *, base: Path | None, force: bool) -> container.Written:
+    return container.write(state, path, force=force)

@@ -1,0 +1,3 @@
+from lora_state_format.cli import main
+
+main()

@@ -1,0 +1,319 @@
+"""Read, name, write: the one flow behind the API and the command line."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final, TypeAlias, cast
+
+from lora_state_format import container, order, registry
+from lora_state_format.errors import ConversionError, FileError, MissingNamesError, OptionError, TargetExistsError
+from lora_state_format.manifest import ALGORITHM
+from lora_state_format.model import Checkpoint, Digest, Naming, OptimizerState, Parameter, PositionalState, Tensor
+from lora_state_format.names import adapter_parameters, peft_key, read_names
+from lora_state_format.report import SCHEMA_VERSION, describe_naming, naming_json, tensors
+from lora_state_format.sources import File
+
+if TYPE_CHECKING:
+    from lora_state_format.registry import Converter, Writer
+
+__all__ = ["ConversionReport", "Names", "convert", "read"]
+
+ADAPTER: Final = "adapter_model.safetensors"
+ADAPTER_CONFIG: Final = "adapter_config.json"
+
+Progress: TypeAlias = "Callable[[int, int], None]"
+
+Names: TypeAlias = "str | os.PathLike[str] | Sequence[str]"
+"""Where names come from: the path of a file with one name a line in optimizer order, of an adapter file, or of a folder
+with ``config.json`` and, for an adapter, ``adapter_config.json``; or the names themselves, in optimizer order."""
+
+
+@dataclass(frozen=True)
+class ConversionReport:
+    """What a conversion did, or, where ``written`` is false, would do.
+
+    ``slots`` counts the parameters that have each slot; ``groups`` are the group sizes as they were found; ``paired``
+    counts the parameters whose own weights were found and whose digest is kept with them. ``digest`` is the header's,
+    ``None`` where none was written.
+    """
+
+    source: str
+    source_format: str
+    target: str
+    target_format: str
+    written: bool
+    parameters: int
+    slots: Mapping[str, int]
+    groups: tuple[int, ...]
+    tensors: int
+    bytes: int
+    global_step: int | None
+    naming: Naming
+    paired: int
+    digest: str | None
+    notes: tuple[str, ...]
+    warnings: tuple[str, ...]
+
+    def __str__(self) -> str:
+        done = "converted" if self.written else "would convert"
+        step = "" if self.global_step is None else f", step {self.global_step}"
+        slots = ", ".join(f"{name} x {count}" for name, count in self.slots.items()) or "none"
+        lines = [
+            f"{done} {self.source} ({self.source_format}) to {self.target} ({self.target_format})",
+            f"{self.parameters} parameters in groups of {list(self.groups)}{step}",
+            f"slots: {slots}; {self.tensors} tensors, {self.bytes:,} bytes",
+            describe_naming(self.naming),
+        ]
+        if self.paired:
+            lines.append(
+                f"weights: digests of {self.paired} of {self.parameters} parameters are kept beside their state"
+            )
+        if self.digest:
+            lines.append(f"digest: {self.digest}")
+        return "\n".join([*lines, *(f"note: {note}" for note in self.notes)])
+
+    def to_json(self) -> dict[str, Any]:
+        """The report as JSON values."""
+        return {"schema_version": SCHEMA_VERSION, **vars(self), "naming": naming_json(self.naming)}
+
+
+def read(
+    path: str | os.PathLike[str],
+    *,
+    source_format: str | None = None,
+    names: Names | None = None,
+    rule: str | None = None,
+    optimizer: str | None = None,
+) -> OptimizerState:
+    """The named state in a checkpoint of any known format, lazily: close it, or use it in a ``with`` block.
+
+    ``names`` says which parameter a position means where the checkpoint itself does not; ``rule`` forces one of
+    ``order.RULES``; ``optimizer`` is the optimizer's class path where the file does not say it.
+
+    Raises ``FileNotFoundError``, ``UnknownFormatError``, ``FileError`` for a damaged file, ``MissingNamesError`` and
+    other ``ConversionError``\\ s where the parameters cannot be named, ``OptionError`` for what does not apply.
+    """
+    return _read(Path(path), source_format, names, rule, optimizer)[1]
+
+
+def convert(
+    source: str | os.PathLike[str],
+    target: str | os.PathLike[str],
+    *,
+    source_format: str | None = None,
+    target_format: str = registry.NAMED,
+    names: Names | None = None,
+    rule: str | None = None,
+    optimizer: str | None = None,
+    force: bool = False,
+    dry_run: bool = False,
+    progress: Progress | None = None,
+) -> ConversionReport:
+    """Convert a checkpoint into a file of named optimizer state, or into another format that can hold it exactly.
+
+    Takes the arguments of ``read``. ``force`` replaces an existing target; ``dry_run`` does everything but write;
+    ``progress`` is told the bytes of tensors written and their total. Where the parameters' own weights were found,
+    their digests are kept, so that loading can tell whether weights and state belong together.
+
+    Raises what ``read`` raises, ``TargetExistsError``, and ``UnrepresentableError`` for what the target cannot hold.
+    """
+    source, target = Path(source), Path(target)
+    if target.is_dir():
+        raise OptionError(f"{target} is a folder; name the file to write, as in {target / 'optimizer.safetensors'}")
+    if target.exists() and not force:
+        raise TargetExistsError(f"{target} exists; pass force=True (--force) to replace it")
+    writer = registry.get(target_format)
+    if not hasattr(writer, "write"):
+        raise OptionError(f"format '{target_format}' can be read but not written")
+    converter, state, weights = _read(source, source_format, names, rule, optimizer)
+    with _paired(state, weights) as state:
+        sizes = [tensor.size for tensor in tensors(state)]
+        digest = None if dry_run else _write(cast("Writer", writer), state, target, force, progress)
+        return ConversionReport(
+            source=str(source),
+            source_format=converter.NAME,
+            target=str(target),
+            target_format=target_format,
+            written=not dry_run,
+            parameters=len(state.parameters),
+            slots=dict(Counter(name for parameter in state.parameters for name in parameter.state or ())),
+            groups=tuple(group.count for group in state.groups),
+            tensors=len(sizes),
+            bytes=sum(sizes),
+            global_step=state.global_step,
+            naming=state.naming,
+            paired=sum(parameter.weights is not None for parameter in state.parameters),
+            digest=digest,
+            notes=tuple(_notes(state)),
+            warnings=tuple(_warnings(target)),
+        )
+
+
+def _read(
+    path: Path, source_format: str | None, names: Names | None, rule: str | None, optimizer: str | None
+) -> tuple[Converter, OptimizerState, Mapping[str, Tensor]]:
+    """The converter, the named state, and the parameters' own weights as far as they were found."""
+    converter = registry.detect(path)[0] if source_format is None else registry.get(source_format)
+    checkpoint = converter.read(path)
+    if optimizer is not None:
+        checkpoint = replace(checkpoint, state=_classed(checkpoint.state, optimizer, path))
+    if isinstance(checkpoint.state, PositionalState):
+        checkpoint = _named(*_resolve(names, checkpoint), path, rule)
+    elif names is not None or rule is not None:
+        raise OptionError(f"{path}: its parameters have names; --names and --rule (names=, rule=) do not apply")
+    assert isinstance(checkpoint.state, OptimizerState)
+    return converter, checkpoint.state, checkpoint.weights
+
+
+def _classed(state: OptimizerState | PositionalState, class_path: str, path: Path) -> OptimizerState | PositionalState:
+    for found in state.optimizers:
+        if found.class_path not in (None, class_path):
+            raise OptionError(f"{path}: the optimizer is {found.class_path}, not {class_path}")
+    return replace(state, optimizers=tuple(replace(found, class_path=class_path) for found in state.optimizers))
+
+
+# --- names --------------------------------------------------------------------------------------------------------
+
+
+def _resolve(names: Names | None, checkpoint: Checkpoint) -> tuple[Sequence[str] | Path | None, Checkpoint]:
+    """What was given to take names from: the names themselves, a folder of configs, or nothing but the checkpoint, into
+    which an adapter that was given goes as if it lay beside it."""
+    if not isinstance(names, (str, os.PathLike)):
+        return names, checkpoint
+    path = Path(names)
+    if path.is_dir():
+        if (path / "config.json").exists():
+            return path, checkpoint
+        path = path / ADAPTER
+    if not path.exists():
+        raise FileNotFoundError(f"{path}: no such file or folder to take names from")
+    if path.suffix != ".safetensors":
+        return read_names(path), checkpoint
+    weights = container.read_header(File(path)).tensors
+    config = path.with_name(ADAPTER_CONFIG)
+    return None, replace(checkpoint, weights=weights, configs={ADAPTER_CONFIG: config} if config.exists() else {})
+
+
+def _named(names: Sequence[str] | Path | None, checkpoint: Checkpoint, path: Path, rule: str | None) -> Checkpoint:
+    state, weights = checkpoint.state, checkpoint.weights
+    assert isinstance(state, PositionalState)
+    parameters: Sequence[Parameter | order.Described]
+    if isinstance(names, Path):
+        parameters, source = _rebuilt(names), "configs"
+    elif names is not None:
+        parameters, source, rule = _listed(state, names, checkpoint), "names", "listed"
+    elif state.names is not None:
+        parameters, source, rule = _listed(state, state.names, checkpoint), "checkpoint", "listed"
+    elif weights and ADAPTER_CONFIG in checkpoint.configs:
+        parameters, source = adapter_parameters(weights, config=_config(checkpoint)), "adapter"
+    elif "config.json" in checkpoint.configs:
+        parameters, source = _rebuilt(checkpoint.configs["config.json"].parent), "configs"
+    else:
+        raise MissingNamesError(
+            f"{path}: the state of {len(state.ids)} parameters stands under positions, and nothing beside it says "
+            "which parameter a position means; pass --names (names=) with a file of names in optimizer order, the "
+            "adapter file, or a folder with config.json and adapter_config.json"
+        )
+    return replace(checkpoint, state=order.decide(state, parameters, rule=rule, weights=weights or None, source=source))
+
+
+def _listed(state: PositionalState, names: Sequence[str], checkpoint: Checkpoint) -> list[Parameter]:
+    """Parameters for names in optimizer order: as the weights have them, else shaped as their slots are.
+
+    Keys of an adapter file are taken for the parameters that they stand for.
+    """
+    if len(names) != len(state.ids):
+        raise ConversionError(f"{len(names)} names for the state of {len(state.ids)} parameters")
+    config = _config(checkpoint)
+    parameters = []
+    for name, identity, shape in zip(names, state.ids, state.shapes(), strict=True):
+        key, adapter = (name, "default") if name in checkpoint.weights else peft_key(name) or (name, "")
+        tensor = checkpoint.weights.get(key)
+        if tensor is not None and ADAPTER_CONFIG in checkpoint.configs:
+            parameters += adapter_parameters({key: tensor}, adapter, config)
+        elif tensor is not None:
+            parameters.append(Parameter(name, tensor.shape, None, dtype=tensor.dtype))
+        elif shape is not None:
+            parameters.append(Parameter(name, shape, None))
+        else:
+            raise MissingNamesError(
+                f"'{name}' (id {identity}) has no slot that shows its shape; pass --names (names=) with the adapter "
+                "file or a folder with configs"
+            )
+    return parameters
+
+
+def _rebuilt(folder: Path) -> Sequence[order.Described]:
+    """The parameters of the model that the configs in a folder describe. Needs torch, transformers and peft."""
+    from lora_state_format.torch.rebuild import rebuild
+
+    return rebuild(folder)
+
+
+def _config(checkpoint: Checkpoint) -> Mapping[str, Any] | None:
+    """The parsed ``adapter_config.json``, if there is one."""
+    path = checkpoint.configs.get(ADAPTER_CONFIG)
+    if path is None:
+        return None
+    try:
+        config = json.loads(path.read_bytes())
+    except ValueError as error:
+        raise FileError(f"not JSON: {error}", path=path) from error
+    if not isinstance(config, dict):
+        raise FileError("not a JSON object", path=path)
+    return config
+
+
+# --- writing and the report ---------------------------------------------------------------------------------------
+
+
+def _paired(state: OptimizerState, weights: Mapping[str, Tensor]) -> OptimizerState:
+    """The state with a digest of each parameter's own bytes, where they are at hand."""
+    parameters = []
+    for parameter in state.parameters:
+        tensor = weights.get(parameter.keys.get("peft", parameter.name))
+        if parameter.weights is None and tensor is not None and tensor.shape == parameter.shape:
+            digest = Digest(ALGORITHM, tensor.dtype, container.hash_tensor(tensor))
+            parameter = replace(parameter, weights=digest)
+        parameters.append(parameter)
+    return replace(state, parameters=tuple(parameters))
+
+
+def _write(writer: Writer, state: OptimizerState, target: Path, force: bool, progress: Progress | None) -> str | None:
+    if writer.NAME != registry.NAMED:
+        writer.write(state, target, base=None, force=force)
+        return None
+    total, done = sum(tensor.size for tensor in tensors(state)), 0
+
+    def advance(size: int) -> None:
+        nonlocal done
+        done += size
+        if progress:
+            progress(done, total)
+
+    return container.write(state, target, force=force, progress=advance).digest
+
+
+def _notes(state: OptimizerState) -> list[str]:
+    notes = []
+    if idle := sum(parameter.state is None for parameter in state.parameters):
+        notes.append(f"{idle} parameters never took a step; they are kept as such")
+    if state.carried:
+        notes.append(f"{len(state.carried)} parameters with state are in no group; they stand behind the groups")
+    return notes
+
+
+def _warnings(target: Path) -> list[str]:
+    for beside in sorted(target.parent.glob("*.safetensors")):
+        if beside != target and not container.is_state(beside):
+            warning = (
+                f"{target} lies beside {beside.name}, and programs that serve a model load every .safetensors file in "
+                f"its folder as weights: {target.parent / 'training_state' / target.name} is a safe place"
+            )
+            return [warning]
+    return []
