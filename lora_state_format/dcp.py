@@ -1,0 +1,256 @@
+"""Folders of ``torch.distributed.checkpoint`` (DCP), read without torch.
+
+``.metadata`` is a pickle that lists every entry: its path in the state dict (``planner_data``, the only thing that may
+split a key, since names have dots), and for each chunk of it a file, an offset and a length (``storage_data``). At that
+place stands a small ``torch.save`` archive of its own, which is opened when its bytes are asked for. The layout is that
+of ``torch/distributed/checkpoint/{metadata,filesystem}.py``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path, PurePosixPath
+from typing import Any, Final
+
+from lora_state_format import pickles
+from lora_state_format.errors import FileError, RefusedError
+from lora_state_format.model import Box, Piece, Tensor, item_size
+from lora_state_format.pickles import Global, Record
+from lora_state_format.sources import File, Range, Source
+from lora_state_format.trees import member
+
+__all__ = ["Folder", "is_folder", "open_folder"]
+
+METADATA: Final = ".metadata"
+
+
+@dataclass(frozen=True)
+class Folder:
+    """What a folder holds: every entry by its path in the state dict, and the files behind it."""
+
+    entries: Mapping[tuple[Any, ...], Any]
+    files: tuple[File, ...]
+
+    def tree(self) -> dict[Any, Any]:
+        """The entries as nested dicts; the keys of what was a list are integers."""
+        root: dict[Any, Any] = {}
+        for path, value in self.entries.items():
+            node = root
+            for key in path[:-1]:
+                node = node.setdefault(key, {})
+            node[path[-1]] = value
+        return root
+
+    def close(self) -> None:
+        for file in self.files:
+            file.close()
+
+
+def is_folder(path: Path) -> bool:
+    """Whether a path is a folder that DCP wrote."""
+    return (path / METADATA).is_file()
+
+
+def open_folder(path: Path) -> Folder:
+    """The folder's entries, lazily: tensors as byte ranges, other values as they were pickled.
+
+    Raises ``FileError`` for a missing or truncated file and for chunks that do not make up a tensor, ``RefusedError``
+    for transformed (compressed) items.
+    """
+    meta = path / METADATA
+    if not meta.is_file():
+        raise FileError("missing: without it nothing says what the other files hold", path=meta)
+    with File(meta) as file:
+        root = pickles.load_plain(bytes(file.read(0, file.size)), meta)
+    described = _state(root, "state_dict_metadata", dict, meta)
+    paths = _fields(root, meta).get("planner_data") or {}
+    opened = _Files(path)
+    try:
+        chunks = _chunks(_state(root, "storage_data", dict, meta), opened, meta)
+        entries = {}
+        for key in [*(key for key in paths if key in described), *(key for key in described if key not in paths)]:
+            where = tuple(paths.get(key, (key,)))
+            if where in entries:
+                raise FileError(f"has two entries at {where}", path=meta)
+            entries[where] = _entry(key, described[key], chunks.get(key, {}), meta)
+        opened.check()
+    except BaseException:
+        opened.close()
+        raise
+    return Folder(entries, tuple(opened.files.values()))
+
+
+class _Files:
+    """The folder's data files, each opened once and known to hold all that is said to be in it."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.files: dict[str, File] = {}
+        self.ends: dict[str, int] = {}
+
+    def open(self, name: str, end: int) -> File:
+        if name not in self.files:
+            place = PurePosixPath(name)
+            if place.is_absolute() or ".." in place.parts:
+                raise RefusedError(f"points at a file outside the folder: {name!r}", path=self.folder / METADATA)
+            if not (self.folder / name).is_file():
+                raise FileError("missing: .metadata says that it holds a part of the state", path=self.folder / name)
+            self.files[name] = File(self.folder / name)
+        self.ends[name] = max(end, self.ends.get(name, 0))
+        return self.files[name]
+
+    def check(self) -> None:
+        for name, file in self.files.items():
+            if file.size < self.ends[name]:
+                raise FileError(
+                    f"is cut short: {file.size} bytes, where .metadata says {self.ends[name]}", path=file.path
+                )
+
+    def close(self) -> None:
+        for file in self.files.values():
+            file.close()
+
+
+@dataclass(frozen=True, slots=True)
+class _Place:
+    """Where an item's archive lies."""
+
+    key: str
+    file: File
+    offset: int
+    length: int
+
+    def value(self) -> Any:
+        try:
+            return pickles.load(Range(self.file, self.offset, self.length), self.file.path).value
+        except RefusedError:
+            raise
+        except FileError as error:
+            raise FileError(
+                f"the item '{self.key}' at byte {self.offset}: {error.detail}", path=self.file.path
+            ) from None
+
+
+class _Item:
+    """The bytes of one chunk of a tensor: they lie in a ``torch.save`` archive, which lies at a place in a file."""
+
+    def __init__(self, place: _Place, dtype: str, shape: tuple[int, ...]) -> None:
+        self.place = place
+        self.dtype = dtype
+        self.shape = shape
+        self.size = prod(shape) * item_size(dtype)
+        self.name = f"the item '{place.key}' at byte {place.offset}"
+        self._opened: Source | None = None
+
+    @property
+    def crc32(self) -> int | None:
+        return self._source().crc32
+
+    def readinto(self, offset: int, out: memoryview) -> None:
+        self._source().readinto(offset, out)
+
+    def view(self, offset: int, size: int) -> memoryview | None:
+        return None
+
+    def _source(self) -> Source:
+        """The archive's member, which states a CRC, where it holds exactly the tensor in C order; else the tensor."""
+        if self._opened is None:
+            tensor = self.place.value()
+            if not isinstance(tensor, Tensor) or (tensor.dtype, tensor.shape) != (self.dtype, self.shape):
+                held = f"{tensor.dtype} {list(tensor.shape)}" if isinstance(tensor, Tensor) else type(tensor).__name__
+                raise FileError(
+                    f"{self.name} is {held}, where .metadata says {self.dtype} {list(self.shape)}",
+                    path=self.place.file.path,
+                )
+            runs = tensor.runs or ()
+            whole = len(runs) == 1 and runs[0].offset == 0 and runs[0].source.size == self.size
+            self._opened = runs[0].source if whole else tensor
+        return self._opened
+
+
+def _fields(record: Any, path: object) -> Mapping[str, Any]:
+    """A dataclass's fields."""
+    if isinstance(record, Record) and isinstance(record.state, dict):
+        return record.state
+    raise FileError(f"has a {type(record).__name__} where an object with fields is expected", path=path)
+
+
+def _state(record: Any, key: str, kind: Any, path: object) -> Any:
+    return member(_fields(record, path), key, kind, path)
+
+
+def _chunks(storage: Mapping[Any, Any], files: _Files, path: object) -> dict[str, dict[tuple[int, ...] | None, _Place]]:
+    """Every chunk's place by the entry's key and the chunk's offsets."""
+    found: dict[str, dict[tuple[int, ...] | None, _Place]] = {}
+    for index, info in storage.items():
+        key = _state(index, "fqn", str, path)
+        offsets = _fields(index, path).get("offset")
+        if _fields(info, path).get("transform_descriptors"):
+            raise RefusedError(
+                f"'{key}' is stored transformed ({_fields(info, path)['transform_descriptors']})", path=path
+            )
+        start, length = _state(info, "offset", int, path), _state(info, "length", int, path)
+        if start < 0 or length < 0:
+            raise FileError(f"places '{key}' at byte {start}, {length} bytes long", path=path)
+        file = files.open(_state(info, "relative_path", str, path), start + length)
+        where = tuple(offsets) if offsets is not None else None
+        if where in found.setdefault(key, {}):
+            raise FileError(f"has two chunks of '{key}' at {where}", path=path)
+        found[key][where] = _Place(key, file, start, length)
+    return found
+
+
+def _entry(key: str, described: Any, places: Mapping[tuple[int, ...] | None, _Place], path: object) -> Any:
+    if not isinstance(described, Record) or described.name not in ("TensorStorageMetadata", "BytesStorageMetadata"):
+        raise FileError(f"describes '{key}' in a way that is not known", path=path)
+    if described.name == "BytesStorageMetadata":
+        if list(places) != [None]:
+            raise FileError(f"has {len(places)} places for '{key}', which is one value", path=path)
+        return places[None].value()
+    dtype = _dtype(_state(described, "properties", Record, path), path)
+    shape = tuple(_state(described, "size", (list, tuple), path))
+    pieces = []
+    for chunk in _state(described, "chunks", list, path):
+        start, extent = tuple(_state(chunk, "offsets", tuple, path)), tuple(_state(chunk, "sizes", tuple, path))
+        if not prod(extent):
+            continue
+        if start not in places:
+            raise FileError(f"has no place for the chunk of '{key}' at {list(start)}", path=path)
+        if len(start) != len(shape) or any(
+            not 0 <= a <= a + n <= d for a, n, d in zip(start, extent, shape, strict=True)
+        ):
+            raise FileError(f"has a chunk {list(extent)} of '{key}' at {list(start)}, outside {list(shape)}", path=path)
+        pieces.append(Piece(_Item(places[start], dtype, extent), 0, Box(start, extent)))
+    held = sum(prod(piece.where.shape) for piece in pieces if isinstance(piece.where, Box))
+    if held != prod(shape) or _overlap([piece.where for piece in pieces if isinstance(piece.where, Box)]):
+        raise FileError(f"has chunks of '{key}' that do not make up {list(shape)}", path=path)
+    return Tensor(dtype, shape, tuple(pieces))
+
+
+def _dtype(properties: Record, path: object) -> str:
+    state = properties.state
+    dtype = state[0] if isinstance(state, tuple) and state else state.get("dtype") if isinstance(state, dict) else None
+    name = pickles._SAFETENSORS.get(dtype.name) if isinstance(dtype, Global) else None
+    if name is None:
+        raise RefusedError(f"a tensor of type {dtype}", path=path)
+    return name
+
+
+def _overlap(boxes: Sequence[Box]) -> bool:
+    """Whether any two boxes share an element. Sweeps along the axis with the most different starts."""
+    if len(boxes) < 2:
+        return False
+    axis = max(range(len(boxes[0].start)), key=lambda a: len({box.start[a] for box in boxes}))
+    ordered = sorted(boxes, key=lambda box: box.start[axis])
+    for i, box in enumerate(ordered):
+        for other in ordered[i + 1 :]:
+            if other.start[axis] >= box.start[axis] + box.shape[axis]:
+                break
+            if all(
+                a < b + m and b < a + n
+                for a, n, b, m in zip(box.start, box.shape, other.start, other.shape, strict=True)
+            ):
+                return True
+    return False

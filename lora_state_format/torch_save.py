@@ -1,0 +1,224 @@
+"""Files that ``torch.load(weights_only=True)`` reads, written without torch, tensors streamed.
+
+The archive is torch's: stored zip members ``data.pkl``, ``byteorder``, ``version`` and one per tensor, whose bytes
+start at multiples of 64. The pickle is of protocol 2 and holds plain values, tensors, and the objects that a ``Record``
+stands for.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, Final
+
+from lora_state_format.atomic import TemporaryFile
+from lora_state_format.crc import Ledger, crc32
+from lora_state_format.errors import TargetExistsError, UnrepresentableError
+from lora_state_format.model import CHUNK, Scalar, Slot, Tensor, c_strides, contiguous
+from lora_state_format.pickles import Global, Record
+from lora_state_format.sources import Memory
+
+__all__ = ["archive", "dumps", "save"]
+
+ALIGNMENT: Final = 64
+_STREAMED: Final = 0x0808  # sizes and CRC follow the data; names are UTF-8
+_BIG: Final = 0xFFFFFFFF
+
+_STORAGES: Final = {
+    "BOOL": "BoolStorage", "U8": "ByteStorage", "I8": "CharStorage", "I16": "ShortStorage", "I32": "IntStorage",
+    "I64": "LongStorage", "F16": "HalfStorage", "BF16": "BFloat16Storage", "F32": "FloatStorage",
+    "F64": "DoubleStorage", "C64": "ComplexFloatStorage",
+}  # fmt: skip
+"""dtype -> torch's class for storages of it."""
+
+_UNTYPED: Final = {
+    "U16": "uint16", "U32": "uint32", "U64": "uint64", "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2",
+    "F8_E8M0": "float8_e8m0fnu", "F8_E4M3FNUZ": "float8_e4m3fnuz", "F8_E5M2FNUZ": "float8_e5m2fnuz",
+}  # fmt: skip
+"""dtype -> torch's name, for those that torch saves in untyped storages."""
+
+
+def save(value: Any, path: Path, *, force: bool = False) -> None:
+    """Write one file, whole or not at all. Raises ``TargetExistsError``, and what ``archive`` raises."""
+    if path.exists() and not force:
+        raise TargetExistsError(f"{path} exists; pass force=True (--force) to replace it")
+    ledger = Ledger()
+    with TemporaryFile(path) as file:
+        position = 0
+        for chunk in archive(value, ledger):
+            file.write(position, chunk)
+            position += len(chunk)
+        ledger.check()
+        file.finish(b"")
+        file.commit(path)
+
+
+def archive(value: Any, ledger: Ledger, root: str = "archive") -> Iterator[bytes | memoryview]:
+    """The archive's bytes in order; each chunk is valid until the next is asked for.
+
+    The CRCs that the tensors' sources state are noted in ``ledger``. Raises ``UnrepresentableError`` for a value
+    that torch could not load back.
+    """
+    pickler = _Pickler()
+    data = pickler.dump(value)
+    small = {"data.pkl": data, "byteorder": b"little", "version": b"3\n"}
+    members = {name: contiguous("U8", (len(content),), Memory(content)) for name, content in small.items()}
+    members |= {f"data/{key}": tensor for key, tensor in enumerate(pickler.tensors)}
+    buffer = memoryview(bytearray(CHUNK))
+    position = 0
+    directory = []
+    for name, tensor in members.items():
+        encoded = f"{root}/{name}".encode()
+        big = tensor.size >= _BIG
+        extra = struct.pack("<2H2Q", 1, 16, 0, 0) if big else b""
+        padding = -(position + 30 + len(encoded) + len(extra) + 4) % ALIGNMENT
+        extra += struct.pack("<2s H", b"FB", padding) + b"Z" * padding
+        start = position
+        yield (
+            struct.pack("<4s5H3L2H", b"PK\3\4", 0, _STREAMED, 0, 0, 0, 0, 0, 0, len(encoded), len(extra))
+            + encoded
+            + extra
+        )
+        crc = 0
+        for chunk in ledger.chunks(tensor, buffer):
+            crc = crc32(chunk, crc)
+            yield chunk
+        yield struct.pack("<4sL2Q" if big else "<4s3L", b"PK\7\10", crc, tensor.size, tensor.size)
+        position += 30 + len(encoded) + len(extra) + tensor.size + (24 if big else 16)
+        directory.append((encoded, start, tensor.size, crc))
+    yield _directory(directory, position)
+
+
+def _directory(members: list[tuple[bytes, int, int, int]], start: int) -> bytes:
+    """The central directory and the records behind it."""
+    result = bytearray()
+    for name, offset, size, crc in members:
+        wide = [value for value in (size, size, offset) if value >= _BIG]
+        extra = struct.pack(f"<2H{len(wide)}Q", 1, 8 * len(wide), *wide) if wide else b""
+        shown = min(size, _BIG)
+        result += struct.pack(
+            "<4s6H3L5H2L", b"PK\1\2", 0, 0, _STREAMED, 0, 0, 0, crc, shown, shown,
+            len(name), len(extra), 0, 0, 0, 0, min(offset, _BIG),
+        )  # fmt: skip
+        result += name + extra
+    count, size, end = len(members), len(result), start + len(result)
+    if count >= 0xFFFF or start >= _BIG or size >= _BIG:
+        result += struct.pack("<4sQ2H2L4Q", b"PK\6\6", 44, 45, 45, 0, 0, count, count, size, start)
+        result += struct.pack("<4sLQL", b"PK\6\7", 0, end, 1)
+    few = min(count, 0xFFFF)
+    result += struct.pack("<4s4H2LH", b"PK\5\6", 0, 0, few, few, min(size, _BIG), min(start, _BIG), 0)
+    return bytes(result)
+
+
+def dumps(value: Any) -> bytes:
+    """A pickle of values without tensors: DCP's ``.metadata``, for one."""
+    pickler = _Pickler()
+    data = pickler.dump(value)
+    if pickler.tensors:
+        raise UnrepresentableError("a tensor in a pickle that has no storages")
+    return data
+
+
+class _Pickler:
+    """Protocol 2, no memo: what is referred to twice is written twice, but a tensor's storage only once."""
+
+    def __init__(self) -> None:
+        self.tensors: list[Tensor] = []
+        self.keys: dict[int, int] = {}
+
+    def dump(self, value: Any) -> bytes:
+        out = bytearray(b"\x80\x02")
+        self._write(value, out)
+        return bytes(out + b".")
+
+    def _write(self, value: Any, out: bytearray) -> None:
+        match value:
+            case None:
+                out += b"N"
+            case bool():
+                out += b"\x88" if value else b"\x89"
+            case int():
+                out += _integer(value)
+            case float():
+                out += b"G" + struct.pack(">d", value)
+            case str():
+                text = value.encode()
+                out += b"X" + struct.pack("<L", len(text)) + text
+            case bytes():
+                # Protocol 2 has no bytes: this is how pickle itself writes them.
+                self._write(Record("_codecs", "encode", (value.decode("latin-1"), "latin1")), out)
+            case Slot():
+                self._write(value.tensor, out)
+            case Scalar():
+                self._write(contiguous(value.dtype, (), Memory(value.data)), out)
+            case Tensor():
+                self._tensor(value, out)
+            case tuple():
+                self._tuple(value, out)
+            case list():
+                out += b"](" if value else b"]"
+                for item in value:
+                    self._write(item, out)
+                out += b"e" if value else b""
+            case Mapping():
+                out += b"}(" if value else b"}"
+                for key, item in value.items():
+                    self._write(key, out)
+                    self._write(item, out)
+                out += b"u" if value else b""
+            case Global():
+                out += f"c{value.module}\n{value.name}\n".encode()
+            case Record():
+                out += f"c{value.module}\n{value.name}\n".encode()
+                self._tuple(value.args, out)
+                if value.state is None:
+                    out += b"R"
+                else:
+                    out += b"\x81"
+                    self._write(value.state, out)
+                    out += b"b"
+            case _:
+                raise UnrepresentableError(f"a {type(value).__name__} cannot be written into a file that torch loads")
+
+    def _tuple(self, values: tuple[Any, ...], out: bytearray) -> None:
+        out += b"(" if len(values) > 3 else b""
+        for item in values:
+            self._write(item, out)
+        out += (b")", b"\x85", b"\x86", b"\x87")[len(values)] if len(values) <= 3 else b"t"
+
+    def _tensor(self, tensor: Tensor, out: bytearray) -> None:
+        key = self.keys.setdefault(id(tensor), len(self.tensors))
+        if key == len(self.tensors):
+            self.tensors.append(tensor)
+        untyped = _UNTYPED.get(tensor.dtype)
+        if untyped is None and tensor.dtype not in _STORAGES:
+            raise UnrepresentableError(f"torch has no storage for {tensor.dtype}")
+        out += f"ctorch._utils\n_rebuild_tensor_v{3 if untyped else 2}\n(".encode()
+        self._tuple(
+            (
+                "storage",
+                Global(
+                    "torch.storage" if untyped else "torch", "UntypedStorage" if untyped else _STORAGES[tensor.dtype]
+                ),
+                str(key),
+                "cpu",
+                tensor.size if untyped else tensor.count,
+            ),
+            out,
+        )
+        out += b"Q"
+        for part in (0, tensor.shape, c_strides(tensor.shape), False, Record("collections", "OrderedDict")):
+            self._write(part, out)
+        if untyped:
+            self._write(Global("torch", untyped), out)
+        out += b"tR"
+
+
+def _integer(value: int) -> bytes:
+    if 0 <= value < 256:
+        return b"K" + bytes([value])
+    if -(1 << 31) <= value < 1 << 31:
+        return b"J" + struct.pack("<i", value)
+    data = value.to_bytes((value.bit_length() + 8) // 8, "little", signed=True)
+    return b"\x8a" + bytes([len(data)]) + data

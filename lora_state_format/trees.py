@@ -1,0 +1,43 @@
+"""Values out of a foreign checkpoint: nothing about their form can be taken for granted."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, TypeVar, overload
+
+from lora_state_format.errors import FileError, OptionError
+
+__all__ = ["check_options", "member"]
+
+T = TypeVar("T")
+
+
+@overload
+def member(tree: Any, key: Any, kind: type[T], path: object) -> T: ...
+@overload
+def member(tree: Any, key: Any, kind: tuple[type, ...], path: object) -> Any: ...
+def member(tree: Any, key: Any, kind: Any, path: object) -> Any:
+    """``tree[key]``, which has to be there and of one of the given types. Raises ``FileError`` for the file ``path``.
+
+    A negative index is refused, and ``bool`` is no ``int``.
+    """
+    try:
+        if isinstance(tree, list) and key < 0:
+            raise IndexError
+        value = tree[key]
+    except (LookupError, TypeError):
+        raise FileError(f"has no {key!r} where one is expected, in a {type(tree).__name__}", path=path) from None
+    if not isinstance(value, kind) or (
+        isinstance(value, bool) and bool not in (kind if type(kind) is tuple else (kind,))
+    ):
+        kinds = " or ".join(k.__name__ for k in (kind if isinstance(kind, tuple) else (kind,)))
+        raise FileError(f"{key!r} is a {type(value).__name__}, where {kinds} is expected", path=path)
+    return value
+
+
+def check_options(options: Mapping[str, Any], known: Mapping[str, str], converter: str) -> None:
+    """Raise ``OptionError`` for an option that a converter does not have. ``known`` says what each one does."""
+    for name in options:
+        if name not in known:
+            offered = "; ".join(f"{option} ({meaning})" for option, meaning in known.items()) or "none"
+            raise OptionError(f"{converter} has no option '{name}'; it has: {offered}")
