@@ -10,6 +10,7 @@ Memory and time grow with the pickle's size and are bounded by the constants bel
 
 from __future__ import annotations
 
+import gc
 import math
 import struct
 from collections.abc import Callable, Mapping, Sequence
@@ -26,8 +27,11 @@ __all__ = ["Global", "NumpyScalar", "Pickled", "Record", "array", "load", "load_
 MAX_PICKLE: Final = 48 << 20
 """Bytes of one pickle; an Adam state of 100,000 parameters has 33 MB."""
 
-MAX_BUILT: Final = 8_000_000
+MAX_BUILT: Final = 5_000_000
 """Objects that a pickle may build, those of some size counted several times: about 400 MB."""
+
+CHECKED: Final = 1 << 16
+"""Bytes of a pickle between two looks at ``MAX_BUILT``."""
 
 MAX_DEPTH: Final = 200
 """How deep values may be nested in each other, and marks on the stack."""
@@ -63,7 +67,6 @@ _F64 = struct.Struct(">d")
     b"(.012GJKM\x8a\x8bTUX\x8c\x8dBC\x8e\x96N\x88\x89)t\x85\x86\x87]lae}dsu\x8f\x90\x91hjqr\x94c\x93Rb\x81\x92Q\x80\x95"
 )  # fmt: skip
 
-_PUT: Final = frozenset((LONG_BINPUT, BINPUT, MEMOIZE))
 _TEXT: Final = frozenset((BINUNICODE, SHORT_BINUNICODE))
 _SIZED: Final = {  # opcode -> bytes of its length
     BINSTRING: 4, SHORT_BINSTRING: 1, BINUNICODE8: 8, BINBYTES: 4, SHORT_BINBYTES: 1, BINBYTES8: 8, BYTEARRAY8: 8,
@@ -111,7 +114,7 @@ class Pickled:
     storages: Mapping[str, Range]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class _Storage:
     """``count`` elements of ``width`` bytes; ``dtype`` is torch's name."""
 
@@ -143,254 +146,258 @@ class _Machine:
         self.storages: dict[str, Range] = {}
         self.widths: dict[str, int] = {}
         self.protocol = 0
-        self._layouts: dict[Any, tuple[Box, tuple[int, ...] | None, int]] = {}
-        self._built = 0
+        self._layouts: dict[Any, tuple[Box, tuple[int, ...] | None, int, int]] = {}
         self._odd_keys = 0
         self._at = 0
 
     def run(self, start: int = 0) -> tuple[Any, int]:
         """The value of the pickle that starts at byte ``start``, and the byte behind its end."""
-        self._at = start
+        # Nothing that is built here is garbage before the end, and looking for it again and again takes half the time.
+        collecting = gc.isenabled()
+        gc.disable()
         try:
             value, end = self._run(start)
             if type(value) in _NESTING and _measure(value, {}, 0)[0] > MAX_TREE:
-                raise self.error(f"the pickle unfolds to more than {MAX_TREE} values")
-        except FileError:
-            raise
+                raise FileError(f"the pickle unfolds to more than {MAX_TREE} values")
+            return value, end
+        except _CutShortError as error:
+            raise _CutShortError(f"the pickle in {self.where} is cut short", path=self.path) from error
+        except FileError as error:
+            if error.path is not None:
+                raise
+            done = "; nothing was run" if isinstance(error, RefusedError) else ""
+            detail = f"{error.detail}, at byte {self._at} of {self.where}{done}"
+            raise type(error)(detail, path=self.path) from None
         except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError, struct.error) as error:
             if self._at + 9 > len(self.data):
-                raise self._cut_short() from None
-            raise self.error("the pickle is not well-formed") from error
-        return value, end
-
-    def error(self, detail: str, kind: type[FileError] = FileError) -> FileError:
-        return kind(f"{detail} at byte {self._at} of {self.where}", path=self.path)
-
-    def _cut_short(self) -> FileError:
-        return _CutShortError(f"the pickle in {self.where} is cut short at byte {len(self.data)}", path=self.path)
+                raise _CutShortError(f"the pickle in {self.where} is cut short", path=self.path) from error
+            detail = f"the pickle is not well-formed, at byte {self._at} of {self.where}"
+            raise FileError(detail, path=self.path) from error
+        finally:
+            if collecting:
+                gc.enable()
 
     def _run(self, i: int) -> tuple[Any, int]:
         data, end = self.data, len(self.data)
+        u32 = _U32.unpack_from
         stack: list[Any] = []
         marks: list[list[Any]] = []
         memo: list[Any] = []
-        while i < end:
-            self._at = i
-            op = data[i]
-            i += 1
-            if op == BINGET:
-                stack.append(memo[data[i]])
-                i += 1
-            elif op in _PUT:
-                if op == LONG_BINPUT:
-                    index = _U32.unpack_from(data, i)[0]
-                    i += 4
-                elif op == BINPUT:
-                    index = data[i]
+        built = at = 0
+        try:
+            while i < end:
+                if built > MAX_BUILT:
+                    raise FileError(f"the pickle builds more than {MAX_BUILT} objects")
+                # One object comes of at most each byte, so that looking now and then is enough. The order of the
+                # branches is that of their frequency.
+                stop = min(end, i + CHECKED)
+                while i < stop:
+                    at = i
+                    op = data[i]
                     i += 1
-                else:
-                    index = len(memo)
-                if index == len(memo):
-                    memo.append(stack[-1])
-                elif index < len(memo):
-                    memo[index] = stack[-1]
-                else:
-                    raise self.error(f"memo entry {index} is written before {len(memo)}")
-            elif op == MARK:
-                if len(marks) == MAX_DEPTH:
-                    raise self.error(f"more than {MAX_DEPTH} open marks")
-                marks.append(stack)
-                stack = []
-            elif op == TUPLE:
-                self._built += 1
-                value: Any = tuple(stack)
-                stack = marks.pop()
-                stack.append(value)
-            elif op == BININT1:
-                stack.append(data[i])
-                i += 1
-            elif op == TUPLE2:
-                self._built += 1
-                value = stack.pop()
-                stack[-1] = (stack[-1], value)
-            elif op == REDUCE:
-                args = stack.pop()
-                stack[-1] = self.call(stack[-1], args)
-            elif op in _TEXT:
-                if op == BINUNICODE:
-                    size = _U32.unpack_from(data, i)[0]
-                    i += 4
-                else:
-                    size = data[i]
-                    i += 1
-                if i + size > end:
-                    raise self._cut_short()
-                stack.append(data[i : i + size].decode())
-                i += size
-            elif op == LONG_BINGET:
-                stack.append(memo[_U32.unpack_from(data, i)[0]])
-                i += 4
-            elif op == BINPERSID:
-                stack[-1] = self._storage(stack[-1])
-            elif op == NEWFALSE:
-                stack.append(False)
-            elif op == EMPTY_TUPLE:
-                stack.append(())
-            elif op == BININT2:
-                stack.append(_U16.unpack_from(data, i)[0])
-                i += 2
-            elif op == BININT:
-                stack.append(_I32.unpack_from(data, i)[0])
-                i += 4
-            elif op == TUPLE1:
-                self._built += 1
-                stack[-1] = (stack[-1],)
-            elif op == EMPTY_DICT:
-                self._built += 1
-                stack.append({})
-            elif op == SETITEMS:
-                items = stack
-                stack = marks.pop()
-                self.set(stack[-1], items)
-            elif op == TUPLE3:
-                self._built += 1
-                third, second = stack.pop(), stack.pop()
-                stack[-1] = (stack[-1], second, third)
-            elif op == SETITEM:
-                value, key = stack.pop(), stack.pop()
-                self.set(stack[-1], (key, value))
-            elif op == BINFLOAT:
-                stack.append(_F64.unpack_from(data, i)[0])
-                i += 8
-            elif op == EMPTY_LIST:
-                self._built += 1
-                stack.append([])
-            elif op == APPENDS:
-                items = stack
-                stack = marks.pop()
-                self._append(stack[-1], items)
-            elif op == APPEND:
-                value = stack.pop()
-                self._append(stack[-1], (value,))
-            elif op == NEWTRUE:
-                stack.append(True)
-            elif op == NONE:
-                stack.append(None)
-            elif op == GLOBAL:
-                words = []
-                for _ in range(2):
-                    stop = data.find(b"\n", i, i + MAX_NAME)
-                    if stop < 0:
-                        raise self.error("a global has no name") if i + MAX_NAME <= end else self._cut_short()
-                    words.append(data[i:stop].decode())
-                    i = stop + 1
-                stack.append(self._global(*words))
-            elif op == STACK_GLOBAL:
-                name = stack.pop()
-                stack[-1] = self._global(stack[-1], name)
-            elif op == NEWOBJ:
-                args = stack.pop()
-                stack[-1] = self.call(stack[-1], args)
-            elif op == BUILD:
-                value = stack.pop()
-                if type(stack[-1]) is Record:
-                    stack[-1].state = value
-                elif type(stack[-1]) is not dict:  # an OrderedDict's attributes, a state_dict's _metadata: not kept
-                    raise self.error("the pickle sets the state of something that has none")
-            elif op in _SIZED:
-                width = _SIZED[op]
-                size = int.from_bytes(data[i : i + width], "little")
-                i += width
-                if i + size > end:
-                    raise self._cut_short()
-                stack.append(self._blob(op, data[i : i + size]))
-                i += size
-            elif op == PROTO:
-                self.protocol = data[i]
-                i += 1
-                if not 2 <= self.protocol <= 5:
-                    raise self.error(f"pickle protocol {self.protocol} is not one of 2 to 5")
-            elif op == FRAME:
-                if i + 8 + _U64.unpack_from(data, i)[0] > end:
-                    raise self._cut_short()
-                i += 8
-            elif op == EMPTY_SET:
-                self._built += 3
-                stack.append(set())
-            elif op in (ADDITEMS, FROZENSET):
-                items = stack
-                stack = marks.pop()
-                self._built += 3
-                self.check_keys(items)
-                if op == ADDITEMS:
-                    stack[-1].update(items)
-                else:
-                    stack.append(frozenset(items))
-            elif op in (LIST, DICT):
-                items = stack
-                stack = marks.pop()
-                stack.append([] if op == LIST else {})
-                (self._append if op == LIST else self.set)(stack[-1], items)
-            elif op == NEWOBJ_EX:
-                options, args = stack.pop(), stack.pop()
-                stack[-1] = self.call(stack[-1], (*args, options) if options else args)
-            elif op == POP:
-                stack.pop()
-            elif op == POP_MARK:
-                stack = marks.pop()
-            elif op == DUP:
-                stack.append(stack[-1])
-            elif op == STOP:
-                if len(stack) != 1 or marks:
-                    raise self.error("the pickle stops with more than one value")
-                return stack[0], i
-            else:
-                raise self.error(f"pickle opcode {bytes([op])!r} is not read")
-            if self._built > MAX_BUILT:
-                raise self.error(f"the pickle builds more than {MAX_BUILT} objects")
-        raise self._cut_short()
-
-    def _global(self, module: Any, name: Any) -> Global:
-        known = GLOBALS.get((module, name))
-        if known is None:
-            raise RefusedError(
-                f"pickle global {f'{module}.{name}'[:MAX_NAME]!r} at byte {self._at} of {self.where} refused; "
-                "nothing was run",
-                path=self.path,
-            )
-        return known
+                    if op == LONG_BINPUT:
+                        if u32(data, i)[0] == len(memo):
+                            memo.append(stack[-1])
+                        else:
+                            _put(memo, u32(data, i)[0], stack[-1])
+                        i += 4
+                    elif op == BINGET:
+                        stack.append(memo[data[i]])
+                        i += 1
+                    elif op == BININT1:
+                        stack.append(data[i])
+                        i += 1
+                    elif op == MARK:
+                        if len(marks) == MAX_DEPTH:
+                            raise FileError(f"more than {MAX_DEPTH} open marks")
+                        marks.append(stack)
+                        stack = []
+                    elif op == TUPLE:
+                        built += 1
+                        value: Any = tuple(stack)
+                        stack = marks.pop()
+                        stack.append(value)
+                    elif op == REDUCE:
+                        built += 3
+                        value = stack.pop()
+                        stack[-1] = self.call(stack[-1], value)
+                    elif op == EMPTY_TUPLE:
+                        stack.append(())
+                    elif op == TUPLE2:
+                        built += 1
+                        value = stack.pop()
+                        stack[-1] = (stack[-1], value)
+                    elif op == MEMOIZE:
+                        memo.append(stack[-1])
+                    elif op in _TEXT:
+                        if op == BINUNICODE:
+                            size = u32(data, i)[0]
+                            i += 4
+                        else:
+                            size = data[i]
+                            i += 1
+                        value = data[i : i + size]
+                        i += size
+                        if i > end:
+                            raise _CutShortError("")
+                        stack.append(value.decode())
+                    elif op == BINPERSID:
+                        built += 2
+                        stack[-1] = self._storage(stack[-1])
+                    elif op == NEWFALSE:
+                        stack.append(False)
+                    elif op == BININT2:
+                        stack.append(data[i] | data[i + 1] << 8)
+                        i += 2
+                    elif op == BININT:
+                        stack.append(_I32.unpack_from(data, i)[0])
+                        i += 4
+                    elif op == LONG_BINGET:
+                        stack.append(memo[u32(data, i)[0]])
+                        i += 4
+                    elif op == EMPTY_DICT:
+                        built += 1
+                        stack.append({})
+                    elif op == SETITEMS:
+                        items = stack
+                        stack = marks.pop()
+                        self.set(stack[-1], items)
+                    elif op == TUPLE1:
+                        built += 1
+                        stack[-1] = (stack[-1],)
+                    elif op == TUPLE3:
+                        built += 1
+                        third, second = stack.pop(), stack.pop()
+                        stack[-1] = (stack[-1], second, third)
+                    elif op == BINPUT:
+                        _put(memo, data[i], stack[-1])
+                        i += 1
+                    elif op == SETITEM:
+                        value, key = stack.pop(), stack.pop()
+                        self.set(stack[-1], (key, value))
+                    elif op == BINFLOAT:
+                        stack.append(_F64.unpack_from(data, i)[0])
+                        i += 8
+                    elif op == EMPTY_LIST:
+                        built += 1
+                        stack.append([])
+                    elif op == APPENDS:
+                        items = stack
+                        stack = marks.pop()
+                        _append(stack[-1], items)
+                    elif op == APPEND:
+                        value = stack.pop()
+                        _append(stack[-1], (value,))
+                    elif op == NEWTRUE:
+                        stack.append(True)
+                    elif op == NONE:
+                        stack.append(None)
+                    elif op == GLOBAL:
+                        words = data[i : i + 2 * MAX_NAME].split(b"\n", 2)
+                        if len(words) < 3:
+                            raise FileError("a global has no name") if i + 2 * MAX_NAME <= end else _CutShortError("")
+                        i += len(words[0]) + len(words[1]) + 2
+                        stack.append(_global(words[0].decode(), words[1].decode()))
+                    elif op == STACK_GLOBAL:
+                        value = stack.pop()
+                        stack[-1] = _global(stack[-1], value)
+                    elif op == NEWOBJ:
+                        built += 3
+                        value = stack.pop()
+                        stack[-1] = self.call(stack[-1], value)
+                    elif op == NEWOBJ_EX:
+                        built += 3
+                        options, value = stack.pop(), stack.pop()
+                        stack[-1] = self.call(stack[-1], (*value, options) if options else value)
+                    elif op == BUILD:
+                        value = stack.pop()
+                        if type(stack[-1]) is Record:
+                            stack[-1].state = value
+                        elif type(stack[-1]) is not dict:  # the attributes of an OrderedDict are not kept
+                            raise FileError("the pickle sets the state of something that has none")
+                    elif op in _SIZED:
+                        width = _SIZED[op]
+                        size = int.from_bytes(data[i : i + width], "little")
+                        value = data[i + width : i + width + size]
+                        i += width + size
+                        if i > end:
+                            raise _CutShortError("")
+                        built += len(value) >> 6
+                        stack.append(self._sized(op, value))
+                    elif op == PROTO:
+                        self.protocol = data[i]
+                        i += 1
+                        if not 2 <= self.protocol <= 5:
+                            raise FileError(f"pickle protocol {self.protocol} is not one of 2 to 5")
+                    elif op == FRAME:
+                        i += 8
+                        if i + _U64.unpack_from(data, i - 8)[0] > end:
+                            raise _CutShortError("")
+                    elif op == EMPTY_SET:
+                        built += 3
+                        stack.append(set())
+                    elif op == ADDITEMS:
+                        items = stack
+                        stack = marks.pop()
+                        self.check_keys(items)
+                        stack[-1].update(items)
+                    elif op == FROZENSET:
+                        built += 3
+                        items = stack
+                        stack = marks.pop()
+                        self.check_keys(items)
+                        stack.append(frozenset(items))
+                    elif op == LIST:
+                        built += 1
+                        items = stack
+                        stack = marks.pop()
+                        stack.append(items)
+                    elif op == DICT:
+                        built += 1
+                        items = stack
+                        stack = marks.pop()
+                        stack.append({})
+                        self.set(stack[-1], items)
+                    elif op == POP:
+                        stack.pop()
+                    elif op == POP_MARK:
+                        stack = marks.pop()
+                    elif op == DUP:
+                        stack.append(stack[-1])
+                    elif op == STOP:
+                        if len(stack) != 1 or marks:
+                            raise FileError(f"the pickle stops with {len(stack)} values")
+                        return stack[0], i
+                    else:
+                        raise FileError(f"pickle opcode {bytes([op])!r} is not read")
+            raise _CutShortError("")
+        finally:
+            self._at = at
 
     def call(self, function: Any, args: Any) -> Any:
         if type(function) is not Global or type(args) is not tuple:
-            raise self.error("the pickle calls something that is no global")
+            raise FileError("the pickle calls something that is no global")
         if function.call is None:
-            self._built += 2
             return Record(function.module, function.name, args)
-        self._built += 5
         return function.call(self, *args)
 
     def set(self, target: Any, items: Sequence[Any]) -> None:
         if type(target) is not dict or len(items) % 2:
-            raise self.error("the pickle sets items of something that is no dict")
+            raise FileError("the pickle sets items of something that is no dict")
         keys = items[::2]
         self.check_keys(keys)
         target.update(zip(keys, items[1::2], strict=True))
 
-    def _append(self, target: Any, items: Sequence[Any]) -> None:
-        if type(target) is not list:
-            raise self.error("the pickle appends to something that is no list")
-        target.extend(items)
-
     def check_keys(self, keys: Sequence[Any]) -> None:
         self._odd_keys += sum(type(key) is tuple for key in keys)
         if self._odd_keys > MAX_ODD_KEYS:
-            raise self.error(f"more than {MAX_ODD_KEYS} tuples or huge integers as keys")
+            raise FileError(f"more than {MAX_ODD_KEYS} tuples or huge integers as keys")
 
-    def _blob(self, op: int, data: bytes) -> str | bytes | bytearray | int:
+    def _sized(self, op: int, data: bytes) -> str | bytes | bytearray | int:
         """The value of an opcode that states how many bytes it has."""
         if op in (LONG1, LONG4):
             if len(data) > MAX_INTEGER:
-                raise self.error(f"an integer of {len(data)} bytes")
+                raise FileError(f"an integer of {len(data)} bytes")
             if len(data) > 8:
                 self._odd_keys += 1
             return int.from_bytes(data, "little", signed=True)
@@ -405,38 +412,36 @@ class _Machine:
 
     def _storage(self, identity: Any) -> _Storage:
         """The storage of a persistent id, which is ``("storage", class, key, device, elements)``."""
-        tag, kind, key, _, count, *view = identity
+        tag, kind, key, _, count = identity if len(identity) == 5 else identity[:5]
         if tag != "storage" or type(key) is not str or type(count) is not int or self.open_storage is None:
-            raise self.error("a persistent id that is no storage")
-        if any(part is not None for part in view):
-            raise self.error("a storage that is a view of another is not read", RefusedError)
+            raise FileError("a persistent id that is no storage")
+        if len(identity) > 5 and identity[5] is not None:
+            raise RefusedError("a storage that is a view of another")
         dtype = _STORAGES[kind.name]
         width = _WIDTHS[dtype]
-        if key not in self.storages:
-            self._built += 5
-            self.storages[key] = self.open_storage(key, count * width)
+        source = self.storages.get(key)
+        if source is None:
+            source = self.storages[key] = self.open_storage(key, count * width)
             self.widths[key] = width
-        if not 0 <= count * width <= self.storages[key].size:
-            raise self.error(
-                f"storage {key!r} of {count * width} bytes, for which the file holds {self.storages[key].size}"
-            )
-        return _Storage(self.storages[key], dtype, width, count)
+        if not 0 <= count * width <= source.size:
+            raise FileError(f"storage {key!r} of {count * width} bytes, for which the file holds {source.size}")
+        return _Storage(source, dtype, width, count)
 
     def tensor(
-        self, storage: _Storage, offset: int, shape: tuple[int, ...], strides: tuple[int, ...]
+        self, storage: _Storage, offset: int, shape: tuple[int, ...], strides: tuple[int, ...], *_: Any
     ) -> Tensor | Record:
         """A view of a storage; ``offset`` and ``strides`` are in elements. Inert if safetensors has no such dtype."""
         layout = self._layouts.get((shape, strides))
         if layout is None:
             if not all(type(n) is int and n >= 0 for n in (*shape, *strides)) or len(shape) != len(strides):
-                raise self.error(f"a tensor of shape {shape} and strides {strides}")
+                raise FileError(f"a tensor of shape {shape} and strides {strides}")
             span = 0 if 0 in shape else 1 + sum((n - 1) * s for n, s in zip(shape, strides, strict=True))
             dense = not span or all(n == 1 or s == c for n, s, c in zip(shape, strides, c_strides(shape), strict=True))
-            layout = Box((0,) * len(shape), tuple(shape)), None if dense else strides, span
+            layout = Box((0,) * len(shape), tuple(shape)), None if dense else strides, span, math.prod(shape)
             self._layouts[shape, strides] = layout
-        box, gaps, span = layout
+        box, gaps, span, count = layout
         if type(offset) is not int or not 0 <= offset <= storage.count - span:
-            raise self.error(f"a tensor of {span} elements from {offset} on, in a storage of {storage.count}")
+            raise FileError(f"a tensor of {span} elements from {offset} on, in a storage of {storage.count}")
         dtype = _SAFETENSORS.get(storage.dtype)
         if dtype is None or (dtype == "F4" and (gaps or not shape)):
             return Record("torch", storage.dtype, (box.shape,))
@@ -444,10 +449,30 @@ class _Machine:
             tensor = contiguous(dtype, (*shape[:-1], 2 * shape[-1]), storage.source, offset)
         else:
             tensor = Tensor(dtype, box.shape, (Piece(storage.source, offset * storage.width, box, gaps),))
-        self.room -= tensor.size
+        self.room -= count * storage.width
         if self.room < 0:
-            raise self.error(f"the tensors would hold more than {MAX_REPEATS} times the file's bytes")
+            raise FileError(f"the tensors would hold more than {MAX_REPEATS} times the file's bytes")
         return tensor
+
+
+def _put(memo: list[Any], index: int, value: Any) -> None:
+    """Entries are numbered in the order in which they are written; only an older one may be written again."""
+    if index > len(memo):
+        raise FileError(f"memo entry {index} is written before entry {len(memo)}")
+    memo[index : index + 1] = [value]
+
+
+def _append(target: Any, items: Sequence[Any]) -> None:
+    if type(target) is not list:
+        raise FileError("the pickle appends to something that is no list")
+    target.extend(items)
+
+
+def _global(module: Any, name: Any) -> Global:
+    known = GLOBALS.get((module, name))
+    if known is None:
+        raise RefusedError(f"pickle global {f'{module}.{name}'[:MAX_NAME]!r} refused")
+    return known
 
 
 def _measure(value: Any, known: dict[int, tuple[int, int]], depth: int) -> tuple[int, int]:
@@ -502,10 +527,6 @@ _STORAGES: Final = {
 """Storage class -> dtype of its elements."""
 
 
-def _tensor_v2(machine: _Machine, storage: Any, offset: Any, shape: Any, strides: Any, *_: Any) -> Any:
-    return machine.tensor(storage, offset, shape, strides)
-
-
 def _tensor_v3(
     machine: _Machine, storage: Any, offset: Any, shape: Any, strides: Any, grad: Any, hooks: Any, dtype: Any, *_: Any
 ) -> Any:
@@ -526,10 +547,9 @@ def _subclass(machine: _Machine, function: Any, kind: Any, args: Any, state: Any
 
 
 def _dict(machine: _Machine, items: Any = (), *_: Any) -> dict[Any, Any]:
-    pairs = list(items.items() if type(items) is dict else items)
-    flat = [part for pair in pairs for part in pair]
     result: dict[Any, Any] = {}
-    machine.set(result, flat)
+    for key, value in items.items() if type(items) is dict else items:
+        machine.set(result, (key, value))
     return result
 
 
@@ -606,8 +626,8 @@ def _reconstruct(machine: _Machine, *_: Any) -> Record:
 
 _CALLS: Final[Mapping[str, Mapping[str, Callable[..., Any]]]] = {
     "torch._utils": {
-        "_rebuild_tensor": _tensor_v2,
-        "_rebuild_tensor_v2": _tensor_v2,
+        "_rebuild_tensor": _Machine.tensor,
+        "_rebuild_tensor_v2": _Machine.tensor,
         "_rebuild_tensor_v3": _tensor_v3,
         "_rebuild_parameter": _first,
         "_rebuild_parameter_with_state": _first,

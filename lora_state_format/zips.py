@@ -65,21 +65,17 @@ class Archive(Mapping[str, Member]):
         self._source = source
         self.path = path
         count, size, start = self._directory()
-        entries: dict[str, tuple[int, int, int, int]] = {}
-        for name, *entry in self._entries(count, start, size):
-            if name in entries:
-                raise self._error(f"two members are called {name!r}")
-            entries[name] = (entry[0], entry[1], entry[2], entry[3])
+        self._entries = self._members(count, start, size)
         # A member has to end before the next one starts, and the last one before the directory does.
-        offsets = sorted((offset, name) for name, (offset, *_) in entries.items())
-        stops = [offset for offset, _ in offsets[1:]] + [start]
-        self._stops = {name: stop for (_, name), stop in zip(offsets, stops, strict=True)}
-        for offset, name in offsets:
-            if offset + LOCAL.size + len(name.encode()) + entries[name][1] > self._stops[name]:
+        by_offset = sorted((entry[0], name) for name, entry in self._entries.items())
+        self._stops = dict(
+            zip((name for _, name in by_offset), [*(offset for offset, _ in by_offset[1:]), start], strict=True)
+        )
+        for offset, name in by_offset:
+            if offset + LOCAL.size + len(name) + self._entries[name][1] > self._stops[name]:
                 raise self._error(f"member {name!r} overlaps what follows it")
-        self._entries_by_name = entries
         # torch can be told not to compute checksums; all of them are zero then.
-        self._has_crc = any(crc for _, _, crc, _ in entries.values())
+        self._has_crc = any(crc for _, _, crc, _ in self._entries.values())
         self._opened: dict[str, Member] = {}
 
     def __getitem__(self, name: str) -> Member:
@@ -88,28 +84,28 @@ class Archive(Mapping[str, Member]):
         return self._opened[name]
 
     def __contains__(self, name: object) -> bool:
-        return name in self._entries_by_name
+        return name in self._entries
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._entries_by_name)
+        return iter(self._entries)
 
     def __len__(self) -> int:
-        return len(self._entries_by_name)
+        return len(self._entries)
 
     def _open(self, name: str) -> Member:
-        offset, size, crc, method = self._entries_by_name[name]
-        signature, _, flags, local_method, _, _, _, _, _, name_size, extra_size = LOCAL.unpack(
-            self._read(offset, LOCAL.size)
-        )
+        offset, size, crc, method = self._entries[name]
+        raw = name.encode()
+        header = self._read(offset, LOCAL.size + len(raw))
+        signature, _, flags, local_method, _, _, _, _, _, name_size, extra_size = LOCAL.unpack_from(header)
         if method != 0 or local_method != 0 or flags & ENCRYPTED:
             raise RefusedError(
                 f"member {name!r} is compressed or encrypted; torch.save stores its members as they are: unpack the "
                 "archive and zip it again without compression (zip -0)",
                 path=self.path,
             )
-        if signature != b"PK\3\4" or bytes(self._read(offset + LOCAL.size, min(name_size, MAX_NAME))) != name.encode():
+        if signature != b"PK\3\4" or name_size != len(raw) or not header.endswith(raw):
             raise self._error(f"member {name!r} is not where the directory says, at byte {offset}")
-        start = offset + LOCAL.size + name_size + extra_size
+        start = offset + len(header) + extra_size
         if start + size > self._stops[name]:
             raise self._error(f"member {name!r} overlaps what follows it")
         return Member(self._source, start, size, crc if self._has_crc else None, name, self.path)
@@ -141,34 +137,38 @@ class Archive(Mapping[str, Member]):
             raise self._error(f"the zip archive claims {count} members in a directory of {size} bytes")
         return count, size, start
 
-    def _entries(self, count: int, start: int, size: int) -> Iterator[tuple[str, int, int, int, int]]:
-        """Name, offset, size, CRC-32 and compression of each member."""
-        data = self._read(start, size)
+    def _members(self, count: int, start: int, size: int) -> dict[str, tuple[int, int, int, int]]:
+        """Name -> offset, size, CRC-32 and compression of each member."""
+        data = bytes(self._read(start, size))
+        entries: dict[str, tuple[int, int, int, int]] = {}
         at = 0
         for _ in range(count):
             if at + CENTRAL.size > size:
                 raise self._error(f"the zip directory holds fewer than {count} members")
-            signature, _, _, _, method, _, _, crc, packed, plain, n, extra, comment, _, _, _, offset = (
+            signature, _, _, _, method, _, _, crc, packed, plain, named, extra, comment, _, _, _, offset = (
                 CENTRAL.unpack_from(data, at)
             )
-            stop = at + CENTRAL.size + n + extra + comment
-            if signature != b"PK\1\2" or n > MAX_NAME or stop > size:
+            fields = at + CENTRAL.size + named
+            stop = fields + extra + comment
+            if signature != b"PK\1\2" or named > MAX_NAME or stop > size:
                 raise self._error(f"the zip directory is broken at byte {start + at}")
             try:
-                name = data[at + CENTRAL.size : at + CENTRAL.size + n].decode()
+                name = data[at + CENTRAL.size : fields].decode()
             except UnicodeDecodeError:
                 raise self._error(f"the zip directory names a member at byte {start + at} that is not UTF-8") from None
-            if IN_ZIP64 in (packed, plain, offset):
-                field = bytes(data[at + CENTRAL.size + n : at + CENTRAL.size + n + extra])
-                plain, packed, offset = self._zip64(field, name, plain, packed, offset)
-            if name.startswith("/") or "\\" in name or "\0" in name or ".." in name.split("/"):
+            if plain == IN_ZIP64 or packed == IN_ZIP64 or offset == IN_ZIP64:
+                plain, packed, offset = self._zip64(data[fields : fields + extra], name, plain, packed, offset)
+            if name[:1] == "/" or "\0" in name or "\\" in name or ".." in name.split("/"):
                 raise self._error(f"a member is called {name!r}, which is no relative path")
             if method == 0 and packed != plain:
                 raise self._error(f"member {name!r} is stored, but has {packed} bytes for {plain}")
-            yield name, offset, plain, crc, method
+            if name in entries:
+                raise self._error(f"two members are called {name!r}")
+            entries[name] = (offset, plain, crc, method)
             at = stop
         if at != size:
             raise self._error(f"the zip directory holds {size - at} bytes behind its {count} members")
+        return entries
 
     def _zip64(self, extra: bytes, name: str, *values: int) -> Iterator[int]:
         """Sizes and offset, those that do not fit in 32 bits taken from the extra field with id 1."""
