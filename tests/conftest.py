@@ -1,0 +1,78 @@
+"""Fixtures that several modules share."""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass(frozen=True)
+class Founding:
+    """The founding case: LoRA on a model of 28 layers, trained for 3 steps by transformers' Trainer.
+
+    ``path`` is the checkpoint folder; ``slots`` is what the live optimizer held when it was written, by the names of
+    ``named_parameters()``, in the optimizer's order.
+    """
+
+    path: Path
+    slots: dict[str, dict[str, torch.Tensor]]
+
+
+@pytest.fixture(scope="session")
+def founding(tmp_path_factory: pytest.TempPathFactory) -> Founding:
+    """A checkpoint saved at lr > 0, without clipping."""
+    folder = tmp_path_factory.mktemp("founding")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model, optimizer = _train(folder)
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    slots = {names[id(p)]: dict(optimizer.state[p]) for group in optimizer.param_groups for p in group["params"]}
+    return Founding(folder / "checkpoint-3", slots)
+
+
+def _train(folder: Path) -> tuple[Any, Any]:
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from transformers import Qwen2Config, Qwen2ForCausalLM, Trainer, TrainingArguments
+
+    torch.manual_seed(0)
+    base = Qwen2ForCausalLM(
+        Qwen2Config(
+            vocab_size=64,
+            hidden_size=32,
+            intermediate_size=64,
+            num_hidden_layers=28,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            max_position_embeddings=32,
+            tie_word_embeddings=True,
+        )
+    )
+    targets = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    model = get_peft_model(base, LoraConfig(r=4, lora_alpha=8, target_modules=targets, task_type="CAUSAL_LM"))
+    rows = torch.randint(0, 64, (12, 16))
+    arguments = TrainingArguments(
+        output_dir=str(folder),
+        per_device_train_batch_size=4,
+        max_steps=3,
+        save_steps=3,
+        learning_rate=1e-3,
+        lr_scheduler_type="constant",
+        max_grad_norm=0.0,
+        weight_decay=0.0,
+        optim="adamw_torch",
+        use_cpu=True,
+        report_to=[],
+        logging_strategy="no",
+        disable_tqdm=True,
+    )
+    trainer = Trainer(model=model, args=arguments, train_dataset=[{"input_ids": row, "labels": row} for row in rows])
+    trainer.train()
+    return model, trainer.optimizer.optimizer

@@ -1,0 +1,57 @@
+"""What others may rely on; a change here is a line in the changelog."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import click
+import pytest
+
+import lora_state_format
+from lora_state_format import cli
+
+
+def test_names_of_the_package() -> None:
+    assert lora_state_format.__all__ == ["convert", "errors", "open_state", "read", "verify", "write"]
+    assert dir(lora_state_format) == lora_state_format.__all__
+    for name in lora_state_format.__all__:
+        assert getattr(lora_state_format, name).__doc__, name
+
+
+def test_names_of_the_torch_side() -> None:
+    import lora_state_format.torch
+
+    assert sorted(lora_state_format.torch.__all__) == ["apply", "capture", "load_optimizer", "plan", "save_optimizer"]
+
+
+def test_a_function_stays_a_function_whatever_is_imported_first() -> None:
+    code = (
+        "import lora_state_format as lsf, lora_state_format.cli, lora_state_format.conversion\n"
+        "assert all(callable(getattr(lsf, name)) for name in lsf.__all__ if name != 'errors')\n"
+        "assert lsf.errors.StateFormatError.exit_code == 3\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_a_name_that_does_not_exist() -> None:
+    with pytest.raises(AttributeError) as caught:
+        lora_state_format.nosuch  # noqa: B018
+    assert str(caught.value) == "module 'lora_state_format' has no attribute 'nosuch'"
+
+
+def test_commands_and_their_options() -> None:
+    found = {
+        name: sorted(option for parameter in command.params for option in parameter.opts)
+        for name, command in cli.commands.commands.items()
+    }
+    assert found == {
+        "convert": [
+            "--dry-run", "--force", "--from", "--json", "--names", "--optimizer", "--rule", "--to", "source", "target",
+        ],
+        "demo": [],
+        "formats": ["--json"],
+        "inspect": ["--from", "--json", "--stats", "path"],
+        "verify": ["--json", "path"],
+    }  # fmt: skip
+    assert isinstance(cli.commands, click.Group)

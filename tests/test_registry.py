@@ -1,0 +1,170 @@
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from lora_state_format import registry
+from lora_state_format.errors import (
+    AmbiguousFormatError,
+    MissingDependencyError,
+    OptionError,
+    UnknownFormatError,
+)
+
+
+@pytest.fixture
+def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A folder on ``sys.path`` to install packages in; what they register is forgotten afterwards."""
+    folder = tmp_path / "site"
+    folder.mkdir()
+    monkeypatch.syspath_prepend(folder)
+    registry._entries.cache_clear()
+    yield folder
+    registry._entries.cache_clear()
+    for name in [name for name in sys.modules if name.startswith("installed_")]:
+        del sys.modules[name]
+
+
+def install(folder: Path, name: str, module: str, code: str) -> None:
+    (folder / f"{module}.py").write_text(code)
+    metadata = folder / f"{module}-1.0.dist-info"
+    metadata.mkdir()
+    (metadata / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {module}\nVersion: 1.0\n")
+    (metadata / "entry_points.txt").write_text(f"[lora_state_format.converters]\n{name} = {module}\n")
+
+
+CONVERTER = """
+from lora_state_format.registry import Match
+NAME = {name!r}
+DESCRIPTION = "files that end in .{suffix}"
+def detect(path):
+    return Match("the suffix .{suffix}", path, generic={generic}) if path.suffix == ".{suffix}" else None
+def read(path):
+    raise AssertionError("only asked to detect")
+"""
+
+
+def claim(folder: Path, name: str, suffix: str, *, generic: bool = False) -> None:
+    install(folder, name, f"installed_{name}", CONVERTER.format(name=name, suffix=suffix, generic=generic))
+
+
+@pytest.mark.parametrize("name", registry.BUILT_IN)
+def test_a_built_in_converter_is_what_its_row_says(name: str) -> None:
+    converter = registry.get(name)
+    assert (converter.NAME, converter.__name__) == (name, registry.BUILT_IN[name])  # type: ignore[attr-defined]
+    assert converter.DESCRIPTION
+    assert callable(converter.detect)
+    assert callable(converter.read)
+
+
+def test_every_module_of_the_folder_has_a_row() -> None:
+    folder = Path(__file__).parent.parent / "converters"
+    modules = {path.stem for path in folder.glob("*.py")} - {"__init__"}
+    assert {module.rpartition(".")[2] for module in registry.BUILT_IN.values()} == modules
+
+
+def test_a_converter_is_one_object() -> None:
+    assert registry.get("named") is registry.get("named")
+
+
+def test_unknown_name() -> None:
+    with pytest.raises(OptionError) as caught:
+        registry.get("nosuch")
+    assert str(caught.value) == f"no converter 'nosuch'; there are: {', '.join(sorted(registry.BUILT_IN))}"
+
+
+def test_another_package_adds_a_converter(package: Path) -> None:
+    claim(package, "plugged", "plugged")
+    assert "plugged" in registry.names()
+    assert "installed_plugged" not in sys.modules, "listed, not loaded"
+    assert registry.get("plugged").DESCRIPTION == "files that end in .plugged"
+    path = package / "state.plugged"
+    path.touch()
+    converter, match = registry.detect(path)
+    assert (converter.NAME, match.reason, match.path) == ("plugged", "the suffix .plugged", path)
+
+
+def test_a_name_that_is_taken(package: Path) -> None:
+    install(package, "torch_optimizer", "installed_impostor", "")
+    with pytest.raises(OptionError) as caught:
+        registry.get("nosuch")
+    assert str(caught.value) == (
+        "two converters are called 'torch_optimizer': lora_state_format.converters.torch_optimizer and "
+        "installed_impostor; uninstall or rename one"
+    )
+
+
+def test_two_packages_with_one_name(package: Path) -> None:
+    install(package, "twin", "installed_one", "")
+    install(package, "twin", "installed_two", "")
+    with pytest.raises(OptionError, match=r"^two converters are called 'twin': installed_(one|two) and installed_"):
+        registry.names()
+
+
+def test_a_converter_that_cannot_be_imported(package: Path) -> None:
+    install(package, "broken", "installed_broken", "import a_package_that_is_not_there")
+    with pytest.raises(MissingDependencyError) as caught:
+        registry.get("broken")
+    assert str(caught.value) == ("converter 'broken' cannot be imported: No module named 'a_package_that_is_not_there'")
+
+
+def test_two_claims_to_one_path(package: Path) -> None:
+    claim(package, "first", "both")
+    claim(package, "second", "both")
+    path = package / "state.both"
+    path.touch()
+    with pytest.raises(AmbiguousFormatError) as caught:
+        registry.detect(path)
+    assert str(caught.value) == (
+        f"{path}: 2 formats fit: first (the suffix .both); second (the suffix .both); say which with --from "
+        "(source_format=)"
+    )
+    assert [name for name, _ in caught.value.matches] == ["first", "second"]
+
+
+def test_a_specific_claim_beats_generic_ones(package: Path) -> None:
+    claim(package, "first", "both", generic=True)
+    claim(package, "second", "both")
+    claim(package, "third", "both", generic=True)
+    path = package / "state.both"
+    path.touch()
+    assert registry.detect(path)[0].NAME == "second"
+
+
+def test_two_generic_claims(package: Path) -> None:
+    claim(package, "first", "both", generic=True)
+    claim(package, "second", "both", generic=True)
+    path = package / "state.both"
+    path.touch()
+    with pytest.raises(AmbiguousFormatError, match="2 formats fit"):
+        registry.detect(path)
+
+
+def test_nothing_fits(tmp_path: Path) -> None:
+    path = tmp_path / "notes.txt"
+    path.write_text("nothing")
+    with pytest.raises(UnknownFormatError) as caught:
+        registry.detect(path)
+    looked_for = "; ".join(f"{name} ({registry.get(name).DESCRIPTION})" for name in ["named", *others()])
+    assert str(caught.value) == f"{path}: no optimizer state found here; looked for: {looked_for}"
+
+
+@pytest.mark.parametrize("depth", [0, 3])
+def test_an_empty_folder_and_one_that_is_too_deep(tmp_path: Path, depth: int) -> None:
+    (tmp_path / "/".join("abc"[:depth])).mkdir(parents=True, exist_ok=True)
+    with pytest.raises(UnknownFormatError, match=f"^{re.escape(str(tmp_path))}: no optimizer state found here"):
+        registry.detect(tmp_path)
+
+
+def test_missing_path(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError) as caught:
+        registry.detect(tmp_path / "nosuch")
+    assert str(caught.value) == f"{tmp_path / 'nosuch'}: no such file or folder"
+
+
+def others() -> list[str]:
+    return [name for name in registry.names() if name != registry.NAMED]
