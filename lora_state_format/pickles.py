@@ -17,10 +17,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
+from lora_state_format.crc import crc32
 from lora_state_format.errors import FileError, RefusedError
 from lora_state_format.model import Box, Piece, Tensor, c_strides, contiguous, item_size
 from lora_state_format.sources import File, Memory, Range, Source
-from lora_state_format.zips import Archive, crc32
+from lora_state_format.zips import Archive
 
 __all__ = ["Global", "NumpyScalar", "Pickled", "Record", "array", "load", "load_plain"]
 

@@ -13,12 +13,7 @@ from typing import Final
 from lora_state_format.errors import FileError, RefusedError
 from lora_state_format.sources import Range, Source
 
-try:
-    from isal.isal_zlib import crc32
-except ImportError:  # no wheel for this platform
-    from zlib import crc32
-
-__all__ = ["MAX_MEMBERS", "Archive", "Member", "crc32"]
+__all__ = ["MAX_MEMBERS", "Archive", "Member"]
 
 MAX_MEMBERS: Final = 600_000
 """Members of an archive; an Adam state of 140,000 parameters has 420,000."""

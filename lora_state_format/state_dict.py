@@ -1,0 +1,375 @@
+"""The dict that ``torch.optim.Optimizer.state_dict()`` returns, as the model has it, and back. No torch.
+
+::
+
+    {"state": {id: {slot: value}}, "param_groups": [{option: value, "params": [id, ...]}]}
+
+Ids are 0, 1, 2, ... since torch 1.6, ``id(parameter)`` before, and names in what FSDP and DCP write. Only
+``param_groups`` says in which order they stand; a parameter that never took a step has no entry in ``state``, and a key
+of ``state`` that no group lists belongs to no parameter.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import islice
+from typing import Any, Final, TypeAlias
+
+from lora_state_format.crc import crc32
+from lora_state_format.errors import FileError, UnrepresentableError
+from lora_state_format.model import (
+    Group,
+    Optimizer,
+    OptimizerState,
+    PositionalState,
+    Role,
+    Scalar,
+    Slot,
+    Tensor,
+    Value,
+)
+from lora_state_format.pickles import Global, NumpyScalar, Record, array
+
+__all__ = [
+    "Found",
+    "Leaf",
+    "Reader",
+    "find",
+    "from_state_dict",
+    "is_state_dict",
+    "role_of",
+    "to_state_dict",
+]
+
+SEARCH_DEPTH: Final = 4
+"""How many keys deep an optimizer's state dict may lie in a checkpoint."""
+
+Leaf: TypeAlias = "Callable[[Any], Tensor | Scalar | None]"
+"""Turns a framework's own tensor into the model's; ``None`` for anything else."""
+
+Place: TypeAlias = "tuple[Any, ...]"
+"""The keys that lead to a value from the top of the checkpoint."""
+
+# --- roles --------------------------------------------------------------------------------------------------------
+
+_FLOATS: Final = frozenset({"F16", "BF16", "F32", "F64", "C64"})
+
+_PARAM: Final = frozenset({
+    # torch.optim, in the order of its documentation
+    "square_avg", "acc_delta", "sum", "exp_avg", "exp_avg_sq", "max_exp_avg_sq", "variance", "exp_inf", "ax",
+    "momentum_buffer", "grad_avg", "prev", "step_size",
+    # schedule-free, Adan, AdEMAMix, AdaBelief, Sophia, AdaHessian, Ranger, Lookahead, MARS, optimi; fp32 copies
+    "z", "exp_avg_diff", "neg_pre_grad", "exp_avg_fast", "exp_avg_slow", "exp_avg_var", "max_exp_avg_var", "hessian",
+    "exp_hessian_diag_sq", "slow_buffer", "slow_param", "last_grad", "previous_grad", "kahan_comp", "master_param",
+})  # fmt: skip
+_ROLES: Final[Mapping[str, Role]] = {
+    **dict.fromkeys(_PARAM, Role.PARAM),
+    **dict.fromkeys(("row_var", "exp_avg_sq_row", "exp_avg_res_row"), Role.ROW),
+    **dict.fromkeys(("col_var", "exp_avg_sq_col", "exp_avg_res_col"), Role.COL),
+}
+"""What a slot's name says about its axes. Names that different optimizers give to different things are not here."""
+
+_REDUCED: Final = frozenset({"projector", "Q", "GG"})
+"""Slots beside which moments live in another basis or rank: GaLore and APOLLO project them, SOAP rotates them."""
+
+
+def role_of(
+    path: Sequence[Any],
+    dtype: str,
+    siblings: Mapping[str, Any] | None = None,
+    options: Mapping[str, Any] | None = None,
+) -> Role:
+    """The role of a slot's tensor where only its name is known.
+
+    ``path`` leads to the tensor inside a parameter's slot tree; ``siblings`` is the dict that holds it; ``options`` are
+    those of the parameter's group. bitsandbytes calls its moments ``state1`` and ``state2``: codes of blocks if they
+    are bytes with ``absmax`` beside them, else values; AdEMAMix (``alpha`` is set) stacks two of them in ``state1``.
+    """
+    name, siblings, options = path[-1], siblings or {}, options or {}
+    if name in ("state1", "state2", "absmax1", "absmax2"):
+        if name.endswith("1") and options.get("alpha") is not None:
+            return Role.OPAQUE
+        if f"absmax{name[-1]}" in siblings:
+            return Role.BLOCK
+        return Role.PARAM if dtype in _FLOATS else Role.OPAQUE
+    if dtype not in _FLOATS or not _REDUCED.isdisjoint(siblings):
+        return Role.OPAQUE
+    return _ROLES.get(name, Role.OPAQUE)
+
+
+# --- reading ------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """A state dict inside a checkpoint; ``path`` is empty where it is the whole."""
+
+    path: tuple[str | int, ...]
+    tree: Mapping[str, Any]
+
+    @property
+    def where(self) -> str:
+        return _dotted(self.path)
+
+
+def is_state_dict(tree: Any) -> bool:
+    """Whether this is what an optimizer's ``state_dict()`` returns, by its structure."""
+    return (
+        isinstance(tree, Mapping)
+        and isinstance(tree.get("state"), Mapping)
+        and isinstance(tree.get("param_groups"), list)
+        and all(isinstance(g, Mapping) and isinstance(g.get("params"), (list, tuple)) for g in tree["param_groups"])
+    )
+
+
+def find(tree: Any) -> list[Found]:
+    """Every optimizer's state dict in a checkpoint, at ``optimizer``, ``optimizer_states.0`` or wherever it lies."""
+    return list(_search(tree, ()))
+
+
+def _search(tree: Any, path: tuple[str | int, ...]) -> Iterator[Found]:
+    if is_state_dict(tree):
+        yield Found(path, tree)
+    elif len(path) < SEARCH_DEPTH and isinstance(tree, (Mapping, list, tuple)):
+        for key, inner in tree.items() if isinstance(tree, Mapping) else enumerate(tree):
+            if isinstance(inner, (Mapping, list, tuple)):
+                yield from _search(inner, (*path, key if isinstance(key, int) else str(key)))
+
+
+@dataclass(frozen=True, slots=True)
+class Reader:
+    """Turns what a state dict holds into values of the model.
+
+    ``leaf`` is asked first about anything that is no plain Python value. ``converted`` collects the places where a
+    value changed its type: NumPy's scalars and arrays become Python numbers and tensors.
+    """
+
+    leaf: Leaf | None = None
+    converted: list[Value] = field(default_factory=list)
+
+    def slots(self, entry: Mapping[Any, Any], options: Mapping[str, Any], place: Place) -> dict[str, Value]:
+        """A parameter's slot tree. ``options`` are those of its group, ``place`` is where the entry stands."""
+        for key in entry:
+            if not isinstance(key, str):
+                raise UnrepresentableError(f"{_dotted(place)}: a slot is called {key!r}, which is no string")
+        return {key: self._value(value, (*place, key), entry, options, len(place)) for key, value in entry.items()}
+
+    def value(self, raw: Any, place: Place) -> Value:
+        """An option, or anything else that belongs to no parameter: its tensors are opaque."""
+        return self._value(raw, place, {}, {}, None)
+
+    def _value(
+        self, raw: Any, place: Place, siblings: Mapping[Any, Any], options: Mapping[str, Any], depth: int | None
+    ) -> Value:
+        if raw is None or type(raw) in (bool, int, float, str, bytes):
+            return raw  # type: ignore[no-any-return]
+        if isinstance(raw, Mapping):
+            for key in raw:
+                if not (key is None or type(key) in (bool, int, float, str)):
+                    raise UnrepresentableError(f"{_dotted(place)}: a key of a dict is {_kind(key)}")
+            return {key: self._value(inner, (*place, key), raw, options, depth) for key, inner in raw.items()}
+        if type(raw) in (list, tuple):
+            items = (self._value(x, (*place, number), siblings, options, depth) for number, x in enumerate(raw))
+            return list(items) if type(raw) is list else tuple(items)
+        tensor = self._tensor(raw, place)
+        if isinstance(tensor, Tensor):
+            role = Role.OPAQUE if depth is None else role_of(place[depth:], tensor.dtype, siblings, options)
+            return Slot(tensor, role)
+        return tensor
+
+    def _tensor(self, raw: Any, place: Place) -> Tensor | Scalar | Value:
+        if self.leaf is not None and (known := self.leaf(raw)) is not None:
+            return known
+        if isinstance(raw, Tensor):
+            return raw if raw.shape else _scalar(raw, place)
+        if isinstance(raw, NumpyScalar) and not isinstance(raw.value, complex):
+            self.converted.append(f"{_dotted(place)}: NumPy {raw.dtype} to {type(raw.value).__name__}")
+            return raw.value
+        if isinstance(raw, Record) and (tensor := array(raw)) is not None:
+            self.converted.append(f"{_dotted(place)}: NumPy array to tensor")
+            return tensor if tensor.shape else _scalar(tensor, place)
+        if isinstance(raw, bytearray):
+            self.converted.append(f"{_dotted(place)}: bytearray to bytes")
+            return bytes(raw)
+        raise UnrepresentableError(f"{_dotted(place)} is {_kind(raw)}, which has no form in a state")
+
+
+def _scalar(tensor: Tensor, place: Place) -> Scalar:
+    """The value of a 0-d tensor; its bytes are checked if its storage holds nothing else and states a CRC-32."""
+    data = bytes(tensor.bytes())
+    source = tensor.pieces[0].source
+    if source.crc32 is not None and source.size == len(data) and crc32(data) != source.crc32:
+        raise FileError(f"{_dotted(place)} does not have the CRC-32 that the archive states: the file is damaged")
+    return Scalar(tensor.dtype, data)
+
+
+def _kind(raw: Any) -> str:
+    if isinstance(raw, (Record, Global)):
+        return f"{'an object of class' if isinstance(raw, Record) else 'the global'} {raw.module}.{raw.name}"
+    if isinstance(raw, NumpyScalar):
+        return f"a NumPy scalar of type {raw.dtype}"
+    return f"a value of type {type(raw).__qualname__}"
+
+
+def _dotted(place: Place) -> str:
+    return ".".join(map(str, place))
+
+
+def from_state_dict(
+    *trees: Mapping[str, Any] | Found,
+    class_path: str | None = None,
+    leaf: Leaf | None = None,
+    origin: Mapping[str, Value] | None = None,
+    global_step: int | None = None,
+    resources: tuple[Any, ...] = (),
+) -> PositionalState:
+    """The state in the state dict of an optimizer, or in those of the several optimizers of one run.
+
+    Where there are several, the ids of each get its index in front (``1:0``), and its place in the checkpoint is its
+    ``Optimizer.id``. NumPy's scalars and arrays become Python numbers and tensors; ``origin["converted"]`` lists them.
+    Keys of ``state`` that are in no group, and members beside ``state`` and ``param_groups``, become ``globals``, of
+    several optimizers under the index of each. ``leaf`` turns a framework's live tensors into the model's. Raises
+    ``FileError`` for something that is no state dict, and ``UnrepresentableError`` for a value that has no form, naming
+    its place.
+    """
+    found = [tree if isinstance(tree, Found) else Found((), tree) for tree in trees]
+    reader = Reader(leaf)
+    parts = [
+        _read_one(reader, item, index, f"{index}:" if len(found) > 1 else None) for index, item in enumerate(found)
+    ]
+    names = [name for part in parts for name in part.names or ()]
+    ids = tuple(identity for part in parts for identity in part.ids)
+    several = len(found) > 1
+    return PositionalState(
+        optimizers=tuple(Optimizer(class_path, item.where if several else None) for item in found),
+        groups=tuple(group for part in parts for group in part.groups),
+        ids=ids,
+        entries={identity: entry for part in parts for identity, entry in part.entries.items()},
+        names=tuple(names) if len(set(names)) == len(ids) else None,
+        globals={str(index): part.globals for index, part in enumerate(parts) if part.globals}
+        if several
+        else parts[0].globals,
+        origin={**(origin or {}), **({"converted": reader.converted} if reader.converted else {})},
+        global_step=global_step,
+        resources=resources,
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _Part:
+    groups: list[Group]
+    ids: list[int | str]
+    entries: dict[int | str, Mapping[str, Value]]
+    names: list[str] | None
+    globals: dict[str, Value]
+
+
+def _read_one(reader: Reader, found: Found, index: int, prefix: str | None) -> _Part:
+    if not is_state_dict(found.tree):
+        raise FileError(f"{found.where or 'the value'} is no optimizer's state dict")
+    state, raw_groups = found.tree["state"], found.tree["param_groups"]
+    groups: list[Group] = []
+    members: dict[int | str, Mapping[str, Any]] = {}
+    for number, raw in enumerate(raw_groups):
+        place = (*found.path, "param_groups", number)
+        for identity in raw["params"]:
+            if type(identity) not in (int, str):
+                raise FileError(f"{_dotted(place)} lists a parameter by {_kind(identity)}, not by an id")
+            if identity in members:
+                raise FileError(f"{_dotted(place)} lists id {identity!r}, which was listed before")
+            members[identity] = raw
+        options = tuple((key, reader.value(raw[key], (*place, key))) for key in raw if key != "params")
+        groups.append(Group(index, options, len(raw["params"])))
+    entries: dict[int | str, Mapping[str, Value]] = {}
+    loose: dict[Any, Value] = {}
+    for key, raw in state.items():
+        place = (*found.path, "state", key)
+        if key not in members:
+            loose[key] = reader.value(raw, place)
+        elif isinstance(raw, Mapping):
+            entries[key if prefix is None else f"{prefix}{key}"] = reader.slots(raw, members[key], place)
+        else:
+            raise FileError(f"{_dotted(place)} is {_kind(raw)}, not the slots of a parameter")
+    others = {key: value for key, value in found.tree.items() if key not in ("state", "param_groups")}
+    beside = {str(key): reader.value(value, (*found.path, key)) for key, value in others.items()}
+    ids = [identity if prefix is None else f"{prefix}{identity}" for identity in members]
+    return _Part(groups, ids, entries, _names(members, raw_groups), {**({"state": loose} if loose else {}), **beside})
+
+
+def _names(ids: Iterable[int | str], groups: Sequence[Mapping[str, Any]]) -> list[str] | None:
+    """The names that a state dict itself states: as ids, or beside ``params`` in every group.
+
+    torch writes ``param_names`` (since 2.6, if the optimizer was given names), OLMo too; LoRA-FA ``names``; Adam-mini
+    makes a group of each parameter and puts its ``name`` there.
+    """
+    ids = list(ids)
+    if all(isinstance(identity, str) for identity in ids):
+        return [str(identity) for identity in ids]
+    for key in ("param_names", "names", "name"):
+        lists: list[Any] = [[group.get(key)] if key == "name" else group.get(key) for group in groups]
+        if all(
+            isinstance(names, (list, tuple))
+            and len(names) == len(group["params"])
+            and all(isinstance(name, str) for name in names)
+            for names, group in zip(lists, groups, strict=True)
+        ):
+            return [name for names in lists for name in names]
+    return None
+
+
+# --- writing ------------------------------------------------------------------------------------------------------
+
+
+def to_state_dict(state: OptimizerState | PositionalState, optimizer: int = 0) -> dict[str, Any]:
+    """The positional state dict that an optimizer of the state would have written, or had written.
+
+    Ids are those of the source, or the positions where they were 0..n-1 or never given. Tensors stay ``Tensor`` and
+    ``Scalar``. Raises ``UnrepresentableError`` for carried parameters, which are in no group.
+    """
+    several = len(state.optimizers) > 1
+    if isinstance(state, OptimizerState):
+        carried = [p.name for p in state.carried if p.state is not None]
+        if carried:
+            raise UnrepresentableError(
+                f"{len(carried)} parameters are in no group (the first is '{carried[0]}'): a state dict lists only "
+                "those of its groups"
+            )
+        members = [[(p.original_id, p.state) for p in group] for group in state.members()]
+    else:
+        rest = iter(state.ids)
+        members = [[(i, state.entries.get(i)) for i in islice(rest, group.count)] for group in state.groups]
+    entries: dict[int | str, Any] = {}
+    groups = []
+    position = 0
+    for group, listed in zip(state.groups, members, strict=True):
+        if group.optimizer != optimizer:
+            continue
+        ids = []
+        for original, slots in listed:
+            identity = position if original is None else _without_index(original) if several else original
+            ids.append(identity)
+            position += 1
+            if slots is not None:
+                entries[identity] = _plain(slots)
+        groups.append({**{key: _plain(value) for key, value in group.options}, "params": ids})
+    beside = state.globals.get(str(optimizer), {}) if several else state.globals
+    assert isinstance(beside, Mapping)
+    others = {key: _plain(value) for key, value in beside.items() if key != "state"}
+    return {"state": {**entries, **_plain(beside.get("state", {}))}, "param_groups": groups, **others}
+
+
+def _without_index(identity: int | str) -> int | str:
+    """The id that ``from_state_dict`` put an optimizer's index in front of."""
+    rest = str(identity).partition(":")[2]
+    return int(rest) if rest.isdecimal() else rest
+
+
+def _plain(value: Value) -> Any:
+    if isinstance(value, Slot):
+        return value.tensor
+    if isinstance(value, Mapping):
+        return {key: _plain(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_plain(inner) for inner in value]
+    return tuple(map(_plain, value)) if isinstance(value, tuple) else value
