@@ -36,6 +36,8 @@ from dataclasses import dataclass, field
 from itertools import combinations
 from typing import TYPE_CHECKING, Any, Final, NamedTuple, TypeAlias
 
+from lora_state_format.container import hash_tensor
+from lora_state_format.manifest import ALGORITHM
 from lora_state_format.model import Group, OptimizerState, Parameter, Scalar, Slot, Tensor, Value
 
 if TYPE_CHECKING:
@@ -44,7 +46,7 @@ if TYPE_CHECKING:
 
     Array: TypeAlias = "NDArray[np.float32]"
 
-__all__ = ["EXCLUDED", "Evidence", "Exchanges", "weigh"]
+__all__ = ["EXCLUDED", "Evidence", "Exchanges", "Pairing", "paired", "weigh"]
 
 EXCLUDED: Final = 16.0
 """Nats by which an exchange must lose to count as excluded, or win to count against the order."""
@@ -134,17 +136,14 @@ def weigh(
     *,
     before: Mapping[str, Tensor] | None = None,
     orders: Mapping[str, Sequence[str]] | None = None,
-    peft_type: str | None = None,
 ) -> Evidence:
     """Weigh the state's order against every exchange of two modules of equal shapes, and against whole other orders.
 
     ``orders`` give the names as another order would have them, position by position; layers reversed, shifted by one
-    or sorted as text, and all twins exchanged, are always tried. ``before`` are weights of an earlier step, which turn
-    a full fine-tune's weights into its history. ``peft_type`` is the adapter configuration's: methods other than LoRA
-    have not been studied, and get no verdict.
+    or sorted as text, and twins exchanged in every layer, are always tried. ``before`` are weights of an earlier step,
+    which turn a full fine-tune's weights into its history. Parameters of other methods than LoRA are silent: of what
+    they have learnt nothing is known to start at zero.
     """
-    if peft_type not in {None, "LORA"}:
-        return Evidence("inconclusive", Exchanges(0, 0), notes=(f"adapters of type {peft_type} are not weighed",))
     units, silent, notes = _units(state, weights, before)
     table = _Table(units)
     pairs, twins, against = Exchanges(0, 0), Exchanges(0, 0), []
@@ -178,6 +177,34 @@ def weigh(
     else:
         verdict = "confirmed"
     return Evidence(verdict, pairs, parts, {**whole, **every_twin}, tuple(against), tuple(silent), tuple(notes))
+
+
+@dataclass(frozen=True)
+class Pairing:
+    """Weights against the digests that a state keeps of them: how many are the very bytes, which are not."""
+
+    matching: int
+    differing: tuple[str, ...]
+    uncompared: tuple[str, ...]
+
+
+def paired(state: OptimizerState, weights: Mapping[str, Tensor]) -> Pairing:
+    """Compare weights with the digests that the state has of its parameters' own bytes.
+
+    Digests are compared at equal dtype and for the one algorithm that is known here. What they prove depends on the
+    state: where it was saved from a live optimizer (``naming.rule`` is ``None``), name, order and step; where
+    ``convert`` took them from a file beside a positional checkpoint, only that the weights are those of that file.
+    """
+    matching, differing, uncompared = 0, [], []
+    for parameter in state.parameters:
+        tensor, digest = _values_of(weights, parameter), parameter.weights
+        if tensor is None or digest is None or (digest.algorithm, digest.dtype) != (ALGORITHM, tensor.dtype):
+            uncompared.append(parameter.name)
+        elif hash_tensor(tensor) == digest.hex:
+            matching += 1
+        else:
+            differing.append(parameter.name)
+    return Pairing(matching, tuple(differing), tuple(uncompared))
 
 
 def _count(outcomes: Iterable[str]) -> Exchanges:
@@ -244,6 +271,8 @@ def _units(
 ) -> tuple[list[_Unit], list[str], list[str]]:
     """The units, the parameters about which there is nothing to say, and notes on why."""
     groups = [group for group in state.groups for _ in range(group.count)]
+    # AdaLoRA's third factor breaks the identity of the other two.
+    adaptive = {p.name.rpartition(".lora_E")[0] for p in state.parameters if ".lora_E" in p.name}
     found: dict[tuple[str, str | None], dict[str, tuple[Parameter, Tensor, Tensor | None, Group]]] = {}
     silent, doubled = [], 0
     for parameter, group in zip(state.parameters, groups, strict=False):
@@ -253,6 +282,8 @@ def _units(
             silent.append(parameter.name)
             continue
         module, adapter, kind = _split(parameter.name)
+        if module in adaptive:
+            module, adapter, kind = parameter.name, None, WEIGHT
         older = _values_of(before or {}, parameter)
         found.setdefault((module, adapter), {})[kind] = (parameter, tensor, older, group)
     notes = []
@@ -519,10 +550,9 @@ class _Table:
             values = np.concatenate(scores)
             assumed, count = PRIOR
             # One in a hundred of a standard normal's absolute values lies above 2.576.
-            bulk, tail = float(np.square(values).mean()), (float(np.quantile(np.abs(values), 0.99)) / 2.576) ** 2
-            result[name] = max(
-                1.0, math.sqrt((len(values) * max(bulk, tail) + count * assumed**2) / (len(values) + count))
-            )
+            tail = float(np.quantile(np.abs(values), 0.99)) / 2.576
+            seen = max(float(np.square(values).mean()), tail**2)
+            result[name] = max(1.0, math.sqrt((len(values) * seen + count * assumed**2) / (len(values) + count)))
         return result
 
     def nats(self, moved: tuple[str, ...], members: Sequence[int]) -> Array:
@@ -601,7 +631,8 @@ def _unit_length(values: Array) -> Array:
     import numpy as np
 
     length = np.linalg.norm(values, axis=-1, keepdims=True)
-    return np.divide(values, length, out=np.zeros_like(values), where=length > 0)
+    result: Array = np.divide(values, length, out=np.zeros_like(values), where=length > 0)
+    return result
 
 
 def _centred(values: Array) -> Array:
