@@ -15,13 +15,16 @@ from pathlib import Path, PurePosixPath
 from typing import Any, Final
 
 from lora_state_format import pickles
-from lora_state_format.errors import FileError, RefusedError
-from lora_state_format.model import Box, Piece, Tensor, item_size
+from lora_state_format.atomic import TemporaryFile, new_folder
+from lora_state_format.crc import Ledger
+from lora_state_format.errors import FileError, RefusedError, UnrepresentableError
+from lora_state_format.model import Box, Piece, Scalar, Tensor, item_size
 from lora_state_format.pickles import Global, Record
 from lora_state_format.sources import File, Range, Source
+from lora_state_format.torch_save import archive, dumps
 from lora_state_format.trees import member
 
-__all__ = ["Folder", "is_folder", "open_folder"]
+__all__ = ["METADATA", "Folder", "is_folder", "open_folder", "write_folder"]
 
 METADATA: Final = ".metadata"
 
@@ -232,7 +235,7 @@ def _entry(key: str, described: Any, places: Mapping[tuple[int, ...] | None, _Pl
 def _dtype(properties: Record, path: object) -> str:
     state = properties.state
     dtype = state[0] if isinstance(state, tuple) and state else state.get("dtype") if isinstance(state, dict) else None
-    name = pickles._SAFETENSORS.get(dtype.name) if isinstance(dtype, Global) else None
+    name = pickles.DTYPES.get(dtype.name) if isinstance(dtype, Global) else None
     if name is None:
         raise RefusedError(f"a tensor of type {dtype}", path=path)
     return name
@@ -254,3 +257,85 @@ def _overlap(boxes: Sequence[Box]) -> bool:
             ):
                 return True
     return False
+
+
+# --- writing ------------------------------------------------------------------------------------------------------
+
+_DATA: Final = "__0_0.distcp"
+_MODULE: Final = "torch.distributed.checkpoint.metadata"
+
+
+def write_folder(entries: Mapping[tuple[Any, ...], Any], path: Path, *, force: bool = False) -> None:
+    """Write a folder that ``torch.distributed.checkpoint.load`` reads: one data file, one chunk per tensor.
+
+    ``entries`` are as in ``Folder``. Raises ``TargetExistsError``, and ``UnrepresentableError`` for two paths that DCP
+    would give one key, or for a value that torch cannot load.
+    """
+    described: dict[str, Any] = {}
+    places: dict[Any, Any] = {}
+    paths: dict[str, tuple[Any, ...]] = {}
+    ledger = Ledger()
+    with new_folder(path, force=force, replaceable=(METADATA, "*.distcp")) as folder:
+        with TemporaryFile(folder / _DATA) as file:
+            position = 0
+            for where, value in entries.items():
+                key = ".".join(map(str, where))
+                if key in paths:
+                    raise UnrepresentableError(f"DCP would give {paths[key]} and {where} the same key")
+                start = position
+                for chunk in archive(value, ledger):
+                    file.write(position, chunk)
+                    position += len(chunk)
+                paths[key] = where
+                described[key] = _described(value)
+                places[_index(key, value)] = Record(
+                    "torch.distributed.checkpoint.filesystem",
+                    "_StorageInfo",
+                    state={"relative_path": _DATA, "offset": start, "length": position - start},
+                )
+            ledger.check()
+            file.finish(b"")
+            file.commit(folder / _DATA)
+        metadata = {
+            "state_dict_metadata": described,
+            "planner_data": paths,
+            "storage_data": places,
+            "storage_meta": None,
+            "version": "1.0.0",
+        }
+        with TemporaryFile(folder / METADATA) as file:
+            file.finish(dumps(Record(_MODULE, "Metadata", state=metadata)))
+            file.commit(folder / METADATA)
+
+
+def _size(shape: Sequence[int]) -> Record:
+    return Record("torch", "Size", (tuple(shape),))
+
+
+def _index(key: str, value: Any) -> Record:
+    shape = _shape(value)
+    offset = None if shape is None else _size([0] * len(shape))
+    return Record(_MODULE, "MetadataIndex", state={"fqn": key, "offset": offset, "index": None if shape is None else 0})
+
+
+def _shape(value: Any) -> tuple[int, ...] | None:
+    return value.shape if isinstance(value, Tensor) else () if isinstance(value, Scalar) else None
+
+
+def _described(value: Any) -> Record:
+    shape = _shape(value)
+    if shape is None:
+        return Record(_MODULE, "BytesStorageMetadata", state={})
+    name = next(name for name, dtype in pickles.DTYPES.items() if dtype == value.dtype)
+    strided = Record("torch.serialization", "_get_layout", ("torch.strided",))
+    properties = (Global("torch", name), strided, False, Record(_MODULE, "_MEM_FORMAT_ENCODING", (0,)), False)
+    chunk = Record(_MODULE, "ChunkStorageMetadata", state={"offsets": _size([0] * len(shape)), "sizes": _size(shape)})
+    return Record(
+        _MODULE,
+        "TensorStorageMetadata",
+        state={
+            "properties": Record(_MODULE, "TensorProperties", state=properties),
+            "size": _size(shape),
+            "chunks": [chunk],
+        },
+    )

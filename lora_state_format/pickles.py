@@ -23,7 +23,7 @@ from lora_state_format.model import Box, Piece, Tensor, c_strides, contiguous, i
 from lora_state_format.sources import File, Memory, Range, Source
 from lora_state_format.zips import Archive
 
-__all__ = ["Global", "NumpyScalar", "Pickled", "Record", "array", "load", "load_plain"]
+__all__ = ["DTYPES", "Global", "NumpyScalar", "Pickled", "Record", "array", "load", "load_plain", "mentions"]
 
 MAX_PICKLE: Final = 48 << 20
 """Bytes of one pickle; an Adam state of 100,000 parameters has 33 MB."""
@@ -443,7 +443,7 @@ class _Machine:
         box, gaps, span, count = layout
         if type(offset) is not int or not 0 <= offset <= storage.count - span:
             raise FileError(f"a tensor of {span} elements from {offset} on, in a storage of {storage.count}")
-        dtype = _SAFETENSORS.get(storage.dtype)
+        dtype = DTYPES.get(storage.dtype)
         if dtype is None or (dtype == "F4" and (gaps or not shape)):
             return Record("torch", storage.dtype, (box.shape,))
         if dtype == "F4":  # torch counts pairs, safetensors elements
@@ -504,16 +504,16 @@ _NESTING: Final = frozenset({dict, list, tuple, set, frozenset, Record})
 
 # --- globals ------------------------------------------------------------------------------------------------------
 
-_SAFETENSORS: Final = {
+DTYPES: Final = {
     "bool": "BOOL", "uint8": "U8", "int8": "I8", "uint16": "U16", "int16": "I16", "uint32": "U32", "int32": "I32",
     "uint64": "U64", "int64": "I64", "float16": "F16", "bfloat16": "BF16", "float32": "F32", "float64": "F64",
     "complex64": "C64", "float8_e4m3fn": "F8_E4M3", "float8_e5m2": "F8_E5M2", "float8_e8m0fnu": "F8_E8M0",
     "float8_e4m3fnuz": "F8_E4M3FNUZ", "float8_e5m2fnuz": "F8_E5M2FNUZ", "float4_e2m1fn_x2": "F4",
 }  # fmt: skip
-"""torch's dtypes by name."""
+"""torch's dtypes, as safetensors spells them."""
 
 _WIDTHS: Final = {
-    **{name: item_size(dtype) for name, dtype in _SAFETENSORS.items()},
+    **{name: item_size(dtype) for name, dtype in DTYPES.items()},
     "complex32": 4, "complex128": 16, "qint8": 1, "quint8": 1, "qint32": 4, "quint4x2": 1, "quint2x4": 1,
 }  # fmt: skip
 """Bytes per element, of the dtypes that safetensors lacks too."""
@@ -767,21 +767,38 @@ def _room(source: Source) -> int:
     return MAX_REPEATS * source.size + (64 << 20)
 
 
-def _load_zip(source: Source, path: object) -> Pickled:
-    archive = Archive(source, path)
+def mentions(source: Source, word: bytes) -> bool:
+    """Whether ``torch.save`` wrote this and its pickle has ``word`` in it; nothing is built. For detection.
+
+    Raises ``FileError`` for a zip archive that is damaged or holds no pickle.
+    """
+    start = _peek(source, 0, 16)
+    if start.startswith(b"PK\3\4"):
+        archive = Archive(source)
+        return word in archive[_pickle_in(archive)].bytes()
+    return MAGIC.to_bytes(10, "little") in start and word in _peek(source, 0, MAX_PICKLE)
+
+
+def _pickle_in(archive: Archive) -> str:
+    """The name of the member that holds the pickle."""
     pickles = [name for name in archive if name.endswith("/data.pkl") and name.count("/") == 1]
     if len(pickles) != 1:
         raise FileError(
             f"the zip archive has {len(pickles) or 'no'} data.pkl among its {len(archive)} members: "
             + ("not one that torch.save wrote" if pickles else "an interrupted torch.save, or another kind of archive"),
-            path=path,
+            path=archive.path,
         )
-    root = pickles[0].removesuffix("data.pkl")
+    if (size := archive[pickles[0]].size) > MAX_PICKLE:
+        raise FileError(f"{pickles[0]} has {size} bytes; the limit is {MAX_PICKLE}", path=archive.path)
+    return pickles[0]
+
+
+def _load_zip(source: Source, path: object) -> Pickled:
+    archive = Archive(source, path)
+    member = archive[_pickle_in(archive)]
+    root = member.name.removesuffix("data.pkl")
     if root + "byteorder" in archive and archive[root + "byteorder"].bytes() == b"big":
         raise RefusedError("written on a big-endian machine: save it again on a little-endian one", path=path)
-    member = archive[pickles[0]]
-    if member.size > MAX_PICKLE:
-        raise FileError(f"{member.name} has {member.size} bytes; the limit is {MAX_PICKLE}", path=path)
     data = bytes(member.bytes())
     if member.crc32 not in (None, crc32(data)):
         raise FileError(

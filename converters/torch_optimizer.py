@@ -1,0 +1,182 @@
+"""What ``torch.save(optimizer.state_dict(), ...)`` wrote: bare, inside another checkpoint, or in a Trainer's folder.
+
+Three places are known: a file of ``torch.save`` with one or more state dicts somewhere in it; the folder that
+``transformers.Trainer`` writes (``optimizer.pt`` beside weights, configs and ``trainer_state.json``); the archive of
+stable-baselines3, a zip whose members are such files themselves. torch is not imported and nothing is run.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Final
+
+from lora_state_format import pickles
+from lora_state_format.container import read_header
+from lora_state_format.errors import FileError, OptionError, UnrepresentableError
+from lora_state_format.model import Checkpoint, OptimizerState, Tensor, Value
+from lora_state_format.registry import Match
+from lora_state_format.sources import File
+from lora_state_format.state_dict import Found, find, from_state_dict, to_state_dict
+from lora_state_format.torch_save import save
+from lora_state_format.zips import Archive, Member
+
+NAME: Final = "torch_optimizer"
+DESCRIPTION: Final = "optimizer.pt, any other torch.save file with an optimizer in it, a Trainer's checkpoint folder"
+
+OPTIMIZER: Final = "optimizer.pt"
+TRAINER: Final = "trainer_state.json"
+CONFIGS: Final = ("adapter_config.json", "config.json")
+WEIGHTS: Final = (
+    "adapter_model.safetensors",
+    "adapter_model.bin",
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "pytorch_model.bin",
+)
+"""Files with the parameters' own values; the first of them that lies beside the optimizer is taken."""
+
+MEMBER: Final = "optimizer.pth"
+"""How the members of stable-baselines3's archives end that hold an optimizer; ``policy.pth`` holds the parameters."""
+
+STATE_DICTS: Final = ("state_dict", "model_state_dict", "model")
+"""Where the parameters lie in a checkpoint that holds the optimizer too."""
+
+
+def detect(path: Path) -> Match | None:
+    if path.is_dir():
+        if not (path / OPTIMIZER).is_file():
+            return None
+        trainer = (path / TRAINER).is_file()
+        reason = f"{OPTIMIZER} beside {TRAINER}" if trainer else f"a folder with {OPTIMIZER}"
+        return Match(reason, path / OPTIMIZER, generic=not trainer)
+    with File(path) as file:
+        try:
+            if _members(file):
+                return Match(f"a zip archive with members called *{MEMBER}", path)
+            if pickles.mentions(file, b"param_groups"):
+                return Match("a torch.save file whose pickle mentions param_groups", path, generic=True)
+        except FileError:
+            # Perhaps another converter knows it; if none does, reading it says what is wrong.
+            return Match("a zip archive that is damaged, or not of torch.save", path, generic=True)
+    return None
+
+
+def read(path: Path) -> Checkpoint:
+    """The state, and what lies beside it. Several optimizers in one file make up one state.
+
+    Raises ``FileError`` for a file that is damaged or holds no optimizer, ``RefusedError`` for one that would need
+    code to be run, ``UnrepresentableError`` for a value without a form.
+    """
+    path = path / OPTIMIZER if path.is_dir() else path
+    beside = {name: path.parent / name for name in (*WEIGHTS, *CONFIGS, TRAINER) if (path.parent / name).is_file()}
+    files = [File(path)]
+    try:
+        tree = _tree(files[0], path)
+        found = find(tree)
+        if not found:
+            raise FileError("no optimizer's state dict in it (a dict with state and param_groups)", path=path)
+        weights: Mapping[str, Tensor] = _state_dict(tree)
+        if not weights and (name := next((name for name in WEIGHTS if name in beside), None)):
+            weights = _weights(beside[name], files)
+        state = from_state_dict(
+            *found,
+            origin=_origin(found, beside),
+            global_step=_global_step(tree, beside),
+            resources=tuple(files),
+        )
+    except BaseException:
+        for file in files:
+            file.close()
+        raise
+    return Checkpoint(state, weights, {name: beside[name] for name in CONFIGS if name in beside})
+
+
+def write(state: OptimizerState, path: Path, *, base: Path | None, force: bool) -> None:
+    """Write ``optimizer.pt``: what the optimizer's ``state_dict()`` was, for ``torch.load(weights_only=True)``.
+
+    Raises ``UnrepresentableError`` for several optimizers, for parameters that are in no group, and for values that
+    torch could not load back.
+    """
+    if base is not None:
+        raise OptionError(f"{NAME} writes a whole file and takes nothing from another ({base})")
+    if len(state.optimizers) != 1:
+        raise UnrepresentableError(f"the state of {len(state.optimizers)} optimizers; {OPTIMIZER} holds that of one")
+    save(to_state_dict(state), path, force=force)
+
+
+def _members(file: File) -> dict[str, Member]:
+    """The members of a stable-baselines3 archive: nothing if the file is none."""
+    if file.size < 4 or file.read(0, 4) != b"PK\3\4":
+        return {}
+    archive = Archive(file, file.path)
+    if not any(name.endswith(MEMBER) for name in archive):
+        return {}
+    return {name: archive[name] for name in archive if name.endswith((MEMBER, "policy.pth"))}
+
+
+def _tree(file: File, path: Path) -> Any:
+    members = _members(file)
+    if members:
+        return {name: pickles.load(member, f"{path}:{name}").value for name, member in members.items()}
+    tree = pickles.load(file).value
+    if isinstance(tree, dict) and "ds_version" in tree:
+        raise FileError("one rank's part of a DeepSpeed checkpoint: convert the folder that holds it", path=path)
+    return tree
+
+
+def _state_dict(tree: Any) -> dict[str, Tensor]:
+    """The parameters that a checkpoint holds beside the optimizer, if it has one model."""
+    inside = [value for value in tree.values() if isinstance(value, dict)] if isinstance(tree, dict) else []
+    found = [part[key] for part in (tree, *inside) if isinstance(part, dict) for key in STATE_DICTS if key in part]
+    models = [
+        model
+        for model in found
+        if isinstance(model, dict) and model and all(isinstance(value, Tensor) for value in model.values())
+    ]
+    return models[0] if len(models) == 1 else {}
+
+
+def _weights(path: Path, files: list[File]) -> Mapping[str, Tensor]:
+    """The tensors of a weights file by their own keys; of all files that an index names."""
+    if path.suffix == ".json":
+        index = _json(path).get("weight_map")
+        names = sorted(set(index.values())) if isinstance(index, dict) else []
+        if not all(isinstance(name, str) and Path(name).name == name for name in names):
+            raise FileError("its weight_map names files outside of its folder", path=path)
+        return {key: tensor for name in names for key, tensor in _weights(path.parent / name, files).items()}
+    file = File(path)
+    files.append(file)
+    if path.suffix == ".safetensors":
+        return read_header(file).tensors
+    tree = pickles.load(file).value
+    return {key: value for key, value in tree.items() if isinstance(value, Tensor)} if isinstance(tree, dict) else {}
+
+
+def _global_step(tree: Any, beside: Mapping[str, Path]) -> int | None:
+    source = _json(beside[TRAINER]) if TRAINER in beside else tree
+    step = source.get("global_step") if isinstance(source, dict) else None
+    return step if type(step) is int else None
+
+
+def _origin(found: list[Found], beside: Mapping[str, Path]) -> dict[str, Value]:
+    """What wrote the state, as far as its surroundings tell."""
+    origin: dict[str, Value] = {"format": NAME}
+    if len(found) == 1 and found[0].path:
+        origin["place"] = found[0].where
+    for name, package in (("adapter_config.json", "peft"), ("config.json", "transformers")):
+        version = _json(beside[name]).get(f"{package}_version") if name in beside else None
+        if isinstance(version, str):
+            origin[package] = version
+    return origin
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise FileError(f"not JSON: {error}", path=path) from error
+    if not isinstance(value, dict):
+        raise FileError("not a JSON object", path=path)
+    return value
