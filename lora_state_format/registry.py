@@ -27,6 +27,8 @@ NAMED: Final = "named"
 
 BUILT_IN: Final[Mapping[str, str]] = {
     NAMED: "lora_state_format.converters.named",
+    "dcp": "lora_state_format.converters.dcp",
+    "deepspeed_zero": "lora_state_format.converters.deepspeed_zero",
     "torch_optimizer": "lora_state_format.converters.torch_optimizer",
 }
 """Converter name -> its module."""

@@ -1,0 +1,196 @@
+"""Folders of ``torch.distributed.checkpoint``: FSDP2, sharded FSDP1, torchtitan, torchtune's async saves, accelerate's
+``optimizer_0``, Lightning's and Composer's sharded checkpoints.
+
+The optimizer's state dict stands somewhere in the saved tree, in one of two forms: nested (``state``, ``param_groups``,
+the latter a list), keyed by name or, where the writer saved ``optimizer.state_dict()`` itself, by id; or flattened
+(``state.<name>.<slot>``, ``param_groups.<name>.<option>``), which repeats the options for every parameter and forgets
+which group it was in: there, consecutive parameters with equal options become a group.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, Final
+
+from lora_state_format import keyed
+from lora_state_format.dcp import METADATA, Folder, is_folder, open_folder, write_folder
+from lora_state_format.errors import FileError
+from lora_state_format.model import Checkpoint, OptimizerState, Scalar, Tensor
+from lora_state_format.registry import Match
+from lora_state_format.state_dict import Found, from_state_dict
+from lora_state_format.trees import check_options
+
+NAME: Final = "dcp"
+DESCRIPTION: Final = "a torch.distributed.checkpoint folder (FSDP, torchtitan, ...): .metadata and *.distcp files"
+OPTIONS: Final = {
+    "key": "where the optimizer stands in the tree that is written: 'optimizer' if not said, '' for the top",
+    "flattened": "write torch's flattened layout (flatten_optimizer_state_dict=True)",
+}
+
+
+def detect(path: Path) -> Match | None:
+    folders = _folders(path)
+    if not folders:
+        return None
+    return Match("a .metadata file that lists an optimizer's param_groups", folders[0] / METADATA)
+
+
+def _folders(path: Path) -> list[Path]:
+    """The DCP folders with optimizer state: the path itself, or folders in it (``optimizer_0``, ``optimizer_1``)."""
+    if not path.is_dir() or (path / "metadata.json").exists():  # metadata.json: Megatron
+        return []
+    candidates = [path] if is_folder(path) else sorted(folder for folder in path.iterdir() if is_folder(folder))
+    return [folder for folder in candidates if b"param_groups" in (folder / METADATA).read_bytes()]
+
+
+def read(path: Path) -> Checkpoint:
+    places = _folders(path)
+    if not places:
+        raise FileError("no DCP folder whose .metadata lists an optimizer's param_groups", path=path)
+    others = [] if is_folder(path) else sorted(f for f in path.iterdir() if is_folder(f) and f not in places)
+    opened: list[Folder] = []
+    try:
+        opened.extend(map(open_folder, (*places, *others)))
+        found = [item for folder in opened[: len(places)] for item in _optimizers(folder)]
+        for item in found:
+            _check_steps(item)
+        state = from_state_dict(
+            *found, origin={"format": NAME}, resources=tuple(file for folder in opened for file in folder.files)
+        )
+        weights = {name: tensor for folder in opened for name, tensor in _weights(folder)}
+        return Checkpoint(keyed.named(state, weights=weights), weights)
+    except BaseException:
+        for folder in opened:
+            folder.close()
+        raise
+
+
+def _weights(folder: Folder) -> Iterator[tuple[str, Tensor]]:
+    """The tensors that are no optimizer state, under the last step of their path: the name."""
+    for path, value in folder.entries.items():
+        if isinstance(value, Tensor) and not any(str(step).partition(".")[0] == "state" for step in path):
+            yield str(path[-1]), value
+
+
+def _optimizers(folder: Folder) -> Iterator[Found]:
+    """Every optimizer's state dict in the folder's tree."""
+
+    def search(node: Any, path: tuple[str | int, ...]) -> Iterator[Found]:
+        if not isinstance(node, dict):
+            return
+        if "param_groups" in node:
+            yield Found(path, _nested(node))
+            return
+        if any(str(key).startswith("param_groups.") for key in node):
+            yield Found(path, _flattened(node))
+        for key, inner in node.items():
+            yield from search(inner, (*path, key))
+
+    yield from search(folder.tree(), ())
+
+
+def _nested(node: Mapping[Any, Any]) -> dict[str, Any]:
+    groups = _lists(node["param_groups"])
+    state = {key: _lists(slots) for key, slots in node.get("state", {}).items()}
+    listed = {identity for group in groups if isinstance(group, dict) for identity in group.get("params", ())}
+    # The path of an entry is of strings, also where a state dict's ids are numbers.
+    state = {int(key) if str(key).isdecimal() and int(key) in listed else key: slots for key, slots in state.items()}
+    return {"state": state, "param_groups": groups}
+
+
+def _lists(node: Any) -> Any:
+    """The node with every dict whose keys are 0..n-1 made the list that it was."""
+    if not isinstance(node, dict):
+        return node
+    inner = {key: _lists(value) for key, value in node.items()}
+    if inner and set(inner) == set(range(len(inner))):
+        return [inner[index] for index in range(len(inner))]
+    return inner
+
+
+def _flattened(node: Mapping[Any, Any]) -> dict[str, Any]:
+    options: dict[str, dict[str, Any]] = {}
+    for key, value in node.items():
+        if str(key).startswith("param_groups."):
+            name, _, option = key.removeprefix("param_groups.").rpartition(".")
+            options.setdefault(name, {})[option] = _scalar(value) if isinstance(value, Tensor) else value
+    groups: list[dict[str, Any]] = []
+    for name, chosen in options.items():
+        if not groups or {key: value for key, value in groups[-1].items() if key != "params"} != chosen:
+            groups.append({**chosen, "params": []})
+        groups[-1]["params"].append(name)
+    state: dict[str, dict[str, Any]] = {}
+    for key, value in node.items():
+        if str(key).startswith("state."):
+            rest = key.removeprefix("state.")
+            # A name may begin with another name: the longest that is one is meant.
+            cut = next((i for i in range(len(rest) - 1, 0, -1) if rest[i] == "." and rest[:i] in options), None)
+            if cut is None:
+                raise FileError(f"'{key}' is the state of no parameter that param_groups lists")
+            state.setdefault(rest[:cut], {})[rest[cut + 1 :]] = value
+    return {"state": state, "param_groups": groups}
+
+
+def _scalar(tensor: Tensor) -> Tensor | Scalar:
+    return tensor if tensor.shape else Scalar(tensor.dtype, bytes(tensor.bytes()))
+
+
+def _check_steps(found: Found) -> None:
+    """Raise ``FileError`` if every file counts another step: then they are of different saves."""
+    counts: dict[str, set[bytes]] = {}
+    for slots in found.tree["state"].values():
+        step = slots.get("step") if isinstance(slots, dict) else None
+        if isinstance(step, Tensor) and not step.shape:
+            source = step.pieces[0].source
+            counts.setdefault(source.place.file.path, set()).add(bytes(step.bytes()))  # type: ignore[attr-defined]
+    if len(counts) > 1 and all(len(seen) == 1 for seen in counts.values()):
+        (first, ours), *rest = counts.items()
+        for path, theirs in rest:
+            if theirs != ours:
+                raise FileError(
+                    f"every step in it differs from those in {Path(first).name}: files of two checkpoints", path=path
+                )
+
+
+def write(
+    state: OptimizerState, path: Path, *, base: Path | None, force: bool, options: Mapping[str, Any] | None = None
+) -> None:
+    """Write a folder for ``torch.distributed.checkpoint.load`` and ``set_optimizer_state_dict``."""
+    chosen = options or {}
+    check_options(chosen, OPTIONS, NAME)
+    key = str(chosen.get("key", "optimizer"))
+    laid_out = _flat_entries if chosen.get("flattened") else _nested_entries
+    entries: dict[tuple[Any, ...], Any] = {}
+    for index in range(len(state.optimizers)):
+        name = key if len(state.optimizers) == 1 else f"{key}_{index}"
+        prefix = (name,) if name else ()
+        entries |= {(*prefix, *where): value for where, value in laid_out(keyed.by_name(state, index))}
+    write_folder(entries, path, force=force)
+
+
+def _nested_entries(tree: Mapping[str, Any]) -> Iterator[tuple[tuple[Any, ...], Any]]:
+    for path, value in _leaves(tree["state"]):
+        yield ("state", *path), value
+    for number, group in enumerate(tree["param_groups"]):
+        for key, value in group.items():
+            yield ("param_groups", number, key), value
+
+
+def _flat_entries(tree: Mapping[str, Any]) -> Iterator[tuple[tuple[Any, ...], Any]]:
+    for name, slots in tree["state"].items():
+        for slot, value in slots.items():
+            yield (f"state.{name}.{slot}",), value
+    for group in tree["param_groups"]:
+        options = {key: value for key, value in group.items() if key != "params"}
+        for name in group["params"]:
+            for key, value in options.items():
+                yield (f"param_groups.{name}.{key}",), value
+
+
+def _leaves(node: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[tuple[Any, ...], Any]]:
+    if isinstance(node, (dict, list)) and node:
+        for key, inner in node.items() if isinstance(node, dict) else enumerate(node):
+            yield from _leaves(inner, (*path, key))
+    else:
+        yield path, node

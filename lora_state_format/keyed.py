@@ -1,0 +1,82 @@
+"""State dicts whose ids are names, as FSDP, DCP, DeepSpeed and others write them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from lora_state_format.model import Naming, OptimizerState, Parameter, PositionalState, Tensor
+from lora_state_format.names import peft_key, split_adapter, without_wrappers
+from lora_state_format.state_dict import to_state_dict
+
+__all__ = ["by_name", "named", "names_of"]
+
+
+def names_of(state: PositionalState) -> tuple[str, ...] | None:
+    """The ids, where they all are names; ``None`` where any is a number."""
+    several = len(state.optimizers) > 1
+    names = [str(identity).partition(":")[2] if several else identity for identity in state.ids]
+    if any(not isinstance(name, str) or name.isdecimal() for name in names):
+        return None
+    return tuple(str(name) for name in names)
+
+
+def named(
+    state: PositionalState,
+    *,
+    shapes: Mapping[str, Sequence[int]] | None = None,
+    weights: Mapping[str, Tensor] | None = None,
+    tied: Mapping[str, tuple[str, ...]] | None = None,
+) -> OptimizerState | PositionalState:
+    """The state under the names that its ids are, wrapper segments removed.
+
+    A parameter's shape comes from ``shapes``, from its own tensor in ``weights``, or from its slots. Where none of them
+    says it (it never took a step, and the checkpoint has no weights), the state stays positional and carries the names,
+    for whoever can say the shapes. So it does, without names, if ids are numbers.
+    """
+    names = names_of(state)
+    if names is None:
+        return state
+    shapes, weights, tied = shapes or {}, weights or {}, tied or {}
+    clean, removed = without_wrappers(names)
+    parameters = []
+    for name, raw, seen in zip(clean, names, state.shapes(), strict=True):
+        tensor = weights.get(raw)
+        shape = shapes.get(raw, tensor.shape if tensor is not None else seen)
+        if shape is None:
+            return replace(state, names=tuple(clean))
+        peft, parts = peft_key(name), split_adapter(name)
+        parameters.append(
+            Parameter(
+                name,
+                tuple(shape),
+                None,
+                dtype=tensor.dtype if tensor is not None else None,
+                adapter=parts[1] if parts else None,
+                tied=tied.get(raw, ()),
+                keys={"peft": peft[0]} if peft else {},
+            )
+        )
+    result = state.named(parameters, Naming("checkpoint", details={"removed": list(removed)} if removed else {}))
+    originals = (raw if raw != name else None for raw, name in zip(names, clean, strict=True))
+    return replace(
+        result,
+        parameters=tuple(
+            replace(parameter, original_id=original)
+            for parameter, original in zip(result.parameters, originals, strict=True)
+        ),
+    )
+
+
+def by_name(state: OptimizerState, optimizer: int = 0) -> dict[str, Any]:
+    """The state dict of one of the optimizers with names for ids: those of the source where it spelled them otherwise.
+
+    Raises ``UnrepresentableError`` as ``to_state_dict`` does.
+    """
+    prefix = "0:" if len(state.optimizers) > 1 else ""
+    parameters = tuple(
+        replace(p, original_id=prefix + (p.original_id if isinstance(p.original_id, str) else p.name))
+        for p in state.parameters
+    )
+    return to_state_dict(replace(state, parameters=parameters), optimizer)

@@ -1,0 +1,167 @@
+"""One rank of an FSDP run on the CPU: the folders and files that its users save, and the full state that the run held.
+
+Usage: fsdp_run.py OUT RANK WORLD PORT CASE[,CASE..]
+Cases that save: nested, flattened, positional (DCP folders of FSDP2), rows (sharded along axis 1), full (FSDP1's one file),
+fsdp1 (FSDP1's sharded folder), local (FSDP2's per-rank files). Cases that load: load:FOLDER, load:FOLDER:flattened.
+OUT/CASE is what was saved, OUT/CASE.live.pt the gathered state: {name: {slot: tensor}} and its groups.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+out, rank, world, port, cases = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), sys.argv[4], sys.argv[5]
+os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=port, RANK=str(rank), WORLD_SIZE=str(world), OMP_NUM_THREADS="1")
+warnings.filterwarnings("ignore")
+
+import torch  # noqa: E402
+import torch.distributed as dist  # noqa: E402
+import torch.distributed.checkpoint as dcp  # noqa: E402
+from torch.distributed.checkpoint.state_dict import (  # noqa: E402
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_optimizer_state_dict,
+)
+from torch.distributed.fsdp import FullyShardedDataParallel, ShardingStrategy, StateDictType, fully_shard  # noqa: E402
+from torch.distributed.tensor import Shard  # noqa: E402
+
+
+class Net(torch.nn.Module):
+    """Odd sizes; a frozen layer; a parameter that never gets a gradient; a name with a dot-like segment."""
+
+    def __init__(self, hidden: int) -> None:
+        super().__init__()
+        self.base = torch.nn.Linear(7, hidden)
+        self.lora_A = torch.nn.ModuleDict({"default": torch.nn.Linear(hidden, 3, bias=False)})
+        self.norm = torch.nn.LayerNorm(3)
+        self.lora_B = torch.nn.ModuleDict({"default": torch.nn.Linear(3, 11)})
+        self.base.requires_grad_(False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        result: torch.Tensor = self.lora_B["default"](self.norm(self.lora_A["default"](torch.tanh(self.base(x)))))
+        return result
+
+
+def optimizer_of(model: torch.nn.Module, *, named: bool = False) -> torch.optim.Optimizer:
+    trained = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
+    decay: Any = [(n, p) if named else p for n, p in trained if p.dim() == 2]
+    plain: Any = [(n, p) if named else p for n, p in trained if p.dim() == 1]
+    return torch.optim.AdamW(
+        [{"params": decay, "weight_decay": 0.1}, {"params": plain, "weight_decay": 0.0, "lr": 2e-3}], lr=1e-3
+    )
+
+
+def sharded(case: str) -> tuple[torch.nn.Module, torch.optim.Optimizer]:
+    torch.manual_seed(0)
+    model: Any = Net(14 if case == "rows" else 13)
+    if case in ("full", "fsdp1"):
+        strategy = ShardingStrategy.FULL_SHARD
+        model = FullyShardedDataParallel(
+            model, use_orig_params=True, sharding_strategy=strategy, device_id=torch.device("cpu")
+        )
+        return model, torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3, weight_decay=0.1)
+
+    def rows(parameter: torch.nn.Parameter) -> Shard | None:
+        return Shard(1) if case == "rows" and parameter.shape == (3, 14) else None
+
+    fully_shard(model, shard_placement_fn=rows)
+    return model, optimizer_of(model, named=case == "positional")
+
+
+def train(model: torch.nn.Module, optimizer: torch.optim.Optimizer, steps: int) -> None:
+    for seed in range(steps):
+        torch.manual_seed(100 * seed + rank)
+        (model(torch.randn(2, 7)) ** 2).mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def whole(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """The full state by name, as torch gathers it from the live run."""
+    options = StateDictOptions(full_state_dict=True, cpu_offload=False)
+    return get_optimizer_state_dict(model, optimizer, options=options)
+
+
+def joined(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """FSDP1's flat local parts, end to end: its own gathering mixes up buffers on the CPU."""
+    names = {name.replace("_fsdp_wrapped_module.", ""): p for name, p in model.named_parameters() if p.requires_grad}
+    parts: list[Any] = [None] * world
+    dist.all_gather_object(parts, {name: optimizer.state.get(p, {}) for name, p in names.items()})
+    state: dict[str, Any] = {}
+    for name in names:
+        held = [part[name] for part in parts if part[name]]
+        state[name] = {"step": held[0]["step"]}
+        state[name] |= {slot: torch.cat([part[slot] for part in held]) for slot in ("exp_avg", "exp_avg_sq")}
+    return {"state": state}
+
+
+def save(case: str) -> None:
+    model, optimizer = sharded(case)
+    train(model, optimizer, 3)
+    folder = out / case
+    if case == "full":
+        with FullyShardedDataParallel.state_dict_type(model, StateDictType.FULL_STATE_DICT):
+            state: Any = FullyShardedDataParallel.optim_state_dict(model, optimizer)
+            if rank == 0:
+                folder.mkdir(parents=True)
+                torch.save(state, folder / "optimizer.bin")
+        live = state
+    elif case == "fsdp1":
+        with FullyShardedDataParallel.state_dict_type(model, StateDictType.SHARDED_STATE_DICT):
+            state = FullyShardedDataParallel.optim_state_dict(model, optimizer)
+            dcp.save({"optimizer": state}, checkpoint_id=folder / "optimizer_0")
+        live = joined(model, optimizer)
+    else:
+        if case == "positional":
+            state = {"optimizer": optimizer.state_dict(), "model": get_model_state_dict(model)}
+        elif case == "flattened":
+            options = StateDictOptions(flatten_optimizer_state_dict=True)
+            state = {**get_model_state_dict(model), **get_optimizer_state_dict(model, optimizer, options=options)}
+        elif case == "local":
+            folder.mkdir(parents=True, exist_ok=True)
+            torch.save(optimizer.state_dict(), folder / f"optimizer_0_rank{rank}.bin")
+            state = None
+        else:
+            state = {"model": get_model_state_dict(model), "optim": get_optimizer_state_dict(model, optimizer)}
+        if state is not None:
+            dcp.save(state, checkpoint_id=folder)
+        live = whole(model, optimizer)
+    if rank == 0:
+        torch.save(live, out / f"{case}.live.pt")
+
+
+def load(folder: str, flattened: bool) -> None:
+    """Load a folder that this project wrote, with torch's own functions; keep what the run then holds."""
+    model, optimizer = sharded("load")
+    if flattened:
+        options = StateDictOptions(flatten_optimizer_state_dict=True)
+        state = get_optimizer_state_dict(model, optimizer, options=options)
+        dcp.load(state, checkpoint_id=out / folder)
+    else:
+        options = StateDictOptions()
+        state = get_optimizer_state_dict(model, optimizer)
+        dcp.load({"optimizer": state}, checkpoint_id=out / folder)
+    set_optimizer_state_dict(model, optimizer, state, options=options)
+    live = whole(model, optimizer)
+    if rank == 0:
+        torch.save(live, out / f"{folder}.loaded.pt")
+
+
+def main() -> None:
+    dist.init_process_group("gloo", rank=rank, world_size=world)
+    for case in cases.split(","):
+        if case.startswith("load:"):
+            _, folder, *flags = case.split(":")
+            load(folder, bool(flags))
+        else:
+            save(case)
+        dist.barrier()
+    dist.destroy_process_group()
+
+
+main()
