@@ -6,6 +6,7 @@ What was asked for goes to stdout, everything else to stderr. Imports are late, 
 from __future__ import annotations
 
 import contextlib
+import io
 import os
 import sys
 from collections.abc import Iterator, Sequence
@@ -31,6 +32,9 @@ PATH = click.Path(path_type=Path)
 
 def main() -> NoReturn:
     """The command ``lora-state``."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # a name that the terminal's encoding lacks is no error
     sys.exit(run(sys.argv[1:]))
 
 

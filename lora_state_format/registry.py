@@ -9,11 +9,10 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, Protocol, cast
+from typing import TYPE_CHECKING, Any, Final, NamedTuple, Protocol, cast
 
 from lora_state_format.errors import AmbiguousFormatError, MissingDependencyError, OptionError, UnknownFormatError
 
@@ -37,8 +36,7 @@ ENTRY_POINTS: Final = "lora_state_format.converters"
 """The entry-point group for converters of other packages; the entry's name is the converter's."""
 
 
-@dataclass(frozen=True, slots=True)
-class Match:
+class Match(NamedTuple):
     """A converter's claim to a path.
 
     ``reason`` says what was found, in words; ``path`` is the file or folder that decided. A ``generic`` match, one

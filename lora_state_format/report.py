@@ -6,7 +6,7 @@ import math
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 from lora_state_format.model import Naming, OptimizerState, PositionalState, Scalar, Slot, Tensor, Value, walk
 
@@ -37,8 +37,7 @@ NUMBER: Final = re.compile(r"(?<![^.])\d+(?![^.])")
 """A segment of a parameter's name that is a number: a layer's, an expert's."""
 
 
-@dataclass(frozen=True, slots=True)
-class Entry:
+class Entry(NamedTuple):
     """A parameter as both kinds of state have it; ``group`` is ``None`` for one that is in no group."""
 
     name: str | None
@@ -129,10 +128,18 @@ def describe(state: OptimizerState | PositionalState, *, statistics: bool = Fals
 
     ``statistics`` reads every tensor.
     """
+    rows: dict[Any, _Row] = {}
+    for entry in entries(state):
+        label, numbers = _template(entry)
+        leaves = [(_dotted(path), leaf) for path, leaf in walk(entry.state or {})]
+        layout = tuple((name, _kind(leaf, entry.shape)) for name, leaf in leaves)
+        key = (entry.group, label, entry.shape, entry.state is None, layout)
+        if key not in rows:
+            rows[key] = _Row(entry, label, layout, tuple(set() for _ in numbers))
+        rows[key].add(numbers, leaves, statistics)
     sizes = [tensor.size for tensor in tensors(state)]
-    found = list(entries(state))
     step = "" if state.global_step is None else f", step {state.global_step}"
-    yield f"{len(found)} parameters{step}; {len(sizes)} tensors, {sum(sizes):,} bytes"
+    yield f"{sum(row.count for row in rows.values())} parameters{step}; {len(sizes)} tensors, {sum(sizes):,} bytes"
     if isinstance(state, OptimizerState):
         yield describe_naming(state.naming)
     else:
@@ -142,13 +149,6 @@ def describe(state: OptimizerState | PositionalState, *, statistics: bool = Fals
     for index, group in enumerate(state.groups):
         options = "".join(f", {key} {_text(value)}" for key, value in group.options)
         yield f"group {index}{f' {group.name!r}' if group.name else ''}: {group.count} parameters{options}"
-    rows: dict[Any, _Row] = {}
-    for entry in found:
-        label, numbers = _template(entry)
-        layout = tuple((path, _kind(leaf, entry.shape)) for path, leaf in walk(entry.state or {}))
-        key = (entry.group, label, entry.shape, entry.state is None, layout)
-        row = rows.setdefault(key, _Row(entry, label, tuple(set() for _ in numbers)))
-        row.add(entry, numbers, statistics)
     yield from map(str, rows.values())
     for path, leaf in walk(state.globals):
         yield f"global {_dotted(path)} {_text(leaf)}"
@@ -160,32 +160,32 @@ class _Row:
 
     first: Entry
     label: str
+    layout: tuple[tuple[str, str], ...]
     numbers: tuple[set[int], ...]
     count: int = 0
     values: dict[str, dict[str, None]] = field(default_factory=dict)
     statistics: dict[str, Statistics] = field(default_factory=dict)
 
-    def add(self, entry: Entry, numbers: list[int], statistics: bool) -> None:
+    def add(self, numbers: list[int], leaves: list[tuple[str, Value]], statistics: bool) -> None:
         self.count += 1
         for seen, number in zip(self.numbers, numbers, strict=True):
             seen.add(number)
-        for path, leaf in walk(entry.state or {}):
+        for name, leaf in leaves:
             if not isinstance(leaf, Slot):
-                self.values.setdefault(_dotted(path), {}).setdefault(_text(leaf))
+                self.values.setdefault(name, {}).setdefault(_text(leaf))
             elif statistics:
-                self.statistics.setdefault(_dotted(path), Statistics()).add(leaf.tensor)
+                self.statistics.setdefault(name, Statistics()).add(leaf.tensor)
 
     def __str__(self) -> str:
         group = "carried" if self.first.group is None else f"group {self.first.group}"
         shape = "" if self.first.shape is None else f" {list(self.first.shape)}"
         slots = []
-        for path, leaf in walk(self.first.state or {}):
-            name = _dotted(path)
-            if isinstance(leaf, Slot):
-                slots.append(f"{name} {_kind(leaf, self.first.shape)}{self.statistics.get(name, '')}")
+        for name, kind in self.layout:
+            if name in self.values:
+                first, *others = self.values[name]
+                slots.append(f"{name} {first}..{others[-1]}" if others else f"{name} {first}")
             else:
-                first, *_, last = (*self.values[name], *self.values[name])
-                slots.append(f"{name} {first}" if first == last else f"{name} {first}..{last}")
+                slots.append(f"{name} {kind}{self.statistics.get(name, '')}")
         state = "never stepped" if self.first.state is None else ", ".join(slots) or "no slots"
         return f"{group}: {self.count} x {self.label.format(*map(_span, self.numbers))}{shape}: {state}"
 

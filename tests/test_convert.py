@@ -1,0 +1,317 @@
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+import lora_state_format as lsf
+from lora_state_format.conversion import ConversionReport, convert, read
+from lora_state_format.errors import (
+    ConversionError,
+    FileError,
+    MissingNamesError,
+    OptionError,
+    TargetExistsError,
+)
+from lora_state_format.model import Group, Naming, Optimizer, OptimizerState, Parameter
+
+if TYPE_CHECKING:
+    from conftest import Founding
+
+
+def exactly(state: OptimizerState, founding: Founding) -> bool:
+    """Whether a state holds the live optimizer's slots bit for bit, by the live model's names, in its order."""
+    assert list(state) == list(founding.slots)
+    for name, slots in founding.slots.items():
+        for slot in ("exp_avg", "exp_avg_sq"):
+            assert state[name][slot].torch().equal(slots[slot]), (name, slot)
+        assert state[name]["step"].item() == slots["step"].item()
+    return True
+
+
+@pytest.fixture
+def alone(founding: Founding, tmp_path: Path) -> Path:
+    """The optimizer file with nothing beside it."""
+    folder = tmp_path / "alone"
+    folder.mkdir()
+    return Path(shutil.copy(founding.path / "optimizer.pt", folder))
+
+
+@pytest.fixture
+def names(founding: Founding, tmp_path: Path) -> Path:
+    """A file with the names in optimizer order."""
+    path = tmp_path / "names.txt"
+    path.write_text("\n".join(founding.slots) + "\n")
+    return path
+
+
+# --- the main job -------------------------------------------------------------------------------------------------
+
+
+def test_a_trainer_folder_becomes_a_file_by_name(founding: Founding, tmp_path: Path) -> None:
+    target = tmp_path / "optimizer.safetensors"
+    report = convert(founding.path, target)
+    assert isinstance(report, ConversionReport)
+    assert (report.parameters, report.groups, report.tensors) == (392, (392, 0), 784)
+    assert report.slots == {"step": 392, "exp_avg": 392, "exp_avg_sq": 392}
+    assert (report.source_format, report.target_format, report.written) == ("torch_optimizer", "named", True)
+    assert (report.global_step, report.paired, report.notes, report.warnings) == (3, 392, (), ())
+    with lsf.open_state(target) as state:
+        assert exactly(state, founding)
+        assert [group.count for group in state.groups] == [392, 0]
+        assert dict(state.groups[0].options)["lr"] == 1e-3
+        assert state.naming.source == "adapter"
+        first = next(iter(state))
+        assert state[first].keys == {"peft": first.replace(".default", "")}
+        assert state[first].adapter == "default"
+    assert lsf.verify(target).ok
+
+
+def test_the_weights_digests_are_those_of_the_adapter(founding: Founding, tmp_path: Path) -> None:
+    import torch
+    import xxhash
+    from safetensors.torch import load_file
+
+    weights = load_file(founding.path / "adapter_model.safetensors")
+    convert(founding.path, tmp_path / "optimizer.safetensors")
+    with lsf.open_state(tmp_path / "optimizer.safetensors") as state:
+        for parameter in state.values():
+            tensor = weights[parameter.keys["peft"]]
+            assert tensor.dtype == torch.float32
+            assert parameter.weights is not None
+            assert parameter.weights.dtype == "F32"
+            assert parameter.weights.hex == xxhash.xxh3_128(tensor.numpy().tobytes()).hexdigest()
+
+
+def test_equal_input_gives_equal_bytes(founding: Founding, tmp_path: Path) -> None:
+    reports = [convert(founding.path, tmp_path / name) for name in ("a.safetensors", "b.safetensors")]
+    assert reports[0].digest == reports[1].digest
+    assert (tmp_path / "a.safetensors").read_bytes() == (tmp_path / "b.safetensors").read_bytes()
+
+
+def test_a_named_file_converts_to_itself(founding: Founding, tmp_path: Path) -> None:
+    first = convert(founding.path, tmp_path / "a.safetensors")
+    again = convert(tmp_path / "a.safetensors", tmp_path / "b.safetensors")
+    assert (again.source_format, again.digest) == ("named", first.digest)
+
+
+def test_the_report_in_words(founding: Founding, tmp_path: Path) -> None:
+    target = tmp_path / "optimizer.safetensors"
+    report = convert(founding.path, target)
+    assert str(report) == (
+        f"converted {founding.path} (torch_optimizer) to {target} (named)\n"
+        "392 parameters in groups of [392, 0], step 3\n"
+        f"slots: step x 392, exp_avg x 392, exp_avg_sq x 392; 784 tensors, {report.bytes:,} bytes\n"
+        f"names: from the adapter file, in the order of rule '{report.naming.rule}'; "
+        f"{report.naming.details['interchangeable']} of them share their shape with another\n"
+        "weights: digests of 392 of 392 parameters kept with their state\n"
+        f"digest: {report.digest}"
+    )
+
+
+def test_the_report_as_json(founding: Founding, tmp_path: Path) -> None:
+    report = convert(founding.path, tmp_path / "optimizer.safetensors")
+    members = json.loads(json.dumps(report.to_json()))
+    assert members["schema_version"] == 1
+    assert members["groups"] == [392, 0]
+    assert members["naming"]["source"] == "adapter"
+    assert members["digest"] == report.digest
+
+
+def test_a_dry_run_writes_nothing(founding: Founding, tmp_path: Path) -> None:
+    report = convert(founding.path, tmp_path / "optimizer.safetensors", dry_run=True)
+    assert (report.written, report.digest, report.parameters) == (False, None, 392)
+    assert str(report).startswith("would convert ")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_progress_ends_at_the_total(founding: Founding, tmp_path: Path) -> None:
+    seen: list[tuple[int, int]] = []
+    report = convert(founding.path, tmp_path / "a.safetensors", progress=lambda *at: seen.append(at))
+    assert seen[-1] == (report.bytes, report.bytes)
+    assert [done for done, _ in seen] == sorted(done for done, _ in seen)
+
+
+def test_read_names_a_checkpoint_lazily(founding: Founding) -> None:
+    with read(founding.path) as state:
+        assert exactly(state, founding)
+        assert all(parameter.weights is None for parameter in state.values())
+
+
+# --- names --------------------------------------------------------------------------------------------------------
+
+
+def test_the_adapter_beside_a_bare_file_names_it(founding: Founding) -> None:
+    with read(founding.path / "optimizer.pt") as state:
+        assert exactly(state, founding)
+
+
+def test_nothing_to_take_names_from(alone: Path, tmp_path: Path) -> None:
+    with pytest.raises(MissingNamesError) as caught:
+        convert(alone, tmp_path / "optimizer.safetensors")
+    assert str(caught.value) == (
+        f"{alone}: the state of 392 parameters stands under positions, and nothing beside it says which parameter a "
+        "position means; pass --names (names=) with a file of names in optimizer order, the adapter file, or a folder "
+        "with config.json and adapter_config.json"
+    )
+    assert caught.value.exit_code == 4
+    assert not (tmp_path / "optimizer.safetensors").exists()
+
+
+def test_a_file_of_names(alone: Path, names: Path, founding: Founding) -> None:
+    with read(alone, names=names) as state:
+        assert exactly(state, founding)
+        assert (state.naming.source, state.naming.rule) == ("names", "listed")
+
+
+def test_names_as_a_list(alone: Path, founding: Founding) -> None:
+    with read(alone, names=list(founding.slots)) as state:
+        assert exactly(state, founding)
+
+
+def test_a_file_of_adapter_keys_beside_the_adapter(founding: Founding) -> None:
+    with read(founding.path, names=[name.replace(".default", "") for name in founding.slots]) as state:
+        assert exactly(state, founding)
+        assert all(parameter.keys["peft"] == name.replace(".default", "") for name, parameter in state.items())
+
+
+@pytest.mark.parametrize("given", ["adapter_model.safetensors", ""])
+def test_an_adapter_from_elsewhere(alone: Path, founding: Founding, tmp_path: Path, given: str) -> None:
+    report = convert(alone, tmp_path / "optimizer.safetensors", names=founding.path / given)
+    assert (report.naming.source, report.paired) == ("adapter", 392)
+    with lsf.open_state(tmp_path / "optimizer.safetensors") as state:
+        assert exactly(state, founding)
+
+
+def test_too_few_names(alone: Path, founding: Founding) -> None:
+    with pytest.raises(ConversionError) as caught:
+        read(alone, names=list(founding.slots)[1:])
+    assert str(caught.value) == "391 names for the state of 392 parameters"
+
+
+def test_two_names_in_the_wrong_places(alone: Path, founding: Founding) -> None:
+    import torch
+
+    names = list(founding.slots)
+    names[0], names[1] = names[1], names[0]
+    with read(alone, names=names) as state:
+        pass  # without weights there is nothing to compare a listed name with
+    assert state[names[0]].shape == founding.slots[names[1]]["exp_avg"].shape != torch.Size([0])
+    with pytest.raises(ConversionError, match=r"no order of the 392 parameters fits .* id 0 has exp_avg of shape"):
+        read(founding.path, names=names)
+
+
+def test_a_name_without_a_shape(tmp_path: Path) -> None:
+    import torch
+
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(2))], lr=0.1)
+    torch.save(optimizer.state_dict(), tmp_path / "optimizer.pt")
+    with pytest.raises(MissingNamesError) as caught:
+        read(tmp_path / "optimizer.pt", names=["bias"])
+    assert str(caught.value) == (
+        "'bias' (id 0) has no slot that shows its shape; pass --names (names=) with the adapter file or a folder with "
+        "configs"
+    )
+
+
+def test_names_that_are_not_there(alone: Path, tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError) as caught:
+        read(alone, names=tmp_path / "nosuch.txt")
+    assert str(caught.value) == f"{tmp_path / 'nosuch.txt'}: no such file or folder to take names from"
+
+
+def test_names_for_what_has_names(founding: Founding, tmp_path: Path) -> None:
+    target = tmp_path / "optimizer.safetensors"
+    convert(founding.path, target)
+    with pytest.raises(OptionError) as caught:
+        read(target, names=["a"])
+    assert str(caught.value) == (
+        f"{target}: its parameters have names; --names and --rule (names=, rule=) do not apply"
+    )
+
+
+def test_an_adapter_config_that_is_not_json(founding: Founding, tmp_path: Path) -> None:
+    for name in ("optimizer.pt", "adapter_model.safetensors"):
+        shutil.copy(founding.path / name, tmp_path)
+    config = tmp_path / "adapter_config.json"
+    config.write_text("{")
+    with pytest.raises(FileError) as caught:
+        read(tmp_path / "optimizer.pt")
+    assert str(caught.value) == (
+        f"{config}: not JSON: Expecting property name enclosed in double quotes: line 1 column 2 (char 1)"
+    )
+    config.write_text("[]")
+    with pytest.raises(FileError) as caught:
+        read(tmp_path / "optimizer.pt")
+    assert str(caught.value) == f"{config}: not a JSON object"
+
+
+# --- options and targets ------------------------------------------------------------------------------------------
+
+
+def test_the_optimizer_class(founding: Founding, tmp_path: Path) -> None:
+    target = tmp_path / "optimizer.safetensors"
+    convert(founding.path, target, optimizer="torch.optim.adamw.AdamW")
+    with lsf.open_state(target) as state:
+        assert [optimizer.class_path for optimizer in state.optimizers] == ["torch.optim.adamw.AdamW"]
+    with pytest.raises(OptionError) as caught:
+        read(target, optimizer="torch.optim.sgd.SGD")
+    assert str(caught.value) == f"{target}: the optimizer is torch.optim.adamw.AdamW, not torch.optim.sgd.SGD"
+
+
+def test_an_existing_target(founding: Founding, tmp_path: Path) -> None:
+    target = tmp_path / "optimizer.safetensors"
+    target.write_text("precious")
+    with pytest.raises(TargetExistsError) as caught:
+        convert(founding.path, target)
+    assert str(caught.value) == f"{target} exists; pass force=True (--force) to replace it"
+    assert target.read_text() == "precious"
+    assert convert(founding.path, target, force=True).written
+    assert lsf.verify(target).ok
+
+
+def test_a_folder_as_target(founding: Founding, tmp_path: Path) -> None:
+    with pytest.raises(OptionError) as caught:
+        convert(founding.path, tmp_path)
+    assert str(caught.value) == (
+        f"{tmp_path} is a folder; name the file to write, as in {tmp_path / 'optimizer.safetensors'}"
+    )
+
+
+def test_a_target_beside_model_weights(founding: Founding, tmp_path: Path) -> None:
+    shutil.copy(founding.path / "adapter_model.safetensors", tmp_path)
+    target = tmp_path / "optimizer.safetensors"
+    safe = tmp_path / "training_state" / "optimizer.safetensors"
+    warning = (
+        f"{target} lies beside adapter_model.safetensors, and programs that serve a model load every .safetensors file "
+        f"in its folder as weights: {safe} is a safe place"
+    )
+    assert convert(founding.path, target).warnings == (warning,)
+    safe.parent.mkdir()
+    assert convert(founding.path, safe).warnings == ()
+    assert convert(founding.path, safe.with_name("second.safetensors")).warnings == ()
+
+
+def test_notes_on_parameters_that_are_special(tmp_path: Path) -> None:
+    source, target = tmp_path / "source.safetensors", tmp_path / "target.safetensors"
+    state = OptimizerState(
+        optimizers=(Optimizer(),),
+        groups=(Group(0, (("lr", 0.1),), 1),),
+        parameters=(Parameter("idle", (2,), None), Parameter("carried", (2,), {"step": 3})),
+        naming=Naming("model"),
+    )
+    lsf.write(state, source)
+    assert convert(source, target).notes == (
+        "1 parameters never took a step; they are kept as such",
+        "1 parameters with state are in no group; they stand behind the groups",
+    )
+
+
+def test_a_format_that_is_not_there(founding: Founding, tmp_path: Path) -> None:
+    with pytest.raises(OptionError, match=r"^no converter 'nosuch'; there are: "):
+        convert(founding.path, tmp_path / "a", target_format="nosuch")
+    with pytest.raises(OptionError, match=r"^no converter 'nosuch'; there are: "):
+        read(founding.path, source_format="nosuch")
