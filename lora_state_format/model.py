@@ -7,15 +7,17 @@ have no names yet is a ``PositionalState``; ``PositionalState.named`` is the onl
 from __future__ import annotations
 
 import math
+from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from enum import Enum
 from functools import cached_property
+from itertools import accumulate
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
-from lora_state_format.errors import ConversionError
+from lora_state_format.errors import ConversionError, FileError
 from lora_state_format.sources import Source
 
 if TYPE_CHECKING:
@@ -36,6 +38,7 @@ __all__ = [
     "Piece",
     "PositionalState",
     "Role",
+    "Run",
     "Scalar",
     "Slot",
     "Tensor",
@@ -96,6 +99,15 @@ class Piece:
 
 
 @dataclass(frozen=True, slots=True)
+class Run:
+    """``size`` bytes of a source, from ``offset`` on."""
+
+    source: Source
+    offset: int
+    size: int
+
+
+@dataclass(frozen=True, slots=True)
 class Digest:
     """A checksum of a tensor's little-endian C-order bytes. ``dtype`` says of which type those bytes were."""
 
@@ -128,20 +140,34 @@ class Tensor:
         """Bytes."""
         return self.count * BITS[self.dtype] // 8
 
-    @property
-    def range(self) -> tuple[Source, int] | None:
-        """The source and byte offset that hold the whole tensor in C order in one run, or ``None``."""
-        if len(self.pieces) == 1 and self.pieces[0].strides is None:
-            return self.pieces[0].source, self.pieces[0].offset
-        return None
+    @cached_property
+    def runs(self) -> tuple[Run, ...] | None:
+        """The tensor's bytes as runs of sources, in C order; ``None`` where elements have to be gathered.
+
+        Raises ``FileError`` if the pieces do not cover every element exactly once.
+        """
+        extents = [(*_extent(piece, self.shape), piece) for piece in self.pieces]
+        covered = sum(count for _, count, _ in extents)
+        if covered != self.count:
+            raise FileError(f"pieces with {covered} elements for a tensor of shape {list(self.shape)}")
+        if any(start is None for start, _, _ in extents):
+            return None
+        runs, end = [], 0
+        for start, count, piece in sorted(extents, key=lambda extent: extent[0]):
+            if count == 0:
+                continue
+            if start != end:
+                raise FileError(f"pieces of a tensor of shape {list(self.shape)} that do not meet at element {end}")
+            runs.append(Run(piece.source, piece.offset, count * BITS[self.dtype] // 8))
+            end = start + count
+        return tuple(runs)
 
     def readinto(self, offset: int, out: memoryview) -> None:
         """Fill ``out`` (format ``B``) with the bytes from ``offset`` on."""
         if offset < 0 or offset + len(out) > self.size:
             raise ValueError(f"bytes {offset} to {offset + len(out)} of a tensor that has {self.size}")
-        if self.range:
-            source, start = self.range
-            source.readinto(start + offset, out)
+        if self.runs is not None:
+            self._read_runs(offset, out)
             return
         width = item_size(self.dtype)
         first, last = offset // width, -(-(offset + len(out)) // width)
@@ -152,10 +178,23 @@ class Tensor:
         else:
             _fill(self, first, last, out)
 
+    def _read_runs(self, offset: int, out: memoryview) -> None:
+        assert self.runs is not None
+        index = bisect_right(self._run_ends, offset)
+        while len(out):
+            run = self.runs[index]
+            within = offset - (self._run_ends[index] - run.size)
+            size = min(run.size - within, len(out))
+            run.source.readinto(run.offset + within, out[:size])
+            out, offset, index = out[size:], offset + size, index + 1
+
+    @cached_property
+    def _run_ends(self) -> list[int]:
+        return list(accumulate(run.size for run in self.runs or ()))
+
     def view(self, offset: int, size: int) -> memoryview | None:
-        if self.range:
-            source, start = self.range
-            return source.view(start + offset, size)
+        if self.runs is not None and len(self.runs) == 1:
+            return self.runs[0].source.view(self.runs[0].offset + offset, size)
         return None
 
     def chunks(self, buffer: memoryview | None = None) -> Iterator[memoryview]:
@@ -277,21 +316,24 @@ def _intersection(a: Box, b: Box) -> Box | None:
     return Box(start, tuple(y - x for x, y in zip(start, stop, strict=True)))
 
 
+def _extent(piece: Piece, shape: tuple[int, ...]) -> tuple[Any, int]:
+    """First element and number of elements of a piece that is one run of the tensor; ``None`` for the first if not."""
+    if isinstance(piece.where, Flat):
+        return piece.where.start, piece.where.count
+    count = math.prod(piece.where.shape)
+    rest = piece.where.shape[1:] == shape[1:]
+    if piece.strides is not None or not (rest or count == 0):
+        return None, count
+    return (piece.where.start[0] * math.prod(shape[1:]) if shape else 0), count
+
+
 def _fill(tensor: Tensor, first: int, last: int, out: memoryview) -> None:
-    """Elements ``first`` to ``last`` of a tensor in several pieces, or in strided ones."""
+    """Elements ``first`` to ``last`` of a tensor whose pieces are boxes that are not all runs."""
     width = item_size(tensor.dtype)
-    boxes: list[tuple[int, Box]] | None = None
-    for piece in tensor.pieces:
-        if isinstance(piece.where, Flat):
-            low, high = max(first, piece.where.start), min(last, piece.where.start + piece.where.count)
-            if low < high:
-                offset = piece.offset + (low - piece.where.start) * width
-                piece.source.readinto(offset, out[(low - first) * width : (high - first) * width])
-            continue
-        if boxes is None:
-            boxes = list(_boxes(tensor.shape, first, last))
-        for position, box in boxes:
-            _fill_box(piece, box, width, out[(position - first) * width :][: math.prod(box.shape) * width])
+    for position, box in _boxes(tensor.shape, first, last):
+        part = out[(position - first) * width :][: math.prod(box.shape) * width]
+        for piece in tensor.pieces:
+            _fill_box(piece, box, width, part)
 
 
 def _boxes(shape: tuple[int, ...], first: int, last: int) -> Iterator[tuple[int, Box]]:
@@ -459,8 +501,9 @@ class Parameter:
     """One parameter's state, under its name.
 
     ``state`` is ``None`` for a parameter that never took a step, ``{}`` for one whose optimizer keeps no slots.
-    ``tied`` are other live names of the same tensor; ``keys`` is what others call it (``{"peft": ...}``);
-    ``weights`` is the checksum of the parameter's own bytes when the state was saved; ``original_id`` is the id of a positional file.
+    ``tied`` are other live names of the same tensor; ``keys`` is what others call it (``{"peft": ...}``); ``weights``
+    is the checksum of the parameter's own bytes when the state was saved; ``original_id`` is the id of a positional
+    file.
     """
 
     name: str
