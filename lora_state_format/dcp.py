@@ -15,9 +15,9 @@ from pathlib import Path, PurePosixPath
 from typing import Any, Final
 
 from lora_state_format import pickles
-from lora_state_format.atomic import TemporaryFile, new_folder
 from lora_state_format.crc import Ledger
 from lora_state_format.errors import FileError, RefusedError, UnrepresentableError
+from lora_state_format.folders import new_folder
 from lora_state_format.model import Box, Piece, Scalar, Tensor, item_size
 from lora_state_format.pickles import Global, Record
 from lora_state_format.sources import File, Range, Source
@@ -276,7 +276,7 @@ def write_folder(entries: Mapping[tuple[Any, ...], Any], path: Path, *, force: b
     paths: dict[str, tuple[Any, ...]] = {}
     ledger = Ledger()
     with new_folder(path, force=force, replaceable=(METADATA, "*.distcp")) as folder:
-        with TemporaryFile(folder / _DATA) as file:
+        with (folder / _DATA).open("wb") as file:
             position = 0
             for where, value in entries.items():
                 key = ".".join(map(str, where))
@@ -284,7 +284,7 @@ def write_folder(entries: Mapping[tuple[Any, ...], Any], path: Path, *, force: b
                     raise UnrepresentableError(f"DCP would give {paths[key]} and {where} the same key")
                 start = position
                 for chunk in archive(value, ledger):
-                    file.write(position, chunk)
+                    file.write(chunk)
                     position += len(chunk)
                 paths[key] = where
                 described[key] = _described(value)
@@ -293,9 +293,7 @@ def write_folder(entries: Mapping[tuple[Any, ...], Any], path: Path, *, force: b
                     "_StorageInfo",
                     state={"relative_path": _DATA, "offset": start, "length": position - start},
                 )
-            ledger.check()
-            file.finish(b"")
-            file.commit(folder / _DATA)
+        ledger.check()
         metadata = {
             "state_dict_metadata": described,
             "planner_data": paths,
@@ -303,9 +301,7 @@ def write_folder(entries: Mapping[tuple[Any, ...], Any], path: Path, *, force: b
             "storage_meta": None,
             "version": "1.0.0",
         }
-        with TemporaryFile(folder / METADATA) as file:
-            file.finish(dumps(Record(_MODULE, "Metadata", state=metadata)))
-            file.commit(folder / METADATA)
+        (folder / METADATA).write_bytes(dumps(Record(_MODULE, "Metadata", state=metadata)))
 
 
 def _size(shape: Sequence[int]) -> Record:
