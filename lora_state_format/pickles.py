@@ -13,7 +13,7 @@ from __future__ import annotations
 import gc
 import math
 import struct
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -25,11 +25,11 @@ from lora_state_format.zips import Archive
 
 __all__ = ["DTYPES", "Global", "NumpyScalar", "Pickled", "Record", "array", "load", "load_plain", "mentions"]
 
-MAX_PICKLE: Final = 48 << 20
-"""Bytes of one pickle; an Adam state of 100,000 parameters has 33 MB."""
+MAX_PICKLE: Final = 40 << 20
+"""Bytes of one pickle; an Adam state of 100,000 parameters has 24 MB."""
 
-MAX_BUILT: Final = 5_000_000
-"""Objects that a pickle may build, those of some size counted several times: about 400 MB."""
+MAX_BUILT: Final = 400_000_000
+"""Bytes of memory that is counted while a pickle is read; that same state takes 290 MB."""
 
 CHECKED: Final = 1 << 16
 """Bytes of a pickle between two looks at ``MAX_BUILT``."""
@@ -148,6 +148,7 @@ class _Machine:
         self.widths: dict[str, int] = {}
         self.protocol = 0
         self._layouts: dict[Any, tuple[Box, tuple[int, ...] | None, int, int]] = {}
+        self._built = 0
         self._odd_keys = 0
         self._at = 0
 
@@ -158,8 +159,7 @@ class _Machine:
         gc.disable()
         try:
             value, end = self._run(start)
-            if type(value) in _NESTING and _measure(value, {}, 0)[0] > MAX_TREE:
-                raise FileError(f"the pickle unfolds to more than {MAX_TREE} values")
+            _check_tree(value)
             return value, end
         except _CutShortError as error:
             raise _CutShortError(f"the pickle in {self.where} is cut short", path=self.path) from error
@@ -169,7 +169,15 @@ class _Machine:
             done = "; nothing was run" if isinstance(error, RefusedError) else ""
             detail = f"{error.detail}, at byte {self._at} of {self.where}{done}"
             raise type(error)(detail, path=self.path) from None
-        except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError, struct.error) as error:
+        except (
+            ArithmeticError,
+            AttributeError,
+            LookupError,
+            RecursionError,
+            TypeError,
+            ValueError,
+            struct.error,
+        ) as error:
             if self._at + 9 > len(self.data):
                 raise _CutShortError(f"the pickle in {self.where} is cut short", path=self.path) from error
             detail = f"the pickle is not well-formed, at byte {self._at} of {self.where}"
@@ -187,11 +195,12 @@ class _Machine:
         built = at = 0
         try:
             while i < end:
-                if built > MAX_BUILT:
-                    raise FileError(f"the pickle builds more than {MAX_BUILT} objects")
-                # One object comes of at most each byte, so that looking now and then is enough. The order of the
-                # branches is that of their frequency.
+                # The lists grow by one entry at most with each byte: looking now and then is enough.
+                lists = 9 * (len(stack) + len(memo) + sum(map(len, marks)))
+                if built + lists + self._built > MAX_BUILT:
+                    raise FileError(f"the pickle builds more than {MAX_BUILT} bytes of objects")
                 stop = min(end, i + CHECKED)
+                # The branches stand in the order of their frequency.
                 while i < stop:
                     at = i
                     op = data[i]
@@ -214,18 +223,18 @@ class _Machine:
                         marks.append(stack)
                         stack = []
                     elif op == TUPLE:
-                        built += 1
                         value: Any = tuple(stack)
+                        built += 64 + 8 * len(value)
                         stack = marks.pop()
                         stack.append(value)
                     elif op == REDUCE:
-                        built += 3
+                        built += 100
                         value = stack.pop()
                         stack[-1] = self.call(stack[-1], value)
                     elif op == EMPTY_TUPLE:
                         stack.append(())
                     elif op == TUPLE2:
-                        built += 1
+                        built += 72
                         value = stack.pop()
                         stack[-1] = (stack[-1], value)
                     elif op == MEMOIZE:
@@ -241,33 +250,37 @@ class _Machine:
                         i += size
                         if i > end:
                             raise _CutShortError("")
+                        built += 64 + size
                         stack.append(value.decode())
                     elif op == BINPERSID:
-                        built += 2
+                        built += 80
                         stack[-1] = self._storage(stack[-1])
                     elif op == NEWFALSE:
                         stack.append(False)
                     elif op == BININT2:
+                        built += 32
                         stack.append(data[i] | data[i + 1] << 8)
                         i += 2
                     elif op == BININT:
+                        built += 32
                         stack.append(_I32.unpack_from(data, i)[0])
                         i += 4
                     elif op == LONG_BINGET:
                         stack.append(memo[u32(data, i)[0]])
                         i += 4
                     elif op == EMPTY_DICT:
-                        built += 1
+                        built += 80
                         stack.append({})
                     elif op == SETITEMS:
                         items = stack
                         stack = marks.pop()
+                        built += 50 * len(items)
                         self.set(stack[-1], items)
                     elif op == TUPLE1:
-                        built += 1
+                        built += 64
                         stack[-1] = (stack[-1],)
                     elif op == TUPLE3:
-                        built += 1
+                        built += 80
                         third, second = stack.pop(), stack.pop()
                         stack[-1] = (stack[-1], second, third)
                     elif op == BINPUT:
@@ -277,10 +290,11 @@ class _Machine:
                         value, key = stack.pop(), stack.pop()
                         self.set(stack[-1], (key, value))
                     elif op == BINFLOAT:
+                        built += 32
                         stack.append(_F64.unpack_from(data, i)[0])
                         i += 8
                     elif op == EMPTY_LIST:
-                        built += 1
+                        built += 72
                         stack.append([])
                     elif op == APPENDS:
                         items = stack
@@ -303,11 +317,11 @@ class _Machine:
                         value = stack.pop()
                         stack[-1] = _global(stack[-1], value)
                     elif op == NEWOBJ:
-                        built += 3
+                        built += 100
                         value = stack.pop()
                         stack[-1] = self.call(stack[-1], value)
                     elif op == NEWOBJ_EX:
-                        built += 3
+                        built += 100
                         options, value = stack.pop(), stack.pop()
                         stack[-1] = self.call(stack[-1], (*value, options) if options else value)
                     elif op == BUILD:
@@ -323,7 +337,7 @@ class _Machine:
                         i += width + size
                         if i > end:
                             raise _CutShortError("")
-                        built += len(value) >> 6
+                        built += 64 + len(value)
                         stack.append(self._sized(op, value))
                     elif op == PROTO:
                         self.protocol = data[i]
@@ -335,28 +349,29 @@ class _Machine:
                         if i + _U64.unpack_from(data, i - 8)[0] > end:
                             raise _CutShortError("")
                     elif op == EMPTY_SET:
-                        built += 3
+                        built += 232
                         stack.append(set())
                     elif op == ADDITEMS:
                         items = stack
                         stack = marks.pop()
+                        built += 64 * len(items)
                         self.check_keys(items)
                         stack[-1].update(items)
                     elif op == FROZENSET:
-                        built += 3
                         items = stack
                         stack = marks.pop()
+                        built += 232 + 64 * len(items)
                         self.check_keys(items)
                         stack.append(frozenset(items))
                     elif op == LIST:
-                        built += 1
+                        built += 72
                         items = stack
                         stack = marks.pop()
                         stack.append(items)
                     elif op == DICT:
-                        built += 1
                         items = stack
                         stack = marks.pop()
+                        built += 80 + 50 * len(items)
                         stack.append({})
                         self.set(stack[-1], items)
                     elif op == POP:
@@ -375,6 +390,12 @@ class _Machine:
         finally:
             self._at = at
 
+    def charge(self, size: int) -> None:
+        """Count memory before something is copied that the pickle may refer to again and again."""
+        self._built += size
+        if self._built > MAX_BUILT:
+            raise FileError(f"the pickle builds more than {MAX_BUILT} bytes of objects")
+
     def call(self, function: Any, args: Any) -> Any:
         if type(function) is not Global or type(args) is not tuple:
             raise FileError("the pickle calls something that is no global")
@@ -389,10 +410,15 @@ class _Machine:
         self.check_keys(keys)
         target.update(zip(keys, items[1::2], strict=True))
 
-    def check_keys(self, keys: Sequence[Any]) -> None:
-        self._odd_keys += sum(type(key) is tuple for key in keys)
-        if self._odd_keys > MAX_ODD_KEYS:
-            raise FileError(f"more than {MAX_ODD_KEYS} tuples or huge integers as keys")
+    def check_keys(self, keys: Iterable[Any]) -> None:
+        """Before anything is hashed: Python hashes a tuple by recursion, and not by a random seed."""
+        for key in keys:
+            if type(key) in _ODD:
+                self._odd_keys += 1
+                if self._odd_keys > MAX_ODD_KEYS:
+                    raise FileError(f"more than {MAX_ODD_KEYS} tuples or huge integers as keys")
+                if type(key) is tuple and not all(type(part) in _PLAIN for part in key):
+                    raise FileError("a key that is a tuple of more than plain values")
 
     def _sized(self, op: int, data: bytes) -> str | bytes | bytearray | int:
         """The value of an opcode that states how many bytes it has."""
@@ -416,6 +442,8 @@ class _Machine:
         tag, kind, key, _, count = identity if len(identity) == 5 else identity[:5]
         if tag != "storage" or type(key) is not str or type(count) is not int or self.open_storage is None:
             raise FileError("a persistent id that is no storage")
+        if len(key) > MAX_NAME:
+            raise FileError(f"a storage with a key of {len(key)} characters")
         if len(identity) > 5 and identity[5] is not None:
             raise RefusedError("a storage that is a view of another")
         dtype = _STORAGES[kind.name]
@@ -432,17 +460,21 @@ class _Machine:
         self, storage: _Storage, offset: int, shape: tuple[int, ...], strides: tuple[int, ...], *_: Any
     ) -> Tensor | Record:
         """A view of a storage; ``offset`` and ``strides`` are in elements. Inert if safetensors has no such dtype."""
+        if type(storage) is not _Storage or type(offset) is not int or len(shape) != len(strides):
+            raise FileError("a tensor that is not made of a storage, an offset, a shape and strides")
+        for n in (*shape, *strides):
+            if type(n) is not int or n < 0:
+                raise FileError("a tensor whose shape or strides are not natural numbers")
         layout = self._layouts.get((shape, strides))
         if layout is None:
-            if not all(type(n) is int and n >= 0 for n in (*shape, *strides)) or len(shape) != len(strides):
-                raise FileError(f"a tensor of shape {shape} and strides {strides}")
             span = 0 if 0 in shape else 1 + sum((n - 1) * s for n, s in zip(shape, strides, strict=True))
             dense = not span or all(n == 1 or s == c for n, s, c in zip(shape, strides, c_strides(shape), strict=True))
-            layout = Box((0,) * len(shape), tuple(shape)), None if dense else strides, span, math.prod(shape)
+            layout = Box((0,) * len(shape), tuple(shape)), None if dense else tuple(strides), span, math.prod(shape)
             self._layouts[shape, strides] = layout
         box, gaps, span, count = layout
-        if type(offset) is not int or not 0 <= offset <= storage.count - span:
+        if not 0 <= offset <= storage.count - span:
             raise FileError(f"a tensor of {span} elements from {offset} on, in a storage of {storage.count}")
+        self._built += 300
         dtype = DTYPES.get(storage.dtype)
         if dtype is None or (dtype == "F4" and (gaps or not shape)):
             return Record("torch", storage.dtype, (box.shape,))
@@ -470,36 +502,38 @@ def _append(target: Any, items: Sequence[Any]) -> None:
 
 
 def _global(module: Any, name: Any) -> Global:
+    if type(module) is not str or type(name) is not str:
+        raise FileError("a global whose name is no text")
     known = GLOBALS.get((module, name))
     if known is None:
         raise RefusedError(f"pickle global {f'{module}.{name}'[:MAX_NAME]!r} refused")
     return known
 
 
-def _measure(value: Any, known: dict[int, tuple[int, int]], depth: int) -> tuple[int, int]:
-    """How many values a container holds, counted as often as they are referred to, and how deep it is."""
-    if id(value) in known:
-        return known[id(value)]
-    if depth > MAX_DEPTH:
-        raise FileError(f"the pickle nests values more than {MAX_DEPTH} deep, or a value in itself")
-    inner: Any = value
-    if type(value) is dict:
-        inner = value.values()
-    elif type(value) is Record:
-        inner = (value.args, value.state)
-    size, height = 1, 0
-    for item in inner:
-        if type(item) in _NESTING:
-            below, deep = _measure(item, known, depth + 1)
-            size += below
-            height = max(height, deep + 1)
-        else:
-            size += 1
-    known[id(value)] = size, height
-    return size, height
+def _check_tree(value: Any) -> None:
+    """Refuse a value that a walk over it would not come to the end of, or only by deep recursion."""
+    count = 0
+    level = [value]
+    for _ in range(MAX_DEPTH):
+        level = [item for item in level if type(item) in _NESTING]
+        if not level:
+            return
+        below: list[Any] = []
+        for item in level:
+            if type(item) is Record:
+                below += (item.args, item.state)
+            else:
+                below += item.values() if type(item) is dict else item
+            if count + len(below) > MAX_TREE:
+                raise FileError(f"the pickle unfolds to more than {MAX_TREE} values")
+        count += len(below)
+        level = below
+    raise FileError(f"the pickle nests values more than {MAX_DEPTH} deep, or a value in itself")
 
 
 _NESTING: Final = frozenset({dict, list, tuple, set, frozenset, Record})
+_PLAIN: Final = frozenset({type(None), bool, int, float, str, bytes})
+_ODD: Final = frozenset({tuple, frozenset, complex})
 
 
 # --- globals ------------------------------------------------------------------------------------------------------
@@ -548,6 +582,7 @@ def _subclass(machine: _Machine, function: Any, kind: Any, args: Any, state: Any
 
 
 def _dict(machine: _Machine, items: Any = (), *_: Any) -> dict[Any, Any]:
+    machine.charge(100 * len(items))
     result: dict[Any, Any] = {}
     for key, value in items.items() if type(items) is dict else items:
         machine.set(result, (key, value))
@@ -559,6 +594,7 @@ def _defaultdict(machine: _Machine, factory: Any = None, items: Any = ()) -> dic
 
 
 def _set(machine: _Machine, items: Any = ()) -> set[Any]:
+    machine.charge(232 + 64 * len(items))
     machine.check_keys(items)
     return set(items)
 
@@ -569,9 +605,10 @@ def _frozenset(machine: _Machine, items: Any = ()) -> frozenset[Any]:
 
 def _encode(machine: _Machine, text: Any, codec: Any) -> bytes:
     """Protocol 2 has no bytes: they come as text, one character for each."""
-    if codec not in ("latin1", "latin-1"):
-        raise ValueError(codec)
-    return bytes(text.encode("latin-1"))
+    if type(text) is not str or codec not in ("latin1", "latin-1"):
+        raise FileError("bytes that are not written as latin-1")
+    machine.charge(len(text))
+    return text.encode("latin-1")
 
 
 def _bytes(machine: _Machine, *args: Any) -> bytes:
@@ -579,6 +616,7 @@ def _bytes(machine: _Machine, *args: Any) -> bytes:
 
 
 def _bytearray(machine: _Machine, data: Any = b"", *codec: Any) -> bytearray:
+    machine.charge(len(data))
     return bytearray(_encode(machine, data, *codec) if codec else memoryview(data))
 
 
@@ -587,6 +625,7 @@ def _complex(machine: _Machine, real: Any, imaginary: Any) -> complex:
 
 
 def _size(machine: _Machine, sizes: Any) -> tuple[Any, ...]:
+    machine.charge(64 + 8 * len(sizes))
     return tuple(sizes)
 
 
@@ -613,8 +652,10 @@ def _numpy_scalar(machine: _Machine, dtype: Any, data: Any) -> NumpyScalar | Rec
 
 def _numpy_code(dtype: Record) -> str:
     """Byte order and type of a pickled dtype, ``<f8``."""
-    order = dtype.state[1] if dtype.state else "="
-    return (">" if order == ">" else "<") + str(dtype.args[0])
+    order, code = dtype.state[1] if dtype.state else "=", dtype.args[0]
+    if type(code) is not str:
+        raise FileError("a NumPy type whose name is no text")
+    return (">" if order == ">" else "<") + code
 
 
 def _frombuffer(machine: _Machine, data: Any, dtype: Any, shape: Any, order: Any, *_: Any) -> Record:
