@@ -45,25 +45,33 @@ def run(arguments: Sequence[str]) -> int:
     order or evidence; 130 interrupted.
     """
     try:
-        code = commands.main(list(arguments) or ["--help"], "lora-state", standalone_mode=False)
+        with commands.make_context("lora-state", list(arguments) or ["--help"]) as context:
+            code = commands.invoke(context)
         sys.stdout.flush()
+    except click.exceptions.Exit as done:
+        return done.exit_code
     except StateFormatError as error:
         return _fail(str(error), error.exit_code)
     except click.ClickException as error:
         return _fail(error.format_message(), USAGE)
-    except (click.Abort, KeyboardInterrupt):
+    except KeyboardInterrupt:
         return _fail("interrupted", INTERRUPTED)
     except BrokenPipeError:
         # Whoever read stdout has seen enough. Python flushes it once more on the way out; that must not fail.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except OSError as error:
-        return _fail(f"{error.filename}: {error.strerror}" if error.filename else str(error), UNREADABLE)
+        message = f"{error.filename}: {error.strerror}" if error.filename else str(error)
+        return _fail(_printable(message), UNREADABLE)
     return int(code or 0)
 
 
 def _fail(message: str, code: int) -> int:
-    click.echo(f"error: {_printable(message)}", err=True)
+    """Say what is wrong on one line; the lines of a list in the message follow, indented."""
+    first, *rest = message.split("\n")
+    click.echo(f"error: {_printable(first)}", err=True)
+    for line in rest:
+        click.echo(f"  {_printable(line.strip())}", err=True)
     return code
 
 

@@ -70,9 +70,7 @@ class ConversionReport:
             describe_naming(self.naming),
         ]
         if self.paired:
-            lines.append(
-                f"weights: digests of {self.paired} of {self.parameters} parameters are kept beside their state"
-            )
+            lines.append(f"weights: digests of {self.paired} of {self.parameters} parameters kept with their state")
         if self.digest:
             lines.append(f"digest: {self.digest}")
         return "\n".join([*lines, *(f"note: {note}" for note in self.notes)])

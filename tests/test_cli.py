@@ -128,8 +128,20 @@ def test_a_pickle_that_asks_for_code(lora_state: Output, tmp_path: Path) -> None
     path = tmp_path / "optimizer.pt"
     torch.save({"state": {}, "param_groups": [Attack()]}, path, pickle_module=pickle)
     assert lora_state("convert", path, tmp_path / "optimizer.safetensors") == 3
-    assert f"refused: pickle global '{os.name}.system' in " in lora_state.err
+    assert lora_state.err.startswith(f"error: {path}: pickle global '{os.name}.system' refused, ")
+    assert lora_state.err.endswith("; nothing was run\n")
     assert not (tmp_path / "owned").exists()
+
+
+def test_a_list_in_an_error_is_indented(lora_state: Output, founding: Founding, tmp_path: Path) -> None:
+    first, second, *others = founding.slots
+    names = tmp_path / "names.txt"
+    names.write_text("\n".join([second, first, *others]))
+    assert lora_state("convert", founding.path, tmp_path / "a.safetensors", "--names", names) == 4
+    assert lora_state.err == (
+        "error: no order of the 392 parameters fits the 392 of the optimizer, whose groups hold [392, 0]:\n"
+        f"  listed: '{second}' has shape [32, 4], but id 0 has exp_avg of shape [4, 32]\n"
+    )
 
 
 # --- inspect ------------------------------------------------------------------------------------------------------
@@ -148,7 +160,7 @@ def test_inspect_a_named_file(lora_state: Output, converted: Path) -> None:
     assert lines[5].startswith("group 1: 0 parameters, ")
     assert len(lines) == 6 + 14
     prefix = "group 0: 28 x base_model.model.model.layers.{0-27}"
-    assert f"{prefix}.self_attn.q_proj.lora_A.default.weight [4, 32]: step 3.0, exp_avg F32, exp_avg_sq F32" in lines
+    assert f"{prefix}.self_attn.q_proj.lora_A.default.weight [4, 32]: exp_avg F32, exp_avg_sq F32, step 3.0" in lines
 
 
 def test_inspect_a_legacy_file(lora_state: Output, founding: Founding) -> None:
@@ -235,7 +247,7 @@ def test_formats(lora_state: Output) -> None:
     assert lora_state("formats") == 0
     assert "torch_optimizer" in lora_state.out
     members = lora_state.json("formats")
-    assert {"name": "named", "writes": True}.items() <= members["formats"][0].items()
+    assert {"named", "torch_optimizer"} <= {row["name"] for row in members["formats"] if row["writes"]}
 
 
 @pytest.mark.parametrize(
@@ -244,7 +256,7 @@ def test_formats(lora_state: Output) -> None:
         (["inspect"], "error: Missing argument 'PATH'.\n"),
         (["inspect", "a", "b"], "error: Got unexpected extra argument (b)\n"),
         (["nosuch"], "error: No such command 'nosuch'.\n"),
-        (["convert", "--nosuch"], "error: No such option: --nosuch\n"),
+        (["convert", "--nosuch"], "error: No such option '--nosuch'.\n"),
     ],
 )
 def test_usage(lora_state: Output, arguments: list[str], message: str) -> None:
@@ -333,7 +345,7 @@ def test_progress_is_shown_on_a_terminal_only(founding: Founding, tmp_path: Path
 
 def test_a_name_that_no_terminal_encoding_has(tmp_path: Path) -> None:
     path = odd(tmp_path / "a.safetensors", "größe.重み")
-    environment = {**os.environ, "PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0"}
+    environment = {**os.environ, "PYTHONIOENCODING": "latin-1", "PYTHONUTF8": "0"}
     result = subprocess.run([*COMMAND, "inspect", str(path)], env=environment, capture_output=True, check=False)
     assert (result.returncode, result.stderr) == (0, b"")
-    assert rb"gr\xf6\xdfe.\u91cd\u307f" in result.stdout
+    assert b"gr\xf6\xdfe.\\u91cd\\u307f" in result.stdout
