@@ -20,7 +20,7 @@ from lora_state_format.conversion import convert
 from lora_state_format.model import Group, Naming, Optimizer, OptimizerState, Parameter, Scalar
 
 if TYPE_CHECKING:
-    from conftest import Founding
+    from tests.conftest import Founding
 
 COMMAND = [sys.executable, "-m", "lora_state_format"]
 

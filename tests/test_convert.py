@@ -19,7 +19,7 @@ from lora_state_format.errors import (
 from lora_state_format.model import Group, Naming, Optimizer, OptimizerState, Parameter
 
 if TYPE_CHECKING:
-    from conftest import Founding
+    from tests.conftest import Founding
 
 
 def exactly(state: OptimizerState, founding: Founding) -> bool:
@@ -106,7 +106,7 @@ def test_the_report_in_words(founding: Founding, tmp_path: Path) -> None:
         "392 parameters in groups of [392, 0], step 3\n"
         f"slots: step x 392, exp_avg x 392, exp_avg_sq x 392; 784 tensors, {report.bytes:,} bytes\n"
         f"names: from the adapter file, in the order of rule '{report.naming.rule}'; "
-        f"{report.naming.details['interchangeable']} of them share their shape with another\n"
+        f"{report.naming.details['interchangeable']!r} of them share their shape with another\n"
         "weights: digests of 392 of 392 parameters kept with their state\n"
         f"digest: {report.digest}"
     )

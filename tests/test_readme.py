@@ -16,7 +16,7 @@ import pytest
 from lora_state_format.cli import run
 
 if TYPE_CHECKING:
-    from conftest import Founding
+    from tests.conftest import Founding
 
 README = Path(__file__).parent.parent / "README.md"
 BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
