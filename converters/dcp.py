@@ -55,9 +55,7 @@ def read(path: Path) -> Checkpoint:
         found = [item for folder in opened[: len(places)] for item in _optimizers(folder)]
         for item in found:
             _check_steps(item)
-        state = from_state_dict(
-            *found, origin={"format": NAME}, resources=tuple(file for folder in opened for file in folder.files)
-        )
+        state = from_state_dict(*found, origin={"format": NAME}, resources=tuple(opened))
         weights = {name: tensor for folder in opened for name, tensor in _weights(folder)}
         return Checkpoint(keyed.named(state, weights=weights), weights)
     except BaseException:
@@ -138,7 +136,7 @@ def _scalar(tensor: Tensor) -> Tensor | Scalar:
 
 def _check_steps(found: Found) -> None:
     """Raise ``FileError`` if every file counts another step: then they are of different saves."""
-    counts: dict[str, set[bytes]] = {}
+    counts: dict[Path, set[bytes]] = {}
     for slots in found.tree["state"].values():
         step = slots.get("step") if isinstance(slots, dict) else None
         if isinstance(step, Tensor) and not step.shape:
@@ -149,7 +147,7 @@ def _check_steps(found: Found) -> None:
         for path, theirs in rest:
             if theirs != ours:
                 raise FileError(
-                    f"every step in it differs from those in {Path(first).name}: files of two checkpoints", path=path
+                    f"every step in it differs from those in {first.name}: files of two checkpoints", path=path
                 )
 
 

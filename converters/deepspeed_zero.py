@@ -19,10 +19,10 @@ from typing import Any, Final
 
 from lora_state_format import keyed, pickles
 from lora_state_format.errors import FileError, RefusedError
+from lora_state_format.folders import Files, PooledFile
 from lora_state_format.model import Checkpoint, Flat, Piece, Run, Scalar, Tensor, item_size
 from lora_state_format.pickles import Record
 from lora_state_format.registry import Match
-from lora_state_format.sources import File
 from lora_state_format.state_dict import from_state_dict
 from lora_state_format.trees import check_options, member
 
@@ -81,23 +81,17 @@ def read(path: Path, options: Mapping[str, Any] | None = None) -> Checkpoint:
     folder = _tag_folder(path)
     if folder is None:
         raise FileError("no ZeRO optimizer files (zero_pp_rank_*_optim_states.pt)", path=path)
-    files: list[File] = []
+    files = Files()
     try:
-        ranks = [_rank(_opened(file, files)) for file in _rank_files(folder)]
+        ranks = [_rank(files[file]) for file in _rank_files(folder)]
         model_file = folder / f"{'zero_pp_rank_0_' if ranks[0].stage == 3 else ''}mp_rank_00_model_states.pt"
         if not model_file.exists():
             raise FileError("missing: it has the parameters' names and shapes", path=model_file)
-        model = pickles.load(_opened(model_file, files)).value
-        return _checkpoint(ranks, model, model_file, folder, bool(options.get("masters")), tuple(files))
+        model = pickles.load(files[model_file], model_file).value
+        return _checkpoint(ranks, model, model_file, folder, bool(options.get("masters")), files)
     except BaseException:
-        for file in files:
-            file.close()
+        files.close()
         raise
-
-
-def _opened(path: Path, files: list[File]) -> File:
-    files.append(File(path))
-    return files[-1]
 
 
 def _rank_files(folder: Path) -> list[Path]:
@@ -120,9 +114,9 @@ def _rank_files(folder: Path) -> list[Path]:
     return [found[rank] for rank in range(len(found))]
 
 
-def _rank(file: File) -> _Rank:
-    path = Path(file.path)
-    tree = member(pickles.load(file).value, "optimizer_state_dict", dict, path)
+def _rank(file: PooledFile) -> _Rank:
+    path = file.path
+    tree = member(pickles.load(file, path).value, "optimizer_state_dict", dict, path)
     stage = tree.get("zero_stage", 1)
     if isinstance(stage, Record):
         stage = stage.args[0] if stage.args else stage.state
@@ -160,7 +154,7 @@ def _rank(file: File) -> _Rank:
 
 
 def _checkpoint(
-    ranks: Sequence[_Rank], model: Any, model_file: Path, folder: Path, masters: bool, files: tuple[File, ...]
+    ranks: Sequence[_Rank], model: Any, model_file: Path, folder: Path, masters: bool, files: Files
 ) -> Checkpoint:
     first = ranks[0]
     _check_agreement(ranks)
@@ -216,7 +210,7 @@ def _checkpoint(
         {"state": entries, "param_groups": groups},
         origin={key: value for key, value in origin.items() if value is not None},
         global_step=step if isinstance(step, int) else None,
-        resources=files,
+        resources=(files,),
     )
     return Checkpoint(
         keyed.named(positional, shapes=shape_of, weights=weights, tied=tied),

@@ -17,7 +17,7 @@ from typing import Any, Final
 from lora_state_format import pickles
 from lora_state_format.crc import Ledger
 from lora_state_format.errors import FileError, RefusedError, UnrepresentableError
-from lora_state_format.folders import new_folder
+from lora_state_format.folders import Files, PooledFile, new_folder
 from lora_state_format.model import Box, Piece, Scalar, Tensor, item_size
 from lora_state_format.pickles import Global, Record
 from lora_state_format.sources import File, Range, Source
@@ -34,7 +34,7 @@ class Folder:
     """What a folder holds: every entry by its path in the state dict, and the files behind it."""
 
     entries: Mapping[tuple[Any, ...], Any]
-    files: tuple[File, ...]
+    files: Files
 
     def tree(self) -> dict[Any, Any]:
         """The entries as nested dicts; the keys of what was a list are integers."""
@@ -47,8 +47,7 @@ class Folder:
         return root
 
     def close(self) -> None:
-        for file in self.files:
-            file.close()
+        self.files.close()
 
 
 def is_folder(path: Path) -> bool:
@@ -69,51 +68,19 @@ def open_folder(path: Path) -> Folder:
         root = pickles.load_plain(bytes(file.read(0, file.size)), meta)
     described = _state(root, "state_dict_metadata", dict, meta)
     paths = _fields(root, meta).get("planner_data") or {}
-    opened = _Files(path)
+    files = Files()
     try:
-        chunks = _chunks(_state(root, "storage_data", dict, meta), opened, meta)
+        chunks = _chunks(_state(root, "storage_data", dict, meta), files, meta)
         entries = {}
         for key in [*(key for key in paths if key in described), *(key for key in described if key not in paths)]:
             where = tuple(paths.get(key, (key,)))
             if where in entries:
                 raise FileError(f"has two entries at {where}", path=meta)
             entries[where] = _entry(key, described[key], chunks.get(key, {}), meta)
-        opened.check()
     except BaseException:
-        opened.close()
+        files.close()
         raise
-    return Folder(entries, tuple(opened.files.values()))
-
-
-class _Files:
-    """The folder's data files, each opened once and known to hold all that is said to be in it."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.files: dict[str, File] = {}
-        self.ends: dict[str, int] = {}
-
-    def open(self, name: str, end: int) -> File:
-        if name not in self.files:
-            place = PurePosixPath(name)
-            if place.is_absolute() or ".." in place.parts:
-                raise RefusedError(f"points at a file outside the folder: {name!r}", path=self.folder / METADATA)
-            if not (self.folder / name).is_file():
-                raise FileError("missing: .metadata says that it holds a part of the state", path=self.folder / name)
-            self.files[name] = File(self.folder / name)
-        self.ends[name] = max(end, self.ends.get(name, 0))
-        return self.files[name]
-
-    def check(self) -> None:
-        for name, file in self.files.items():
-            if file.size < self.ends[name]:
-                raise FileError(
-                    f"is cut short: {file.size} bytes, where .metadata says {self.ends[name]}", path=file.path
-                )
-
-    def close(self) -> None:
-        for file in self.files.values():
-            file.close()
+    return Folder(entries, files)
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,7 +88,7 @@ class _Place:
     """Where an item's archive lies."""
 
     key: str
-    file: File
+    file: PooledFile
     offset: int
     length: int
 
@@ -184,7 +151,7 @@ def _state(record: Any, key: str, kind: Any, path: object) -> Any:
     return member(_fields(record, path), key, kind, path)
 
 
-def _chunks(storage: Mapping[Any, Any], files: _Files, path: object) -> dict[str, dict[tuple[int, ...] | None, _Place]]:
+def _chunks(storage: Mapping[Any, Any], files: Files, path: Path) -> dict[str, dict[tuple[int, ...] | None, _Place]]:
     """Every chunk's place by the entry's key and the chunk's offsets."""
     found: dict[str, dict[tuple[int, ...] | None, _Place]] = {}
     for index, info in storage.items():
@@ -195,14 +162,27 @@ def _chunks(storage: Mapping[Any, Any], files: _Files, path: object) -> dict[str
                 f"'{key}' is stored transformed ({_fields(info, path)['transform_descriptors']})", path=path
             )
         start, length = _state(info, "offset", int, path), _state(info, "length", int, path)
-        if start < 0 or length < 0:
-            raise FileError(f"places '{key}' at byte {start}, {length} bytes long", path=path)
-        file = files.open(_state(info, "relative_path", str, path), start + length)
+        file = _file(_state(info, "relative_path", str, path), files, path)
+        if start < 0 or length < 0 or start + length > file.size:
+            raise FileError(
+                f"is cut short: {file.size} bytes, where .metadata places '{key}' at {start} to {start + length}",
+                path=file.path,
+            )
         where = tuple(offsets) if offsets is not None else None
         if where in found.setdefault(key, {}):
             raise FileError(f"has two chunks of '{key}' at {where}", path=path)
         found[key][where] = _Place(key, file, start, length)
     return found
+
+
+def _file(name: str, files: Files, metadata: Path) -> PooledFile:
+    place = PurePosixPath(name)
+    if place.is_absolute() or ".." in place.parts:
+        raise RefusedError(f"points at a file outside the folder: {name!r}", path=metadata)
+    path = metadata.parent / name
+    if not path.is_file():
+        raise FileError("missing: .metadata says that it holds a part of the state", path=path)
+    return files[path]
 
 
 def _entry(key: str, described: Any, places: Mapping[tuple[int, ...] | None, _Place], path: object) -> Any:

@@ -1,4 +1,4 @@
-"""Folders that appear whole or not at all."""
+"""Checkpoints that are folders: any number of files to read, and folders that appear whole or not at all."""
 
 from __future__ import annotations
 
@@ -6,14 +6,69 @@ import contextlib
 import os
 import secrets
 import shutil
+from collections import OrderedDict
 from collections.abc import Iterator
 from fnmatch import fnmatch
 from pathlib import Path
+from typing import Final
 
 from lora_state_format.atomic import sync_folder
-from lora_state_format.errors import TargetExistsError
+from lora_state_format.errors import FileError, TargetExistsError
+from lora_state_format.sources import File
 
-__all__ = ["new_folder"]
+__all__ = ["Files", "PooledFile", "new_folder"]
+
+MAX_OPEN: Final = 64
+"""Files that are open at a time; a process may often hold no more than 1,024."""
+
+
+class Files:
+    """Files to read by position, of which only the ones used last are open."""
+
+    def __init__(self) -> None:
+        self._files: dict[Path, PooledFile] = {}
+        self._open: OrderedDict[Path, File] = OrderedDict()
+
+    def __getitem__(self, path: Path) -> PooledFile:
+        """The file at a path. Raises ``FileNotFoundError``, and ``FileError`` for what is no regular file."""
+        if path not in self._files:
+            self._files[path] = PooledFile(path, self)
+        return self._files[path]
+
+    def opened(self, path: Path) -> File:
+        file = self._open.get(path)
+        if file is None:
+            file = self._open[path] = File(path)
+            if len(self._open) > MAX_OPEN:
+                self._open.popitem(last=False)[1].close()
+        self._open.move_to_end(path)
+        return file
+
+    def close(self) -> None:
+        for file in self._open.values():
+            file.close()
+        self._open.clear()
+
+
+class PooledFile:
+    """A file of ``Files``, as a source."""
+
+    crc32 = None
+
+    def __init__(self, path: Path, files: Files) -> None:
+        self.path = path
+        self._files = files
+        self._known = path.stat()
+        self.size = files.opened(path).size
+
+    def readinto(self, offset: int, out: memoryview) -> None:
+        now = self.path.stat()
+        if (now.st_size, now.st_mtime_ns) != (self._known.st_size, self._known.st_mtime_ns):
+            raise FileError("changed while it was read", path=self.path)
+        self._files.opened(self.path).readinto(offset, out)
+
+    def view(self, offset: int, size: int) -> memoryview | None:
+        return None
 
 
 @contextlib.contextmanager

@@ -50,7 +50,7 @@ def save(value: Any, path: Path, *, force: bool = False) -> None:
             file.write(position, chunk)
             position += len(chunk)
         ledger.check()
-        file.sync()
+        file.finish(b"")
         file.commit(path)
 
 

@@ -56,7 +56,7 @@ def gathered(engine: Any, model: torch.nn.Module) -> dict[str, dict[str, torch.T
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             slots = {slot: safe_get_full_optimizer_state(parameter, slot) for slot in ("exp_avg", "exp_avg_sq")}
-            slots["master"] = safe_get_full_fp32_param(parameter)
+            slots["master_param"] = safe_get_full_fp32_param(parameter)
             result[name] = {slot: tensor.detach().clone() for slot, tensor in slots.items()}
     return result
 
@@ -75,6 +75,7 @@ def build(case: str, *, universal: bool = False) -> Any:
         "zero_optimization": {"stage": int(stage), "round_robin_gradients": "robin" in flags},
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
+        "gradient_clipping": 0.0,
         "steps_per_print": 1000,
         "checkpoint": {"load_universal": universal},
     }

@@ -1,0 +1,63 @@
+"""Runs of several processes, and comparing what they held with what was read."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lora_state_format.model import OptimizerState, Scalar, Tensor
+
+RunRanks = Callable[[str, Path, int, str], None]
+
+
+@pytest.fixture(scope="session")
+def run_ranks() -> RunRanks:
+    """Start one process per rank of a script in ``runs`` and wait for all: (script, folder, ranks, cases)."""
+
+    def run(script: str, out: Path, world: int, cases: str) -> None:
+        out.mkdir(parents=True, exist_ok=True)
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        path = Path(__file__).parent / "runs" / f"{script}.py"
+        started = []
+        for rank in range(world):
+            log = (out / f"{script}.{rank}.log").open("w+")
+            command = [sys.executable, "-W", "ignore", str(path), str(out), str(rank), str(world), str(port), cases]
+            environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+            started.append((subprocess.Popen(command, stdout=log, stderr=log, env=environment), log))
+        for process, log in started:
+            code = process.wait(timeout=300)
+            log.seek(0)
+            assert code == 0, log.read()[-3000:]
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def assert_holds() -> Callable[[OptimizerState, Mapping[str, Mapping[str, Any]]], None]:
+    """Assert that a state holds exactly the given slots, by parameter name and slot, bit for bit."""
+
+    def check(state: OptimizerState, live: Mapping[str, Mapping[str, Any]]) -> None:
+        import torch
+
+        assert set(state) == set(live)
+        for name, slots in live.items():
+            for slot, expected in slots.items():
+                value = state[name][slot]
+                if isinstance(value, Scalar):
+                    assert value.item() == expected.item()
+                elif isinstance(value, Tensor):
+                    assert value.shape == tuple(expected.shape)
+                    assert torch.equal(value.torch(), expected), (name, slot)
+                else:
+                    assert value == expected
+
+    return check

@@ -1,0 +1,228 @@
+"""Genuine checkpoints of DeepSpeed on 2 and 3 CPU ranks, against the state that the ranks gathered when saving."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lora_state_format.converters import deepspeed_zero
+
+from lora_state_format import registry
+from lora_state_format.container import open_state
+from lora_state_format.conversion import convert
+from lora_state_format.errors import FileError, OptionError, RefusedError
+from lora_state_format.model import OptimizerState, Role
+
+pytestmark = [pytest.mark.frameworks, pytest.mark.filterwarnings("ignore")]
+
+TWO = ["1-bf16", "2-bf16-robin", "2-fp32-frozen", "3-bf16-next", "3-bf16-sub", "1-bf16-accum-flat"]
+THREE = ["1-bf16", "2-bf16-robin", "3-bf16-sub"]
+PARAMETERS = {
+    "lora_A.weight": (3, 13),
+    "lora_B.weight": (11, 3),
+    "norm.weight": (3,),
+    "norm.bias": (3,),
+    "lora_B.bias": (11,),
+}
+
+
+@pytest.fixture(scope="session")
+def zero(tmp_path_factory: pytest.TempPathFactory, run_ranks: Any) -> Callable[[int, str], Path]:
+    """The folder of a case's checkpoint; what the run held lies beside it."""
+    root = tmp_path_factory.mktemp("zero")
+    run_ranks("deepspeed_run", root / "2", 2, ",".join(TWO))
+    run_ranks("deepspeed_run", root / "3", 3, ",".join(THREE))
+    return lambda ranks, case: root / str(ranks) / case
+
+
+def live_of(path: Path) -> Any:
+    return torch.load(path.with_name(f"{path.name}.live.pt"))
+
+
+def read(path: Path) -> OptimizerState:
+    state = deepspeed_zero.read(path, {"masters": True}).state
+    assert isinstance(state, OptimizerState)
+    return state
+
+
+@pytest.mark.parametrize(("ranks", "case"), [*((2, case) for case in TWO), *((3, case) for case in THREE)])
+def test_it_holds_what_the_ranks_held(
+    zero: Callable[[int, str], Path], assert_holds: Any, ranks: int, case: str
+) -> None:
+    path = zero(ranks, case)
+    saved = path / "global_step3"  # a case may have gone on and saved again
+    converter, match = registry.detect(saved)
+    assert converter.NAME == "deepspeed_zero"
+    assert match.reason == f"{ranks} ZeRO optimizer files, one per rank"
+
+    with read(saved) as state:
+        assert_holds(state, live_of(path)["saved"])
+        assert {name: parameter.shape for name, parameter in state.items()} == PARAMETERS
+        assert {parameter["step"].item() for parameter in state.parameters} == {3.0}
+        assert all(slot.role is Role.PARAM for parameter in state.parameters for _, slot in parameter.tensors())
+        assert [group.count for group in state.groups] == ([5] if "flat" in case else [2, 3])
+        assert state.global_step == 3
+        if "flat" not in case:
+            assert [dict(group.options)["weight_decay"] for group in state.groups] == [0.1, 0.0]
+            assert [dict(group.options)["lr"] for group in state.groups] == [1e-3, 2e-3]
+
+
+def test_masters_come_on_request_only(zero: Callable[[int, str], Path]) -> None:
+    path = zero(2, "1-bf16")
+    state = deepspeed_zero.read(path).state
+    assert isinstance(state, OptimizerState)
+    assert set(state["norm.bias"].state or {}) == {"step", "exp_avg", "exp_avg_sq"}
+    state.close()
+    with pytest.raises(OptionError) as error:
+        deepspeed_zero.read(path, {"weights": True})
+    assert str(error.value) == (
+        "deepspeed_zero has no option 'weights'; it has: masters (keep the fp32 master weights as a slot "
+        "'master_param')"
+    )
+
+
+@pytest.mark.parametrize(
+    ("ranks", "case"), [(2, "1-bf16"), (2, "2-fp32-frozen"), (2, "3-bf16-next"), (3, "3-bf16-sub")]
+)
+def test_plain_adamw_goes_on_as_the_distributed_run_did(
+    zero: Callable[[int, str], Path], tmp_path: Path, ranks: int, case: str
+) -> None:
+    """On the fp32 masters, fed the same averaged gradients, three steps end in the same masters and moments."""
+    path = zero(ranks, case)
+    with read(path / "global_step3") as state:
+        masters = {name: parameter["master_param"].torch() for name, parameter in state.items()}
+        groups = [
+            {"params": [masters[p.name] for p in members], **dict(group.options)}
+            for group, members in zip(state.groups, state.members(), strict=True)
+        ]
+        optimizer = torch.optim.AdamW(groups)
+        for name, parameter in state.items():
+            optimizer.state[masters[name]] = {
+                "step": torch.tensor(parameter["step"].item()),
+                "exp_avg": parameter["exp_avg"].torch(),
+                "exp_avg_sq": parameter["exp_avg_sq"].torch(),
+            }
+    for gradients, expected in live_of(path)["steps"]:
+        for name, master in masters.items():
+            master.grad = gradients[name]
+        optimizer.step()
+        for name, master in masters.items():
+            assert torch.equal(master, expected[name]["master_param"]), name
+            assert torch.equal(optimizer.state[master]["exp_avg"], expected[name]["exp_avg"]), name
+            assert torch.equal(optimizer.state[master]["exp_avg_sq"], expected[name]["exp_avg_sq"]), name
+
+
+def test_it_converts_to_one_file_with_the_weights_digests(
+    zero: Callable[[int, str], Path], tmp_path: Path, assert_holds: Any
+) -> None:
+    path = zero(2, "2-bf16-robin")
+    report = convert(path, tmp_path / "optimizer.safetensors")
+    assert (report.source_format, report.parameters, report.groups) == ("deepspeed_zero", 5, (2, 3))
+    assert report.paired == 5
+    with open_state(report.target) as state:
+        saved = live_of(path)["saved"]
+        assert_holds(state, {n: {slot: saved[n][slot] for slot in ("exp_avg", "exp_avg_sq")} for n in saved})
+
+
+# --- what is refused ----------------------------------------------------------------------------------------------
+
+
+def copied(path: Path, to: Path) -> Path:
+    return Path(shutil.copytree(path / "global_step3", to / "global_step3"))
+
+
+def optim_file(rank: int) -> str:
+    return f"bf16_zero_pp_rank_{rank}_mp_rank_00_optim_states.pt"
+
+
+def test_a_missing_rank_is_named(zero: Callable[[int, str], Path], tmp_path: Path) -> None:
+    folder = copied(zero(3, "1-bf16"), tmp_path)
+    (folder / optim_file(1)).unlink()
+    with pytest.raises(FileError) as error:
+        deepspeed_zero.read(folder)
+    assert str(error.value) == f"{folder / optim_file(1)}: missing: there are files of ranks [0, 2]"
+
+
+def test_a_last_rank_that_is_missing_is_a_wrong_number_of_ranks(
+    zero: Callable[[int, str], Path], tmp_path: Path
+) -> None:
+    for case in ("1-bf16", "3-bf16-sub"):
+        folder = copied(zero(3, case), tmp_path / case)
+        (folder / optim_file(2)).unlink()
+        with pytest.raises(FileError) as error:
+            deepspeed_zero.read(folder)
+        assert str(error.value) == (f"{folder / optim_file(0)}: says the state was cut over 3 ranks; there are 2 files")
+
+
+def test_files_of_two_steps_are_refused(zero: Callable[[int, str], Path], tmp_path: Path) -> None:
+    path = zero(2, "3-bf16-next")
+    folder = copied(path, tmp_path)
+    shutil.copy(path / "global_step6" / optim_file(1), folder)
+    with pytest.raises(FileError) as error:
+        deepspeed_zero.read(folder)
+    assert str(error.value) == (
+        f"{folder / optim_file(1)}: 'step' is 6.0, where {optim_file(0)} has 3.0: files of different steps"
+    )
+
+
+def test_a_truncated_file_is_refused(zero: Callable[[int, str], Path], tmp_path: Path) -> None:
+    folder = copied(zero(2, "1-bf16"), tmp_path)
+    damaged = folder / optim_file(1)
+    damaged.write_bytes(damaged.read_bytes()[:-100])
+    with pytest.raises(FileError) as error:
+        deepspeed_zero.read(folder)
+    assert str(error.value) == f"{damaged}: the zip archive has no directory at its end: the file is cut short"
+
+
+def test_a_changed_byte_of_a_share_is_found_while_it_streams(zero: Callable[[int, str], Path], tmp_path: Path) -> None:
+    folder = copied(zero(2, "1-bf16"), tmp_path)
+    damaged = folder / optim_file(1)
+    with read(folder) as state:
+        run = state["lora_B.weight"]["exp_avg"].runs[-1]
+        offset = run.source.start + run.offset
+    data = bytearray(damaged.read_bytes())
+    data[offset] ^= 1
+    damaged.write_bytes(data)
+    with pytest.raises(FileError, match="does not have the CRC-32 that the container states"):
+        convert(folder, tmp_path / "optimizer.safetensors")
+    assert not (tmp_path / "optimizer.safetensors").exists()
+
+
+def test_model_file_of_another_world_is_refused(zero: Callable[[int, str], Path], tmp_path: Path) -> None:
+    folder = copied(zero(2, "1-bf16"), tmp_path)
+    shutil.copy(zero(3, "1-bf16") / "global_step3" / "mp_rank_00_model_states.pt", folder)
+    with pytest.raises(FileError) as error:
+        deepspeed_zero.read(folder)
+    assert str(error.value) == (
+        f"{folder / 'mp_rank_00_model_states.pt'}: says there were 3 ranks; there are optimizer files of 2"
+    )
+    (folder / "mp_rank_00_model_states.pt").unlink()
+    with pytest.raises(FileError) as error:
+        deepspeed_zero.read(folder)
+    assert str(error.value) == (
+        f"{folder / 'mp_rank_00_model_states.pt'}: missing: it has the parameters' names and shapes"
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "detail"),
+    [
+        ("zero_pp_rank_0_mp_rank_01_optim_states.pt", "written by a tensor- or pipeline-parallel run"),
+        ("expp_rank_0_mp_rank_00_optim_states.pt", "state of experts (MoE), which ranks hold differently"),
+    ],
+)
+def test_layouts_that_are_not_read_name_the_way_out(
+    zero: Callable[[int, str], Path], tmp_path: Path, name: str, detail: str
+) -> None:
+    folder = copied(zero(2, "1-bf16"), tmp_path)
+    (folder / name).write_bytes(b"")
+    with pytest.raises(RefusedError) as error:
+        deepspeed_zero.read(folder)
+    assert str(error.value) == (
+        f"{folder / name}: {detail}: make a universal checkpoint of it with DeepSpeed's ds_to_universal.py and convert "
+        "that"
+    )
