@@ -2,61 +2,81 @@
 
 How to call it::
 
-    decide(positional, parameters, source="adapter")             # convert: parameters of names.adapter_parameters(...)
-    decide(positional, described, source="model", live=groups)   # load_optimizer: every parameter of the live model
-    decide(positional, described, source="configs", weights=w)   # a model rebuilt from its configs, weights beside it
-    decide(positional, listed, source="names", rule="listed")    # --names FILE: the names stand in optimizer order
+    decide(positional, parameters, source="adapter", weights=w)   # convert: of names.adapter_parameters(...)
+    decide(positional, described, source="configs", weights=w)    # a model rebuilt by torch.rebuild.rebuild(folder)
+    decide(positional, described, source="model", live=groups)    # load_optimizer: torch.rebuild.describe(model)
+    decide(positional, listed, source="names", rule="listed")     # --names FILE: the names stand in optimizer order
 
-``parameters`` stand in ``named_parameters()`` order (only ``rule="listed"`` takes them as they come). They may be plain
-``Parameter`` objects, of which nothing more is known and all of which are taken to be trainable, or ``Described`` ones.
-``weights`` are the parameters' values by ``Parameter.name`` or by one of its ``keys``; with them, ``evidence.py`` is
-asked. ``live`` are the names in each group of a live optimizer: where they fit, they are the order that is proposed.
+``parameters`` stand in ``named_parameters()`` order (only the rule ``listed`` takes them as they come). They may be
+plain ``Parameter`` objects, of which nothing more is known and all of which are taken to be trainable, or ``Described``
+ones. ``weights`` are the parameters' values, by ``Parameter.name`` or by one of its ``keys``, and ``before`` those of
+an earlier step: with them ``evidence.weigh`` is asked. ``live`` are the names in each group of a live optimizer.
 
-A grouping rule is a row of ``RULES``: how a framework sorts a model's parameters into groups. Each yields a candidate;
-candidates whose group sizes, shapes or options are not the file's fall away; those left must agree.
+A grouping rule is a row of ``RULES``: how a framework sorts a model's parameters into groups. Each yields candidates;
+those whose group sizes, shapes or options are not the file's fall away; those left must agree, or evidence decides.
 """
 
 from __future__ import annotations
 
 import math
+import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Final, TypeAlias
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import permutations
+from typing import Final, NamedTuple, TypeAlias
 
 from lora_state_format.errors import AmbiguousOrderError, ConversionError, OptionError
+from lora_state_format.evidence import Evidence, weigh
 from lora_state_format.model import Naming, OptimizerState, Parameter, PositionalState, Role, Slot, Tensor, Value, walk
+from lora_state_format.names import in_module_order, split_adapter, strip_wrappers, with_adapter
 
-__all__ = ["RULES", "Candidate", "Described", "Rule", "candidates", "decide", "interchangeable"]
+__all__ = ["RULES", "Candidate", "Described", "Rule", "candidates", "decide", "interchangeable", "side_by_side"]
 
 
 @dataclass(frozen=True, slots=True)
 class Described:
     """A parameter, and what only a model can tell of it.
 
-    ``module`` is the class of the module that owns it, with its path (``torch.nn.modules.sparse.Embedding``), ``None``
-    where there is no model to ask.
+    ``classes`` are the names of the class of the module that owns it and of that class's bases, the nearest first
+    (``("Qwen2RMSNorm",)``, ``("Embedding",)``); empty where there is no model to ask.
     """
 
     parameter: Parameter
     trainable: bool = True
-    module: str | None = None
+    classes: tuple[str, ...] = ()
+
+    @property
+    def name(self) -> str:
+        return self.parameter.name
+
+    @property
+    def axes(self) -> int:
+        return len(self.parameter.shape)
 
 
-Groups: TypeAlias = "list[list[Described]]"
+class Split(NamedTuple):
+    """One group as a rule has it: its parameters, and whether weight decay may apply to them."""
+
+    members: Sequence[Described]
+    decays: bool = True
+
+
+Splits: TypeAlias = "list[Split]"
+Splitter: TypeAlias = "Callable[[Sequence[Described], PositionalState], Iterable[Splits]]"
 
 
 @dataclass(frozen=True, slots=True)
 class Rule:
     """How a framework sorts parameters into groups.
 
-    ``groups`` takes the parameters in ``named_parameters()`` order and the state; it returns the parameters of each
-    group, or ``None`` where the rule cannot apply. A rule that is not ``automatic`` is used only when asked for.
+    ``splits`` takes all parameters in ``named_parameters()`` order and the state, and yields every grouping that the
+    rule may have made, nothing where it cannot apply. A rule that is not ``automatic`` is used only when asked for.
     """
 
     name: str
     summary: str
-    groups: Callable[[Sequence[Described], PositionalState], Groups | None]
+    splits: Splitter
     automatic: bool = True
 
 
@@ -67,36 +87,289 @@ class Candidate:
     rules: tuple[str, ...]
     parameters: tuple[Parameter, ...]
 
-
-def _flat(parameters: Sequence[Described], state: PositionalState) -> Groups:
-    return [[p for p in parameters if p.trainable]]
-
-
-def _trainer(parameters: Sequence[Described], state: PositionalState) -> Groups:
-    decayed = [p for p in parameters if p.trainable and "bias" not in p.parameter.name]
-    return [decayed, [p for p in parameters if p.trainable and "bias" in p.parameter.name]]
+    @property
+    def names(self) -> list[str]:
+        return [parameter.name for parameter in self.parameters]
 
 
-def _listed(parameters: Sequence[Described], state: PositionalState) -> Groups:
-    rest = iter(parameters)
-    groups = [[p for _, p in zip(range(size), rest, strict=False)] for size in state.sizes()]
-    return [*groups, remaining] if (remaining := list(rest)) else groups
+# --- weight decay, as frameworks decide it --------------------------------------------------------------------------
+
+_REGISTERED: Final = frozenset({
+    "ChameleonRMSNorm", "CohereLayerNorm", "GraniteMoeRMSNorm", "IdeficsRMSNorm", "LayerNorm", "LlamaRMSNorm",
+    "LongT5LayerNorm", "MegaSequenceNorm", "MoshiRMSNorm", "NemotronLayerNorm1P", "Olmo2RMSNorm", "OlmoeRMSNorm",
+    "Pix2StructLayerNorm", "Pop2PianoLayerNorm", "RecurrentGemmaRMSNorm", "SwitchTransformersLayerNorm", "T5LayerNorm",
+    "ZambaRMSNorm",
+})  # fmt: skip
+
+
+class _Era(NamedTuple):
+    """Which parameters a version of transformers spares weight decay: by class of module, by pattern in the name."""
+
+    rule: str
+    versions: str
+    classes: frozenset[str]
+    patterns: tuple[str, ...]
+
+    def decays(self, item: Described) -> bool:
+        name = item.name.lower()
+        return self.classes.isdisjoint(item.classes) and not any(re.search(p, name) for p in self.patterns)
+
+
+_ERAS: Final = (
+    _Era(
+        "trainer",
+        "since 4.53",
+        frozenset({"LayerNorm"}),
+        ("bias", "layernorm", "rmsnorm", r"(?:^|\.)norm(?:$|\.)", r"_norm(?:$|\.)"),
+    ),
+    _Era("trainer-4.52", "4.49 to 4.52", _REGISTERED, ("bias", "layernorm", "rmsnorm")),
+    _Era("trainer-4.48", "4.48", _REGISTERED, ("bias",)),
+    _Era(
+        "trainer-4.47",
+        "up to 4.47",
+        _REGISTERED | {"GemmaRMSNorm", "GraniteRMSNorm", "OlmoLayerNorm"},
+        ("bias",),
+    ),
+    _Era("trainer-4.0", "at first", frozenset({"LayerNorm"}), ("bias",)),
+)
+"""Read from releases 4.47.1, 4.48.0, 4.49.0, 4.51.3, 4.52.1, 4.53.3 and 5.23.0: ``Trainer.get_decay_parameter_names``,
+and the classes that modeling files appended to ``ALL_LAYERNORM_LAYERS``. The oldest knew ``nn.LayerNorm`` alone."""
+
+_SCRIPTS: Final = _Era("", "", frozenset(), ("bias", r"layernorm\.weight"))
+"""What the example scripts of old had: ``no_decay = ["bias", "LayerNorm.weight"]``."""
+
+
+Test: TypeAlias = "Callable[[Described], bool]"
+NOTHING: Final = "(?!)"
+"""A pattern that matches nothing."""
+
+
+def _trainable(parameters: Iterable[Described]) -> list[Described]:
+    return [item for item in parameters if item.trainable]
+
+
+def _apart(items: Iterable[Described], *tests: Test) -> list[list[Described]]:
+    """For each test the items that pass it and none before it; last those that pass none."""
+    parts: list[list[Described]] = [[] for _ in range(len(tests) + 1)]
+    for item in items:
+        parts[next((n for n, test in enumerate(tests) if test(item)), len(tests))].append(item)
+    return parts
+
+
+def _named_like(pattern: str) -> Test:
+    return lambda item: re.search(pattern, item.name) is not None
+
+
+def _both(items: Iterable[Described], decays: Test) -> list[Split]:
+    """Those with weight decay, and those without."""
+    decayed, plain = _apart(items, decays)
+    return [Split(decayed), Split(plain, decays=False)]
+
+
+def _filled(splits: Iterable[Split]) -> Splits:
+    return [split for split in splits if split.members]
+
+
+# --- the rules ------------------------------------------------------------------------------------------------------
+
+
+def _stated(parameters: Sequence[Described], state: PositionalState) -> Iterator[Splits]:
+    """The names that the file itself states, in any case: Adam-mini lowers them."""
+    if state.names is None:
+        return
+    known = {strip_wrappers(item.name).casefold(): item for item in parameters}
+    found = [known.get(strip_wrappers(name).casefold()) for name in state.names]
+    members = [item for item in found if item is not None]
+    if len(members) == len(found) == len({item.name for item in members}):
+        yield from _listed(members, state)
+
+
+def _flat(parameters: Sequence[Described], state: PositionalState) -> Iterator[Splits]:
+    yield [Split(_trainable(parameters))]
+
+
+def _everything(parameters: Sequence[Described], state: PositionalState) -> Iterator[Splits]:
+    if not all(item.trainable for item in parameters):
+        yield [Split(parameters)]
+
+
+def _trainer(era: _Era) -> Splitter:
+    def splits(parameters: Sequence[Described], state: PositionalState) -> Iterator[Splits]:
+        yield _both(_trainable(parameters), era.decays)
+
+    return splits
+
+
+def _matrices_first(parameters: Sequence[Described], state: PositionalState) -> Iterator[Splits]:
+    yield _both(_trainable(parameters), lambda item: item.axes >= 2)
+
+
+def _rises(item: Described) -> bool:
+    """LoRA+ gives these the higher rate."""
+    return "lora_B" in item.name or item.axes == 1
+
+
+def _peft_loraplus(parameters: Sequence[Described], state: PositionalState) -> Iterator[Splits]:
+    """Versions differ in whether the group of LoRA embeddings is ever filled."""
+    for pattern in (r"\.lora_embedding_[AB]\.", NOTHING):
+        embedded, rising, rest = _apart(_trainable(parameters), _named_like(pattern), _rises)
+        yield [Split(rest), Split(embedded), *_both(rising, _by_class)]
+
+
+def _llamafactory_loraplus(parameters: Sequence[Described], state: PositionalState) -> Iterator[Splits]:
+    embedded, rising, rest = _apart(_trainable(parameters), lambda item: "lora_embedding_B" in item.name, _rises)
+    yield [Split(rest), *_both(rising, _by_class), Split(embedded)]
+
+
+def _by_class(item: Described) -> bool:
+    """Both LoRA+ ask for the module's class and for 'bias', in every version."""
+    return _ERAS[3].decays(item)
+
+
+def _plain_first(parameters: Sequence[Described], state: PositionalState) -> Iterator[Splits]:
+    for era in _ERAS:
+        yield _both(_trainable(parameters), era.decays)[::-1]
+
+
+def _muon(parameters: Sequence[Described], state: PositionalState) -> Iterator[Splits]:
+    """The optimizer joins its two lists into one group."""
+    if _has_option(state, "ns_steps"):
+        matrices, rest = _apart(
+            _trainable(parameters), lambda item: item.axes == 2 and not re.search("embed|lm_head", item.name)
+        )
+        yield [Split([*matrices, *rest])]
+
+
+def _has_option(state: PositionalState, option: str) -> bool:
+    return any(key == option for group in state.groups for key, _ in group.options)
+
+
+def _is_saved(item: Described) -> bool:
+    return item.name.endswith("modules_to_save.default.weight")
+
+
+def _axolotl(parameters: Sequence[Described], state: PositionalState) -> Iterator[Splits]:
+    embedded, rest = _apart(
+        _trainable(parameters), lambda item: _is_saved(item) or bool(re.search("embed_tokens|lm_head", item.name))
+    )
+    for era in _ERAS:
+        decayed, plain = _both(rest, era.decays)
+        yield _filled([decayed, Split(embedded, decays=False), plain])
+
+
+def _unsloth(parameters: Sequence[Described], state: PositionalState) -> Iterator[Splits]:
+    saved, rest = _apart(_trainable(parameters), _is_saved)
+    yield [Split(rest), Split(saved)]
+
+
+_ALIGNER: Final = r"(^|\.)(aligner|multi_modal_projector|merger\w*|connector|mlp1|mm_projector)\."
+_VISION: Final = r"(^|\.)(visual|vision_\w+|vit|vpm|image_\w+)\."
+
+
+def _swift_multimodal(parameters: Sequence[Described], state: PositionalState) -> Iterator[Splits]:
+    """Vision, aligner and language model, told apart by segments that such models have in their names."""
+    aligner, vision, language = _apart(_trainable(parameters), _named_like(_ALIGNER), _named_like(_VISION))
+    for era in _ERAS:
+        yield _filled(split for part in (vision, aligner, language) for split in _both(part, era.decays)[::-1])
+
+
+def _low_rank(order: str, *, frozen: bool = False) -> Splitter:
+    """GaLore and its kin: ``l`` low rank, ``d`` with weight decay, ``p`` without, ``o`` all others."""
+
+    def splits(parameters: Sequence[Described], state: PositionalState) -> Iterator[Splits]:
+        if not _has_option(state, "rank"):
+            return
+        items = parameters if frozen else _trainable(parameters)
+        for pattern in ("", "attn|attention|mlp"):
+            like = _named_like(pattern)
+            chosen, others = _apart(items, lambda item: "Linear" in item.classes and item.axes == 2 and like(item))  # noqa: B023
+            for era in _ERAS:
+                decayed, plain = _both(others, era.decays)
+                parts = {"l": Split(chosen), "d": decayed, "p": plain, "o": Split(others)}
+                yield [parts[letter] for letter in order]
+
+    return splits
+
+
+def _each(parameters: Sequence[Described], state: PositionalState) -> Iterator[Splits]:
+    yield [Split([item]) for item in _trainable(parameters)]
+
+
+def _whole_model(parameters: Sequence[Described], state: PositionalState) -> Iterator[Splits]:
+    """Ids that are places in ``list(model.parameters())``, frozen ones counted too: they have holes, in any order."""
+    ids = [identity for identity in state.ids if isinstance(identity, int)]
+    if len(ids) == len(state.ids) and ids != list(range(len(ids))) and max(ids, default=0) < len(parameters):
+        yield from _listed([parameters[identity] for identity in ids], state)
+
+
+def _sorted(parameters: Sequence[Described], state: PositionalState) -> Iterator[Splits]:
+    items = sorted(_trainable(parameters), key=lambda item: item.name)
+    yield [Split(items)]
+    for era in _ERAS:
+        yield _both(items, era.decays)
+
+
+def _listed(parameters: Sequence[Described], state: PositionalState) -> Iterator[Splits]:
+    splits, start = [], 0
+    for size in state.sizes():
+        splits.append(Split(parameters[start : start + size]))
+        start += size
+    yield splits if start >= len(parameters) else [*splits, Split(parameters[start:])]
 
 
 RULES: Final[tuple[Rule, ...]] = (
+    Rule("stated", "the names that the file itself states, where all of them are known", _stated),
     Rule("flat", "one group of all trainable parameters", _flat),
-    Rule("trainer", "transformers.Trainer: with weight decay, then without", _trainer),
+    Rule("everything", "one group of all parameters, frozen ones too", _everything),
+    *(
+        Rule(era.rule, f"transformers.Trainer, {era.versions}: with weight decay, then without", _trainer(era))
+        for era in _ERAS
+    ),
+    Rule("scripts", "no weight decay for 'bias' and 'LayerNorm.weight', as example scripts had it", _trainer(_SCRIPTS)),
+    Rule("nanogpt", "nanoGPT: two or more axes, then the rest", _matrices_first),
+    Rule("peft-loraplus", "PEFT's LoRA+: A, embeddings, B, B without weight decay", _peft_loraplus),
+    Rule("llamafactory-loraplus", "LLaMA-Factory's LoRA+: A, B, B without decay, embeddings", _llamafactory_loraplus),
+    Rule("llamafactory-badam", "LLaMA-Factory's BAdam: without weight decay, then with", _plain_first),
+    Rule(
+        "llamafactory-galore",
+        "LLaMA-Factory's GaLore: without decay, with, low rank",
+        _low_rank("pdl"),
+    ),
+    Rule("muon", "Muon and AdamW in one group: matrices that are no embeddings, then the rest", _muon),
+    Rule("galore", "transformers' GaLore and APOLLO: the rest, then low rank", _low_rank("ol", frozen=True)),
+    Rule("axolotl", "Axolotl: with decay, embeddings, without; no empty groups", _axolotl),
+    Rule("unsloth", "Unsloth's embedding_learning_rate: the rest, then modules_to_save", _unsloth),
+    Rule("swift-multimodal", "ms-swift: vision, aligner, language; each without decay, then with", _swift_multimodal),
+    Rule("swift-galore", "ms-swift's GaLore: low rank, with decay, without", _low_rank("ldp")),
+    Rule("one-per-parameter", "a group for each trainable parameter", _each),
+    Rule("whole-model", "ids are places among all the model's parameters, as Lightning's FSDP has them", _whole_model),
+    Rule("sorted", "trainable parameters sorted by name as text", _sorted, automatic=False),
     Rule("listed", "the names stand in the optimizer's order already", _listed, automatic=False),
 )
-"""Every grouping rule; a new one is one more row."""
+"""Every grouping rule; a new one is one more row. Those of frameworks were read from their sources:
+PEFT 0.21, LLaMA-Factory 002f58e, Axolotl 0e4982e, Unsloth 0024bb0, ms-swift 006938b, nanoGPT 0011cd4."""
+
+LIVE: Final = "live"
+"""Stands for a rule where the order is that of a live optimizer."""
+
+SURE: Final = ("stated", "whole-model")
+"""Rules that go before others: what they read is in the file."""
+
+INFERRED: Final = ("adapter", "configs", "checkpoint")
+"""Sources of names that the weights overrule; a live model, a file of names and a forced rule they do not."""
+
+
+# --- the verdict ----------------------------------------------------------------------------------------------------
 
 
 def candidates(
     positional: PositionalState, parameters: Sequence[Parameter | Described], *, rule: str | None = None
 ) -> list[Candidate]:
-    """Every order that some rule proposes and that fits the state; orders that are equal come as one."""
-    found, _ = _survey(positional, [_described(p) for p in parameters], rule)
-    return found
+    """Every order that some rule proposes and that fits the state; orders that are equal come as one.
+
+    Raises ``OptionError`` for a rule that does not exist.
+    """
+    return _survey(positional, [_described(p) for p in parameters], rule)[0]
 
 
 def decide(
@@ -105,28 +378,40 @@ def decide(
     *,
     rule: str | None = None,
     weights: Mapping[str, Tensor] | None = None,
+    before: Mapping[str, Tensor] | None = None,
     live: Sequence[Sequence[str]] | None = None,
     source: str,
 ) -> OptimizerState:
-    """The state under names.
+    """The state under names; ``naming.details`` says what else fitted and what the weights say.
 
-    Raises ``OptionError`` for a rule that does not exist, ``ConversionError`` if no order fits, and
-    ``AmbiguousOrderError`` if several do. See the head of this module for the arguments.
+    The live optimizer's order, where it fits, and names stated in the file go before rules; other orders that fit are
+    then only what the weights are asked about. Raises ``OptionError`` for a rule that does not exist,
+    ``ConversionError`` if no order fits or the weights contradict one that was inferred, and ``AmbiguousOrderError`` if
+    several fit and nothing tells which. See the head of this module for the arguments.
     """
-    found, reasons = _survey(positional, [_described(p) for p in parameters], rule)
+    described = [_described(p) for p in parameters]
+    found, reasons = _survey(positional, described, rule)
+    first = _live(positional, described, live or ()) or next((c for c in found if set(SURE) & set(c.rules)), None)
+    if first is not None and rule is None:
+        found = [first, *(c for c in found if c.names != first.names)]
+    elif source != "model" and rule != "listed":
+        found = [variant for c in found for variant in _adapter_orders(positional, c)]
     if not found:
-        raise ConversionError(
-            f"no order of the {len(parameters)} parameters fits the {len(positional.ids)} of the optimizer, whose "
-            f"groups hold {positional.sizes()}:" + "".join(f"\n  {name}: {reason}" for name, reason in reasons)
-        )
-    if len(found) > 1:
-        raise AmbiguousOrderError("several orders fit", tuple(c.rules[0] for c in found))
-    chosen = found[0]
+        raise ConversionError(_nothing_fits(positional, described, reasons))
+    if len(found) == 1 or (first is not None and rule is None):
+        chosen = _named(positional, found[0], source)
+        evidence = weights and weigh(chosen, weights, before=before, orders=_labelled(found[1:]))
+    else:
+        chosen, evidence = _weighed(positional, found, source, weights, before)
     details: dict[str, Value] = {
-        "rules": list(chosen.rules),
+        "rules": list(found[0].rules),
         "interchangeable": interchangeable(chosen.parameters),
     }
-    return positional.named(chosen.parameters, Naming(source, chosen.rules[0], details))
+    if evidence:
+        details["evidence"] = evidence.to_json()
+        if evidence.verdict == "contradicted" and rule in {None, "listed"} and source in INFERRED:
+            raise ConversionError(_contradicted(evidence))
+    return replace(chosen, naming=Naming(source, chosen.naming.rule, {**chosen.naming.details, **details}))
 
 
 def interchangeable(parameters: Sequence[Parameter]) -> int:
@@ -135,8 +420,25 @@ def interchangeable(parameters: Sequence[Parameter]) -> int:
     return sum(n for n in counts.values() if n > 1)
 
 
+def side_by_side(adapters: Mapping[str, Sequence[Parameter]]) -> list[Parameter]:
+    """The parameters of several adapters of one model in ``named_parameters()`` order: adapters by creation.
+
+    PEFT keeps the adapters of a module beside each other: A of each, then B of each.
+    """
+    every = [parameter for parameters in adapters.values() for parameter in parameters]
+    places = [with_adapter(parameter.name, "default") for parameter in every]
+    rank = {place: number for number, place in enumerate(in_module_order(dict.fromkeys(places)))}
+    turn = {name: number for number, name in enumerate(adapters)}
+    order = sorted(range(len(every)), key=lambda n: (rank[places[n]], turn[every[n].adapter or ""]))
+    return [every[n] for n in order]
+
+
 def _described(parameter: Parameter | Described) -> Described:
     return parameter if isinstance(parameter, Described) else Described(parameter)
+
+
+def _named(positional: PositionalState, candidate: Candidate, source: str) -> OptimizerState:
+    return positional.named(candidate.parameters, Naming(source, candidate.rules[0]))
 
 
 def _survey(
@@ -146,54 +448,174 @@ def _survey(
     rules = [r for r in RULES if (r.automatic if rule is None else r.name == rule)]
     if not rules:
         raise OptionError(f"no grouping rule '{rule}'; there are: {', '.join(r.name for r in RULES)}")
-    fitting: dict[tuple[str, ...], tuple[list[str], tuple[Parameter, ...]]] = {}
-    reasons = []
+    fitting: dict[tuple[str, ...], tuple[dict[str, None], tuple[Parameter, ...]]] = {}
+    reasons: list[tuple[str, str]] = []
     for row in rules:
-        groups = row.groups(parameters, positional)
-        if groups is None:
-            continue
-        reason = _misfit(positional, groups)
-        if reason:
-            reasons.append((row.name, reason))
-            continue
-        order = tuple(p.parameter for group in groups for p in group)
-        fitting.setdefault(tuple(p.name for p in order), ([], order))[0].append(row.name)
+        for splits in row.splits(parameters, positional):
+            reason = _misfit(positional, splits)
+            order = tuple(item.parameter for split in splits for item in split.members)
+            if reason is None:
+                fitting.setdefault(tuple(p.name for p in order), ({}, order))[0][row.name] = None
+            elif (row.name, reason) not in reasons:
+                reasons.append((row.name, reason))
     return [Candidate(tuple(names), order) for names, order in fitting.values()], reasons
 
 
-def _misfit(positional: PositionalState, groups: Groups) -> str | None:
+def _live(
+    positional: PositionalState, parameters: Sequence[Described], live: Sequence[Sequence[str]]
+) -> Candidate | None:
+    """The order of a live optimizer, where it fits; empty groups do not count."""
+    known = {item.name: item for item in parameters}
+    splits = [Split([known[name] for name in group]) for group in live if group and set(group) <= set(known)]
+    full = [group for group in positional.groups if group.count]
+    if not live or _misfit(replace(positional, groups=tuple(full)), splits) is not None:
+        return None
+    return Candidate((LIVE,), tuple(item.parameter for split in splits for item in split.members))
+
+
+def _adapter_orders(positional: PositionalState, candidate: Candidate) -> Iterator[Candidate]:
+    """The candidate, and where it has several adapters, the same with them created in any other order.
+
+    What differs by its adapter alone stands side by side, so the files of adapters do not tell.
+    """
+    parts = [split_adapter(parameter.name) or (parameter.name, "", "") for parameter in candidate.parameters]
+    adapters = list(dict.fromkeys(adapter for _, adapter, _ in parts if adapter))
+    yield candidate
+    if not 1 < len(adapters) <= 4:
+        return
+    places: dict[tuple[str, str], list[int]] = {}
+    for number, (head, _, tail) in enumerate(parts):
+        places.setdefault((head, tail), []).append(number)
+    for order in list(permutations(adapters))[1:]:
+        moved = list(candidate.parameters)
+        for numbers in places.values():
+            members = sorted(numbers, key=lambda n: order.index(parts[n][1]) if parts[n][1] else 0)
+            for number, member in zip(numbers, members, strict=True):
+                moved[number] = candidate.parameters[member]
+        if all(_misshapen(positional, n, parameter) is None for n, parameter in enumerate(moved)):
+            rules = tuple(f"{rule}, adapters {', '.join(order)}" for rule in candidate.rules)
+            yield Candidate(rules, tuple(moved))
+
+
+def _labelled(found: Sequence[Candidate]) -> dict[str, Sequence[str]]:
+    return {candidate.rules[0]: candidate.names for candidate in found}
+
+
+def _weighed(
+    positional: PositionalState,
+    found: Sequence[Candidate],
+    source: str,
+    weights: Mapping[str, Tensor] | None,
+    before: Mapping[str, Tensor] | None,
+) -> tuple[OptimizerState, Evidence]:
+    """The one candidate against which every other is excluded."""
+    for candidate in found if weights else ():
+        others = _labelled([c for c in found if c is not candidate])
+        state = _named(positional, candidate, source)
+        evidence = weigh(state, weights or {}, before=before, orders=others)
+        if all(evidence.orders[label] == "excluded" for label in others):
+            return state, evidence
+    raise AmbiguousOrderError(_several_fit(found, weights is not None), tuple(c.rules[0] for c in found))
+
+
+def _misfit(positional: PositionalState, splits: Splits) -> str | None:
     """Why the groups cannot be those of the state."""
-    sizes = [len(group) for group in groups]
+    sizes = [len(split.members) for split in splits]
     if sizes != positional.sizes():
         return f"makes groups of {sizes}"
-    order = [p.parameter for group in groups for p in group]
-    for identity, parameter in zip(positional.ids, order, strict=True):
-        for path, tensor in _misshapen(positional.entries.get(identity, {}), parameter.shape):
-            return (
-                f"'{parameter.name}' has shape {list(parameter.shape)}, but id {identity} has "
-                f"{'.'.join(map(str, path))} of shape {list(tensor.shape)}"
-            )
+    for number, (split, group) in enumerate(zip(splits, positional.groups, strict=True)):
+        decay = dict(group.options).get("weight_decay")
+        if not split.decays and split.members and isinstance(decay, (int, float)) and decay != 0:
+            return f"gives group {number} no weight decay, but it has {decay}"
+    order = [item.parameter for split in splits for item in split.members]
+    return next((r for n, p in enumerate(order) if (r := _misshapen(positional, n, p)) is not None), None)
+
+
+def _misshapen(positional: PositionalState, position: int, parameter: Parameter) -> str | None:
+    """Why the parameter cannot have the state at a position, by what the slots' roles promise of their shapes."""
+    shape, blocks = parameter.shape, []
+    identity = positional.ids[position]
+    for path, leaf in walk(positional.entries.get(identity, {})):
+        if not isinstance(leaf, Slot):
+            continue
+        held = leaf.tensor.shape
+        expected = {
+            Role.PARAM: (shape, held),
+            Role.ROW: (_without_ones(shape[:-1]), _without_ones(held)),
+            Role.COL: (_without_ones((*shape[:-2], *shape[-1:])), _without_ones(held)),
+        }.get(leaf.role, ((), ()))
+        if leaf.role is Role.BLOCK:
+            blocks.append((leaf.tensor.count, path, leaf.tensor))
+        elif expected[0] != expected[1]:
+            return _shapes_differ(parameter, identity, path, leaf.tensor)
+    if blocks:
+        # Codes come one per element, two to a byte (4-bit), or for two moments at once (AdEMAMix); scales are fewer.
+        codes, path, tensor = max(blocks, key=lambda block: block[0])
+        if codes not in {count := math.prod(shape), -(-count // 2), 2 * count}:
+            return _shapes_differ(parameter, identity, path, tensor)
     return None
 
 
-def _misshapen(state: Mapping[str, Value], shape: tuple[int, ...]) -> Iterator[tuple[tuple[str, ...], Tensor]]:
-    """The slots that a parameter of ``shape`` cannot have, by what their roles promise."""
-    blocks = []
-    for path, leaf in walk(state):
-        if not isinstance(leaf, Slot):
-            continue
-        tensor = leaf.tensor
-        squeezed = tuple(n for n in tensor.shape if n != 1)
-        if leaf.role is Role.BLOCK:
-            blocks.append((path, tensor))
-        elif (
-            (leaf.role is Role.PARAM and tensor.shape != shape)
-            or (leaf.role is Role.ROW and squeezed != tuple(n for n in shape[:-1] if n != 1))
-            or (leaf.role is Role.COL and squeezed != tuple(n for n in (*shape[:-2], *shape[-1:]) if n != 1))
-        ):
-            yield path, tensor
-    if blocks:
-        # Codes come one per element, two to a byte (4-bit), or for two moments at once (AdEMAMix); scales are fewer.
-        path, codes = max(blocks, key=lambda block: block[1].count)
-        if codes.count not in {count := math.prod(shape), -(-count // 2), 2 * count}:
-            yield path, codes
+def _without_ones(shape: Sequence[int]) -> tuple[int, ...]:
+    return tuple(n for n in shape if n != 1)
+
+
+# --- what to say ----------------------------------------------------------------------------------------------------
+
+
+def _shapes_differ(parameter: Parameter, identity: int | str, path: tuple[object, ...], tensor: Tensor) -> str:
+    message = (
+        f"'{parameter.name}' has shape {list(parameter.shape)}, but id {identity} has {'.'.join(map(str, path))} of "
+        f"shape {list(tensor.shape)}"
+    )
+    if "lora_" in parameter.name and math.prod(parameter.shape) == 2 * tensor.count:
+        message += " (half the rank: the adapter may be one that was converted from PiSSA or OLoRA when it was saved)"
+    return message
+
+
+def _nothing_fits(
+    positional: PositionalState, parameters: Sequence[Described], reasons: Sequence[tuple[str, str]]
+) -> str:
+    trainable = len(_trainable(parameters))
+    count = f"{len(parameters)}" if trainable == len(parameters) else f"{len(parameters)} ({trainable} trainable)"
+    head = (
+        f"no order of the {count} parameters fits the {len(positional.ids)} of the optimizer, whose groups hold "
+        f"{positional.sizes()}:"
+    )
+    by_reason: dict[str, list[str]] = {}
+    for name, reason in reasons:
+        by_reason.setdefault(reason, []).append(name)
+    lines = [head, *(f"  {', '.join(names)}: {reason}" for reason, names in by_reason.items())]
+    if len(positional.ids) == 1 and not positional.entries:
+        lines.append("hint: a layer-wise optimizer leaves one dummy parameter here; its moments are in no file")
+    elif len(reasons) > 1:
+        lines.append("hint: pass a file of names in optimizer order (--names), or the model that was trained")
+    return "\n".join(lines)
+
+
+def _several_fit(found: Sequence[Candidate], weighed: bool) -> str:
+    orders = [candidate.names for candidate in found]
+    parting = next(n for n, names in enumerate(zip(*orders, strict=True)) if len(set(names)) > 1)
+    moved = sum(len(set(names)) > 1 for names in zip(*orders, strict=True))
+    told = "the weights do not tell" if weighed else "there are no weights to tell"
+    head = (
+        f"{len(found)} orders fit, and {told} which it is; they differ for {moved} of {len(orders[0])} parameters, "
+        f"from position {parting} on:"
+    )
+    lines = [head, *(f"  {', '.join(c.rules)}: '{c.names[parting]}'" for c in found)]
+    lines.append(
+        f"{interchangeable(found[0].parameters)} parameters share their shape with another, so shapes cannot tell "
+        "either\nhint: force one with --rule (rule=)"
+        + ("" if weighed else ", or pass the weights that were saved with the state")
+    )
+    return "\n".join(lines)
+
+
+def _contradicted(evidence: Evidence) -> str:
+    rivals = [label for label, outcome in evidence.orders.items() if outcome == "preferred"]
+    lines = ["the order of the parameters does not fit their weights, which say that these belong together instead:"]
+    lines += [f"  {label}" for label in (*rivals, *evidence.against)[:5]]
+    if len(rivals) + len(evidence.against) > 5:
+        lines.append(f"  and {len(rivals) + len(evidence.against) - 5} more")
+    lines.append("hint: pass names in the optimizer's order (--names), or force the order with --rule (rule=)")
+    return "\n".join(lines)
