@@ -1,0 +1,412 @@
+"""Carry out a plan: read the state into new tensors, check every byte, and only then swap it into the optimizer."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Final, cast
+
+import torch
+
+from lora_state_format import container, order, registry
+from lora_state_format import plan as planning
+from lora_state_format.crc import Ledger
+from lora_state_format.errors import ConversionError
+from lora_state_format.live import LiveOptimizer, LiveParameter
+from lora_state_format.manifest import ALGORITHM
+from lora_state_format.model import (
+    Digest,
+    OptimizerState,
+    Parameter,
+    PositionalState,
+    Role,
+    Scalar,
+    Slot,
+    Tensor,
+    Value,
+)
+from lora_state_format.names import Rename, peft_key
+from lora_state_format.optimizers import Known
+from lora_state_format.plan import SECOND_MOMENTS, Binding, LoadPlan
+from lora_state_format.sources import File
+from lora_state_format.torch.capture import CARRIED, Models, Optimizers, capture, describe, named_tensors, optimizers_of
+from lora_state_format.torch.tensors import DTYPES, read_into, scalar_to_torch, to_torch
+
+__all__ = ["LoadReport", "apply", "load_optimizer", "plan", "save_optimizer"]
+
+logger = logging.getLogger("lora_state_format")
+
+ON_THE_HOST: Final = frozenset({"step", "mu_product"})
+"""0-d slots that torch keeps in CPU memory unless a group is ``capturable`` or ``fused``."""
+
+
+@dataclass(frozen=True)
+class LoadReport:
+    """What a load did. ``str`` of it is one line, and one more for each note.
+
+    ``restored`` of ``total`` parameters took their state from the file, ``fresh`` names the others; ``slots`` counts
+    the tensors of a parameter, least and most; ``steps`` are the first and last step that was found, if any.
+    ``weights`` counts the parameters whose own bytes are those of the time of the save, or are not; the rest had no
+    digest, or one of another dtype.
+    """
+
+    restored: int
+    total: int
+    fresh: tuple[str, ...]
+    slots: tuple[int, int]
+    steps: tuple[int, int] | None
+    matching: int
+    differing: tuple[str, ...]
+    ignored: tuple[str, ...]
+    carried: tuple[str, ...]
+    options: tuple[Mapping[str, Value], ...]
+    notes: tuple[str, ...]
+
+    def __str__(self) -> str:
+        return "\n".join([self.line(), *self.notes])
+
+    def line(self) -> str:
+        """The report without its notes."""
+        text = f"restored {self.restored}/{self.total} parameters, {_span(self.slots)} slots each"
+        if self.steps:
+            text += f", step {_span(self.steps)}"
+        for names, what in ((self.fresh, "fresh"), (self.carried, "carried"), (self.ignored, "ignored")):
+            text += f", {len(names)} {what}" if names else ""
+        compared = self.matching + len(self.differing)
+        return text + (f"; weights match {self.matching}/{compared}" if compared else "")
+
+
+def _span(bounds: tuple[int, int]) -> str:
+    return str(bounds[0]) if bounds[0] == bounds[1] else f"{bounds[0]} to {bounds[1]}"
+
+
+# --- the interface --------------------------------------------------------------------------------------------------
+
+
+def save_optimizer(
+    optimizer: Optimizers,
+    model: Models,
+    path: str | os.PathLike[str],
+    *,
+    weights: bool = True,
+    extra: Mapping[str, Any] | None = None,
+    global_step: int | None = None,
+    max_shard_size: int | None = None,
+    force: bool = True,
+) -> container.Written:
+    """Write the state of an optimizer, or of several, under the model's names; see ``capture``.
+
+    An older file at the path is replaced, as a training loop wants it; it stays whole until the new one is. Folders on
+    the way are made. With ``force=False`` an existing file is a ``TargetExistsError``. The optimizer is only read: no
+    step is run, and gradients may be there.
+    """
+    state = capture(optimizer, model, weights=weights, extra=extra, global_step=global_step)
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    return container.write(state, path, force=force, max_shard_size=max_shard_size)
+
+
+def load_optimizer(
+    optimizer: Optimizers,
+    model: Models,
+    path: str | os.PathLike[str],
+    *,
+    missing: planning.Missing = "error",
+    unexpected: planning.Unexpected = "error",
+    mismatch: planning.Mismatch = "error",
+    dtype: planning.Dtype = "saved",
+    options: Mapping[str, Any] | None = None,
+    rename: Rename | None = None,
+) -> LoadReport:
+    """Load state into a live optimizer, or several, by the names of the model's parameters: all of it, or nothing.
+
+    ``path`` is a file or a set of shards of this format, or any checkpoint that a converter reads. Where that one has
+    positions instead of names, the order of the live optimizer says what they mean, with a warning: order alone is no
+    proof. The policies are those of ``plan.Policies``.
+
+    Raises ``BindError`` that names everything that does not fit, ``DigestError`` and ``FileError`` for damaged bytes,
+    and what opening the path raises. The optimizer is then as it was.
+    """
+    live = describe(optimizer, model)
+    with _open(Path(path), live, model) as state:
+        loading = planning.plan(
+            state,
+            live,
+            missing=missing,
+            unexpected=unexpected,
+            mismatch=mismatch,
+            dtype=dtype,
+            options=options,
+            rename=rename,
+        )
+        return apply(loading, optimizer, model)
+
+
+def plan(state: OptimizerState, optimizer: Optimizers, model: Models, **policies: Any) -> LoadPlan:
+    """What loading a state into a live optimizer would do; nothing is read or changed. See ``plan.plan``."""
+    return planning.plan(state, describe(optimizer, model), **policies)
+
+
+def _open(path: Path, live: LiveOptimizer, model: Models) -> OptimizerState:
+    """The named state at a path; positions are named in the live optimizer's order, or else by the live model."""
+    if container.is_state(path):
+        return container.open_state(path)
+    checkpoint = registry.detect(path)[0].read(path)
+    if not isinstance(checkpoint.state, PositionalState):
+        return checkpoint.state
+    owners = named_tensors(model).owners
+    parameters = [
+        order.Described(
+            _beside(p, checkpoint.weights),
+            p.requires_grad,
+            tuple(kind.__name__ for kind in owners[p.name].__mro__[:-1]),
+        )
+        for p in live.parameters.values()
+    ]
+    state = order.decide(
+        checkpoint.state,
+        parameters,
+        weights=checkpoint.weights or None,
+        live=[group.parameters for group in live.groups],
+        source="model",
+    )
+    details = state.naming.details
+    evidence = cast("Mapping[str, str]", details.get("evidence", {}))
+    verdict = evidence.get("verdict")
+    if verdict == "contradicted":
+        raise ConversionError(
+            f"{path}: its parameters do not stand in the order of the live optimizer, say the weights beside it\n"
+            "hint: give it names first, with convert(path, 'optimizer.safetensors'), and load that file"
+        )
+    logger.warning(
+        "%s has no names; its %d parameters were named by the order of the live %s. Order alone is no proof: %s of "
+        "them could be swapped without a shape that shows it%s",
+        path,
+        len(state),
+        "optimizer" if state.naming.rule == order.LIVE else f"model (rule '{state.naming.rule}')",
+        details["interchangeable"],
+        f"; the order was weighed against the weights beside it: {verdict}" if verdict else "",
+    )
+    return state
+
+
+def _beside(parameter: LiveParameter, weights: Mapping[str, Tensor]) -> Parameter:
+    """The parameter, with the digest of its own bytes where they lie beside the state."""
+    key = peft_key(parameter.name)
+    tensor = weights.get(key[0] if key else parameter.name)
+    return Parameter(
+        name=parameter.name,
+        shape=parameter.shape,
+        state=None,
+        dtype=parameter.dtype,
+        tied=parameter.tied,
+        keys={"peft": key[0]} if key else {},
+        weights=Digest(ALGORITHM, tensor.dtype, container.hash_tensor(tensor)) if tensor else None,
+    )
+
+
+# --- carrying it out ------------------------------------------------------------------------------------------------
+
+
+def apply(loading: LoadPlan, optimizer: Optimizers, model: Models) -> LoadReport:
+    """Carry out a plan that was made for this optimizer and model.
+
+    Everything is read and verified first; then it is put in place. Raises ``BindError`` for a plan with problems,
+    ``DigestError`` or ``FileError`` for damaged bytes; the optimizer is then as it was.
+    """
+    loading.check()
+    tensors, optimizers = named_tensors(model).tensors, optimizers_of(optimizer)
+    ledger = Ledger()
+    staged = [(binding, _stage(binding, tensors[binding.name], loading.live, ledger)) for binding in loading.bindings]
+    carried = tuple(_kept(parameter) for parameter in loading.carried)
+    loose = _loose(loading.state.globals, len(optimizers))
+    ledger.check()
+    for resource in loading.state.resources:
+        if isinstance(resource, File):
+            resource.check_unchanged()
+    matching, differing = _compare(loading)
+
+    for binding, slots in staged:
+        state = optimizers[loading.live.groups[loading.live.members[binding.name]].optimizer].state
+        state.pop(tensors[binding.name], None)
+        if slots is not None:
+            state[tensors[binding.name]] = slots
+    for live, values in zip(optimizers, loose, strict=True):
+        live.state.update(values)
+    raw_groups = [group for live in optimizers for group in live.param_groups]
+    for group, chosen in zip(raw_groups, loading.options, strict=True):
+        for key, value in chosen.items():
+            group[key] = _set(group.get(key), value)
+    if carried:
+        CARRIED[optimizers[0]] = carried
+    else:
+        CARRIED.pop(optimizers[0], None)
+    return _report(loading, matching, differing)
+
+
+def _stage(binding: Binding, parameter: torch.Tensor, live: LiveOptimizer, ledger: Ledger) -> dict[str, Any] | None:
+    """A parameter's new slots, read and checked; ``None`` for none."""
+    if binding.saved is None or binding.saved.state is None:
+        return None
+    group = live.members[binding.name]
+    row = live.known(live.groups[group].optimizer)
+    on_device = bool(live.options[group].get("capturable") or live.options[group].get("fused"))
+
+    def build(value: Value, path: tuple[Any, ...]) -> Any:
+        if isinstance(value, Slot):
+            return _tensor(value, binding, path, parameter, ledger)
+        if isinstance(value, Mapping):
+            return {key: build(inner, (*path, key)) for key, inner in value.items()}
+        if isinstance(value, (list, tuple)):
+            return type(value)(build(inner, (*path, index)) for index, inner in enumerate(value))
+        if path == ("step",) and isinstance(value, (int, float, Scalar)):
+            return _step(value, row, parameter.device, on_device)
+        if isinstance(value, Scalar):
+            host = path[-1] in ON_THE_HOST and not on_device
+            return scalar_to_torch(value).to("cpu" if host else parameter.device)
+        return value
+
+    return {key: build(value, (key,)) for key, value in binding.saved.state.items()}
+
+
+def _tensor(
+    slot: Slot, binding: Binding, path: tuple[Any, ...], parameter: torch.Tensor, ledger: Ledger
+) -> torch.Tensor:
+    """A slot's tensor, where the parameter is; what is shaped like the parameter has its layout too."""
+    tensor = slot.tensor
+    saved = DTYPES[tensor.dtype]
+    like = slot.role in (Role.PARAM, Role.ROW, Role.COL)
+    dtype = DTYPES[binding.dtype] if binding.dtype and like and saved.is_floating_point else saved
+    where = f"'{binding.name}': slot '{'.'.join(map(str, path))}'"
+    if binding.resize and slot.role is Role.PARAM:
+        old = torch.empty(tensor.shape, dtype=saved)
+        read_into(tensor, old, ledger=ledger, where=where)
+        return _resized(old, torch.empty_like(parameter, dtype=dtype, requires_grad=False), path[-1] in SECOND_MOMENTS)
+    if slot.role is Role.PARAM:
+        out = torch.empty_like(parameter, dtype=dtype, requires_grad=False)
+    else:
+        out = torch.empty(tensor.shape, dtype=dtype, device=parameter.device)
+    read_into(tensor, out, ledger=ledger, where=where)
+    return out
+
+
+def _resized(old: torch.Tensor, out: torch.Tensor, mean: bool) -> torch.Tensor:
+    """The moments of a parameter of another shape: what both have is kept, what is new is zero or the mean."""
+    common = tuple(slice(0, min(a, b)) for a, b in zip(old.shape, out.shape, strict=True))
+    out.fill_(float(old.double().mean()) if mean and old.numel() else 0.0)
+    out[common].copy_(old[common])
+    return out
+
+
+def _step(value: int | float | Scalar, row: Known, device: torch.device, on_device: bool) -> Any:
+    """A step count as the live optimizer's class counts: a Python number, or a 0-d tensor where it expects one."""
+    if row.counts is int:
+        return int(value.item().real) if isinstance(value, Scalar) else int(value)
+    if isinstance(value, Scalar):
+        step = scalar_to_torch(value)
+    elif row.counts is float:
+        step = torch.tensor(float(value), dtype=torch.float32)
+    else:
+        return value
+    return step.to(device=device, dtype=torch.float32) if on_device else step
+
+
+def _kept(parameter: Parameter) -> Parameter:
+    """A carried parameter with its tensors in memory, for a save after the file is closed."""
+    from lora_state_format.torch.tensors import from_torch
+
+    def copied(value: Any) -> Any:
+        if isinstance(value, Slot):
+            return Slot(from_torch(to_torch(value.tensor)), value.role)
+        if isinstance(value, Mapping):
+            return {key: copied(inner) for key, inner in value.items()}
+        return type(value)(map(copied, value)) if isinstance(value, (list, tuple)) else value
+
+    return replace(parameter, state=copied(parameter.state))
+
+
+def _loose(values: Mapping[str, Value], count: int) -> list[dict[Any, Any]]:
+    """For each optimizer the state under keys that are no parameters."""
+    found: list[dict[Any, Any]] = []
+    for number in range(count):
+        own = values.get(str(number), {}) if count > 1 else values
+        state = own.get("state", {}) if isinstance(own, Mapping) else {}
+        assert isinstance(state, Mapping)
+        found.append({key: _plain(value) for key, value in state.items()})
+    return found
+
+
+def _plain(value: Value) -> Any:
+    if isinstance(value, Slot):
+        return to_torch(value.tensor)
+    if isinstance(value, Scalar):
+        return scalar_to_torch(value)
+    if isinstance(value, Mapping):
+        return {key: _plain(inner) for key, inner in value.items()}
+    return type(value)(map(_plain, value)) if isinstance(value, (list, tuple)) else value
+
+
+@torch.no_grad()
+def _set(current: Any, value: Any) -> Any:
+    """A group option's new value: a live tensor stays the object it is, numbers stay numbers."""
+    if isinstance(current, (list, tuple)) and isinstance(value, (list, tuple)) and len(current) == len(value):
+        return type(current)(_set(a, b) for a, b in zip(current, value, strict=True))
+    if isinstance(current, torch.Tensor) and isinstance(value, (int, float, Scalar, torch.Tensor)):
+        return current.copy_(scalar_to_torch(value) if isinstance(value, Scalar) else torch.as_tensor(value))
+    if isinstance(value, Scalar) and isinstance(current, (int, float)):
+        return value.item()
+    return _plain(value)
+
+
+# --- the report -----------------------------------------------------------------------------------------------------
+
+
+def _compare(loading: LoadPlan) -> tuple[int, tuple[str, ...]]:
+    """How many live parameters have the bytes that they had at the save, and the names of those that have others."""
+    matching, differing = 0, []
+    for binding in loading.bindings:
+        saved, own = binding.saved.weights if binding.saved else None, loading.live.parameters[binding.name]
+        if saved is None or saved.algorithm != ALGORITHM or saved.dtype != own.dtype or own.digest is None:
+            continue
+        if own.digest() == saved:
+            matching += 1
+        else:
+            differing.append(binding.name)
+    return matching, tuple(differing)
+
+
+def _report(loading: LoadPlan, matching: int, differing: tuple[str, ...]) -> LoadReport:
+    restored = [binding.saved for binding in loading.bindings if binding.saved]
+    counts = [sum(1 for _ in parameter.tensors()) for parameter in restored if parameter.state is not None]
+    steps = [int(step) for parameter in restored if (step := _number((parameter.state or {}).get("step"))) is not None]
+    notes = list(loading.notes)
+    if differing:
+        which = "these weights are" if not matching else f"the weights of {len(differing)} parameters are"
+        notes.append(
+            f"{which} not those that the state was saved with: of another step, or changed since (the first is "
+            f"'{differing[0]}')"
+        )
+    report = LoadReport(
+        restored=len(restored),
+        total=len(loading.bindings),
+        fresh=tuple(binding.name for binding in loading.bindings if binding.saved is None),
+        slots=(min(counts, default=0), max(counts, default=0)),
+        steps=(min(steps), max(steps)) if steps else None,
+        matching=matching,
+        differing=differing,
+        ignored=tuple(parameter.name for parameter in loading.ignored),
+        carried=tuple(parameter.name for parameter in loading.carried),
+        options=loading.options,
+        notes=tuple(notes),
+    )
+    logger.info("%s", report.line())
+    for note in notes:
+        logger.warning("%s", note)
+    return report
+
+
+def _number(value: Value) -> float | None:
+    found = value.item() if isinstance(value, Scalar) else value
+    return found if isinstance(found, (int, float)) else None

@@ -1,0 +1,366 @@
+"""From a live optimizer and its model to an ``OptimizerState``. Nothing is run, nothing is changed.
+
+Names are those of ``named_parameters()`` without the segments of wrappers, found by the identity of the tensors; what
+an optimizer itself says about names (``param_names``) is not asked, since torch overwrites it on load. Of several
+models, given as a mapping, each name gets the model's key in front: ``unet.``.
+"""
+
+from __future__ import annotations
+
+import inspect
+import logging
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Final, TypeAlias, cast
+from weakref import WeakKeyDictionary
+
+import torch
+
+from lora_state_format.container import hash_tensor
+from lora_state_format.errors import CaptureError, UnrepresentableError
+from lora_state_format.live import LiveGroup, LiveOptimizer, LiveParameter
+from lora_state_format.manifest import ALGORITHM
+from lora_state_format.model import (
+    Digest,
+    Group,
+    Naming,
+    Optimizer,
+    OptimizerState,
+    Parameter,
+    Role,
+    Scalar,
+    Slot,
+    Tensor,
+    Value,
+    walk,
+)
+from lora_state_format.names import peft_key, split_adapter
+from lora_state_format.state_dict import Leaf, Reader
+from lora_state_format.torch.tensors import dtype_name, from_torch, refusal
+
+__all__ = ["CARRIED", "Models", "Named", "Optimizers", "capture", "describe", "named_tensors", "optimizers_of"]
+
+logger = logging.getLogger("lora_state_format")
+
+Models: TypeAlias = "torch.nn.Module | Mapping[str, torch.nn.Module]"
+Optimizers: TypeAlias = "torch.optim.Optimizer | Sequence[torch.optim.Optimizer]"
+
+CARRIED: Final[WeakKeyDictionary[torch.optim.Optimizer, tuple[Parameter, ...]]] = WeakKeyDictionary()
+"""State that a load with ``unexpected="carry"`` keeps for the next save, by the first optimizer of the run."""
+
+WRAPPERS: Final[Mapping[str, str]] = {
+    "torch._dynamo.eval_frame.OptimizedModule": "_orig_mod",
+    "torch.nn.parallel.distributed.DistributedDataParallel": "module",
+    "torch.nn.parallel.data_parallel.DataParallel": "module",
+    "torch.distributed.fsdp.fully_sharded_data_parallel.FullyShardedDataParallel": "_fsdp_wrapped_module",
+    "torch.distributed.algorithms._checkpoint.checkpoint_wrapper.ActivationWrapper": "_checkpoint_wrapped_module",
+}
+"""Class of a wrapper -> the segment that it puts into names."""
+
+SHELLS: Final[Mapping[str, str]] = {
+    "accelerate.optimizer.AcceleratedOptimizer": "optimizer",
+    "lightning.pytorch.core.optimizer.LightningOptimizer": "optimizer",
+    "pytorch_lightning.core.optimizer.LightningOptimizer": "optimizer",
+}
+"""Class of an optimizer that only hands on to another -> where it has that one."""
+
+
+# --- names ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Named:
+    """The parameters of a model. ``tensors`` has each once, under its first name; ``tied`` has the other names.
+
+    ``names`` has the first names by ``id(tensor)``, ``owners`` the class of the module that has the parameter.
+    """
+
+    tensors: dict[str, torch.Tensor]
+    tied: dict[str, tuple[str, ...]]
+    names: dict[int, str]
+    owners: dict[str, type]
+
+
+def named_tensors(model: Models) -> Named:
+    """The parameters of a model, or of several, under their names. Raises ``CaptureError`` if two share one."""
+    tensors: dict[str, torch.Tensor] = {}
+    tied: dict[str, tuple[str, ...]] = {}
+    names: dict[int, str] = {}
+    owners: dict[str, type] = {}
+    seen: set[str] = set()
+    for name, tensor, owner in _named(model):
+        if name in seen:
+            raise CaptureError(f"two parameters are called '{name}' once the segments of wrappers are removed")
+        seen.add(name)
+        first = names.setdefault(id(tensor), name)
+        if first == name:
+            tensors[name], owners[name] = tensor, owner
+        else:
+            tied[first] = (*tied.get(first, ()), name)
+    return Named(tensors, tied, names, owners)
+
+
+def _named(model: Models) -> Iterator[tuple[str, torch.Tensor, type]]:
+    for key, module in model.items() if isinstance(model, Mapping) else [("", model)]:
+        places: dict[str, tuple[str, Any]] = {"": (key, module)}
+        for name, tensor in module.named_parameters(remove_duplicate=False):
+            head, _, leaf = name.rpartition(".")
+            clean, owner = _place(head, places)
+            yield _joined(clean, leaf), tensor, type(owner)
+
+
+def _place(path: str, places: dict[str, tuple[str, Any]]) -> tuple[str, Any]:
+    """The path without the segments of wrappers, and the module there."""
+    if path not in places:
+        head, _, segment = path.rpartition(".")
+        clean, module = _place(head, places)
+        wraps = any(WRAPPERS.get(class_path) == segment for class_path in _lineage(type(module)))
+        places[path] = (clean if wraps else _joined(clean, segment), getattr(module, segment, None))
+    return places[path]
+
+
+def _joined(*parts: str) -> str:
+    return ".".join(part for part in parts if part)
+
+
+def _class_path(kind: type) -> str:
+    return f"{kind.__module__}.{kind.__qualname__}"
+
+
+def _lineage(kind: type) -> tuple[str, ...]:
+    return tuple(_class_path(ancestor) for ancestor in kind.__mro__)
+
+
+# --- the live side --------------------------------------------------------------------------------------------------
+
+
+def optimizers_of(optimizer: Optimizers) -> tuple[torch.optim.Optimizer, ...]:
+    """The optimizers of a run, without the shells that frameworks put around them."""
+    listed = [optimizer] if isinstance(optimizer, torch.optim.Optimizer) else optimizer
+    return tuple(map(_shelled, listed))
+
+
+def _shelled(optimizer: Any) -> torch.optim.Optimizer:
+    while inner := next((SHELLS[path] for path in _lineage(type(optimizer)) if path in SHELLS), None):
+        optimizer = getattr(optimizer, inner)
+    return cast("torch.optim.Optimizer", optimizer)
+
+
+def describe(optimizer: Optimizers, model: Models) -> LiveOptimizer:
+    """The live side of a load. Raises ``CaptureError`` as ``capture`` does."""
+    named, optimizers = named_tensors(model), optimizers_of(optimizer)
+    reader = Reader(_leaf)
+    groups = [
+        LiveGroup(number, tuple(_options(reader, group)), tuple(names), _group_name(group))
+        for number, group, names in _groups(optimizers, named)
+    ]
+    parameters = {
+        name: LiveParameter(
+            name,
+            tuple(tensor.shape),
+            dtype_name(tensor.dtype) or str(tensor.dtype),
+            tensor.requires_grad,
+            named.tied.get(name, ()),
+            _digester(tensor),
+        )
+        for name, tensor in named.tensors.items()
+    }
+    lineages = tuple(_stepping(type(found)) for found in optimizers)
+    return LiveOptimizer(tuple(Optimizer(kinds[0]) for kinds in lineages), tuple(groups), parameters, lineages)
+
+
+def _stepping(kind: type) -> tuple[str, ...]:
+    """The class and those of its ancestors whose ``step`` it has."""
+    own = inspect.unwrap(kind.step)  # type: ignore[attr-defined]
+    same = [ancestor for ancestor in kind.__mro__ if inspect.unwrap(getattr(ancestor, "step", None) or len) is own]
+    return tuple(_class_path(ancestor) for ancestor in same)
+
+
+def _digester(tensor: torch.Tensor) -> Callable[[], Digest]:
+    return lambda: _digest(tensor)
+
+
+def _digest(tensor: torch.Tensor) -> Digest:
+    content = from_torch(tensor)
+    return Digest(ALGORITHM, content.dtype, hash_tensor(content))
+
+
+def _groups(
+    optimizers: Sequence[torch.optim.Optimizer], named: Named
+) -> Iterator[tuple[int, Mapping[str, Any], list[str]]]:
+    """Each group with the number of its optimizer and its parameters' names."""
+    strangers: list[str] = []
+    owners: dict[str, int] = {}
+    found = []
+    for number, optimizer in enumerate(optimizers):
+        for place, group in enumerate(optimizer.param_groups):
+            names = []
+            for position, tensor in enumerate(group["params"]):
+                name = named.names.get(id(tensor))
+                if name is None:
+                    strangers.append(f"group {place}, position {position}, shape {list(tensor.shape)}")
+                    continue
+                if reason := refusal(tensor):
+                    raise UnrepresentableError(f"parameter '{name}' is a tensor {reason}")
+                if owners.setdefault(name, number) != number:
+                    raise CaptureError(f"parameter '{name}' is in optimizer {owners[name]} and in optimizer {number}")
+                names.append(name)
+            found.append((number, group, names))
+    if strangers:
+        listed = "".join(f"\n    {stranger}" for stranger in strangers[:10])
+        more = f"\n    ... and {len(strangers) - 10} more" if len(strangers) > 10 else ""
+        raise CaptureError(
+            f"the optimizer holds {len(strangers)} parameters that the model does not have:{listed}{more}\n"
+            "hint: it was built over another model, or before the model's parameters were replaced; build it from this "
+            "model's parameters, or pass every model that it trains, as in model={'unet': unet, 'text_encoder': te}"
+        )
+    yield from found
+
+
+def _group_name(group: Mapping[str, Any]) -> str | None:
+    name = group.get("name")
+    return name if isinstance(name, str) else None
+
+
+def _options(reader: Reader, group: Mapping[str, Any], where: str | None = None) -> Iterator[tuple[str, Value]]:
+    """A group's options; those that have no form in a file are left out, with a warning that says ``where``."""
+    for key, raw in group.items():
+        if key in ("params", "param_names"):
+            continue
+        try:
+            yield key, reader.value(raw, (key,))
+        except UnrepresentableError as error:
+            if where is not None:
+                logger.warning("%s: option %s; it is not saved, and a load keeps what the live group has", where, error)
+
+
+def _leaf(raw: Any) -> Tensor | Scalar | None:
+    """Live tensors, and NumPy's scalars as Python numbers."""
+    if isinstance(raw, torch.Tensor):
+        content = from_torch(raw)
+        return content if content.shape else Scalar(content.dtype, bytes(content.bytes()))
+    numpy = sys.modules.get("numpy")
+    if numpy is not None and isinstance(raw, numpy.generic) and not isinstance(raw, (numpy.str_, numpy.bytes_)):
+        return cast("None", raw.item())
+    return None
+
+
+# --- capture --------------------------------------------------------------------------------------------------------
+
+
+def capture(
+    optimizer: Optimizers,
+    model: Models,
+    *,
+    weights: bool = True,
+    extra: Mapping[str, Any] | None = None,
+    global_step: int | None = None,
+) -> OptimizerState:
+    """The state of an optimizer, or of several, under the model's names.
+
+    Tensors are not copied: write the state, or copy what you need of it, before the next step. ``weights`` adds a
+    digest of each parameter's own bytes, by which a load can tell whether weights and state belong together. ``extra``
+    are values of your own without tensors (a scheduler's ``state_dict()``, say).
+
+    Raises ``CaptureError`` if the optimizer holds parameters that the model does not have, and
+    ``UnrepresentableError`` for a value that no file can hold, naming the parameter and the slot.
+    """
+    named, optimizers = named_tensors(model), optimizers_of(optimizer)
+    reader = Reader(cast("Leaf", _leaf))
+    groups: list[Group] = []
+    parameters: dict[str, Parameter] = {}
+
+    def add(name: str, state: Mapping[torch.Tensor, Mapping[str, Any]], options: Mapping[str, Any]) -> None:
+        tensor = named.tensors[name]
+        entry = state.get(tensor)
+        slots = None if entry is None else _slots(reader, name, tensor, entry, options)
+        parameters[name] = _parameter(name, tensor, named, slots, weights)
+
+    for place, (number, group, names) in enumerate(_groups(optimizers, named)):
+        options = tuple(_options(reader, group, f"group {place}"))
+        groups.append(Group(number, options, len(names), _group_name(group)))
+        for name in names:
+            add(name, optimizers[number].state, group)
+    for found in optimizers:
+        for key in found.state:
+            if isinstance(key, torch.Tensor):
+                left = named.names.get(id(key))
+                if left is None:
+                    raise CaptureError(
+                        f"the optimizer keeps state of a tensor of shape {list(key.shape)} that is in none of its "
+                        "groups and not in the model; delete it from optimizer.state"
+                    )
+                if left not in parameters:
+                    add(left, found.state, {})
+    for parameter in CARRIED.get(optimizers[0], ()):
+        parameters.setdefault(parameter.name, parameter)
+    return OptimizerState(
+        optimizers=tuple(Optimizer(_class_path(type(found))) for found in optimizers),
+        groups=tuple(groups),
+        parameters=tuple(parameters.values()),
+        naming=Naming("model"),
+        globals=_globals(reader, optimizers),
+        origin={"format": "torch", "torch": str(torch.__version__)},
+        extra=_extra(reader, extra or {}),
+        global_step=global_step,
+    )
+
+
+def _parameter(
+    name: str, tensor: torch.Tensor, named: Named, slots: Mapping[str, Value] | None, weights: bool
+) -> Parameter:
+    parts, key = split_adapter(name), peft_key(name)
+    return Parameter(
+        name=name,
+        shape=tuple(tensor.shape),
+        state=slots,
+        dtype=dtype_name(tensor.dtype),
+        adapter=parts[1] if parts else None,
+        tied=named.tied.get(name, ()),
+        keys={"peft": key[0]} if key else {},
+        weights=_digest(tensor) if weights else None,
+    )
+
+
+def _slots(
+    reader: Reader, name: str, parameter: torch.Tensor, entry: Mapping[str, Any], options: Mapping[str, Any]
+) -> Mapping[str, Value]:
+    for path, raw in walk(cast("Value", dict(entry))):
+        if isinstance(raw, torch.Tensor) and (reason := refusal(raw)):
+            raise UnrepresentableError(f"'{name}': slot '{'.'.join(map(str, path))}' is a tensor {reason}")
+    slots = reader.slots(entry, options, (name,))
+    return {key: _fitted(value, tuple(parameter.shape)) for key, value in slots.items()}
+
+
+def _fitted(value: Any, shape: tuple[int, ...]) -> Any:
+    """Slots that are called like ones of the parameter's shape, and have another, are opaque."""
+    if isinstance(value, Slot):
+        return Slot(value.tensor) if value.role is Role.PARAM and value.tensor.shape != shape else value
+    if isinstance(value, Mapping):
+        return {key: _fitted(inner, shape) for key, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(_fitted(inner, shape) for inner in value)
+    return value
+
+
+def _globals(reader: Reader, optimizers: Sequence[torch.optim.Optimizer]) -> Mapping[str, Value]:
+    """State under keys that are no parameters, as ``state_dict.from_state_dict`` lays it out."""
+    found: dict[str, Value] = {}
+    for number, optimizer in enumerate(optimizers):
+        loose = {
+            key: reader.value(raw, ("state", key))
+            for key, raw in cast("Mapping[Any, Any]", optimizer.state).items()
+            if not isinstance(key, torch.Tensor)
+        }
+        if loose:
+            found |= {str(number): {"state": loose}} if len(optimizers) > 1 else {"state": loose}
+    return found
+
+
+def _extra(reader: Reader, extra: Mapping[str, Any]) -> Mapping[str, Value]:
+    values = {key: reader.value(raw, ("extra", key)) for key, raw in extra.items()}
+    for path, value in walk(values):
+        if isinstance(value, Slot):
+            raise UnrepresentableError(f"extra.{'.'.join(map(str, path))} is a tensor; extra holds plain values only")
+    return values

@@ -1,0 +1,163 @@
+"""Tensors of the model and of torch: views of live memory one way, bytes read straight into place the other."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Final
+
+import torch
+import xxhash
+
+from lora_state_format.crc import Ledger
+from lora_state_format.errors import DigestError, UnrepresentableError
+from lora_state_format.manifest import ALGORITHM
+from lora_state_format.model import CHUNK, Box, Piece, Scalar, Tensor, contiguous
+from lora_state_format.sources import Memory, Source
+
+__all__ = ["DTYPES", "dtype_name", "from_torch", "read_into", "refusal", "scalar_to_torch", "to_torch"]
+
+_SPELLINGS: Final[Mapping[str, str]] = {
+    "BOOL": "bool", "U8": "uint8", "I8": "int8", "U16": "uint16", "I16": "int16", "U32": "uint32", "I32": "int32",
+    "U64": "uint64", "I64": "int64", "F16": "float16", "BF16": "bfloat16", "F32": "float32", "F64": "float64",
+    "C64": "complex64", "F8_E5M2": "float8_e5m2", "F8_E4M3": "float8_e4m3fn", "F8_E8M0": "float8_e8m0fnu",
+    "F8_E4M3FNUZ": "float8_e4m3fnuz", "F8_E5M2FNUZ": "float8_e5m2fnuz",
+}  # fmt: skip
+DTYPES: Final[Mapping[str, torch.dtype]] = {
+    name: getattr(torch, spelled) for name, spelled in _SPELLINGS.items() if hasattr(torch, spelled)
+}
+"""safetensors' dtypes as torch has them. The 4- and 6-bit ones, which torch packs or lacks, are not there."""
+
+_NAMES: Final = {dtype: name for name, dtype in DTYPES.items()}
+
+
+def dtype_name(dtype: torch.dtype) -> str | None:
+    """A torch dtype in safetensors' spelling, ``None`` if it has none."""
+    return _NAMES.get(dtype)
+
+
+def refusal(tensor: torch.Tensor) -> str | None:
+    """Why a tensor's bytes cannot be taken as they are; ``None`` if they can."""
+    if type(tensor) not in (torch.Tensor, torch.nn.Parameter):
+        return f"of class {type(tensor).__module__}.{type(tensor).__qualname__}, which has no form of its own here"
+    if tensor.layout is not torch.strided or tensor.is_quantized:
+        return f"of layout {tensor.layout}, where torch.strided was expected"
+    if tensor.dtype not in _NAMES:
+        return f"of {tensor.dtype}, which safetensors does not have"
+    if tensor.is_meta:
+        return "on the meta device, without bytes"
+    return None
+
+
+class _Device:
+    """The bytes of a one-dimensional tensor in another device's memory, copied as they are asked for."""
+
+    crc32 = None
+
+    def __init__(self, flat: torch.Tensor) -> None:
+        self._flat = flat
+        self.size = len(flat)
+
+    def readinto(self, offset: int, out: memoryview) -> None:
+        out[:] = self._flat[offset : offset + len(out)].cpu().numpy().data
+
+    def view(self, offset: int, size: int) -> memoryview | None:
+        return None
+
+
+def from_torch(tensor: torch.Tensor) -> Tensor:
+    """A live tensor as the places of its bytes: nothing is copied, and what changes there later changes here.
+
+    Other layouts than C order are described by their strides. Raises ``UnrepresentableError`` for tensors that have no
+    plain bytes (subclasses, sparse ones, dtypes that safetensors lacks).
+    """
+    reason = refusal(tensor)
+    if reason:
+        raise UnrepresentableError(f"a tensor {reason}")
+    tensor = tensor.detach().resolve_conj().resolve_neg()
+    shape, dtype = tuple(tensor.shape), _NAMES[tensor.dtype]
+    if tensor.numel() == 0:
+        return contiguous(dtype, shape, Memory(b""))
+    span = 1 + sum((n - 1) * stride for n, stride in zip(shape, tensor.stride(), strict=True))
+    flat = torch.as_strided(tensor, (span,), (1,)).view(torch.uint8)
+    source: Source = Memory(flat.numpy().data) if flat.device.type == "cpu" else _Device(flat)
+    strides = None if tensor.is_contiguous() else tensor.stride()
+    return Tensor(dtype, shape, (Piece(source, 0, Box((0,) * len(shape), shape), strides),))
+
+
+def to_torch(tensor: Tensor) -> torch.Tensor:
+    """A tensor of its own in CPU memory. Raises ``UnrepresentableError`` for a dtype that torch lacks."""
+    result = torch.empty(tensor.shape, dtype=_dtype(tensor.dtype))
+    read_into(tensor, result)
+    return result
+
+
+def scalar_to_torch(scalar: Scalar) -> torch.Tensor:
+    """A 0-d tensor in CPU memory."""
+    return torch.frombuffer(bytearray(scalar.data), dtype=_dtype(scalar.dtype)).reshape(())
+
+
+def _dtype(name: str) -> torch.dtype:
+    if name not in DTYPES:
+        raise UnrepresentableError(f"a tensor of type {name}, which this torch does not have")
+    return DTYPES[name]
+
+
+@torch.no_grad()
+def read_into(tensor: Tensor, out: torch.Tensor, *, ledger: Ledger | None = None, where: str = "a tensor") -> None:
+    """Read a tensor's bytes into a torch tensor of its shape, of any device, layout and dtype.
+
+    Bytes that are to lie in CPU memory in C order go straight there; else they pass through a buffer of 1 MiB, or of
+    one row where rows are larger. A digest that the file states is compared on the way, or else ``ledger`` is told what
+    its sources' CRC-32 needs. Raises ``DigestError`` that names ``where``; ``out`` is then garbage.
+    """
+    digest = tensor.digest if tensor.digest and tensor.digest.algorithm == ALGORITHM else None
+    hasher = xxhash.xxh3_128() if digest else None
+    in_place = out.device.type == "cpu" and out.is_contiguous() and dtype_name(out.dtype) == tensor.dtype
+    if out.numel() == 0:
+        pass
+    elif in_place and (digest or ledger is None):
+        memory = out.reshape(-1).view(torch.uint8).numpy().data
+        for offset in range(0, tensor.size, CHUNK):
+            chunk = memory[offset : offset + CHUNK]
+            tensor.readinto(offset, chunk)
+            if hasher:
+                hasher.update(chunk)
+    else:
+        buffer = memoryview(bytearray(CHUNK))
+        rows = _Rows(out, _dtype(tensor.dtype))
+        for chunk in ledger.chunks(tensor, buffer) if ledger and not digest else tensor.chunks(buffer):
+            if hasher:
+                hasher.update(chunk)
+            rows.write(chunk)
+        rows.flush()
+    if digest and hasher and hasher.hexdigest() != digest.hex:
+        raise DigestError(f"{where} does not match its digest: the file was changed after it was written")
+
+
+class _Rows:
+    """Bytes in C order, written into a tensor of any layout, device and dtype some whole rows at a time."""
+
+    def __init__(self, out: torch.Tensor, dtype: torch.dtype) -> None:
+        self._out = out.reshape(-1) if out.is_contiguous() else out
+        self._dtype = dtype
+        self._row = math.prod(self._out.shape[1:]) * dtype.itemsize
+        self._buffer = bytearray(max(CHUNK // self._row, 1) * self._row)
+        self._filled = 0
+        self._start = 0
+
+    def write(self, chunk: memoryview) -> None:
+        while len(chunk):
+            count = min(len(chunk), len(self._buffer) - self._filled)
+            self._buffer[self._filled : self._filled + count] = chunk[:count]
+            self._filled += count
+            chunk = chunk[count:]
+            if self._filled == len(self._buffer):
+                self.flush()
+
+    def flush(self) -> None:
+        if self._filled:
+            count = self._filled // self._row
+            part = torch.frombuffer(self._buffer, dtype=self._dtype, count=self._filled // self._dtype.itemsize)
+            self._out[self._start : self._start + count].copy_(part.reshape(count, *self._out.shape[1:]))
+            self._start, self._filled = self._start + count, 0
