@@ -25,6 +25,7 @@ __all__ = ["ConversionReport", "Names", "convert", "read"]
 
 ADAPTER: Final = "adapter_model.safetensors"
 ADAPTER_CONFIG: Final = "adapter_config.json"
+CONFIG: Final = "config.json"
 
 Progress: TypeAlias = "Callable[[int, int], None]"
 
@@ -185,7 +186,7 @@ def _resolve(names: Names | None, checkpoint: Checkpoint) -> tuple[Sequence[str]
         return names, checkpoint
     path = Path(names)
     if path.is_dir():
-        if (path / "config.json").exists():
+        if (path / CONFIG).exists():
             return path, checkpoint
         path = path / ADAPTER
     if not path.exists():
@@ -198,26 +199,27 @@ def _resolve(names: Names | None, checkpoint: Checkpoint) -> tuple[Sequence[str]
 
 
 def _named(names: Sequence[str] | Path | None, checkpoint: Checkpoint, path: Path, rule: str | None) -> Checkpoint:
-    state, weights = checkpoint.state, checkpoint.weights
+    state, configs = checkpoint.state, checkpoint.configs
     assert isinstance(state, PositionalState)
     parameters: Sequence[Parameter | order.Described]
     if isinstance(names, Path):
         parameters, source = _rebuilt(names), "configs"
     elif names is not None:
         parameters, source, rule = _listed(state, names, checkpoint), "names", "listed"
+    elif checkpoint.weights and ADAPTER_CONFIG in configs:
+        parameters, source = adapter_parameters(checkpoint.weights, config=_config(checkpoint)), "adapter"
     elif state.names is not None:
         parameters, source, rule = _listed(state, state.names, checkpoint), "checkpoint", "listed"
-    elif weights and ADAPTER_CONFIG in checkpoint.configs:
-        parameters, source = adapter_parameters(weights, config=_config(checkpoint)), "adapter"
-    elif "config.json" in checkpoint.configs:
-        parameters, source = _rebuilt(checkpoint.configs["config.json"].parent), "configs"
+    elif CONFIG in configs:
+        parameters, source = _rebuilt(configs[CONFIG].parent), "configs"
     else:
         raise MissingNamesError(
             f"{path}: the state of {len(state.ids)} parameters stands under positions, and nothing beside it says "
             "which parameter a position means; pass --names (names=) with a file of names in optimizer order, the "
             "adapter file, or a folder with config.json and adapter_config.json"
         )
-    return replace(checkpoint, state=order.decide(state, parameters, rule=rule, weights=weights or None, source=source))
+    weights = checkpoint.weights or None
+    return replace(checkpoint, state=order.decide(state, parameters, rule=rule, weights=weights, source=source))
 
 
 def _listed(state: PositionalState, names: Sequence[str], checkpoint: Checkpoint) -> list[Parameter]:

@@ -138,10 +138,10 @@ def test_a_list_in_an_error_is_indented(lora_state: Output, founding: Founding, 
     names = tmp_path / "names.txt"
     names.write_text("\n".join([second, first, *others]))
     assert lora_state("convert", founding.path, tmp_path / "a.safetensors", "--names", names) == 4
-    assert lora_state.err == (
-        "error: no order of the 392 parameters fits the 392 of the optimizer, whose groups hold [392, 0]:\n"
-        f"  listed: '{second}' has shape [32, 4], but id 0 has exp_avg of shape [4, 32]\n"
-    )
+    heading, reason, *others = lora_state.err.splitlines()
+    assert heading.startswith("error: no order of the parameters fits")
+    assert reason == f"  listed: '{second}' has shape [32, 4], but id 0 has exp_avg of shape [4, 32]"
+    assert all(line.startswith("  ") for line in others)
 
 
 # --- inspect ------------------------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Final, NamedTuple
@@ -26,8 +27,14 @@ def demonstrate(say: Callable[[str], None]) -> bool:
     """Run the demo in a temporary folder and say what happens. True if the resumed run equals the uninterrupted one."""
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    with tempfile.TemporaryDirectory() as folder:
-        return _demonstrate(say, Path(folder))
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # so small a model gains nothing from more, and loses much on a busy machine
+    try:
+        with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return _demonstrate(say, Path(folder))
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _demonstrate(say: Callable[[str], None], folder: Path) -> bool:
