@@ -1,0 +1,175 @@
+"""Models rebuilt from their configs, against the models that were really built."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from peft import IA3Config, LNTuningConfig, LoraConfig, PeftConfig, PromptTuningConfig, VeraConfig, get_peft_model
+
+from lora_state_format.errors import ConversionError, MissingDependencyError
+from lora_state_format.torch.rebuild import describe, rebuild
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+SIZES = {
+    "vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "max_position_embeddings": 32,
+}  # fmt: skip
+ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
+    "LlamaForCausalLM": ("LlamaConfig", SIZES),
+    "Qwen2ForCausalLM": ("Qwen2Config", {**SIZES, "tie_word_embeddings": True}),
+    "Qwen3MoeForCausalLM": (
+        "Qwen3MoeConfig",
+        {**SIZES, "head_dim": 8, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16},
+    ),
+    "MistralForCausalLM": ("MistralConfig", SIZES),
+    "GemmaForCausalLM": ("GemmaConfig", {**SIZES, "head_dim": 8}),
+    "GPT2LMHeadModel": ("GPT2Config", {"vocab_size": 64, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 32}),
+    "GPTNeoXForCausalLM": ("GPTNeoXConfig", SIZES),
+    "BertForSequenceClassification": ("BertConfig", SIZES),
+    "T5ForConditionalGeneration": (
+        "T5Config",
+        {"vocab_size": 64, "d_model": 32, "d_ff": 48, "d_kv": 8, "num_layers": 2, "num_heads": 4},
+    ),
+    "Phi3ForCausalLM": ("Phi3Config", {**SIZES, "pad_token_id": 0}),
+}
+NAMES = sorted(ARCHITECTURES)
+
+EMBEDDINGS = {"GPT2LMHeadModel": "wte", "GPTNeoXForCausalLM": "embed_in", "T5ForConditionalGeneration": "shared",
+              "BertForSequenceClassification": "word_embeddings"}  # fmt: skip
+HEADS = {"BertForSequenceClassification": "classifier", "GPTNeoXForCausalLM": "embed_out"}
+ATTENTION = {"GPT2LMHeadModel": ["c_attn"], "GPTNeoXForCausalLM": ["query_key_value"], "Phi3ForCausalLM": ["qkv_proj"],
+             "BertForSequenceClassification": ["query", "value"], "T5ForConditionalGeneration": ["q", "v"]}  # fmt: skip
+NORMS = {"GPT2LMHeadModel": ["ln_1"], "T5ForConditionalGeneration": ["layer_norm"],
+         "BertForSequenceClassification": ["LayerNorm"]}  # fmt: skip
+
+
+def base(architecture: str) -> Any:
+    config, members = ARCHITECTURES[architecture]
+    return getattr(transformers, architecture)(getattr(transformers, config)(**members))
+
+
+def adapters(architecture: str) -> dict[str, PeftConfig]:
+    attention = ATTENTION.get(architecture, ["q_proj", "v_proj"])
+    norms = NORMS.get(architecture, ["input_layernorm"])
+    task = {"BertForSequenceClassification": "SEQ_CLS", "T5ForConditionalGeneration": "SEQ_2_SEQ_LM"}
+    task_type = task.get(architecture, "CAUSAL_LM")
+    found: dict[str, PeftConfig] = {
+        "lora": LoraConfig(r=4, target_modules="all-linear", task_type=task_type),
+        "no task": LoraConfig(r=4, target_modules=attention),
+        "dora": LoraConfig(r=4, use_dora=True, target_modules=attention, task_type=task_type),
+        "rslora with biases": LoraConfig(
+            r=4, use_rslora=True, bias="all", lora_bias=True, target_modules=attention, task_type=task_type
+        ),
+        "saved head": LoraConfig(
+            r=4, target_modules=attention, modules_to_save=[HEADS.get(architecture, "lm_head")], task_type=task_type
+        ),
+        "embeddings": LoraConfig(
+            r=4, target_modules=[*attention, EMBEDDINGS.get(architecture, "embed_tokens")], task_type=task_type
+        ),
+        "ia3": IA3Config(target_modules=attention, feedforward_modules=[], task_type=task_type),
+        "vera": VeraConfig(r=4, target_modules=attention[:1], task_type=task_type),
+        "ln tuning": LNTuningConfig(target_modules=norms, task_type=task_type),
+    }
+    if architecture == "Qwen3MoeForCausalLM":
+        found["experts"] = LoraConfig(
+            r=4, target_modules=attention, target_parameters=["experts.gate_up_proj", "experts.down_proj"],
+            task_type=task_type,
+        )  # fmt: skip
+    if architecture == "LlamaForCausalLM":
+        found["prompt"] = PromptTuningConfig(num_virtual_tokens=3, task_type=task_type)
+        found["pissa"] = LoraConfig(r=4, init_lora_weights="pissa", target_modules=attention, task_type=task_type)
+    return found
+
+
+@pytest.mark.parametrize("architecture", NAMES)
+def test_a_full_model(architecture: str, tmp_path: Path) -> None:
+    model = base(architecture)
+    model.config.architectures = [architecture]
+    model.config.save_pretrained(tmp_path)
+    assert rebuild(tmp_path) == describe(model)
+
+
+@pytest.mark.parametrize("architecture", NAMES)
+def test_adapters(architecture: str, tmp_path: Path) -> None:
+    """Each method's names, shapes, trainability, ties and classes are those of the model that was really built."""
+    for label, config in adapters(architecture).items():
+        model = base(architecture)
+        # What a base model's own config names may have no head, or another one.
+        model.config.architectures = None if label == "no task" else [architecture]
+        model.config.save_pretrained(tmp_path)
+        model = get_peft_model(model, config)
+        model.save_pretrained(tmp_path)
+        live = describe(model)
+        assert rebuild(tmp_path) == live, label
+        assert 0 < sum(item.trainable for item in live) < len(live), label
+
+
+def test_what_is_described() -> None:
+    config, members = ARCHITECTURES["Qwen2ForCausalLM"]
+    model = transformers.Qwen2ForCausalLM(getattr(transformers, config)(**members))
+    first, *_, last = describe(get_peft_model(model, LoraConfig(r=4, target_modules=["q_proj"])))
+    assert first.parameter.tied == ("base_model.model.lm_head.weight",)
+    assert (first.trainable, first.classes) == (False, ("Embedding", "Module"))
+    assert (last.name, last.classes) == ("base_model.model.model.norm.weight", ("Qwen2RMSNorm", "Module"))
+
+
+def test_nothing_is_allocated(tmp_path: Path) -> None:
+    """A model of 7 billion parameters; its config is of a base model, the adapter's configuration lies elsewhere."""
+    config = transformers.LlamaConfig()
+    config.architectures = ["LlamaForCausalLM"]
+    config.save_pretrained(tmp_path / "base")
+    LoraConfig(r=16, target_modules=["q_proj"], task_type="CAUSAL_LM").save_pretrained(tmp_path / "adapter")
+    found = rebuild(tmp_path / "base", tmp_path / "adapter" / "adapter_config.json")
+    assert sum(torch.Size(item.parameter.shape).numel() for item in found) > 6.7e9
+    assert [item.trainable for item in found].count(True) == 64
+
+
+def test_errors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def message(expected: type[Exception] = ConversionError) -> str:
+        with pytest.raises(expected) as caught:
+            rebuild(tmp_path)
+        return str(caught.value)
+
+    assert message() == f"{tmp_path}: has no config.json; put that beside adapter_config.json"
+    adapter = tmp_path / "adapter_config.json"
+    adapter.write_text(json.dumps({"peft_type": "LORA", "base_model_name_or_path": "some/base"}))
+    assert (
+        message()
+        == f"{tmp_path}: has no config.json; put that of the base model, some/base, beside adapter_config.json"
+    )
+    versions = f"transformers {transformers.__version__} and peft {__import__('peft').__version__}"
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama", "architectures": ["NoSuchModel"]}))
+    failed = f"{tmp_path}: {versions} cannot build a model from its configs: "
+    assert message() == failed + "config.json names no class that transformers has: ['NoSuchModel']"
+    adapter.write_text(json.dumps({"peft_type": "NEWEST"}))
+    assert message() == failed + "adapters of type 'NEWEST' are not known"
+    adapter.write_text("{")
+    assert message().startswith(f"{adapter}: not JSON: ")
+    adapter.write_text("[]")
+    assert message() == f"{adapter}: not a JSON object"
+    adapter.unlink()
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "nosuch"}))
+    assert message().startswith(failed)
+    monkeypatch.setitem(sys.modules, "peft", None)
+    assert message(MissingDependencyError) == (
+        "names from configs need transformers and peft: pip install 'lora_state_format[peft]'"
+    )
+
+
+def test_a_checkpoints_code_is_not_run(tmp_path: Path) -> None:
+    """``auto_map`` names code of the folder; it stays unread, whether the model type is known or not."""
+    members = {"model_type": "nosuch", "architectures": ["Mine"], "auto_map": {"AutoConfig": "mine.Config"}}
+    (tmp_path / "config.json").write_text(json.dumps(members))
+    (tmp_path / "mine.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
+    with pytest.raises(ConversionError):
+        rebuild(tmp_path)
+    shutil.rmtree(tmp_path / "__pycache__", ignore_errors=True)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["config.json", "mine.py"]
