@@ -27,6 +27,7 @@ NAMED: Final = "named"
 BUILT_IN: Final[Mapping[str, str]] = {
     NAMED: "lora_state_format.converters.named",
     "dcp": "lora_state_format.converters.dcp",
+    "deepspeed_universal": "lora_state_format.converters.deepspeed_universal",
     "deepspeed_zero": "lora_state_format.converters.deepspeed_zero",
     "torch_optimizer": "lora_state_format.converters.torch_optimizer",
 }

@@ -1,0 +1,262 @@
+"""DeepSpeed universal checkpoints, as ``ds_to_universal.py`` writes them: ``zero/<parameter>/<slot>.pt``.
+
+From stages 1 and 2 each file holds ``{"cat_dim": 0, "param": tensor}`` and ``step.pt`` a number; from stage 3 a flat
+tensor, and the step stands in ``optimizer_state.pt`` alone. Groups, names and shapes come from the
+``*_model_states.pt`` beside ``zero``. The layout is that of DeepSpeed's ``checkpoint/ds_to_universal.py`` and
+``checkpoint/universal_checkpoint.py``.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from math import prod
+from pathlib import Path
+from typing import Any, Final
+
+from lora_state_format import keyed, pickles
+from lora_state_format.errors import FileError, OptionError, UnrepresentableError
+from lora_state_format.folders import Files, new_folder
+from lora_state_format.model import Box, Checkpoint, OptimizerState, Piece, Run, Scalar, Slot, Tensor, Value
+from lora_state_format.pickles import Record
+from lora_state_format.registry import Match
+from lora_state_format.state_dict import from_state_dict
+from lora_state_format.torch_save import save
+from lora_state_format.trees import check_options, member
+
+NAME: Final = "deepspeed_universal"
+DESCRIPTION: Final = "a DeepSpeed universal checkpoint: zero/<parameter>/exp_avg.pt and zero/optimizer_state.pt"
+OPTIONS: Final = {"masters": "keep the fp32 master weights as a slot 'master_param'"}
+
+MASTER: Final = "fp32"
+"""What the files of the master weights are called."""
+
+_GLOBAL: Final = Path("zero", "optimizer_state.pt")
+_MODEL: Final = re.compile(r"(?:zero_pp_rank_0_)?mp_rank_\d+(?:_\d+)?_model_states\.pt")
+
+
+def detect(path: Path) -> Match | None:
+    folder = _folder(path)
+    return Match("a folder zero with an optimizer_state.pt", folder / _GLOBAL) if folder else None
+
+
+def _folder(path: Path) -> Path | None:
+    if not path.is_dir():
+        return None
+    latest = path / "latest_universal"
+    tag = latest.read_text(errors="replace").strip() if latest.is_file() and latest.stat().st_size < 1024 else ""
+    inner = [path / tag] if tag and "/" not in tag else []
+    return next((folder for folder in (path, *inner) if (folder / _GLOBAL).is_file()), None)
+
+
+def read(path: Path, options: Mapping[str, Any] | None = None) -> Checkpoint:
+    options = options or {}
+    check_options(options, OPTIONS, NAME)
+    folder = _folder(path)
+    if folder is None:
+        raise FileError("no folder zero with an optimizer_state.pt", path=path)
+    files = Files()
+    try:
+        return _read(folder, files, bool(options.get("masters")))
+    except BaseException:
+        files.close()
+        raise
+
+
+def _read(folder: Path, files: Files, masters: bool) -> Checkpoint:
+    common = pickles.load(files[folder / _GLOBAL], folder / _GLOBAL).value
+    models = _models(folder, files)
+    shapes, weights, tied = _described(models)
+    steps = _steps(common)
+    entries: dict[str, dict[str, Any]] = {}
+    sizes: dict[str, tuple[int, ...]] = {}
+    for number, names in enumerate(shapes):
+        for name, shape in names.items():
+            slots = dict(_slots(folder / "zero" / name, shape, files))
+            master = slots.pop(MASTER, None)
+            sizes[name] = next((s.shape for s in (*slots.values(), master) if isinstance(s, Tensor) and s.shape), shape)
+            if not slots:  # only a weight: it never got a gradient
+                continue
+            if "step" not in slots and number < len(steps) and steps[number] is not None:
+                slots = {"step": steps[number], **slots}
+            entries[name] = {**slots, **({"master_param": master} if masters and master is not None else {})}
+    groups = []
+    for group in member(common, "param_groups", list, folder / _GLOBAL):
+        numbers = group.get("params", ()) if isinstance(group, dict) else ()
+        listed = [name for number in numbers for name in member(shapes, number, dict, folder / _GLOBAL)]
+        groups.append(
+            {**{key: value for key, value in group.items() if key not in ("params", "step")}, "params": listed}
+        )
+    first = models[0][1]
+    step = first.get("global_steps")
+    state = from_state_dict(
+        {"state": entries, "param_groups": groups},
+        origin={"format": NAME, **({"deepspeed": version} if (version := first.get("ds_version")) else {})},
+        global_step=step if isinstance(step, int) else None,
+        resources=(files,),
+    )
+    named = keyed.named(state, shapes=sizes, weights=weights, tied=tied)
+    return Checkpoint(named, {name: tensor for name, tensor in weights.items() if tensor.shape == sizes.get(name)})
+
+
+def _models(folder: Path, files: Files) -> list[tuple[Path, dict[str, Any]]]:
+    paths = sorted(file for file in folder.iterdir() if _MODEL.fullmatch(file.name))
+    if not paths:
+        raise FileError(
+            "missing: it has the parameters' names and groups; ds_to_universal.py copies it beside zero",
+            path=folder / "mp_rank_00_model_states.pt",
+        )
+    models = [(path, pickles.load(files[path], path).value) for path in paths]
+    for path, model in models:
+        member(model, "param_shapes", list, path)
+    return models
+
+
+def _described(
+    models: Sequence[tuple[Path, dict[str, Any]]],
+) -> tuple[list[dict[str, tuple[int, ...]]], dict[str, Tensor], dict[str, tuple[str, ...]]]:
+    """Names and shapes by group, weights, and tied names, of all model-parallel ranks together."""
+    shapes: list[dict[str, tuple[int, ...]]] = []
+    weights: dict[str, Tensor] = {}
+    tied: dict[str, tuple[str, ...]] = {}
+    for path, model in models:
+        for number in range(len(model["param_shapes"])):
+            if number == len(shapes):
+                shapes.append({})
+            shapes[number] |= {
+                name: tuple(shape) for name, shape in member(model["param_shapes"], number, dict, path).items()
+            }
+        weights |= {key: value for key, value in (model.get("module") or {}).items() if isinstance(value, Tensor)}
+        for alias, holder in (model.get("shared_params") or {}).items():
+            tied[holder] = (*tied.get(holder, ()), alias)
+    return shapes, weights, tied
+
+
+def _steps(common: Any) -> list[Any]:
+    """The step of each (sub)group where the state of stage 3 was kept whole."""
+    inner = common.get("optimizer_state_dict") if isinstance(common, dict) else None
+    states = inner.get("state") if isinstance(inner, dict) else None
+    if not isinstance(states, dict):
+        return []
+    return [states[number].get("step") for number in sorted(states)]
+
+
+def _slots(folder: Path, shape: tuple[int, ...], files: Files) -> Iterator[tuple[str, Any]]:
+    if not folder.is_dir():
+        raise FileError("missing: the model's file names a parameter of this name", path=folder)
+    for path in sorted(folder.glob("*.pt")):
+        value = pickles.load(files[path], path).value
+        if isinstance(value, dict):
+            value = member(value, "param", Tensor, path)
+        if isinstance(value, Tensor) and value.shape and len(value.shape) == 1 and len(shape) != 1:
+            value = _shaped(value, shape, path)
+        yield path.stem, value
+
+
+def _shaped(tensor: Tensor, shape: tuple[int, ...], path: Path) -> Tensor:
+    """A flat tensor in its parameter's shape."""
+    if tensor.count != prod(shape):
+        raise FileError(f"has {tensor.count} elements for a parameter of shape {list(shape)}", path=path)
+    run = tensor.runs[0] if tensor.runs and len(tensor.runs) == 1 else Run(tensor, 0, tensor.size)
+    return Tensor(tensor.dtype, shape, (Piece(run.source, run.offset, Box((0,) * len(shape), shape)),))
+
+
+# --- writing ------------------------------------------------------------------------------------------------------
+
+
+def write(state: OptimizerState, path: Path, *, base: Path | None, force: bool) -> None:
+    """Write a folder for ``load_checkpoint`` with ``checkpoint.load_universal``: a tag and ``latest_universal``.
+
+    ``base`` is a DeepSpeed checkpoint of the same run (its tag folder): what is not optimizer state, the model's files
+    and the loss scaler, is taken from it. Raises ``UnrepresentableError`` if the fp32 masters (slot ``master_param``)
+    are not in the state, or if parameters, shapes or groups are not those of ``base``.
+    """
+    if base is None:
+        raise OptionError(
+            f"{NAME} needs a DeepSpeed checkpoint of the same run (base=, --base): the model's files come from it"
+        )
+    files = Files()
+    try:
+        tag = f"global_step{state.global_step}_universal" if state.global_step is not None else "universal"
+        with new_folder(path, force=force, replaceable=("latest_universal", "*universal")) as target:
+            _write(state, base, target / tag, files)
+            (target / "latest_universal").write_text(tag)
+    finally:
+        files.close()
+
+
+def _write(state: OptimizerState, base: Path, target: Path, files: Files) -> None:
+    models = _models(base, files)
+    shapes, _, _ = _described(models)
+    common, numbers, flat = _common(base, files)
+    _check_same(state, shapes, numbers, base)
+    steps: list[Any] = []
+    for group in state.members():
+        for parameter in group:
+            folder = target / "zero" / parameter.name
+            folder.mkdir(parents=True)
+            for slot, value in (parameter.state or {}).items():
+                _save_slot(folder, slot, value, parameter.name, flat)
+        steps.append(next((p.state["step"] for p in group if p.state and "step" in p.state), None))
+    groups = [
+        {**dict(group.options), "params": list(listed)} for group, listed in zip(state.groups, numbers, strict=True)
+    ]
+    if flat:
+        states = {number: {"step": step} for step, listed in zip(steps, numbers, strict=True) for number in listed}
+        common["optimizer_state_dict"] = {"state": states, "param_groups": groups}
+    save({**common, "param_groups": groups}, target / _GLOBAL)
+    for file in sorted(base.glob("*_model_states.pt")):
+        shutil.copyfile(file, target / file.name)
+
+
+def _common(base: Path, files: Files) -> tuple[dict[str, Any], list[list[int]], bool]:
+    """What every rank of ``base`` holds beside the state, each group's (sub)groups, and whether it is of stage 3."""
+    places = [base / _GLOBAL, *sorted(base.glob("*zero_pp_rank_0_mp_rank_00_optim_states.pt"))]
+    place = next((place for place in places if place.is_file()), None)
+    if place is None:
+        raise FileError("no optimizer file of rank 0, and no zero/optimizer_state.pt", path=base)
+    tree = pickles.load(files[place], place).value
+    tree = tree.get("optimizer_state_dict", tree) if place.name != _GLOBAL.name else tree
+    stage = tree.get("zero_stage", 1)
+    stage = stage.args[0] if isinstance(stage, Record) and stage.args else stage
+    inner = tree.get("optimizer_state_dict" if stage == 3 else "base_optimizer_state")
+    groups = tree.get("param_groups") or (inner.get("param_groups") if isinstance(inner, dict) else None)
+    if not isinstance(groups, list):
+        raise FileError("has no param_groups: an elastic checkpoint cannot be the base of a universal one", path=place)
+    numbers = [member(group, "params", list, place) for group in groups]
+    large = ("base_optimizer_state", "single_partition_of_fp32_groups", "param_slice_mappings", "optimizer_state_dict")
+    kept = {key: value for key, value in tree.items() if key not in (*large, "fp32_flat_groups", "param_groups")}
+    return kept, numbers, stage == 3
+
+
+def _check_same(
+    state: OptimizerState, shapes: Sequence[Mapping[str, tuple[int, ...]]], numbers: Sequence[Sequence[int]], base: Path
+) -> None:
+    expected = [{name: shapes[number][name] for number in listed for name in shapes[number]} for listed in numbers]
+    found = [{parameter.name: parameter.shape for parameter in group} for group in state.members()]
+    if len(state.optimizers) != 1 or state.carried or [*map(dict, expected)] != found:
+        raise UnrepresentableError(
+            f"{base} is not of the same run: its groups have {[len(group) for group in expected]} parameters, those of "
+            f"the state {[len(group) for group in found]}, or names or shapes differ"
+        )
+    bare = [parameter.name for parameter in state.parameters if "master_param" not in (parameter.state or {})]
+    if bare:
+        raise UnrepresentableError(
+            f"{len(bare)} parameters have no fp32 master weight (the first is '{bare[0]}'): read the checkpoint with "
+            "the option masters, which keeps them as a slot 'master_param'"
+        )
+
+
+def _save_slot(folder: Path, slot: str, value: Value, name: str, flat: bool) -> None:
+    if slot == "step":
+        if not flat:
+            save(value, folder / "step.pt")
+    elif isinstance(value, Slot):
+        tensor = value.tensor
+        if flat:
+            tensor = Tensor(tensor.dtype, (tensor.count,), (Piece(tensor, 0, Box((0,), (tensor.count,))),))
+        slot = MASTER if slot == "master_param" else slot
+        save(tensor if flat else {"cat_dim": 0, "param": tensor}, folder / f"{slot}.pt")
+    elif not isinstance(value, (Scalar, int, float)):
+        raise UnrepresentableError(f"slot '{slot}' of '{name}' is a {type(value).__name__}, which has no file here")
