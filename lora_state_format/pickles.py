@@ -28,8 +28,8 @@ __all__ = ["DTYPES", "Global", "NumpyScalar", "Pickled", "Record", "array", "loa
 MAX_PICKLE: Final = 40 << 20
 """Bytes of one pickle; an Adam state of 100,000 parameters has 24 MB."""
 
-MAX_BUILT: Final = 400_000_000
-"""Bytes of memory that is counted while a pickle is read; that same state takes 290 MB."""
+MAX_BUILT: Final = 430_000_000
+"""Bytes of memory that are counted while a pickle is read; that same state counts 340 MB."""
 
 CHECKED: Final = 1 << 16
 """Bytes of a pickle between two looks at ``MAX_BUILT``."""
@@ -37,7 +37,7 @@ CHECKED: Final = 1 << 16
 MAX_DEPTH: Final = 200
 """How deep values may be nested in each other, and marks on the stack."""
 
-MAX_TREE: Final = 10_000_000
+MAX_TREE: Final = 5_000_000
 """Values in the result, each counted as often as it is referred to: shared lists of shared lists grow exponentially."""
 
 MAX_ODD_KEYS: Final = 10_000
@@ -125,7 +125,15 @@ class _Storage:
     count: int
 
 
-class _CutShortError(FileError):
+class _MalformedError(Exception):
+    """What is wrong with a pickle, before it is said where; ``kind`` is the error that the caller gets."""
+
+    def __init__(self, detail: str, kind: type[FileError] = FileError) -> None:
+        super().__init__(detail)
+        self.kind = kind
+
+
+class _CutShortError(Exception):
     """The pickle goes on behind the bytes that were given."""
 
 
@@ -133,17 +141,25 @@ class _Machine:
     """Builds the values of the pickles in ``data``.
 
     ``open_storage`` gives the bytes of a storage by its key and size; ``room`` is how many bytes of tensors may come of
-    it. Errors name the byte of ``where`` (a member, a file) at which a pickle went wrong.
+    it. Errors name the byte of ``where`` (a member, a file) at which a pickle went wrong. Where ``data`` is only the
+    beginning of it (``windowed``), running into its end raises ``_CutShortError``.
     """
 
     def __init__(
-        self, data: bytes, path: object, where: str, room: int, open_storage: Callable[[str, int], Range] | None
+        self,
+        data: bytes,
+        path: object,
+        where: str,
+        room: int = 0,
+        open_storage: Callable[[str, int], Range] | None = None,
+        windowed: bool = False,
     ) -> None:
         self.data = data
         self.path = path
         self.where = where
         self.room = room
         self.open_storage = open_storage
+        self.windowed = windowed
         self.storages: dict[str, Range] = {}
         self.widths: dict[str, int] = {}
         self.protocol = 0
@@ -161,30 +177,26 @@ class _Machine:
             value, end = self._run(start)
             _check_tree(value)
             return value, end
-        except _CutShortError as error:
-            raise _CutShortError(f"the pickle in {self.where} is cut short", path=self.path) from error
-        except FileError as error:
-            if error.path is not None:
-                raise
-            done = "; nothing was run" if isinstance(error, RefusedError) else ""
-            detail = f"{error.detail}, at byte {self._at} of {self.where}{done}"
-            raise type(error)(detail, path=self.path) from None
-        except (
-            ArithmeticError,
-            AttributeError,
-            LookupError,
-            RecursionError,
-            TypeError,
-            ValueError,
-            struct.error,
-        ) as error:
-            if self._at + 9 > len(self.data):
-                raise _CutShortError(f"the pickle in {self.where} is cut short", path=self.path) from error
-            detail = f"the pickle is not well-formed, at byte {self._at} of {self.where}"
-            raise FileError(detail, path=self.path) from error
+        except _MalformedError as error:
+            nothing = "; nothing was run" if error.kind is RefusedError else ""
+            detail = f"{error}, at byte {self._at} of {self.where}{nothing}"
+            raise error.kind(detail, path=self.path) from error.__cause__
+        except FileError:
+            raise
+        except (_CutShortError, IndexError, struct.error) as error:
+            if type(error) is _CutShortError or self._at + 9 > len(self.data):
+                if self.windowed:
+                    raise _CutShortError from error
+                raise FileError(f"the pickle in {self.where} is cut short", path=self.path) from error
+            raise self._malformed() from error
+        except (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError) as error:
+            raise self._malformed() from error
         finally:
             if collecting:
                 gc.enable()
+
+    def _malformed(self) -> FileError:
+        return FileError(f"the pickle is not well-formed, at byte {self._at} of {self.where}", path=self.path)
 
     def _run(self, i: int) -> tuple[Any, int]:
         data, end = self.data, len(self.data)
@@ -198,7 +210,7 @@ class _Machine:
                 # The lists grow by one entry at most with each byte: looking now and then is enough.
                 lists = 9 * (len(stack) + len(memo) + sum(map(len, marks)))
                 if built + lists + self._built > MAX_BUILT:
-                    raise FileError(f"the pickle builds more than {MAX_BUILT} bytes of objects")
+                    raise _MalformedError(f"the pickle builds more than {MAX_BUILT} bytes of objects")
                 stop = min(end, i + CHECKED)
                 # The branches stand in the order of their frequency.
                 while i < stop:
@@ -219,7 +231,7 @@ class _Machine:
                         i += 1
                     elif op == MARK:
                         if len(marks) == MAX_DEPTH:
-                            raise FileError(f"more than {MAX_DEPTH} open marks")
+                            raise _MalformedError(f"more than {MAX_DEPTH} open marks")
                         marks.append(stack)
                         stack = []
                     elif op == TUPLE:
@@ -228,7 +240,6 @@ class _Machine:
                         stack = marks.pop()
                         stack.append(value)
                     elif op == REDUCE:
-                        built += 100
                         value = stack.pop()
                         stack[-1] = self.call(stack[-1], value)
                     elif op == EMPTY_TUPLE:
@@ -249,11 +260,11 @@ class _Machine:
                         value = data[i : i + size]
                         i += size
                         if i > end:
-                            raise _CutShortError("")
+                            raise _CutShortError
                         built += 64 + size
                         stack.append(value.decode())
                     elif op == BINPERSID:
-                        built += 80
+                        built += 64
                         stack[-1] = self._storage(stack[-1])
                     elif op == NEWFALSE:
                         stack.append(False)
@@ -310,18 +321,16 @@ class _Machine:
                     elif op == GLOBAL:
                         words = data[i : i + 2 * MAX_NAME].split(b"\n", 2)
                         if len(words) < 3:
-                            raise FileError("a global has no name") if i + 2 * MAX_NAME <= end else _CutShortError("")
+                            raise _MalformedError("a global has no name") if i + 2 * MAX_NAME <= end else _CutShortError
                         i += len(words[0]) + len(words[1]) + 2
                         stack.append(_global(words[0].decode(), words[1].decode()))
                     elif op == STACK_GLOBAL:
                         value = stack.pop()
                         stack[-1] = _global(stack[-1], value)
                     elif op == NEWOBJ:
-                        built += 100
                         value = stack.pop()
                         stack[-1] = self.call(stack[-1], value)
                     elif op == NEWOBJ_EX:
-                        built += 100
                         options, value = stack.pop(), stack.pop()
                         stack[-1] = self.call(stack[-1], (*value, options) if options else value)
                     elif op == BUILD:
@@ -329,25 +338,25 @@ class _Machine:
                         if type(stack[-1]) is Record:
                             stack[-1].state = value
                         elif type(stack[-1]) is not dict:  # the attributes of an OrderedDict are not kept
-                            raise FileError("the pickle sets the state of something that has none")
+                            raise _MalformedError("the pickle sets the state of something that has none")
                     elif op in _SIZED:
                         width = _SIZED[op]
                         size = int.from_bytes(data[i : i + width], "little")
                         value = data[i + width : i + width + size]
                         i += width + size
                         if i > end:
-                            raise _CutShortError("")
+                            raise _CutShortError
                         built += 64 + len(value)
                         stack.append(self._sized(op, value))
                     elif op == PROTO:
                         self.protocol = data[i]
                         i += 1
                         if not 2 <= self.protocol <= 5:
-                            raise FileError(f"pickle protocol {self.protocol} is not one of 2 to 5")
+                            raise _MalformedError(f"pickle protocol {self.protocol} is not one of 2 to 5")
                     elif op == FRAME:
                         i += 8
                         if i + _U64.unpack_from(data, i - 8)[0] > end:
-                            raise _CutShortError("")
+                            raise _CutShortError
                     elif op == EMPTY_SET:
                         built += 232
                         stack.append(set())
@@ -382,11 +391,11 @@ class _Machine:
                         stack.append(stack[-1])
                     elif op == STOP:
                         if len(stack) != 1 or marks:
-                            raise FileError(f"the pickle stops with {len(stack)} values")
+                            raise _MalformedError(f"the pickle stops with {len(stack)} values")
                         return stack[0], i
                     else:
-                        raise FileError(f"pickle opcode {bytes([op])!r} is not read")
-            raise _CutShortError("")
+                        raise _MalformedError(f"pickle opcode {bytes([op])!r} is not read")
+            raise _CutShortError
         finally:
             self._at = at
 
@@ -394,18 +403,19 @@ class _Machine:
         """Count memory before something is copied that the pickle may refer to again and again."""
         self._built += size
         if self._built > MAX_BUILT:
-            raise FileError(f"the pickle builds more than {MAX_BUILT} bytes of objects")
+            raise _MalformedError(f"the pickle builds more than {MAX_BUILT} bytes of objects")
 
     def call(self, function: Any, args: Any) -> Any:
         if type(function) is not Global or type(args) is not tuple:
-            raise FileError("the pickle calls something that is no global")
+            raise _MalformedError("the pickle calls something that is no global")
         if function.call is None:
+            self._built += 100
             return Record(function.module, function.name, args)
         return function.call(self, *args)
 
     def set(self, target: Any, items: Sequence[Any]) -> None:
         if type(target) is not dict or len(items) % 2:
-            raise FileError("the pickle sets items of something that is no dict")
+            raise _MalformedError("the pickle sets items of something that is no dict")
         keys = items[::2]
         self.check_keys(keys)
         target.update(zip(keys, items[1::2], strict=True))
@@ -414,19 +424,22 @@ class _Machine:
         """Before anything is hashed: Python hashes a tuple by recursion, and not by a random seed."""
         for key in keys:
             if type(key) in _ODD:
-                self._odd_keys += 1
-                if self._odd_keys > MAX_ODD_KEYS:
-                    raise FileError(f"more than {MAX_ODD_KEYS} tuples or huge integers as keys")
+                self._count_odd_key()
                 if type(key) is tuple and not all(type(part) in _PLAIN for part in key):
-                    raise FileError("a key that is a tuple of more than plain values")
+                    raise _MalformedError("a key that is a tuple of more than plain values")
+
+    def _count_odd_key(self) -> None:
+        self._odd_keys += 1
+        if self._odd_keys > MAX_ODD_KEYS:
+            raise _MalformedError(f"more than {MAX_ODD_KEYS} tuples as keys and integers beyond 64 bits")
 
     def _sized(self, op: int, data: bytes) -> str | bytes | bytearray | int:
         """The value of an opcode that states how many bytes it has."""
         if op in (LONG1, LONG4):
             if len(data) > MAX_INTEGER:
-                raise FileError(f"an integer of {len(data)} bytes")
+                raise _MalformedError(f"an integer of {len(data)} bytes")
             if len(data) > 8:
-                self._odd_keys += 1
+                self._count_odd_key()
             return int.from_bytes(data, "little", signed=True)
         if op == BINUNICODE8:
             return data.decode()
@@ -441,19 +454,20 @@ class _Machine:
         """The storage of a persistent id, which is ``("storage", class, key, device, elements)``."""
         tag, kind, key, _, count = identity if len(identity) == 5 else identity[:5]
         if tag != "storage" or type(key) is not str or type(count) is not int or self.open_storage is None:
-            raise FileError("a persistent id that is no storage")
+            raise _MalformedError("a persistent id that is no storage")
         if len(key) > MAX_NAME:
-            raise FileError(f"a storage with a key of {len(key)} characters")
+            raise _MalformedError(f"a storage with a key of {len(key)} characters")
         if len(identity) > 5 and identity[5] is not None:
-            raise RefusedError("a storage that is a view of another")
+            raise _MalformedError("a storage that is a view of another", RefusedError)
         dtype = _STORAGES[kind.name]
         width = _WIDTHS[dtype]
         source = self.storages.get(key)
         if source is None:
+            self._built += 100
             source = self.storages[key] = self.open_storage(key, count * width)
             self.widths[key] = width
         if not 0 <= count * width <= source.size:
-            raise FileError(f"storage {key!r} of {count * width} bytes, for which the file holds {source.size}")
+            raise _MalformedError(f"storage {key!r} of {count * width} bytes, for which the file holds {source.size}")
         return _Storage(source, dtype, width, count)
 
     def tensor(
@@ -461,10 +475,10 @@ class _Machine:
     ) -> Tensor | Record:
         """A view of a storage; ``offset`` and ``strides`` are in elements. Inert if safetensors has no such dtype."""
         if type(storage) is not _Storage or type(offset) is not int or len(shape) != len(strides):
-            raise FileError("a tensor that is not made of a storage, an offset, a shape and strides")
+            raise _MalformedError("a tensor that is not made of a storage, an offset, a shape and strides")
         for n in (*shape, *strides):
             if type(n) is not int or n < 0:
-                raise FileError("a tensor whose shape or strides are not natural numbers")
+                raise _MalformedError("a tensor whose shape or strides are not natural numbers")
         layout = self._layouts.get((shape, strides))
         if layout is None:
             span = 0 if 0 in shape else 1 + sum((n - 1) * s for n, s in zip(shape, strides, strict=True))
@@ -473,8 +487,8 @@ class _Machine:
             self._layouts[shape, strides] = layout
         box, gaps, span, count = layout
         if not 0 <= offset <= storage.count - span:
-            raise FileError(f"a tensor of {span} elements from {offset} on, in a storage of {storage.count}")
-        self._built += 300
+            raise _MalformedError(f"a tensor of {span} elements from {offset} on, in a storage of {storage.count}")
+        self._built += 250
         dtype = DTYPES.get(storage.dtype)
         if dtype is None or (dtype == "F4" and (gaps or not shape)):
             return Record("torch", storage.dtype, (box.shape,))
@@ -484,29 +498,29 @@ class _Machine:
             tensor = Tensor(dtype, box.shape, (Piece(storage.source, offset * storage.width, box, gaps),))
         self.room -= count * storage.width
         if self.room < 0:
-            raise FileError(f"the tensors would hold more than {MAX_REPEATS} times the file's bytes")
+            raise _MalformedError(f"the tensors would hold more than {MAX_REPEATS} times the file's bytes")
         return tensor
 
 
 def _put(memo: list[Any], index: int, value: Any) -> None:
     """Entries are numbered in the order in which they are written; only an older one may be written again."""
     if index > len(memo):
-        raise FileError(f"memo entry {index} is written before entry {len(memo)}")
+        raise _MalformedError(f"memo entry {index} is written before entry {len(memo)}")
     memo[index : index + 1] = [value]
 
 
 def _append(target: Any, items: Sequence[Any]) -> None:
     if type(target) is not list:
-        raise FileError("the pickle appends to something that is no list")
+        raise _MalformedError("the pickle appends to something that is no list")
     target.extend(items)
 
 
 def _global(module: Any, name: Any) -> Global:
     if type(module) is not str or type(name) is not str:
-        raise FileError("a global whose name is no text")
+        raise _MalformedError("a global whose name is no text")
     known = GLOBALS.get((module, name))
     if known is None:
-        raise RefusedError(f"pickle global {f'{module}.{name}'[:MAX_NAME]!r} refused")
+        raise _MalformedError(f"pickle global {f'{module}.{name}'[:MAX_NAME]!r} refused", RefusedError)
     return known
 
 
@@ -525,10 +539,10 @@ def _check_tree(value: Any) -> None:
             else:
                 below += item.values() if type(item) is dict else item
             if count + len(below) > MAX_TREE:
-                raise FileError(f"the pickle unfolds to more than {MAX_TREE} values")
+                raise _MalformedError(f"the pickle unfolds to more than {MAX_TREE} values")
         count += len(below)
         level = below
-    raise FileError(f"the pickle nests values more than {MAX_DEPTH} deep, or a value in itself")
+    raise _MalformedError(f"the pickle nests values more than {MAX_DEPTH} deep, or a value in itself")
 
 
 _NESTING: Final = frozenset({dict, list, tuple, set, frozenset, Record})
@@ -578,14 +592,16 @@ def _subclass(machine: _Machine, function: Any, kind: Any, args: Any, state: Any
     value = machine.call(function, args)
     if (kind.module, kind.name) in (("torch", "Tensor"), ("torch.nn.parameter", "Parameter")):
         return value
+    machine.charge(150)
     return Record(kind.module, kind.name, (value,), state)
 
 
 def _dict(machine: _Machine, items: Any = (), *_: Any) -> dict[Any, Any]:
-    machine.charge(100 * len(items))
+    machine.charge(80 + 100 * len(items))
+    if type(items) is dict:
+        return dict(items)
     result: dict[Any, Any] = {}
-    for key, value in items.items() if type(items) is dict else items:
-        machine.set(result, (key, value))
+    machine.set(result, [part for key, value in items for part in (key, value)])
     return result
 
 
@@ -606,7 +622,7 @@ def _frozenset(machine: _Machine, items: Any = ()) -> frozenset[Any]:
 def _encode(machine: _Machine, text: Any, codec: Any) -> bytes:
     """Protocol 2 has no bytes: they come as text, one character for each."""
     if type(text) is not str or codec not in ("latin1", "latin-1"):
-        raise FileError("bytes that are not written as latin-1")
+        raise _MalformedError("bytes that are not written as latin-1")
     machine.charge(len(text))
     return text.encode("latin-1")
 
@@ -645,7 +661,9 @@ _SCALARS: Final = {
 def _numpy_scalar(machine: _Machine, dtype: Any, data: Any) -> NumpyScalar | Record:
     code = _numpy_code(dtype)
     if code[1:] not in _SCALARS:
+        machine.charge(150)
         return Record("numpy", "scalar", (dtype, data))
+    machine.charge(100)
     values = struct.unpack(code[0] + _SCALARS[code[1:]], data)
     return NumpyScalar(complex(*values) if len(values) == 2 else values[0], code[1:])
 
@@ -654,15 +672,17 @@ def _numpy_code(dtype: Record) -> str:
     """Byte order and type of a pickled dtype, ``<f8``."""
     order, code = dtype.state[1] if dtype.state else "=", dtype.args[0]
     if type(code) is not str:
-        raise FileError("a NumPy type whose name is no text")
+        raise _MalformedError("a NumPy type whose name is no text")
     return (">" if order == ">" else "<") + code
 
 
 def _frombuffer(machine: _Machine, data: Any, dtype: Any, shape: Any, order: Any, *_: Any) -> Record:
+    machine.charge(250)
     return Record("numpy", "ndarray", (), (1, shape, dtype, order == "F", data))
 
 
 def _reconstruct(machine: _Machine, *_: Any) -> Record:
+    machine.charge(100)
     return Record("numpy", "ndarray")
 
 
@@ -778,7 +798,7 @@ def load_plain(data: bytes, path: object = None) -> Any:
     """The value of a pickle that torch did not write and that holds no tensors: DCP's ``.metadata``, for one."""
     if len(data) > MAX_PICKLE:
         raise FileError(f"a pickle of {len(data)} bytes; the limit is {MAX_PICKLE}", path=path)
-    return _Machine(data, path, "the pickle", 0, None).run()[0]
+    return _Machine(data, path, "the pickle").run()[0]
 
 
 def array(record: Record) -> Tensor | None:
@@ -799,7 +819,10 @@ def array(record: Record) -> Tensor | None:
 
 
 def _peek(source: Source, offset: int, size: int) -> bytes:
-    buffer = bytearray(max(0, min(size, source.size - offset)))
+    size = min(size, source.size - offset)
+    if size <= 0:
+        return b""
+    buffer = bytearray(size)
     source.readinto(offset, memoryview(buffer))
     return bytes(buffer)
 
@@ -861,10 +884,17 @@ def _load_zip(source: Source, path: object) -> Pickled:
 
 def _load_stream(source: Source, path: object) -> Pickled:
     """Five pickles (magic number, version, the writer's machine, the value, the storages' keys), then the storages."""
+
+    def open_storage(key: str, size: int) -> Range:
+        if not 0 <= size <= source.size:
+            raise FileError(f"storage {key!r} of {size} bytes in a file of {source.size}", path=path)
+        return Range(source, 0, size)
+
     window = 1 << 20
     while True:
         data = _peek(source, 0, window)
-        machine = _Machine(data, path, "the file", _room(source), lambda key, size: Range(source, 0, size))
+        windowed = len(data) < min(source.size, MAX_PICKLE)
+        machine = _Machine(data, path, "the file", _room(source), open_storage, windowed)
         try:
             magic, at = machine.run()
             if magic != MAGIC:
@@ -875,8 +905,6 @@ def _load_stream(source: Source, path: object) -> Pickled:
             keys, at = machine.run(at)
             break
         except _CutShortError:
-            if len(data) in (source.size, MAX_PICKLE):
-                raise
             window = min(2 * window, MAX_PICKLE)
     if type(keys) is not list or not all(type(key) is str for key in keys) or set(keys) != machine.storages.keys():
         raise FileError("the storages in the file are not those that its pickle refers to", path=path)
