@@ -18,11 +18,14 @@ class Founding:
     """The founding case: LoRA on a model of 28 layers, trained for 3 steps by transformers' Trainer.
 
     ``path`` is the checkpoint folder; ``slots`` is what the live optimizer held when it was written, by the names of
-    ``named_parameters()``, in the optimizer's order.
+    ``named_parameters()``, in the optimizer's order. ``model`` and ``optimizer`` are as they were then: copy them
+    together (``copy.deepcopy``) to train on.
     """
 
     path: Path
     slots: dict[str, dict[str, torch.Tensor]]
+    model: Any
+    optimizer: torch.optim.Optimizer
 
 
 @pytest.fixture(scope="session")
@@ -34,7 +37,7 @@ def founding(tmp_path_factory: pytest.TempPathFactory) -> Founding:
         model, optimizer = _train(folder)
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     slots = {names[id(p)]: dict(optimizer.state[p]) for group in optimizer.param_groups for p in group["params"]}
-    return Founding(folder / "checkpoint-3", slots)
+    return Founding(folder / "checkpoint-3", slots, model, optimizer)
 
 
 def _train(folder: Path) -> tuple[Any, Any]:
