@@ -15,7 +15,11 @@ To add a format, write ``converters/FORMAT.py`` with
     ``OptimizerState``; one that has ids makes a ``PositionalState`` and leaves the naming to the core. Slots get their
     ``Role`` from the optimizer's description; ``OPAQUE`` where it is unknown.
 ``write(state, path, *, base, force)``
-    only if the format can hold the state exactly; raise ``UnrepresentableError`` for what it cannot hold.
+    only if the format can hold the state exactly; raise ``UnrepresentableError`` for what it cannot hold. ``base`` is a
+    checkpoint of the format to take the rest from (``--base``), or ``None``.
+``OPTIONS``
+    only if something has to be told that no file says: a mapping from key to what it means (``--option KEY=VALUE``).
+    ``read`` and ``write`` then take ``options: Mapping[str, Any] | None = None`` as well.
 
 then add one row to ``registry.BUILT_IN``, one to the table in ``README.md``, and tests with checkpoints that the real
 framework wrote. Naming, checks, reports, the command line and the API come by themselves.

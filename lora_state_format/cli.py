@@ -9,7 +9,7 @@ import contextlib
 import io
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -19,6 +19,8 @@ from lora_state_format.errors import MissingDependencyError, StateFormatError
 
 if TYPE_CHECKING:
     from lora_state_format.conversion import Progress
+    from lora_state_format.edit import Edited
+    from lora_state_format.model import OptimizerState
 
 __all__ = ["main", "run"]
 
@@ -123,8 +125,29 @@ def _list_rules(context: click.Context, option: click.Parameter, value: str | No
     return value
 
 
+def _parse_options(context: click.Context, option: click.Parameter, given: Sequence[str]) -> dict[str, Any]:
+    pairs = (text.partition("=") for text in given)
+    return {key: _literal(value) if equals else True for key, equals, value in pairs}
+
+
+def _literal(text: str) -> Any:
+    """A value as Python writes it; text that is none stands for itself."""
+    import ast
+
+    try:
+        return ast.literal_eval(text)
+    except (SyntaxError, ValueError):
+        return text
+
+
 _json = click.option("--json", "as_json", is_flag=True, help="Print JSON, with a schema_version.")
 _from = click.option("--from", "source_format", metavar="FORMAT", help="Format of the source; `lora-state formats`.")
+_names = click.option(
+    "--names",
+    type=PATH,
+    help="Take names from: a file with one name a line in optimizer order, an adapter file, a folder with configs.",
+)
+_force = click.option("--force", is_flag=True, help="Replace the target if it exists.")
 
 
 @commands.command()
@@ -132,17 +155,18 @@ _from = click.option("--from", "source_format", metavar="FORMAT", help="Format o
 @click.argument("target", type=PATH)
 @_from
 @click.option("--to", "target_format", metavar="FORMAT", default="named", show_default=True, help="Format to write.")
-@click.option(
-    "--names",
-    type=PATH,
-    help="Take names from: a file with one name a line in optimizer order, an adapter file, a folder with configs.",
-)
+@_names
 @click.option(
     "--rule", metavar="RULE", is_eager=True, callback=_list_rules,
     help="How the optimizer's groups were made; `--rule list` shows the rules.",
 )  # fmt: skip
 @click.option("--optimizer", metavar="CLASS", help="Class path of the optimizer, where the file does not say it.")
-@click.option("--force", is_flag=True, help="Replace the target if it exists.")
+@click.option("--base", type=PATH, help="A checkpoint of the target's format, to take the rest from.")
+@click.option(
+    "--option", "options", metavar="KEY[=VALUE]", multiple=True, callback=_parse_options,
+    help="What a format has to be told; `lora-state formats` lists it.",
+)  # fmt: skip
+@_force
 @click.option("--dry-run", is_flag=True, help="Do everything but write.")
 @_json
 def convert(source: Path, target: Path, as_json: bool, **options: Any) -> None:
@@ -201,20 +225,159 @@ def verify(path: Path, as_json: bool) -> int:
 
 
 @commands.command()
+@click.argument("source", type=PATH)
+@click.argument("target", type=PATH)
+@click.option("--slot", required=True, help="The slot to take: exp_avg_sq, for example.")
+@click.option(
+    "--keys", type=click.Choice(["model", "peft"]), default="model", show_default=True,
+    help="Keys in the file: the parameters' names, or those of adapter_model.safetensors.",
+)  # fmt: skip
+@click.option("--unbiased", is_flag=True, help="Divide a moment by 1 - beta**step, as Adam does.")
+@click.option("--inverse-root", is_flag=True, help="Write 1 / (sqrt(value) + eps).")
+@click.option("--eps", type=float, help="For --inverse-root, in place of the eps of each parameter's group.")
+@_from
+@_names
+@_force
+@_json
+def export(
+    source: Path, target: Path, slot: str, source_format: str | None, names: Path | None, as_json: bool, **options: Any
+) -> None:
+    """Write one slot of the checkpoint SOURCE into TARGET, a plain safetensors file keyed by parameter."""
+    from lora_state_format.conversion import read
+    from lora_state_format.export import export
+    from lora_state_format.report import SCHEMA_VERSION
+
+    with read(source, source_format=source_format, names=names) as state:
+        done = export(state, target, slot, **options)
+    if as_json:
+        _say_json({"schema_version": SCHEMA_VERSION, "source": str(source), "slot": slot, **vars(done)})
+    else:
+        _say(f"exported {slot} of {done.tensors} parameters from {source} to {done.path}, {done.size:,} bytes")
+        if done.without:
+            more = "" if len(done.without) < 4 else f" and {len(done.without) - 3} more"
+            _say(f"note: {len(done.without)} parameters have no such slot: {', '.join(done.without[:3])}{more}")
+
+
+# --- housekeeping -------------------------------------------------------------------------------------------------
+
+
+def _housekeeping(command: Callable[..., None]) -> click.Command:
+    """What the commands that write a changed state into a new file have in common."""
+    for option in (_json, _force, click.argument("target", type=PATH), click.argument("source", type=PATH)):
+        command = option(command)
+    return commands.command()(command)
+
+
+def _rewrite(
+    source: Path, target: Path, force: bool, as_json: bool, done: str, change: Callable[[OptimizerState], Edited]
+) -> None:
+    from lora_state_format.container import write
+    from lora_state_format.conversion import read
+    from lora_state_format.report import SCHEMA_VERSION
+
+    with read(source) as state:
+        edited, changed = change(state)
+        written = write(edited, target, force=force)
+    if as_json:
+        members = {"source": str(source), "target": written.path, "changed": changed, "digest": written.digest}
+        _say_json({"schema_version": SCHEMA_VERSION, **members})
+    else:
+        _say(f"{done.format(changed)}: {written.path}")
+
+
+@_housekeeping
+@click.option(
+    "--set", "settings", multiple=True, required=True, metavar="OPTION=VALUE",
+    help="An option and its value as Python writes it: lr=1e-5, betas=(0.9,0.99). May be repeated.",
+)  # fmt: skip
+@click.option("--group", help="Number or name of the group to change; else every group that has the option.")
+def edit(settings: Sequence[str], group: str | None, **options: Any) -> None:
+    """Write the state SOURCE to TARGET with other group options."""
+    from lora_state_format.edit import set_options
+
+    chosen = int(group) if group and group.isdecimal() else group
+    values = dict(map(_setting, settings))
+    _rewrite(**options, done="changed {} groups", change=lambda state: set_options(state, values, chosen))
+    if "lr" in values:
+        click.echo("note: a learning-rate scheduler that is resumed beside this state sets lr again", err=True)
+
+
+def _setting(text: str) -> tuple[str, Any]:
+    import ast
+
+    option, _, value = text.partition("=")
+    try:
+        return option.strip(), ast.literal_eval(value.strip())
+    except (SyntaxError, ValueError) as error:
+        raise click.BadParameter(f"{text!r}: write OPTION=VALUE, the value as in Python (strings in quotes)") from error
+
+
+@_housekeeping
+@click.option(
+    "--rule", "rules", type=(str, str), multiple=True, required=True, metavar="REGEX REPLACEMENT",
+    help="Substitute in every name, as Python's re.sub does. May be repeated; applied in order.",
+)  # fmt: skip
+def rename(rules: Sequence[tuple[str, str]], **options: Any) -> None:
+    """Write the state SOURCE to TARGET with its parameters renamed."""
+    from lora_state_format.edit import rename
+
+    _rewrite(**options, done="renamed {} parameters", change=lambda state: rename(state, rules))
+
+
+@_housekeeping
+@click.option("--match", required=True, metavar="REGEX", help="Of these parameters, as Python's re.search finds them.")
+def reset(match: str, **options: Any) -> None:
+    """Write the state SOURCE to TARGET, some parameters as if they had never taken a step."""
+    from lora_state_format.edit import reset
+
+    _rewrite(**options, done="reset {} parameters", change=lambda state: reset(state, match))
+
+
+@_housekeeping
+@click.option("--slot", "slots", multiple=True, required=True, help="The slot to drop. May be repeated.")
+def strip(slots: Sequence[str], **options: Any) -> None:
+    """Write the state SOURCE to TARGET without some slots."""
+    from lora_state_format.edit import strip
+
+    _rewrite(**options, done="dropped {} slots", change=lambda state: strip(state, slots))
+
+
+@_housekeeping
+@click.option("--match", metavar="REGEX", help="Remove these parameters, as Python's re.search finds them.")
+@click.option("--carried", is_flag=True, help="Remove the parameters that are in no group.")
+def prune(match: str | None, carried: bool, **options: Any) -> None:
+    """Write the state SOURCE to TARGET without some parameters."""
+    from lora_state_format.edit import prune
+
+    _rewrite(**options, done="removed {} parameters", change=lambda state: prune(state, match, carried=carried))
+
+
+# --- about the program --------------------------------------------------------------------------------------------
+
+
+@commands.command()
 @_json
 def formats(as_json: bool) -> None:
     """List the formats that can be read and written."""
     from lora_state_format import registry
     from lora_state_format.report import SCHEMA_VERSION
 
-    converters = [(name, registry.get(name)) for name in registry.names()]
-    rows = [(name, c.DESCRIPTION, hasattr(c, "write")) for name, c in converters]
+    converters = [registry.get(name) for name in registry.names()]
     if as_json:
-        members = [{"name": name, "description": text, "writes": writes} for name, text, writes in rows]
+        members = [
+            {
+                "name": converter.NAME,
+                "description": converter.DESCRIPTION,
+                "writes": hasattr(converter, "write"),
+                "options": dict(registry.options(converter)),
+            }
+            for converter in converters
+        ]
         _say_json({"schema_version": SCHEMA_VERSION, "formats": members})
-    else:
-        width = max(len(name) for name, _, _ in rows)
-        _say(*(f"{name:{width}}  {'read, write' if w else 'read       '}  {text}" for name, text, w in rows))
+        return
+    for converter in converters:
+        _say(f"{converter.NAME} ({'read, write' if hasattr(converter, 'write') else 'read'}): {converter.DESCRIPTION}")
+        _say(*(f"    --option {key}: {meaning}" for key, meaning in registry.options(converter).items()))
 
 
 @commands.command()

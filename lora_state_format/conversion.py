@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, TypeAlias, cast
+from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
 from lora_state_format import container, order, registry
 from lora_state_format.errors import ConversionError, FileError, MissingNamesError, OptionError, TargetExistsError
@@ -88,16 +88,20 @@ def read(
     names: Names | None = None,
     rule: str | None = None,
     optimizer: str | None = None,
+    options: Mapping[str, Any] | None = None,
 ) -> OptimizerState:
     """The named state in a checkpoint of any known format, lazily: close it, or use it in a ``with`` block.
 
     ``names`` says which parameter a position means where the checkpoint itself does not; ``rule`` forces one of
-    ``order.RULES``; ``optimizer`` is the optimizer's class path where the file does not say it.
+    ``order.RULES``; ``optimizer`` is the optimizer's class path where the file does not say it; ``options`` are those
+    of the converter.
 
     Raises ``FileNotFoundError``, ``UnknownFormatError``, ``FileError`` for a damaged file, ``MissingNamesError`` and
     other ``ConversionError``\\ s where the parameters cannot be named, ``OptionError`` for what does not apply.
     """
-    return _read(Path(path), source_format, names, rule, optimizer)[1]
+    converter = registry.detect(path)[0] if source_format is None else registry.get(source_format)
+    _check_options(options or {}, converter)
+    return _read(converter, Path(path), names, rule, optimizer, options or {})[0]
 
 
 def convert(
@@ -109,30 +113,38 @@ def convert(
     names: Names | None = None,
     rule: str | None = None,
     optimizer: str | None = None,
+    options: Mapping[str, Any] | None = None,
+    base: str | os.PathLike[str] | None = None,
     force: bool = False,
     dry_run: bool = False,
     progress: Progress | None = None,
 ) -> ConversionReport:
     """Convert a checkpoint into a file of named optimizer state, or into another format that can hold it exactly.
 
-    Takes the arguments of ``read``. ``force`` replaces an existing target; ``dry_run`` does everything but write;
-    ``progress`` is told the bytes of tensors written and their total. Where the parameters' own weights were found,
-    their digests are kept, so that loading can tell whether weights and state belong together.
+    Takes the arguments of ``read``; ``options`` may also be those of the target's converter, and ``base`` is a
+    checkpoint of the target's format to take the rest from, where it has one. ``force`` replaces an existing target;
+    ``dry_run`` does everything but write; ``progress`` is told the bytes of tensors written and their total. Where the
+    parameters' own weights were found, their digests are kept, so that loading can tell whether weights and state
+    belong together.
 
     Raises what ``read`` raises, ``TargetExistsError``, and ``UnrepresentableError`` for what the target cannot hold.
     """
     source, target = Path(source), Path(target)
-    if target.is_dir():
+    if target.is_dir() and target_format == registry.NAMED:
         raise OptionError(f"{target} is a folder; name the file to write, as in {target / 'optimizer.safetensors'}")
     if target.exists() and not force:
         raise TargetExistsError(f"{target} exists; pass force=True (--force) to replace it")
-    writer = registry.get(target_format)
-    if not hasattr(writer, "write"):
-        raise OptionError(f"format '{target_format}' can be read but not written")
-    converter, state, weights = _read(source, source_format, names, rule, optimizer)
+    writer = registry.writer(target_format)
+    converter = registry.detect(source)[0] if source_format is None else registry.get(source_format)
+    options = options or {}
+    _check_options(options, converter, writer)
+    state, weights = _read(converter, source, names, rule, optimizer, options)
     with _paired(state, weights) as state:
         sizes = [tensor.size for tensor in tensors(state)]
-        digest = None if dry_run else _write(cast("Writer", writer), state, target, force, progress)
+        digest = None
+        if not dry_run:
+            given = None if base is None else Path(base)
+            digest = _write(writer, state, target, given, force, options, progress)
         return ConversionReport(
             source=str(source),
             source_format=converter.NAME,
@@ -153,20 +165,42 @@ def convert(
         )
 
 
+def _check_options(options: Mapping[str, Any], *converters: Converter) -> None:
+    known = {key: meaning for converter in converters for key, meaning in registry.options(converter).items()}
+    for key in options:
+        if key not in known:
+            choice = "; ".join(f"{known_key} ({meaning})" for known_key, meaning in known.items()) or "none"
+            names = " and ".join(dict.fromkeys(converter.NAME for converter in converters))
+            raise OptionError(f"no option '{key}' for {names}; there are: {choice}")
+
+
+def _options(options: Mapping[str, Any], converter: Converter) -> dict[str, Mapping[str, Any]]:
+    """The options that a converter knows, as the keyword argument that it takes them by."""
+    own = {key: value for key, value in options.items() if key in registry.options(converter)}
+    return {"options": own} if own else {}
+
+
 def _read(
-    path: Path, source_format: str | None, names: Names | None, rule: str | None, optimizer: str | None
-) -> tuple[Converter, OptimizerState, Mapping[str, Tensor]]:
-    """The converter, the named state, and the parameters' own weights as far as they were found."""
-    converter = registry.detect(path)[0] if source_format is None else registry.get(source_format)
-    checkpoint = converter.read(path)
-    if optimizer is not None:
+    converter: Converter,
+    path: Path,
+    names: Names | None,
+    rule: str | None,
+    optimizer: str | None,
+    options: Mapping[str, Any],
+) -> tuple[OptimizerState, Mapping[str, Tensor]]:
+    """The named state, and the parameters' own weights as far as they were found."""
+    asks = "optimizer" in registry.options(converter)
+    if optimizer is not None and asks:
+        options = {"optimizer": optimizer, **options}
+    checkpoint = converter.read(path, **_options(options, converter))
+    if optimizer is not None and not asks:
         checkpoint = replace(checkpoint, state=_classed(checkpoint.state, optimizer, path))
     if isinstance(checkpoint.state, PositionalState):
         checkpoint = _named(*_resolve(names, checkpoint), path, rule)
     elif names is not None or rule is not None:
         raise OptionError(f"{path}: its parameters have names; --names and --rule (names=, rule=) do not apply")
     assert isinstance(checkpoint.state, OptimizerState)
-    return converter, checkpoint.state, checkpoint.weights
+    return checkpoint.state, checkpoint.weights
 
 
 def _classed(state: OptimizerState | PositionalState, class_path: str, path: Path) -> OptimizerState | PositionalState:
@@ -284,9 +318,17 @@ def _paired(state: OptimizerState, weights: Mapping[str, Tensor]) -> OptimizerSt
     return replace(state, parameters=tuple(parameters))
 
 
-def _write(writer: Writer, state: OptimizerState, target: Path, force: bool, progress: Progress | None) -> str | None:
+def _write(
+    writer: Writer,
+    state: OptimizerState,
+    target: Path,
+    base: Path | None,
+    force: bool,
+    options: Mapping[str, Any],
+    progress: Progress | None,
+) -> str | None:
     if writer.NAME != registry.NAMED:
-        writer.write(state, target, base=None, force=force)
+        writer.write(state, target, base=base, force=force, **_options(options, writer))
         return None
     total, done = sum(tensor.size for tensor in tensors(state)), 0
 

@@ -19,7 +19,19 @@ from lora_state_format.errors import AmbiguousFormatError, MissingDependencyErro
 if TYPE_CHECKING:
     from lora_state_format.model import Checkpoint, OptimizerState
 
-__all__ = ["BUILT_IN", "ENTRY_POINTS", "NAMED", "Converter", "Match", "Writer", "detect", "get", "names"]
+__all__ = [
+    "BUILT_IN",
+    "ENTRY_POINTS",
+    "NAMED",
+    "Converter",
+    "Match",
+    "Writer",
+    "detect",
+    "get",
+    "names",
+    "options",
+    "writer",
+]
 
 NAMED: Final = "named"
 """The name under which this package's own format is registered."""
@@ -50,7 +62,10 @@ class Match(NamedTuple):
 
 
 class Converter(Protocol):
-    """What reads one foreign format. ``NAME`` is what ``--from`` calls it; ``DESCRIPTION`` says what is recognised."""
+    """What reads one foreign format. ``NAME`` is what ``--from`` calls it; ``DESCRIPTION`` says what is recognised.
+
+    A converter that has to be told what its files do not say lists that in ``OPTIONS``: key -> what it means.
+    """
 
     NAME: str
     DESCRIPTION: str
@@ -61,14 +76,16 @@ class Converter(Protocol):
         Looks at most one folder deep; reads no tensor and runs nothing.
         """
 
-    def read(self, path: Path) -> Checkpoint:
-        """The state, lazily, and beside it whatever can name its parameters."""
+    def read(self, path: Path, options: Mapping[str, Any] = ...) -> Checkpoint:
+        """The state, lazily, and beside it whatever can name its parameters. ``options`` only with ``OPTIONS``."""
 
 
 class Writer(Converter, Protocol):
     """A converter that can also write its format, exactly or not at all."""
 
-    def write(self, state: OptimizerState, path: Path, *, base: Path | None, force: bool) -> Any:
+    def write(
+        self, state: OptimizerState, path: Path, *, base: Path | None, force: bool, options: Mapping[str, Any] = ...
+    ) -> Any:
         """Write the state. ``base`` is a checkpoint of the format to take from what the state does not hold."""
 
 
@@ -90,6 +107,20 @@ def get(name: str) -> Converter:
     except ImportError as error:
         raise MissingDependencyError(f"converter '{name}' cannot be imported: {error}") from error
     raise OptionError(f"no converter '{name}'; there are: {', '.join(names())}")
+
+
+def options(converter: Converter) -> Mapping[str, str]:
+    """What a converter can be told: key -> what it means."""
+    found: Mapping[str, str] = getattr(converter, "OPTIONS", {})
+    return found
+
+
+def writer(name: str) -> Writer:
+    """The converter called ``name``, if it can write. Raises ``OptionError`` if it cannot, and what ``get`` raises."""
+    converter = get(name)
+    if not hasattr(converter, "write"):
+        raise OptionError(f"format '{name}' can be read but not written")
+    return cast("Writer", converter)
 
 
 def detect(path: str | os.PathLike[str]) -> tuple[Converter, Match]:

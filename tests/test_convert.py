@@ -200,7 +200,7 @@ def test_two_names_in_the_wrong_places(alone: Path, founding: Founding) -> None:
     with read(alone, names=names) as state:
         pass  # without weights there is nothing to compare a listed name with
     assert state[names[0]].shape == founding.slots[names[1]]["exp_avg"].shape != torch.Size([0])
-    with pytest.raises(ConversionError, match=r"^no order of the parameters fits") as caught:
+    with pytest.raises(ConversionError, match=r"^no order of the .*parameters fits") as caught:
         read(founding.path, names=names)
     assert f"'{names[0]}' has shape [32, 4], but id 0 has exp_avg of shape [4, 32]" in str(caught.value)
 
