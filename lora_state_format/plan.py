@@ -128,9 +128,8 @@ class LoadPlan:
             kept = [f"{len(ps)} {what}" for ps, what in ((self.carried, "carried"), (self.ignored, "ignored")) if ps]
             fits = f"fits: {self.restored}/{len(self.bindings)} parameters would be restored"
             return "\n".join([", ".join([fits, *kept]), *self.notes])
-        lines = [
-            f"optimizer state does not fit: {len(self.state)} parameters saved, {len(self.bindings)} in the optimizer"
-        ]
+        saved = _count(len(self.state), "parameter", "parameters")
+        lines = [f"optimizer state does not fit: {saved} saved, {len(self.bindings)} in the optimizer"]
         for problem in self.problems:
             lines.append(f"  {problem.title}")
             lines += [f"    {item}" for item in _capped(problem.items)]
@@ -172,7 +171,10 @@ def plan(
     if bindings and not restored and not problems and left:
         problems.append(Problem("names", "nothing would be restored: no saved parameter is in the optimizer"))
     resized = sum(binding.resize for binding in bindings)
-    surgery = f"{resized} parameters were resized, which is right only if their weights were cut and padded alike"
+    surgery = (
+        f"the moments of {_count(resized, 'parameter', 'parameters')} are cut and padded, which is right only if the "
+        "weights were cut and padded alike"
+    )
     carry = policies.unexpected == "carry"
     return LoadPlan(
         state,
@@ -408,7 +410,8 @@ def _slots(state: OptimizerState, live: LiveOptimizer, restored: Iterable[Bindin
         writers = ", ".join(o.class_path or "a class that the file does not state" for o in state.optimizers)
         yield Problem(
             "slot",
-            f"{live.title(optimizer)} needs the slot '{slot}', which {count} parameters in the file do not have",
+            f"{live.title(optimizer)} needs the slot '{slot}', which the file does not have for "
+            + _count(count, "parameter", "parameters"),
             hints=(f"the file was written from {writers}",),
         )
 
