@@ -184,9 +184,10 @@ def rezipped(data: bytes, change: Callable[[bytes], bytes] = bytes) -> bytes:
     """The same archive with its pickle changed; without alignment, as other tools zip."""
     with zipfile.ZipFile(io.BytesIO(data)) as old:
         members = {info.filename: old.read(info) for info in old.infolist()}
-    return hostile.archive(
+    changed: bytes = hostile.archive(
         {name: change(body) if name.endswith("data.pkl") else body for name, body in members.items()}
     )
+    return changed
 
 
 @pytest.mark.parametrize("protocol", [2, 3, 4, 5])
