@@ -7,6 +7,7 @@ have no names yet is a ``PositionalState``; ``PositionalState.named`` is the onl
 from __future__ import annotations
 
 import math
+import struct
 from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -17,8 +18,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
-from lora_state_format.errors import ConversionError, FileError
-from lora_state_format.sources import Source
+from lora_state_format.errors import ConversionError, FileError, OptionError
+from lora_state_format.sources import Memory, Source
 
 if TYPE_CHECKING:
     import numpy as np
@@ -424,6 +425,12 @@ class Role(str, Enum):
     """Nothing is known: copied whole or not at all."""
 
 
+_CODES: Final[Mapping[str, str]] = {
+    "BOOL": "?", "U8": "B", "I8": "b", "U16": "H", "I16": "h", "U32": "I", "I32": "i", "U64": "Q", "I64": "q",
+    "F16": "e", "F32": "f", "F64": "d",
+}  # fmt: skip
+
+
 @dataclass(frozen=True, slots=True)
 class Scalar:
     """A 0-d tensor: its dtype and its little-endian bytes, so that every dtype and every NaN survives."""
@@ -431,21 +438,23 @@ class Scalar:
     dtype: str
     data: bytes
 
+    @classmethod
+    def of(cls, dtype: str, value: bool | int | float) -> Scalar:
+        """A number as a scalar. Raises ``TypeError`` for a dtype, or a number for it, that ``struct`` does not take."""
+        try:
+            return cls(dtype, struct.pack(f"<{_CODES[dtype]}", value))
+        except (KeyError, struct.error, OverflowError) as error:
+            raise TypeError(f"{value!r} has no form as a scalar of type {dtype}") from error
+
     def item(self) -> bool | int | float | complex:
         """The value as a Python number. Raises ``TypeError`` for a dtype that ``struct`` does not know."""
-        import struct
-
-        codes = {
-            "BOOL": "?", "U8": "B", "I8": "b", "U16": "H", "I16": "h", "U32": "I", "I32": "i", "U64": "Q", "I64": "q",
-            "F16": "e", "F32": "f", "F64": "d",
-        }  # fmt: skip
         if self.dtype == "BF16":
             return float(struct.unpack("<f", b"\0\0" + self.data)[0])
         if self.dtype == "C64":
             return complex(*struct.unpack("<2f", self.data))
-        if self.dtype not in codes:
+        if self.dtype not in _CODES:
             raise TypeError(f"a scalar of type {self.dtype} has no Python number")
-        value: bool | int | float = struct.unpack("<" + codes[self.dtype], self.data)[0]
+        value: bool | int | float = struct.unpack(f"<{_CODES[self.dtype]}", self.data)[0]
         return value
 
 
@@ -604,6 +613,26 @@ class OptimizerState(Mapping[str, Parameter]):
             result.append(self.parameters[start : start + group.count])
             start += group.count
         return result
+
+    def slot(self, name: str) -> dict[str, Tensor]:
+        """Parameter name -> its tensor in the slot ``name``, for the parameters that have one; nothing is read yet.
+
+        A slot inside another goes by its path, joined by dots. Raises ``OptionError`` if no parameter has the slot.
+        """
+        found: dict[str, Tensor] = {}
+        others: dict[str, None] = {}
+        for parameter in self.parameters:
+            for path, leaf in walk(parameter.state or {}):
+                label = ".".join(map(str, path))
+                if label != name or not isinstance(leaf, (Slot, Scalar)):
+                    others[label] = None
+                elif isinstance(leaf, Slot):
+                    found[parameter.name] = leaf.tensor
+                else:
+                    found[parameter.name] = contiguous(leaf.dtype, (), Memory(leaf.data))
+        if not found:
+            raise OptionError(f"no parameter has a tensor in a slot '{name}'; there are: {', '.join(others) or 'none'}")
+        return found
 
     @property
     def carried(self) -> tuple[Parameter, ...]:

@@ -22,7 +22,9 @@ def test_names_of_the_package() -> None:
 def test_names_of_the_torch_side() -> None:
     import lora_state_format.torch
 
-    assert sorted(lora_state_format.torch.__all__) == ["apply", "capture", "load_optimizer", "plan", "save_optimizer"]
+    assert lora_state_format.torch.__all__ == [
+        "LoadReport", "apply", "capture", "load_optimizer", "plan", "save_optimizer",
+    ]  # fmt: skip
 
 
 def test_a_function_stays_a_function_whatever_is_imported_first() -> None:
@@ -47,11 +49,21 @@ def test_commands_and_their_options() -> None:
     }
     assert found == {
         "convert": [
-            "--dry-run", "--force", "--from", "--json", "--names", "--optimizer", "--rule", "--to", "source", "target",
+            "--base", "--dry-run", "--force", "--from", "--json", "--names", "--optimizer", "--option", "--rule", "--to",
+            "source", "target",
         ],
         "demo": [],
+        "edit": ["--force", "--group", "--json", "--set", "source", "target"],
+        "export": [
+            "--eps", "--force", "--from", "--inverse-root", "--json", "--keys", "--names", "--slot", "--unbiased",
+            "source", "target",
+        ],
         "formats": ["--json"],
         "inspect": ["--from", "--json", "--stats", "path"],
-        "verify": ["--json", "path"],
+        "prune": ["--carried", "--force", "--json", "--match", "source", "target"],
+        "rename": ["--force", "--json", "--rule", "source", "target"],
+        "reset": ["--force", "--json", "--match", "source", "target"],
+        "strip": ["--force", "--json", "--slot", "source", "target"],
+        "verify": ["--json", "--weights", "path"],
     }  # fmt: skip
     assert isinstance(cli.commands, click.Group)
