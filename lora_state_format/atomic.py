@@ -18,33 +18,45 @@ __all__ = ["TemporaryFile", "locked", "new_folder", "sync_folder"]
 
 
 class TemporaryFile:
-    """A file beside the target that becomes it by a rename, or vanishes.
+    """A file beside the target that becomes it, or another file beside it, by a rename; or vanishes.
 
     It is locked while its writer lives, so that the next writer knows a killed one's left-over and removes it.
+    ``OSError``\\ s of writing name the target.
     """
 
     def __init__(self, target: Path) -> None:
-        _sweep(target)
-        self.path = target.with_name(f".{target.name}.{secrets.token_hex(8)}.tmp")
-        # 0o666: the umask decides, as for any file that a program makes.
-        self._descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
-        with contextlib.suppress(OSError):  # a file system without locks: left-overs stay
-            fcntl.flock(self._descriptor, fcntl.LOCK_EX)
+        self._target = target
+        with locked(target.parent):  # else another writer could sweep the file between its making and its locking
+            _sweep(target)
+            self.path = target.with_name(f".{target.name}.{secrets.token_hex(8)}.tmp")
+            # 0o666: the umask decides, as for any file that a program makes.
+            self._descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+            with contextlib.suppress(OSError):  # a file system without locks: left-overs stay
+                fcntl.flock(self._descriptor, fcntl.LOCK_EX)
 
     def write(self, position: int, data: bytes | memoryview) -> None:
         data = memoryview(data)
         while len(data):
-            count = os.pwrite(self._descriptor, data, position)
+            with self._named():
+                count = os.pwrite(self._descriptor, data, position)
             data, position = data[count:], position + count
 
     def finish(self, header: bytes) -> None:
-        """Write the first bytes last, and sync everything."""
+        """Write the first bytes last, and wait until everything is on the disk."""
         self.write(0, header)
-        os.fsync(self._descriptor)
+        with self._named():
+            os.fsync(self._descriptor)
 
     def commit(self, target: Path) -> None:
         self.path.replace(target)
         sync_folder(target.parent)
+
+    @contextlib.contextmanager
+    def _named(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, os.fspath(self._target)) from None
 
     def __enter__(self) -> TemporaryFile:
         return self
@@ -56,8 +68,9 @@ class TemporaryFile:
 
 def _sweep(target: Path) -> None:
     """Remove the temporary files of writers of ``target`` that no longer live."""
+    pattern = re.compile(re.escape(f".{target.name}.") + r"[0-9a-f]{16}\.tmp")
     for path in target.parent.iterdir():
-        if re.fullmatch(re.escape(f".{target.name}.") + r"[0-9a-f]{16}\.tmp", path.name):
+        if pattern.fullmatch(path.name):
             with contextlib.suppress(OSError):
                 descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
                 try:
@@ -78,7 +91,7 @@ def sync_folder(folder: Path) -> None:
 
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Hold the folder's lock, so that renames of several files are not mixed with another writer's.
+    """Hold the folder's lock, so that what is done to several files is not mixed with another writer's doings.
 
     A file system without locks goes unlocked.
     """

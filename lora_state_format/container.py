@@ -6,43 +6,47 @@ The text is ``spec/format.md``; the comments cite its rules. One chunk of memory
 from __future__ import annotations
 
 import contextlib
+import gc
 import hashlib
 import math
 import os
 import re
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import accumulate
+from functools import cached_property
+from itertools import accumulate, pairwise
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import xxhash
 
 from lora_state_format.atomic import TemporaryFile, locked, sync_folder
+from lora_state_format.canonical import dumps, loads
 from lora_state_format.crc import Ledger
-from lora_state_format.errors import DigestError, FileError, TargetExistsError
+from lora_state_format.errors import DigestError, FileError, OptionError, TargetExistsError, UnrepresentableError
 from lora_state_format.manifest import (
     ALGORITHM,
     FORMAT,
     HEX,
+    MAX_DIMENSIONS,
+    NESTED,
     Manifest,
     ShardOf,
-    check_rewritable,
+    check_names,
     decode,
     decode_digests,
-    dumps,
     encode,
-    loads,
 )
-from lora_state_format.model import BITS, CHUNK, OptimizerState, Parameter, Tensor, contiguous
+from lora_state_format.model import BITS, CHUNK, Digest, OptimizerState, Parameter, Slot, Tensor, contiguous, walk
 from lora_state_format.sources import File
 
 __all__ = [
     "INDEX_SUFFIX",
+    "Entry",
     "Header",
     "Verification",
     "Written",
+    "hash_tensor",
     "is_state",
     "open_state",
     "read_header",
@@ -51,27 +55,58 @@ __all__ = [
 ]
 
 ALIGNMENT: Final = 64
-MAX_HEADER: Final = 100_000_000
+MAX_HEADER: Final = 32 << 20
+"""Bytes of a header: what safetensors itself allows (100,000,000) would take gigabytes to parse."""
 SHARD_HEADER: Final = 16 << 20
+"""Bytes of header that a shard is filled up to, as estimated."""
+MAX_SHARDS: Final = 256
+MAX_INDEX: Final = 64 << 20
+"""Bytes of a set's index."""
+MAX_ELEMENTS: Final = 2**53 - 1
+"""Product of a tensor's sizes, those that are zero aside."""
+
 INDEX_SUFFIX: Final = ".index.json"
 ZERO: Final = "0" * 32
 METADATA: Final = "optimizer_state"
 PREFIX: Final = b'{"__metadata__":{"' + METADATA.encode() + b'":"{\\"digest\\":\\"'
-SUFFIX: Final = '","manifest":'
+"""What the header of every file begins with (R7); the digest's 32 digits follow."""
+INDEX_PREFIX: Final = b'{"metadata":{"format":"' + FORMAT.encode() + b'"'
+
+
+class Entry(NamedTuple):
+    """A tensor in a header; ``begin`` and ``end`` are bytes of the data behind the header."""
+
+    begin: int
+    end: int
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
 
 
 @dataclass(frozen=True)
 class Header:
-    """A safetensors header. ``tensors`` stand in data order; ``raw`` is the length and the header's bytes."""
+    """A safetensors header: its metadata, its tensors by key in data order, its ``size`` with the length in front."""
 
     metadata: Mapping[str, str]
-    tensors: dict[str, Tensor]
-    raw: bytes
+    entries: Mapping[str, Entry]
+    size: int
+    file: File
+
+    @cached_property
+    def tensors(self) -> dict[str, Tensor]:
+        return {key: self.tensor(key) for key in self.entries}
+
+    def tensor(self, key: str, digest: Digest | None = None) -> Tensor:
+        entry = self.entries[key]
+        return contiguous(entry.dtype, entry.shape, self.file, self.size + entry.begin, digest)
 
 
 @dataclass(frozen=True)
 class Written:
-    """What ``write`` wrote: the path to open, all files behind it, their bytes and tensors, the header's digest."""
+    """What ``write`` wrote: the path to open, all files behind it, their bytes and tensors.
+
+    ``digest`` is the header's, or the id of the set.
+    """
 
     path: str
     files: tuple[str, ...]
@@ -94,23 +129,34 @@ class Verification:
         return not self.problems
 
 
-# --- reading ------------------------------------------------------------------------------------------------------
+# --- a header -----------------------------------------------------------------------------------------------------
 
 
 def read_header(file: File) -> Header:
     """The header of any safetensors file, strictly: ours or a model's. Raises ``FileError`` with the broken rule."""
+    return _parse(_raw_header(file), file)
 
+
+def _raw_header(file: File) -> bytes:
+    """The length and the header (R1)."""
+
+    def fail(detail: str) -> FileError:
+        return FileError(detail, path=file.path, rule="R1")
+
+    if file.size < 8:
+        raise fail(f"{file.size} bytes: too short for a safetensors file")
+    length = int.from_bytes(file.read(0, 8), "little")
+    if length > MAX_HEADER:
+        raise fail(f"claims a header of {length} bytes, more than {MAX_HEADER}: not a safetensors file, or a huge one")
+    if 8 + length > file.size:
+        raise fail(f"claims a header of {length} bytes and holds {file.size - 8} behind the length")
+    return bytes(file.read(0, 8 + length))
+
+
+def _parse(raw: bytes, file: File) -> Header:
     def fail(detail: str, rule: str) -> FileError:
         return FileError(detail, path=file.path, rule=rule)
 
-    if file.size < 8:
-        raise fail(f"{file.size} bytes: too short for a safetensors file", "R1")
-    length = int.from_bytes(file.read(0, 8), "little")
-    if length > MAX_HEADER:
-        raise fail(f"claims a header of {length} bytes; not a safetensors file, or one beyond {MAX_HEADER}", "R1")
-    if 8 + length > file.size:
-        raise fail(f"claims a header of {length} bytes and holds {file.size - 8} behind the length", "R1")
-    raw = bytes(file.read(0, 8 + length))
     try:
         text = raw[8:].decode()
     except UnicodeDecodeError as error:
@@ -121,118 +167,55 @@ def read_header(file: File) -> Header:
     metadata = members.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise fail("__metadata__ is not a mapping of strings", "R4")
-
-    entries: list[tuple[int, int, str, str, tuple[int, ...]]] = []
-    for name, entry in members.items():
-        match entry:
-            case {"dtype": str(dtype), "shape": list(shape), "data_offsets": [int(begin), int(end)]} if (
-                len(entry) == 3 and dtype in BITS and all(type(n) is int and n >= 0 for n in (*shape, begin, end))
-            ):
-                entries.append((begin, end, name, dtype, tuple(shape)))
-            case _:
-                raise fail(f"tensor '{name}' is described by {dumps(entry)[:100]}", "R4")
-    entries.sort(key=lambda entry: entry[:2])
-    tensors: dict[str, Tensor] = {}
-    position = 0
-    for begin, end, name, dtype, sizes in entries:
-        if math.prod(sizes) * BITS[dtype] != (end - begin) * 8:
-            raise fail(f"tensor '{name}' of type {dtype} and shape {list(sizes)} holds {end - begin} bytes", "R5")
-        if begin != position:
-            raise fail(f"tensor '{name}' begins at byte {begin} of the data, where {position} was expected", "R6")
-        if 8 + length + end > file.size:
-            raise fail(f"tensor '{name}' ends at byte {end} of the data; the file holds {file.size - 8 - length}", "R6")
-        tensors[name] = contiguous(dtype, sizes, file, 8 + length + begin)
-        position = end
-    if 8 + length + position != file.size:
-        raise fail(f"the tensors hold {position} bytes, the file {file.size - 8 - length}", "R6")
-    return Header(metadata, tensors, raw)
+    entries = {}
+    position, room = 0, file.size - len(raw)
+    for entry in sorted(_entries(members, fail)):
+        if entry.begin != position:
+            raise fail(
+                f"tensor {entry.name!r} begins at byte {entry.begin} of the data, where {position} was expected", "R6"
+            )
+        if entry.end > room:
+            raise fail(f"tensor {entry.name!r} ends at byte {entry.end} of the data; the file holds {room}", "R6")
+        entries[entry.name] = entry
+        position = entry.end
+    if position != room:
+        raise fail(f"the tensors hold {position} bytes, the file {room}", "R6")
+    return Header(metadata, entries, len(raw), file)
 
 
-def is_state(path: str | os.PathLike[str]) -> bool:
-    """Whether a path looks like a file, or the index of a set, of named optimizer state; its first bytes say so."""
-    path = Path(path)
-    index = _find_index(path)
-    if index is not None:
-        return index.is_file() and f'"format":"{FORMAT}"'.encode() in index.read_bytes()
-    if not path.is_file():
+def _entries(members: dict[str, Any], fail: Callable[[str, str], FileError]) -> Iterator[Entry]:
+    for name, item in members.items():
+        if not _is_entry(item):
+            raise fail(f"tensor {name!r} is described by {dumps(item)[:100]!r}", "R4")
+        dtype, shape, (begin, end) = item["dtype"], item["shape"], item["data_offsets"]
+        if len(shape) > MAX_DIMENSIONS or _too_many(shape):
+            raise fail(f"tensor {name!r} has the shape {dumps(shape)[:100]}, beyond the limits", "R4")
+        if math.prod(shape) * BITS[dtype] != (end - begin) * 8:
+            raise fail(f"tensor {name!r} of type {dtype} and shape {shape} holds {end - begin} bytes", "R5")
+        yield Entry(begin, end, name, dtype, tuple(shape))
+
+
+def _is_entry(item: Any) -> bool:
+    if type(item) is not dict or item.keys() != {"dtype", "shape", "data_offsets"}:
         return False
-    with File(path) as file:
-        return file.size >= 8 + len(PREFIX) and file.read(8, len(PREFIX)) == PREFIX
+    dtype, shape, offsets = item["dtype"], item["shape"], item["data_offsets"]
+    if (type(dtype), type(shape), type(offsets)) != (str, list, list) or dtype not in BITS or len(offsets) != 2:
+        return False
+    numbers = shape + offsets
+    return {*map(type, numbers)} == {int} and min(numbers) >= 0
 
 
-def open_state(path: str | os.PathLike[str]) -> OptimizerState:
-    """The state in a file, or in the set whose index stands beside the path. Tensors are read when they are asked for.
-
-    The header's digest is checked, every rule of the format too; the tensors' digests are checked by ``verify`` and by
-    whatever loads them. Raises ``FileError`` for a broken rule, ``DigestError`` for a header that was changed,
-    ``FileNotFoundError``.
-    """
-    path = Path(path)
-    index = _find_index(path)
-    if index is not None:
-        return _open_set(index)
-    opened = _open_file(path)
-    if opened.shard is not None:
-        opened.state.close()
-        raise FileError(
-            f"is shard {opened.shard.index} of {opened.shard.count}: open the set by its index (*{INDEX_SUFFIX})",
-            path=path,
-            rule="R22",
-        )
-    return opened.state
+def _too_many(shape: Sequence[int]) -> bool:
+    """R4: a tensor without elements must not hide sizes that overflow; one with elements is as large as its bytes."""
+    return 0 in shape and math.prod(filter(None, shape)) > MAX_ELEMENTS
 
 
-@dataclass(frozen=True)
-class _Opened:
-    """One file: what it holds, its place in a set, and what the set's checks need."""
-
-    state: OptimizerState
-    shard: ShardOf | None
-    header: Header
-    members: dict[str, Any]
-
-
-def _open_file(path: Path) -> _Opened:
-    file = File(path)
-    try:
-        header = read_header(file)
-        manifest = _manifest_text(header, path)
-        members = loads(manifest, path=path)
-        tensors = decode_digests(members, header.tensors, path=path)
-        state, shard = decode(members, tensors, path=path, resources=(file,))
-    except BaseException:
-        file.close()
-        raise
-    return _Opened(state, shard, header, members)
-
-
-def _manifest_text(header: Header, path: object) -> str:
-    """The manifest's JSON text, after the checks of the one metadata member and of the digest (R7, R8, R9)."""
-    value = header.metadata.get(METADATA)
-    if value is None:
-        raise FileError(f"a safetensors file without '{METADATA}': not named optimizer state", path=path, rule="R7")
-    if len(header.metadata) != 1 or not header.raw[8:].startswith(PREFIX) or not HEX.fullmatch(_stated(header.raw)):
-        raise FileError(
-            f"the header does not begin with __metadata__, '{METADATA}' alone in it, and a digest of 32 hex digits",
-            path=path,
-            rule="R7",
-        )
-    if len(header.raw) % ALIGNMENT:
-        raise FileError(
-            f"the data begin at byte {len(header.raw)}, not a multiple of {ALIGNMENT}", path=path, rule="R8"
-        )
-    if _digest(header.raw) != _stated(header.raw):
-        raise DigestError(
-            f"{path}: the header does not match its digest: it was changed after it was written [R9]; "
-            "take the file from a copy that `verify` accepts"
-        )
-    text = value[len('{"digest":"') + 32 :]
-    if not text.startswith(SUFFIX) or not text.endswith("}"):
-        raise FileError(f"'{METADATA}' is not an object of a digest and a manifest", path=path, rule="R7")
-    return text[len(SUFFIX) : -1]
+def _is_ours(raw: bytes) -> bool:
+    return raw.startswith(PREFIX, 8) and HEX.fullmatch(_stated(raw)) is not None
 
 
 def _stated(raw: bytes) -> str:
+    """The digest that a header states."""
     return raw[8 + len(PREFIX) :][:32].decode("ascii", "replace")
 
 
@@ -242,26 +225,179 @@ def _digest(raw: bytes) -> str:
     return hashlib.blake2b(raw[:start] + ZERO.encode() + raw[start + 32 :], digest_size=16).hexdigest()
 
 
-def verify(path: str | os.PathLike[str]) -> Verification:
-    """Read every byte of a file or set and compare every digest.
+# --- opening ------------------------------------------------------------------------------------------------------
 
-    A header that breaks a rule raises ``FileError``, as in ``open_state``; everything else is a problem in the result.
+
+@dataclass(frozen=True)
+class _Stored:
+    """The tensors of one file, and their digests by key."""
+
+    header: Header
+    algorithm: str
+    digests: Mapping[str, str]
+
+    def tensor(self, key: str) -> Tensor:
+        return self.header.tensor(key, Digest(self.algorithm, self.header.entries[key].dtype, self.digests[key]))
+
+
+@dataclass(frozen=True)
+class _Opened:
+    """One file: what it holds, its place in a set, and what the set's checks need.
+
+    ``digest`` is the one that the header states; ``content`` is taken with the set's id as zeros.
+    """
+
+    state: OptimizerState
+    shard: ShardOf | None
+    stored: _Stored
+    digest: str
+    content: str
+
+
+def is_state(path: str | os.PathLike[str]) -> bool:
+    """Whether a path looks like a file, or the index of a set, of named optimizer state; its first bytes say so."""
+    path = Path(path)
+    index = _find_index(path)
+    start, prefix = (8, PREFIX) if index is None else (0, INDEX_PREFIX)
+    if not (index or path).is_file():
+        return False
+    with File(index or path) as file:
+        return file.size >= start + len(prefix) and file.read(start, len(prefix)) == prefix
+
+
+def open_state(path: str | os.PathLike[str]) -> OptimizerState:
+    """The state in a file, or in the set whose index stands beside the path. Tensors are read when they are asked for.
+
+    The header's digest is checked, every rule of the format too; the tensors' digests are checked by ``verify`` and by
+    whatever copies or loads them. Raises ``FileError`` for a broken rule, ``DigestError`` for a header that was
+    changed, ``FileNotFoundError``.
+    """
+    return _open(Path(path))[0]
+
+
+def _open(path: Path) -> tuple[OptimizerState, list[_Opened]]:
+    """The state and the files that it stands in."""
+    while True:
+        before = _version(path)
+        try:
+            with _without_gc():
+                index = _find_index(path)
+                if index is not None:
+                    return _open_set(index)
+                return _open_single(path)
+        except (FileError, DigestError, FileNotFoundError):
+            # A writer may have replaced a set by a file, or one set by another, after the index was looked for.
+            if _version(path) == before:
+                raise
+
+
+def _version(path: Path) -> list[tuple[int, int] | None]:
+    """What changes when a writer replaces the state at a path."""
+
+    def version(file: Path) -> tuple[int, int] | None:
+        try:
+            found = file.stat()
+        except FileNotFoundError:
+            return None
+        return found.st_ino, found.st_mtime_ns
+
+    return [version(path), version(_index(path))]
+
+
+@contextlib.contextmanager
+def _without_gc() -> Iterator[None]:
+    """No cycle collections while very many objects are made, none of them garbage: they would take half of the time."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
+def _open_single(path: Path) -> tuple[OptimizerState, list[_Opened]]:
+    opened = _open_file(path)
+    if opened.shard is not None:
+        opened.state.close()
+        raise FileError(
+            f"is shard {opened.shard.index} of {opened.shard.count}: open the set by its index (*{INDEX_SUFFIX})",
+            path=path,
+            rule="R22",
+        )
+    return opened.state, [opened]
+
+
+def _open_file(path: Path) -> _Opened:
+    file = File(path)
+    try:
+        raw = _raw_header(file)
+        if _is_ours(raw) and _digest(raw) != _stated(raw):
+            raise DigestError(
+                "the header does not match its digest: it was changed after it was written; take a copy that `verify` "
+                "accepts",
+                path=path,
+                rule="R9",
+            )
+        header = _parse(raw, file)
+        members = _members(raw, header, path)
+        state, shard = decode(members, header.entries, lambda key: stored.tensor(key), path=path, resources=(file,))
+        stored = _Stored(header, *decode_digests(members, header.entries, path=path))
+    except BaseException:
+        file.close()
+        raise
+    content = _digest(raw.replace(shard.id.encode(), ZERO.encode())) if shard else ""
+    return _Opened(state, shard, stored, _stated(raw), content)
+
+
+def _members(raw: bytes, header: Header, path: object) -> dict[str, Any]:
+    """The manifest's members, after the checks of the one metadata member that holds them (R7, R8)."""
+    if METADATA not in header.metadata:
+        raise FileError(f"a safetensors file without '{METADATA}': not named optimizer state", path=path, rule="R7")
+    if len(header.metadata) != 1 or not _is_ours(raw):
+        raise FileError(
+            f"the header does not begin with __metadata__, '{METADATA}' alone in it, and a digest of 32 hex digits",
+            path=path,
+            rule="R7",
+        )
+    if len(raw) % ALIGNMENT:
+        raise FileError(f"the data begin at byte {len(raw)}, not at a multiple of {ALIGNMENT}", path=path, rule="R8")
+    value = loads(header.metadata[METADATA], path=path)
+    if value.keys() != {"digest", "manifest"}:
+        raise FileError(f"'{METADATA}' is not an object of a digest and a manifest", path=path, rule="R7")
+    manifest: dict[str, Any] = value["manifest"]
+    return manifest
+
+
+def verify(path: str | os.PathLike[str]) -> Verification:
+    """Read every byte of a file or set and compare every digest (R26).
+
+    A header that breaks a rule raises ``FileError``, as in ``open_state``; a digest that does not match is a problem in
+    the result.
     """
     try:
-        state = open_state(path)
+        state, parts = _open(Path(path))
     except DigestError as error:
         return Verification(0, 0, (str(error),))
-    problems, unverified, count, size = [], [], 0, 0
+    problems: list[str] = []
+    unverified: list[str] = []
     buffer = memoryview(bytearray(CHUNK))
     with state:
-        for key, tensor in stored_tensors(state):
-            count, size = count + 1, size + tensor.size
-            assert tensor.digest is not None
-            if tensor.digest.algorithm != ALGORITHM:
-                unverified.append(key)
-            elif hash_tensor(tensor, buffer) != tensor.digest.hex:
-                problems.append(f"{os.fspath(path)}: tensor '{key}' does not match its digest")
-    return Verification(count, size, tuple(problems), tuple(unverified))
+        for part in parts:
+            header = part.stored.header
+            if part.stored.algorithm != ALGORITHM:
+                unverified += header.entries
+                continue
+            for key, digest in part.stored.digests.items():
+                if hash_tensor(header.tensor(key), buffer) != digest:
+                    problems.append(f"{header.file.path}: tensor {key!r} does not match its digest [R26]")
+    headers = [part.stored.header for part in parts]
+    return Verification(
+        tensors=sum(len(header.entries) for header in headers),
+        size=sum(header.file.size for header in headers),
+        problems=tuple(problems),
+        unverified=tuple(unverified),
+    )
 
 
 def hash_tensor(tensor: Tensor, buffer: memoryview | None = None) -> str:
@@ -270,12 +406,6 @@ def hash_tensor(tensor: Tensor, buffer: memoryview | None = None) -> str:
     for chunk in tensor.chunks(buffer):
         hasher.update(chunk)
     return hasher.hexdigest()
-
-
-def stored_tensors(state: OptimizerState) -> Iterator[tuple[str, Tensor]]:
-    """Every tensor of a state under the key that it has in a file."""
-    for key, slot in encode(state).tensors.items():
-        yield key, slot.tensor
 
 
 # --- writing ------------------------------------------------------------------------------------------------------
@@ -294,45 +424,56 @@ def write(
     The target appears whole or not at all: bytes go to a temporary file in the same folder, are synced, and renamed.
     Equal states give equal bytes. ``max_shard_size`` is in bytes of tensors; a new shard also starts at 16 MiB of
     header. ``progress`` is told the bytes written since it was last called. Raises ``TargetExistsError`` unless
-    ``force``, ``UnrepresentableError`` for values without a form, ``FileError`` for a damaged or changing source.
+    ``force``, ``UnrepresentableError`` for what has no form, ``FileError`` for a damaged or changing source,
+    ``DigestError`` for a tensor that is no longer what its file's digest says, ``OSError``.
     """
     path = Path(path)
-    check_rewritable(state)
     _check_target(path, force)
-    parts = _split(state, max_shard_size)
+    with _without_gc():
+        layouts = [_layout(manifest) for manifest in _manifests(state, max_shard_size)]
     with contextlib.ExitStack() as stack:
         ledger = Ledger()
-        files = [stack.enter_context(TemporaryFile(path)) for _ in parts]
-        layouts = []
-        for number, (part, positions) in enumerate(parts, 1):
-            shard = ShardOf(ZERO, number, len(parts), positions) if len(parts) > 1 else None
-            layout = _layout(encode(part, shard))
-            _stream(layout, files[number - 1], ledger, progress)
-            layouts.append(layout)
+        files = [stack.enter_context(TemporaryFile(path)) for _ in layouts]
+        for layout, file in zip(layouts, files, strict=True):
+            _stream(layout, file, ledger, progress)
         ledger.check()
         for resource in state.resources:
             if isinstance(resource, File):
                 resource.check_unchanged()
-        if len(parts) == 1:
-            header = _sealed(layouts[0])
-            files[0].finish(header)
-            with _commit(path, force, keep={path.name}):
-                files[0].commit(path)
-            return Written(
-                str(path), (str(path),), len(header) + layouts[0].size, len(layouts[0].tensors), _stated(header)
-            )
+        if len(layouts) == 1:
+            return _commit_file(path, layouts[0], files[0], force)
         return _commit_set(path, layouts, files, force)
 
 
 @dataclass(frozen=True)
 class _Layout:
-    """A file before its digests are known: the manifest, and the tensors in data order (W5)."""
+    """A file before its digests are known: the text of its manifest, and the tensors in data order (W5).
 
-    manifest: Manifest
+    ``members`` are the manifest's without ``digests``, each as canonical JSON; ``entries`` is the header's text behind
+    ``__metadata__``; ``digests`` are filled in while the tensors are written.
+    """
+
+    members: dict[str, str]
     tensors: tuple[tuple[str, Tensor], ...]
+    entries: str
     digests: list[str]
-    size: int
     header_size: int
+    data_size: int
+
+
+def _manifests(state: OptimizerState, max_shard_size: int | None) -> Iterator[Manifest]:
+    """The state's manifest, or those of its shards."""
+    bounds = _bounds(state, max_shard_size)
+    if len(bounds) == 1:
+        yield encode(state)
+        return
+    if len(bounds) > MAX_SHARDS:
+        raise OptionError(
+            f"the state would become {len(bounds)} shards, more than {MAX_SHARDS}; choose a larger max_shard_size"
+        )
+    check_names(state.parameters)
+    for number, (first, last) in enumerate(bounds, 1):
+        yield encode(_part(state, first, last), ShardOf(ZERO, number, len(bounds), tuple(range(first, last))))
 
 
 def _layout(manifest: Manifest) -> _Layout:
@@ -341,32 +482,52 @@ def _layout(manifest: Manifest) -> _Layout:
     tensors = sorted(
         ((key, slot.tensor) for key, slot in manifest.tensors.items()), key=lambda item: -BITS[item[1].dtype]
     )
-    size = sum(tensor.size for _, tensor in tensors)
-    layout = _Layout(manifest, tuple(tensors), [ZERO] * len(tensors), size, 0)
+    entries = []
+    position = 0
+    for key, tensor in tensors:
+        if tensor.count * BITS[tensor.dtype] % 8 or _too_many(tensor.shape):
+            raise UnrepresentableError(
+                f"tensor {key!r} of type {tensor.dtype} and shape {list(tensor.shape)}: not whole bytes, or too large"
+            )
+        end = position + tensor.size
+        entries.append(
+            f',{dumps(key)}:{{"dtype":"{tensor.dtype}","shape":{dumps(tensor.shape)},"data_offsets":[{position},{end}]}}'
+        )
+        position = end
+    layout = _Layout(
+        members={key: dumps(value) for key, value in manifest.members.items()},
+        tensors=tuple(tensors),
+        entries="".join(entries),
+        digests=[ZERO] * len(tensors),
+        header_size=0,
+        data_size=position,
+    )
     return replace(layout, header_size=len(_header(layout)))
 
 
-def _header(layout: _Layout) -> bytes:
-    """Length and header, padded to the alignment, its digest as zeros."""
-    manifest = {**layout.manifest.members, "digests": {"algorithm": ALGORITHM, "values": layout.digests}}
-    entries = [
-        "{" + f'"__metadata__":{{"{METADATA}":' + dumps('{"digest":"' + ZERO + SUFFIX + dumps(manifest) + "}") + "}"
-    ]
-    position = 0
-    for key, tensor in layout.tensors:
-        shape = ",".join(map(str, tensor.shape))
-        end = position + tensor.size
-        entries.append(f'{dumps(key)}:{{"dtype":"{tensor.dtype}","shape":[{shape}],"data_offsets":[{position},{end}]}}')
-        position = end
-    header = (",".join(entries) + "}").encode()
+def _header(layout: _Layout, identity: str = ZERO) -> bytes:
+    """Length and header, padded to the alignment (W7), its digest as zeros; ``identity`` is the set's id, if any."""
+    members = {**layout.members, "digests": dumps({"algorithm": ALGORITHM, "values": layout.digests})}
+    if "set" in members:
+        members["set"] = members["set"].replace(ZERO, identity)
+    manifest = ",".join(f"{dumps(key)}:{members[key]}" for key in sorted(members))
+    metadata = dumps('{"digest":"' + ZERO + '","manifest":{' + manifest + "}}")
+    try:
+        header = f'{{"__metadata__":{{"{METADATA}":{metadata}}}{layout.entries}}}'.encode()
+    except UnicodeEncodeError:
+        raise UnrepresentableError("the state holds a string with a lone surrogate, which is no text") from None
     header += b" " * (-(8 + len(header)) % ALIGNMENT)
     if len(header) > MAX_HEADER:
-        raise FileError(f"a header of {len(header)} bytes; write shards (max_shard_size)", rule="R1")
+        raise UnrepresentableError(
+            f"a header of {len(header)} bytes, more than {MAX_HEADER}: extra, globals, or the values of one parameter "
+            "are too large; keep large data in tensors"
+        )
     return len(header).to_bytes(8, "little") + header
 
 
-def _sealed(layout: _Layout) -> bytes:
-    raw = _header(layout)
+def _sealed(layout: _Layout, identity: str = ZERO) -> bytes:
+    """The header with its digest."""
+    raw = _header(layout, identity)
     start = 8 + len(PREFIX)
     return raw[:start] + _digest(raw).encode() + raw[start + 32 :]
 
@@ -375,7 +536,7 @@ def _stream(layout: _Layout, target: TemporaryFile, ledger: Ledger, progress: Ca
     """Copy every tensor behind the room for the header, hashing on the way."""
     position = layout.header_size
     buffer = memoryview(bytearray(CHUNK))
-    for number, (_, tensor) in enumerate(layout.tensors):
+    for number, (key, tensor) in enumerate(layout.tensors):
         hasher = xxhash.xxh3_128()
         for chunk in ledger.chunks(tensor, buffer):
             hasher.update(chunk)
@@ -384,109 +545,26 @@ def _stream(layout: _Layout, target: TemporaryFile, ledger: Ledger, progress: Ca
             if progress:
                 progress(len(chunk))
         layout.digests[number] = hasher.hexdigest()
+        stated = tensor.digest
+        if stated is not None and stated.algorithm == ALGORITHM and stated.hex != layout.digests[number]:
+            raise DigestError(f"tensor {key!r} does not match the digest in the file that it comes from", rule="R26")
 
 
-# --- sets of shards -----------------------------------------------------------------------------------------------
-
-
-def _index(path: Path) -> Path:
-    return path.with_name(path.name + INDEX_SUFFIX)
-
-
-def _find_index(path: Path) -> Path | None:
-    if path.name.endswith(INDEX_SUFFIX):
-        return path
-    return _index(path) if _index(path).exists() else None
-
-
-def _split(state: OptimizerState, max_size: int | None) -> list[tuple[OptimizerState, tuple[int, ...]]]:
-    """The state in parts that each become a file: runs of parameters, with their positions in the whole."""
-    parts, first, size, header = [], 0, 0, 0
-    for position, parameter in enumerate(state.parameters):
-        own_size, own_header = _cost(parameter)
-        full = max_size is not None and size + own_size > max_size
-        if position > first and (full or header + own_header > SHARD_HEADER):
-            parts.append(_part(state, first, position))
-            first, size, header = position, 0, 0
-        size, header = size + own_size, header + own_header
-    parts.append(_part(state, first, len(state.parameters)))
-    return parts
-
-
-def _cost(parameter: Parameter) -> tuple[int, int]:
-    """Bytes of tensors, and bytes of header within some percent: the name stands there once, and once per tensor."""
-    sizes = [slot.tensor.size for _, slot in parameter.tensors()]
-    texts = [parameter.name, *parameter.tied, *parameter.keys, *parameter.keys.values()]
-    return sum(sizes), 160 + sum(len(text) + 8 for text in texts) + len(sizes) * (len(parameter.name) + 160)
-
-
-def _part(state: OptimizerState, first: int, last: int) -> tuple[OptimizerState, tuple[int, ...]]:
-    positions = tuple(range(first, last))
-    if (first, last) == (0, len(state.parameters)):
-        return state, positions
-    groups, start = [], 0
-    for group in state.groups:
-        stop = start + group.count
-        groups.append(replace(group, count=max(0, min(stop, last) - max(start, first))))
-        start = stop
-    return (
-        OptimizerState(
-            optimizers=state.optimizers,
-            groups=tuple(groups),
-            parameters=state.parameters[first:last],
-            naming=state.naming,
-            globals=state.globals if first == 0 else {},
-            origin=state.origin if first == 0 else {},
-            extra=state.extra if first == 0 else {},
-            extensions=state.extensions,
-            unknown=state.unknown if first == 0 else {},
-            global_step=state.global_step,
-        ),
-        positions,
-    )
-
-
-def _set_digest(raws: Iterable[bytes], identity: str) -> str:
-    """R23: the digest of the shards' digests, taken with the set's own id as zeros."""
-    digests = (_digest(raw.replace(identity.encode(), ZERO.encode())) for raw in raws)
-    return hashlib.blake2b("".join(digests).encode(), digest_size=16).hexdigest()
-
-
-def _commit_set(path: Path, layouts: list[_Layout], files: list[TemporaryFile], force: bool) -> Written:
-    identity = _set_digest((_header(layout) for layout in layouts), ZERO)
-    names, digests, size = [], [], 0
-    for number, (layout, file) in enumerate(zip(layouts, files, strict=True), 1):
-        layout.manifest.members["set"]["id"] = identity
-        header = _sealed(layout)
-        file.finish(header)
-        names.append(f"{path.stem}-{identity[:8]}-{number:05}-of-{len(layouts):05}{path.suffix}")
-        digests.append(_stated(header))
-        size += len(header) + layout.size
-    index = {
-        "metadata": {"total_size": sum(layout.size for layout in layouts), "format": FORMAT, "set": identity},
-        "shards": [{"file": name, "digest": digest} for name, digest in zip(names, digests, strict=True)],
-        "weight_map": {key: name for name, layout in zip(names, layouts, strict=True) for key, _ in layout.tensors},
-    }
-    with TemporaryFile(_index(path)) as temporary:
-        temporary.finish(dumps(index).encode())
-        with _commit(path, force, keep={*names, _index(path).name}):
-            for file, name in zip(files, names, strict=True):
-                file.commit(path.with_name(name))
-            temporary.commit(_index(path))
-    written = tuple(str(path.with_name(name)) for name in (*names, _index(path).name))
-    return Written(str(path), written, size, sum(len(layout.tensors) for layout in layouts), identity)
-
-
-def _siblings(path: Path) -> list[Path]:
-    """The files that may hold a state of this path: the index, the file itself, then the shards of any set."""
-    shard = re.compile(re.escape(path.stem) + r"-[0-9a-f]{8}-[0-9]{5,}-of-[0-9]{5,}" + re.escape(path.suffix))
-    shards = [found for found in path.parent.iterdir() if shard.fullmatch(found.name)]
-    return [found for found in (_index(path), path) if found.exists()] + shards
+def _commit_file(path: Path, layout: _Layout, file: TemporaryFile, force: bool) -> Written:
+    header = _sealed(layout)
+    file.finish(header)
+    with _commit(path, force, keep={path.name}):
+        file.commit(path)
+    return Written(str(path), (str(path),), len(header) + layout.data_size, len(layout.tensors), _stated(header))
 
 
 def _check_target(path: Path, force: bool) -> None:
+    if path.is_dir():
+        raise OptionError(f"{path} is a folder; name the file to write, as in {path / 'optimizer.safetensors'}")
+    if path.name.endswith(INDEX_SUFFIX):
+        raise OptionError(f"{path} is the name of an index; name the file to write, without '{INDEX_SUFFIX}'")
     for existing in (_index(path), path):
-        if not force and (existing.exists() or existing.is_symlink()):
+        if not force and os.path.lexists(existing):
             raise TargetExistsError(f"{existing} exists; pass force=True (--force) to replace it")
 
 
@@ -506,87 +584,214 @@ def _commit(path: Path, force: bool, keep: set[str]) -> Iterator[None]:
         sync_folder(path.parent)
 
 
-def _open_set(index: Path) -> OptimizerState:
-    """The union of a set's shards (R22 to R25)."""
+def _siblings(path: Path) -> list[Path]:
+    """The files that may hold a state of this path: the index, the file itself, then the shards of any set."""
+    shard = re.compile(re.escape(path.stem) + r"-[0-9a-f]{8}-[0-9]{5}-of-[0-9]{5}" + re.escape(path.suffix))
+    shards = [found for found in path.parent.iterdir() if shard.fullmatch(found.name) and is_state(found)]
+    return [found for found in (_index(path), path) if os.path.lexists(found)] + shards
+
+
+# --- sets of shards: writing --------------------------------------------------------------------------------------
+
+
+def _index(path: Path) -> Path:
+    return path.with_name(path.name + INDEX_SUFFIX)
+
+
+def _find_index(path: Path) -> Path | None:
+    if path.name.endswith(INDEX_SUFFIX):
+        return path
+    return _index(path) if _index(path).exists() else None
+
+
+def _bounds(state: OptimizerState, max_size: int | None) -> list[tuple[int, int]]:
+    """The runs of parameters that each become a file."""
+    starts, size, header = [0], 0, 0
+    for position, parameter in enumerate(state.parameters):
+        own_size, own_header = _cost(parameter)
+        full = max_size is not None and size + own_size > max_size
+        if position > starts[-1] and (full or header + own_header > SHARD_HEADER):
+            starts.append(position)
+            size = header = 0
+        size, header = size + own_size, header + own_header
+    return list(zip(starts, [*starts[1:], len(state.parameters)], strict=True))
+
+
+def _cost(parameter: Parameter) -> tuple[int, int]:
+    """Bytes of tensors, and bytes of header within some percent: the name stands there once, and once per tensor."""
+    leaves = [leaf for _, leaf in walk(parameter.state or {})]
+    sizes = [leaf.tensor.size for leaf in leaves if isinstance(leaf, Slot)]
+    texts = [parameter.name, *parameter.tied, *parameter.keys, *parameter.keys.values()]
+    values = sum(2 * len(leaf) for leaf in leaves if isinstance(leaf, (str, bytes)))
+    return sum(sizes), 160 + values + sum(len(text) + 8 for text in texts) + len(sizes) * (len(parameter.name) + 160)
+
+
+def _part(state: OptimizerState, first: int, last: int) -> OptimizerState:
+    """A shard's own part (W13): its parameters, groups with its own counts; what stands once stands in the first."""
+    groups, start = [], 0
+    for group in state.groups:
+        stop = start + group.count
+        groups.append(replace(group, count=max(0, min(stop, last) - max(start, first))))
+        start = stop
+    part = replace(state, groups=tuple(groups), parameters=state.parameters[first:last], resources=())
+    return part if first == 0 else replace(part, globals={}, origin={}, extra={}, unknown={})
+
+
+def _commit_set(path: Path, layouts: list[_Layout], files: list[TemporaryFile], force: bool) -> Written:
+    identity = _set_id(_digest(_header(layout)) for layout in layouts)
+    names, digests = [], []
+    size = 0
+    for number, (layout, file) in enumerate(zip(layouts, files, strict=True), 1):
+        header = _sealed(layout, identity)
+        file.finish(header)
+        names.append(f"{path.stem}-{identity[:8]}-{number:05}-of-{len(layouts):05}{path.suffix}")
+        digests.append(_stated(header))
+        size += len(header) + layout.data_size
+    total = sum(layout.data_size for layout in layouts)
+    index = dumps(
+        {
+            "metadata": {"format": FORMAT, "set": identity, "total_size": total},
+            "shards": [{"digest": digest, "file": name} for name, digest in zip(names, digests, strict=True)],
+            "weight_map": {key: name for name, layout in zip(names, layouts, strict=True) for key, _ in layout.tensors},
+        }
+    ).encode()
+    if len(index) > MAX_INDEX:
+        raise UnrepresentableError(
+            f"an index of {len(index)} bytes, more than {MAX_INDEX}: too many tensors for one set"
+        )
+    with TemporaryFile(path) as temporary:
+        temporary.finish(index)
+        with _commit(path, force, keep={*names, _index(path).name}):
+            for file, name in zip(files, names, strict=True):
+                file.commit(path.with_name(name))
+            temporary.commit(_index(path))
+    written = tuple(str(path.with_name(name)) for name in (*names, _index(path).name))
+    return Written(str(path), written, size + len(index), sum(len(layout.tensors) for layout in layouts), identity)
+
+
+def _set_id(contents: Iterable[str]) -> str:
+    """R23: BLAKE2b-128 of the shards' header digests, each taken with the set's own id as zeros."""
+    return hashlib.blake2b("".join(contents).encode(), digest_size=16).hexdigest()
+
+
+# --- sets of shards: reading --------------------------------------------------------------------------------------
+
+
+def _open_set(index: Path) -> tuple[OptimizerState, list[_Opened]]:
+    """The union of a set's shards (R22 to R25), and they."""
 
     def fail(detail: str, rule: str) -> FileError:
         return FileError(detail, path=index, rule=rule)
 
-    with File(index) as file:
-        try:
-            members = loads(file.read(0, file.size).decode(), path=index)
-        except UnicodeDecodeError:
-            raise fail("not UTF-8", "R24") from None
-    match members:
-        case {
-            "metadata": {"format": str(name), "set": str(identity)},
-            "shards": [_, *_] as shards,
-            "weight_map": dict(),
-        }:
-            if name != FORMAT:
-                raise fail(f"metadata.format is {name!r}, expected {FORMAT!r}", "R24")
-        case _:
-            raise fail("not the index of a set of named optimizer state", "R24")
+    members = _read_index(index)
+    identity, shards = members["metadata"]["set"], members["shards"]
     with contextlib.ExitStack() as stack:
         parts = []
         for number, item in enumerate(shards, 1):
-            match item:
-                case {"file": str(name), "digest": str(digest)} if name == Path(name).name:
-                    path = index.with_name(name)
-                case _:
-                    raise fail(f"shards holds {dumps(item)[:100]}, expected the name of a file beside it", "R24")
-            if not path.exists():
-                raise fail(f"shard {number} of {len(shards)} is missing: {name}", "R24")
-            part = _open_file(path)
+            name = item["file"]
+            if not index.with_name(name).exists():
+                raise fail(f"shard {number} of {len(shards)} is missing: {name!r}", "R24")
+            part = _open_file(index.with_name(name))
             stack.callback(part.state.close)
             shard = part.shard
             if shard is None or (shard.id, shard.index, shard.count) != (identity, number, len(shards)):
-                raise fail(f"{name} is not shard {number} of {len(shards)} of the set {identity}", "R22")
-            if _stated(part.header.raw) != digest:
-                raise fail(f"{name} has the digest {_stated(part.header.raw)}, not {digest}", "R24")
-            parts.append((name, part))
-        if _set_digest((part.header.raw for _, part in parts), identity) != identity:
+                raise fail(f"{name!r} is not shard {number} of {len(shards)} of the set {identity}", "R22")
+            if part.digest != item["digest"]:
+                raise fail(f"{name!r} has the digest {part.digest}, not {item['digest']}", "R24")
+            parts.append(part)
+        if _set_id(part.content for part in parts) != identity:
             raise fail(f"the set's id {identity} is not the digest of its shards", "R23")
-        stored = {key: name for name, part in parts for key in part.header.tensors}
-        if stored != members["weight_map"]:
-            raise fail("weight_map does not say where the tensors are", "R24")
-        merged = _merge([part for _, part in parts], fail)
+        headers = [part.stored.header for part in parts]
+        stored = {key: item["file"] for item, header in zip(shards, headers, strict=True) for key in header.entries}
+        total = sum(header.file.size - header.size for header in headers)
+        if stored != members["weight_map"] or total != members["metadata"]["total_size"]:
+            raise fail("weight_map or total_size does not say what the shards hold", "R24")
+        state = _merge(parts, fail)
         stack.pop_all()
-    return merged
+    return state, parts
+
+
+def _read_index(index: Path) -> dict[str, Any]:
+    """The members of an index, checked for themselves (R24)."""
+
+    def fail(detail: str) -> FileError:
+        return FileError(detail, path=index, rule="R24")
+
+    with File(index) as file:
+        if file.size > MAX_INDEX:
+            raise fail(f"{file.size} bytes, more than {MAX_INDEX}")
+        try:
+            text = file.read(0, file.size).decode()
+        except UnicodeDecodeError as error:
+            raise fail(f"not UTF-8 at byte {error.start}") from None
+    members: dict[str, Any] = loads(text, path=index)
+    match members:
+        case {
+            "metadata": {"format": str(name), "set": str(), "total_size": int()} as metadata,
+            "shards": [_, *_] as shards,
+            "weight_map": dict(),
+        } if len(members) == len(metadata) == 3 and type(metadata["total_size"]) is int:
+            if name != FORMAT:
+                raise fail(f"metadata.format is {name!r}, expected {FORMAT!r}")
+        case _:
+            raise fail("not the index of a set of named optimizer state")
+    if len(shards) > MAX_SHARDS:
+        raise fail(f"{len(shards)} shards, more than {MAX_SHARDS}")
+    for item in shards:
+        match item:
+            case {"digest": str(), "file": str(name)} if (
+                len(item) == 2 and not {"/", "\\", "\0"} & {*name} and name not in ("", ".", "..")
+            ):
+                pass
+            case _:
+                raise fail(f"shards holds {dumps(item)[:100]!r}, expected a digest and the name of a file beside it")
+    return members
 
 
 def _merge(parts: list[_Opened], fail: Callable[[str, str], FileError]) -> OptimizerState:
     head = parts[0].state
+    shared = _shared(head)
+    groups = [replace(group, count=0) for group in head.groups]
+    for number, part in enumerate(parts, 1):
+        if _shared(part.state) != shared:
+            raise fail(f"shard {number} has other optimizers, groups, naming, extensions or step than shard 1", "R22")
+        if number > 1 and (part.state.globals or part.state.origin or part.state.extra):
+            raise fail(f"shard {number} has globals, origin or extra, which belong into shard 1", "R22")
+        groups = [replace(g, count=g.count + own.count) for g, own in zip(groups, part.state.groups, strict=True)]
     total = sum(len(part.state) for part in parts)
-    shared = [_shared(part.members) for part in parts]
-    groups = tuple(
-        replace(group, count=sum(part.members["groups"][number]["count"] for part in parts))
-        for number, group in enumerate(head.groups)
-        if all(members == shared[0] for members in shared)
-    )
-    starts = [0, *accumulate(group.count for group in groups)]
+    starts = [0, *accumulate(group.count for group in groups), total]
     parameters: dict[int, Parameter] = {}
-    for part, members in zip(parts, shared, strict=True):
+    for number, part in enumerate(parts, 1):
         assert part.shard is not None
-        if members != shared[0]:
-            raise fail(f"shard {part.shard.index} has other optimizers or groups than shard 1", "R22")
-        if part.shard.index > 1 and any(part.members.get(key) for key in ("globals", "origin", "extra")):
-            raise fail(f"shard {part.shard.index} has members that belong into shard 1", "R22")
-        counts = [group.count for group in part.state.groups]
-        runs = [*zip(starts, starts[1:], counts, strict=False), (starts[-1], total, len(part.state) - sum(counts))]
-        bounds = [(start, stop) for start, stop, count in runs for _ in range(count)]
-        for parameter, position, (start, stop) in zip(part.state.parameters, part.shard.positions, bounds, strict=True):
+        counts = [*(group.count for group in part.state.groups), len(part.state.carried)]
+        runs = [run for run, count in zip(pairwise(starts), counts, strict=True) for _ in range(count)]
+        for parameter, position, (start, stop) in zip(part.state.parameters, part.shard.positions, runs, strict=True):
             if not start <= position < stop or position in parameters:
-                raise fail(f"shard {part.shard.index} puts '{parameter.name}' at position {position}", "R25")
+                raise fail(f"shard {number} puts {parameter.name!r} at position {position}", "R25")
             parameters[position] = parameter
     ordered = tuple(parameters[position] for position in range(total))
-    names = Counter(parameter.name for parameter in ordered)
-    if len(names) != total:
-        raise fail(f"'{names.most_common(1)[0][0]}' is in two shards", "R25")
-    resources = tuple(resource for part in parts for resource in part.state.resources)
-    return replace(head, groups=groups, parameters=ordered, resources=resources)
+    try:
+        check_names(ordered)
+    except FileError as error:
+        raise fail(error.detail, "R25") from None
+    return replace(
+        head,
+        groups=tuple(groups),
+        parameters=ordered,
+        unknown=_unknown(parts),
+        resources=tuple(resource for part in parts for resource in part.state.resources),
+    )
 
 
-def _shared(members: dict[str, Any]) -> Any:
-    """What all shards of a set say alike: everything about optimizers and groups but the groups' counts."""
-    return members["optimizers"], [{**group, "count": 0} for group in members["groups"]]
+def _shared(state: OptimizerState) -> str:
+    """What all shards of a set say alike, as text: everything but their parameters and what stands in the first."""
+    groups = tuple(replace(group, count=0) for group in state.groups)
+    rest = replace(state, groups=groups, parameters=(), globals={}, origin={}, extra={}, unknown={})
+    return dumps(encode(rest).members)
+
+
+def _unknown(parts: list[_Opened]) -> Mapping[str, Any]:
+    """The members that this version does not know: those of the first shard are kept, others could only be lost."""
+    head, *others = [part.state.unknown for part in parts]
+    lost = sorted({key for unknown in others for key in unknown if key != "version"})
+    return {**head, "version": others[0]["version"], NESTED: lost} if lost else head

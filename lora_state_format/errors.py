@@ -67,8 +67,12 @@ class FileError(StateFormatError, ValueError):
         self.detail = detail
         self.path = path
         self.rule = rule
-        where = f"{path}: " if path is not None else ""
-        super().__init__(f"{where}{detail}{f' [{rule}]' if rule else ''}")
+        super().__init__(_located(detail, path, rule))
+
+
+def _located(detail: str, path: object, rule: str | None) -> str:
+    """A message with the file in front and the rule behind."""
+    return f"{'' if path is None else f'{path}: '}{detail}{'' if rule is None else f' [{rule}]'}"
 
 
 class UnsupportedVersionError(FileError):
@@ -92,9 +96,15 @@ class AmbiguousFormatError(UnknownFormatError):
 
 
 class DigestError(StateFormatError, ValueError):
-    """A checksum does not match: the bytes changed after they were written."""
+    """A checksum does not match: the bytes changed after they were written. Attributes as those of ``FileError``."""
 
     exit_code = 1
+
+    def __init__(self, detail: str, *, path: object = None, rule: str | None = None) -> None:
+        self.detail = detail
+        self.path = path
+        self.rule = rule
+        super().__init__(_located(detail, path, rule))
 
 
 class UnrepresentableError(StateFormatError, TypeError):
