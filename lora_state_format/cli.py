@@ -30,6 +30,8 @@ UNREADABLE = 3
 INTERRUPTED = 130
 
 PATH = click.Path(path_type=Path)
+SHOWN = 5
+"""Names to print of a list that may be long; ``--json`` has them all."""
 
 
 def main() -> NoReturn:
@@ -206,22 +208,47 @@ def inspect(path: Path, source_format: str | None, stats: bool, as_json: bool) -
 
 @commands.command()
 @click.argument("path", type=PATH)
+@click.option("--weights", type=PATH, help="Also ask whether the state belongs to these weights: a file or a folder.")
 @_json
-def verify(path: Path, as_json: bool) -> int:
-    """Read every byte of a named state and compare every digest."""
-    from lora_state_format.container import verify
-    from lora_state_format.report import SCHEMA_VERSION
+def verify(path: Path, weights: Path | None, as_json: bool) -> int:
+    """Read every byte of a named state and compare every digest.
 
-    found = verify(path)
-    if as_json:
-        _say_json({"schema_version": SCHEMA_VERSION, "path": str(path), "ok": found.ok, **vars(found)})
-    else:
-        _say(*found.problems)
+    With --weights, PATH may be any checkpoint that the weights can name.
+    """
+    from lora_state_format import container
+    from lora_state_format.report import SCHEMA_VERSION, describe_evidence
+
+    members: dict[str, Any] = {"schema_version": SCHEMA_VERSION, "path": str(path)}
+    lines: list[str] = []
+    ok = True
+    if weights is None or container.is_state(path):
+        found = container.verify(path)
+        members |= {"ok": found.ok, **vars(found)}
+        ok = found.ok
+        lines += found.problems
         if found.unverified:
-            _say(f"{path}: {len(found.unverified)} tensors not verified: their digests are of an unknown algorithm")
-        if found.ok:
-            _say(f"{path}: every digest matches; {found.tensors} tensors, {found.size:,} bytes")
-    return 0 if found.ok else FINDING
+            lines.append(f"{path}: {len(found.unverified)} tensors not verified: no known algorithm made their digests")
+        if ok:
+            lines.append(f"{path}: every digest matches; {found.tensors} tensors, {found.size:,} bytes")
+    if weights is not None and ok:
+        from lora_state_format.conversion import belongs
+
+        pairing, evidence = belongs(path, weights)
+        if pairing:
+            ok = not pairing.differing
+            lines.append(f"weights: {pairing.matching}/{pairing.matching + len(pairing.differing)} match by digest")
+            lines += [f"weights differ: {name}" for name in pairing.differing[:SHOWN]]
+        if evidence:
+            ok = ok and evidence.verdict != "contradicted"
+            lines += [describe_evidence(evidence.to_json()), *evidence.against, *evidence.notes]
+        members["weights"] = pairing and vars(pairing)
+        members["evidence"] = evidence and evidence.to_json()
+        members["ok"] = ok
+    if as_json:
+        _say_json(members)
+    else:
+        _say(*lines)
+    return 0 if ok else FINDING
 
 
 @commands.command()

@@ -19,11 +19,13 @@ from lora_state_format.report import SCHEMA_VERSION, describe_naming, naming_jso
 from lora_state_format.sources import File
 
 if TYPE_CHECKING:
+    from lora_state_format.evidence import Evidence, Pairing
     from lora_state_format.registry import Converter, Writer
 
-__all__ = ["ConversionReport", "Names", "convert", "read"]
+__all__ = ["ConversionReport", "Names", "belongs", "convert", "read"]
 
 ADAPTER: Final = "adapter_model.safetensors"
+MODEL: Final = "model.safetensors"
 ADAPTER_CONFIG: Final = "adapter_config.json"
 CONFIG: Final = "config.json"
 
@@ -68,7 +70,7 @@ class ConversionReport:
             f"{done} {self.source} ({self.source_format}) to {self.target} ({self.target_format})",
             f"{self.parameters} parameters in groups of {list(self.groups)}{step}",
             f"slots: {slots}; {self.tensors} tensors, {self.bytes:,} bytes",
-            describe_naming(self.naming),
+            *describe_naming(self.naming),
         ]
         if self.paired:
             lines.append(f"weights: digests of {self.paired} of {self.parameters} parameters kept with their state")
@@ -78,7 +80,9 @@ class ConversionReport:
 
     def to_json(self) -> dict[str, Any]:
         """The report as JSON values."""
-        return {"schema_version": SCHEMA_VERSION, **vars(self), "naming": naming_json(self.naming)}
+        naming = naming_json(self.naming)
+        evidence = naming["details"].pop("evidence", None)
+        return {"schema_version": SCHEMA_VERSION, **vars(self), "naming": naming, "evidence": evidence}
 
 
 def read(
@@ -165,6 +169,27 @@ def convert(
         )
 
 
+def belongs(path: str | os.PathLike[str], weights: str | os.PathLike[str]) -> tuple[Pairing | None, Evidence | None]:
+    """Whether a state and weights belong together: by the digests that the state keeps, and by the numbers.
+
+    ``weights`` is a safetensors file, or a folder with an adapter or a model in one. The first result is ``None`` where
+    the state keeps no digest that could be compared; the second where digests settle it, because the state was saved
+    from a live optimizer and every weight is the very one of that moment. A positional state is named by the weights.
+    """
+    from lora_state_format.evidence import paired, weigh
+
+    path = Path(path)
+    checkpoint = _with_weights(Path(weights), registry.detect(path)[0].read(path))
+    if isinstance(checkpoint.state, PositionalState):
+        checkpoint = _named(None, checkpoint, path, None)
+    assert isinstance(checkpoint.state, OptimizerState)
+    with checkpoint.state as state:
+        pairing = paired(state, checkpoint.weights)
+        settled = state.naming.rule is None and pairing.matching == len(state)
+        compared = pairing.matching + len(pairing.differing) > 0
+        return (pairing if compared else None), (None if settled else weigh(state, checkpoint.weights))
+
+
 def _check_options(options: Mapping[str, Any], *converters: Converter) -> None:
     known = {key: meaning for converter in converters for key, meaning in registry.options(converter).items()}
     for key in options:
@@ -219,17 +244,22 @@ def _resolve(names: Names | None, checkpoint: Checkpoint) -> tuple[Sequence[str]
     if not isinstance(names, (str, os.PathLike)):
         return names, checkpoint
     path = Path(names)
-    if path.is_dir():
-        if (path / CONFIG).exists():
-            return path, checkpoint
-        path = path / ADAPTER
     if not path.exists():
         raise FileNotFoundError(f"{path}: no such file or folder to take names from")
-    if path.suffix != ".safetensors":
-        return read_names(path), checkpoint
+    if (path / CONFIG).exists():
+        return path, checkpoint
+    if path.is_dir() or path.suffix == ".safetensors":
+        return None, _with_weights(path, checkpoint)
+    return read_names(path), checkpoint
+
+
+def _with_weights(path: Path, checkpoint: Checkpoint) -> Checkpoint:
+    """The checkpoint as if these weights, a file or in a folder, lay beside it."""
+    if path.is_dir():
+        path = next((path / name for name in (ADAPTER, MODEL) if (path / name).exists()), path / ADAPTER)
     weights = container.read_header(File(path)).tensors
-    config = path.with_name(ADAPTER_CONFIG)
-    return None, replace(checkpoint, weights=weights, configs={ADAPTER_CONFIG: config} if config.exists() else {})
+    configs = {name: path.with_name(name) for name in (ADAPTER_CONFIG, CONFIG) if path.with_name(name).exists()}
+    return replace(checkpoint, weights=weights, configs=configs)
 
 
 def _named(names: Sequence[str] | Path | None, checkpoint: Checkpoint, path: Path, rule: str | None) -> Checkpoint:
@@ -237,7 +267,7 @@ def _named(names: Sequence[str] | Path | None, checkpoint: Checkpoint, path: Pat
     assert isinstance(state, PositionalState)
     parameters: Sequence[Parameter | order.Described]
     if isinstance(names, Path):
-        parameters, source = _rebuilt(names), "configs"
+        parameters, source = _rebuilt(names, checkpoint), "configs"
     elif names is not None:
         parameters, source, rule = _listed(state, names, checkpoint), "names", "listed"
     elif checkpoint.weights and ADAPTER_CONFIG in configs:
@@ -245,7 +275,7 @@ def _named(names: Sequence[str] | Path | None, checkpoint: Checkpoint, path: Pat
     elif state.names is not None:
         parameters, source, rule = _listed(state, state.names, checkpoint), "checkpoint", "listed"
     elif CONFIG in configs:
-        parameters, source = _rebuilt(configs[CONFIG].parent), "configs"
+        parameters, source = _rebuilt(configs[CONFIG].parent, checkpoint), "configs"
     else:
         raise MissingNamesError(
             f"{path}: the state of {len(state.ids)} parameters stands under positions, and nothing beside it says "
@@ -282,11 +312,11 @@ def _listed(state: PositionalState, names: Sequence[str], checkpoint: Checkpoint
     return parameters
 
 
-def _rebuilt(folder: Path) -> Sequence[order.Described]:
-    """The parameters of the model that the configs in a folder describe. Needs torch, transformers and peft."""
+def _rebuilt(folder: Path, checkpoint: Checkpoint) -> Sequence[order.Described]:
+    """The parameters of the model that the configs in a folder describe; an adapter's may lie beside the checkpoint."""
     from lora_state_format.torch.rebuild import rebuild
 
-    return rebuild(folder)
+    return rebuild(folder, None if (folder / ADAPTER_CONFIG).exists() else checkpoint.configs.get(ADAPTER_CONFIG))
 
 
 def _config(checkpoint: Checkpoint) -> Mapping[str, Any] | None:

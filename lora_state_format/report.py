@@ -113,14 +113,26 @@ class Statistics:
 # --- words --------------------------------------------------------------------------------------------------------
 
 
-def describe_naming(naming: Naming) -> str:
+def describe_naming(naming: Naming) -> Iterator[str]:
     """Where names came from, and how sure that is."""
     text = f"names: from {SOURCES.get(naming.source, naming.source)}"
     if naming.rule:
         text += f", in the order of rule '{naming.rule}'"
     if alike := naming.details.get("interchangeable"):
         text += f"; {alike!r} of them share their shape with another"
-    return text
+    yield text
+    evidence = naming.details.get("evidence")
+    if isinstance(evidence, Mapping):
+        yield describe_evidence(evidence)
+
+
+def describe_evidence(evidence: Mapping[str, Any]) -> str:
+    """What the numbers say of an order; ``evidence`` is ``Evidence.to_json()``, as ``naming`` keeps it."""
+    pairs, orders = evidence["pairs"], list(evidence["orders"].values())
+    return (
+        f"evidence: {evidence['verdict']}; of the exchanges of two modules {pairs['excluded']} excluded and "
+        f"{pairs['undecided']} undecided, of the other whole orders {orders.count('excluded')}/{len(orders)} excluded"
+    )
 
 
 def describe(state: OptimizerState | PositionalState, *, statistics: bool = False) -> Iterator[str]:
@@ -141,7 +153,7 @@ def describe(state: OptimizerState | PositionalState, *, statistics: bool = Fals
     step = "" if state.global_step is None else f", step {state.global_step}"
     yield f"{sum(row.count for row in rows.values())} parameters{step}; {len(sizes)} tensors, {sum(sizes):,} bytes"
     if isinstance(state, OptimizerState):
-        yield describe_naming(state.naming)
+        yield from describe_naming(state.naming)
     else:
         yield "names: none, the state stands under positions"
     for index, optimizer in enumerate(state.optimizers):

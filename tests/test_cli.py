@@ -153,12 +153,13 @@ def test_inspect_a_named_file(lora_state: Output, converted: Path) -> None:
     assert lines[0] == f"{converted} (named)"
     assert lines[1].startswith("392 parameters, step 3; 784 tensors, ")
     assert lines[2].startswith("names: from the adapter file, in the order of rule ")
-    assert lines[3] == "optimizer 0: class not stated"
-    assert lines[4].startswith("group 0: 392 parameters, ")
-    assert ", lr 0.001, " in lines[4]
-    assert ", betas (0.9, 0.999), " in lines[4]
-    assert lines[5].startswith("group 1: 0 parameters, ")
-    assert len(lines) == 6 + 14
+    assert lines[3].startswith("evidence: ")
+    assert lines[4] == "optimizer 0: class not stated"
+    assert lines[5].startswith("group 0: 392 parameters, ")
+    assert ", lr 0.001, " in lines[5]
+    assert ", betas (0.9, 0.999), " in lines[5]
+    assert lines[6].startswith("group 1: 0 parameters, ")
+    assert len(lines) == 7 + 14
     prefix = "group 0: 28 x base_model.model.model.layers.{0-27}"
     assert f"{prefix}.self_attn.q_proj.lora_A.default.weight [4, 32]: exp_avg F32, exp_avg_sq F32, step 3.0" in lines
 
@@ -238,6 +239,23 @@ def test_verify_a_truncated_file(lora_state: Output, converted: Path, tmp_path: 
     path.write_bytes(converted.read_bytes()[:-1])
     assert lora_state("verify", path) == 3
     assert lora_state.err.startswith(f"error: {path}: ")
+
+
+def test_verify_with_weights(lora_state: Output, converted: Path, founding: Founding, tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    assert lora_state("verify", converted, "--weights", founding.path) == 0
+    assert "\nweights: 392/392 match by digest\n" in lora_state.out
+    members = lora_state.json("verify", converted, "--weights", founding.path / "adapter_model.safetensors")
+    assert members["weights"]["matching"] == 392
+    assert members["evidence"]["verdict"] in {"confirmed", "partly"}
+
+    weights = load_file(founding.path / "adapter_model.safetensors")
+    save_file({key: value + 1 for key, value in weights.items()}, tmp_path / "adapter_model.safetensors")
+    shutil.copy(founding.path / "adapter_config.json", tmp_path)
+    assert lora_state("verify", converted, "--weights", tmp_path) == 1
+    assert "\nweights: 0/392 match by digest\n" in lora_state.out
+    assert lora_state.out.count("weights differ: ") == 5
 
 
 # --- the rest -----------------------------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 import lora_state_format as lsf
-from lora_state_format.conversion import ConversionReport, convert, read
+from lora_state_format.conversion import ConversionReport, belongs, convert, read
 from lora_state_format.errors import (
     ConversionError,
     FileError,
@@ -17,6 +17,7 @@ from lora_state_format.errors import (
     TargetExistsError,
 )
 from lora_state_format.model import Group, Naming, Optimizer, OptimizerState, Parameter
+from lora_state_format.report import describe_evidence
 
 if TYPE_CHECKING:
     from tests.conftest import Founding
@@ -107,6 +108,7 @@ def test_the_report_in_words(founding: Founding, tmp_path: Path) -> None:
         f"slots: step x 392, exp_avg x 392, exp_avg_sq x 392; 784 tensors, {report.bytes:,} bytes\n"
         f"names: from the adapter file, in the order of rule '{report.naming.rule}'; "
         f"{report.naming.details['interchangeable']!r} of them share their shape with another\n"
+        f"{describe_evidence(report.to_json()['evidence'])}\n"
         "weights: digests of 392 of 392 parameters kept with their state\n"
         f"digest: {report.digest}"
     )
@@ -118,6 +120,8 @@ def test_the_report_as_json(founding: Founding, tmp_path: Path) -> None:
     assert members["schema_version"] == 1
     assert members["groups"] == [392, 0]
     assert members["naming"]["source"] == "adapter"
+    assert members["evidence"]["verdict"] in {"confirmed", "partly"}
+    assert set(members["evidence"]["pairs"]) == {"excluded", "undecided"}
     assert members["digest"] == report.digest
 
 
@@ -186,6 +190,23 @@ def test_an_adapter_from_elsewhere(alone: Path, founding: Founding, tmp_path: Pa
         assert exactly(state, founding)
 
 
+def test_a_folder_of_configs(alone: Path, founding: Founding, tmp_path: Path) -> None:
+    folder = tmp_path / "configs"
+    founding.model.get_base_model().config.save_pretrained(folder)
+    shutil.copy(founding.path / "adapter_config.json", folder)
+    with read(alone, names=folder) as state:
+        assert exactly(state, founding)
+        assert state.naming.source == "configs"
+
+
+def test_the_configs_of_the_base_alone(founding: Founding, tmp_path: Path) -> None:
+    folder = tmp_path / "configs"
+    founding.model.get_base_model().config.save_pretrained(folder)
+    with read(founding.path, names=folder) as state:
+        assert exactly(state, founding)
+        assert (state.naming.source, "evidence" in state.naming.details) == ("configs", True)
+
+
 def test_too_few_names(alone: Path, founding: Founding) -> None:
     with pytest.raises(ConversionError) as caught:
         read(alone, names=list(founding.slots)[1:])
@@ -250,6 +271,37 @@ def test_an_adapter_config_that_is_not_json(founding: Founding, tmp_path: Path) 
     assert str(caught.value) == f"{config}: not a JSON object"
 
 
+# --- weights ------------------------------------------------------------------------------------------------------
+
+
+def test_a_file_belongs_to_the_weights_of_its_moment(founding: Founding, tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    target = tmp_path / "optimizer.safetensors"
+    convert(founding.path, target)
+    pairing, evidence = belongs(target, founding.path)
+    assert pairing is not None
+    assert (pairing.matching, pairing.differing, pairing.uncompared) == (392, (), ())
+    assert evidence is not None, "the digests are of a file beside a positional one: they prove no order"
+    assert evidence.verdict in {"confirmed", "partly"}
+
+    weights = load_file(founding.path / "adapter_model.safetensors")
+    first = next(iter(weights))
+    weights[first] += 1
+    (tmp_path / "later").mkdir()
+    save_file(weights, tmp_path / "later" / "adapter_model.safetensors")
+    pairing, _ = belongs(target, tmp_path / "later")
+    assert pairing is not None
+    assert (pairing.matching, len(pairing.differing)) == (391, 1)
+
+
+def test_a_legacy_file_is_named_by_the_weights(alone: Path, founding: Founding) -> None:
+    pairing, evidence = belongs(alone, founding.path)
+    assert pairing is None
+    assert evidence is not None
+    assert evidence.verdict in {"confirmed", "partly"}
+
+
 # --- options and targets ------------------------------------------------------------------------------------------
 
 
@@ -309,6 +361,41 @@ def test_notes_on_parameters_that_are_special(tmp_path: Path) -> None:
         "1 parameters never took a step; they are kept as such",
         "1 parameters with state are in no group; they stand behind the groups",
     )
+
+
+def test_options_that_no_converter_has(founding: Founding, tmp_path: Path) -> None:
+    with pytest.raises(OptionError) as caught:
+        read(founding.path, options={"colour": 1})
+    assert str(caught.value) == "no option 'colour' for torch_optimizer; there are: none"
+    with pytest.raises(OptionError, match=r"^no option 'colour' for torch_optimizer and dcp; there are: key \("):
+        convert(founding.path, tmp_path / "dcp", target_format="dcp", options={"colour": 1})
+
+
+def test_options_reach_the_converter_that_knows_them(founding: Founding, tmp_path: Path) -> None:
+    target = tmp_path / "dcp"
+    report = convert(founding.path, target, target_format="dcp", options={"key": "optim"})
+    assert (report.target_format, report.digest, report.written) == ("dcp", None, True)
+    with read(target) as state:
+        assert exactly(state, founding)
+
+
+def test_a_format_that_is_read_only(founding: Founding, tmp_path: Path) -> None:
+    with pytest.raises(OptionError) as caught:
+        convert(founding.path, tmp_path / "a", target_format="deepspeed_zero")
+    assert str(caught.value) == "format 'deepspeed_zero' can be read but not written"
+
+
+def test_back_to_what_it_was(founding: Founding, tmp_path: Path) -> None:
+    import torch
+
+    convert(founding.path, tmp_path / "named.safetensors")
+    report = convert(tmp_path / "named.safetensors", tmp_path / "optimizer.pt", target_format="torch_optimizer")
+    assert str(report).splitlines()[0].endswith("/optimizer.pt (torch_optimizer)")
+    before, after = (torch.load(path / "optimizer.pt", weights_only=True) for path in (founding.path, tmp_path))
+    assert before["param_groups"] == after["param_groups"]
+    assert before["state"].keys() == after["state"].keys()
+    for identity, slots in before["state"].items():
+        assert all(torch.equal(value, after["state"][identity][slot]) for slot, value in slots.items())
 
 
 def test_a_format_that_is_not_there(founding: Founding, tmp_path: Path) -> None:
