@@ -71,3 +71,13 @@ def zero(tmp_path_factory: pytest.TempPathFactory, run_ranks: RunRanks) -> Calla
     run_ranks("deepspeed_run", root / "2", 2, two)
     run_ranks("deepspeed_run", root / "3", 3, "1-bf16,2-bf16-robin,3-bf16-sub")
     return lambda ranks, case: root / str(ranks) / case
+
+
+@pytest.fixture(scope="session")
+def fsdp(tmp_path_factory: pytest.TempPathFactory, run_ranks: RunRanks) -> Callable[[str], Path]:
+    """What an FSDP run saved, by case; what the run held lies beside it."""
+    root = tmp_path_factory.mktemp("fsdp")
+    run_ranks("fsdp_run", root, 2, "nested,flattened,positional,rows,fsdp1,local")
+    run_ranks("fsdp_run", root, 3, "three,three-5")
+    run_ranks("fsdp_run", root, 1, "full")
+    return lambda case: root / case

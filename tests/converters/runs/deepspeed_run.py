@@ -1,8 +1,8 @@
 """One rank of a DeepSpeed run on the CPU: checkpoints, what the run held when it wrote them, and what it did next.
 
 Usage: deepspeed_run.py OUT RANK WORLD PORT CASE[,CASE..] ; a case is STAGE-DTYPE[-FLAG..], for example 2-bf16-robin.
-OUT/CASE becomes the checkpoint folder; OUT/CASE.live.pt holds, by name, what every rank's state gathered to, and for each of
-three more steps the averaged gradients that went in and the state that came out.
+OUT/CASE becomes the checkpoint folder; OUT/CASE.live.pt holds, by name, what every rank's state gathered to, and for
+each of three more steps the averaged gradients that went in and the state that came out.
 """
 
 from __future__ import annotations

@@ -1,9 +1,10 @@
 """One rank of an FSDP run on the CPU: the folders and files that its users save, and the full state that the run held.
 
 Usage: fsdp_run.py OUT RANK WORLD PORT CASE[,CASE..]
-Cases that save: nested, flattened, positional (DCP folders of FSDP2), rows (sharded along axis 1), full (FSDP1's one file),
-fsdp1 (FSDP1's sharded folder), local (FSDP2's per-rank files). Cases that load: load:FOLDER, load:FOLDER:flattened.
-OUT/CASE is what was saved, OUT/CASE.live.pt the gathered state: {name: {slot: tensor}} and its groups.
+Cases that save: nested, flattened, positional (DCP folders of FSDP2), rows (sharded along axis 1), three (nested, for
+three ranks; three-5 two steps later), full (FSDP1's one file), fsdp1 (its sharded folder), local (FSDP2's per-rank
+files). Cases that load: load:FOLDER, load:FOLDER:flattened. OUT/CASE is what was saved, OUT/CASE.live.pt the gathered
+state: {name: {slot: tensor}} and its groups.
 """
 
 from __future__ import annotations
@@ -20,19 +21,21 @@ warnings.filterwarnings("ignore")
 
 import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
-import torch.distributed.checkpoint as dcp  # noqa: E402
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner  # noqa: E402
 from torch.distributed.checkpoint.state_dict import (  # noqa: E402
     StateDictOptions,
     get_model_state_dict,
     get_optimizer_state_dict,
     set_optimizer_state_dict,
 )
+from torch.distributed.checkpoint.state_dict_loader import load as dcp_load  # noqa: E402
+from torch.distributed.checkpoint.state_dict_saver import save as dcp_save  # noqa: E402
 from torch.distributed.fsdp import FullyShardedDataParallel, ShardingStrategy, StateDictType, fully_shard  # noqa: E402
 from torch.distributed.tensor import Shard  # noqa: E402
 
 
 class Net(torch.nn.Module):
-    """Odd sizes; a frozen layer; a parameter that never gets a gradient; a name with a dot-like segment."""
+    """A frozen layer, and a parameter that never gets a gradient."""
 
     def __init__(self, hidden: int) -> None:
         super().__init__()
@@ -40,6 +43,7 @@ class Net(torch.nn.Module):
         self.lora_A = torch.nn.ModuleDict({"default": torch.nn.Linear(hidden, 3, bias=False)})
         self.norm = torch.nn.LayerNorm(3)
         self.lora_B = torch.nn.ModuleDict({"default": torch.nn.Linear(3, 11)})
+        self.idle = torch.nn.Parameter(torch.ones(5))
         self.base.requires_grad_(False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -102,7 +106,7 @@ def joined(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> dict[str
 
 def save(case: str) -> None:
     model, optimizer = sharded(case)
-    train(model, optimizer, 3)
+    train(model, optimizer, 5 if case.endswith("-5") else 3)
     folder = out / case
     if case == "full":
         with FullyShardedDataParallel.state_dict_type(model, StateDictType.FULL_STATE_DICT):
@@ -114,7 +118,7 @@ def save(case: str) -> None:
     elif case == "fsdp1":
         with FullyShardedDataParallel.state_dict_type(model, StateDictType.SHARDED_STATE_DICT):
             state = FullyShardedDataParallel.optim_state_dict(model, optimizer)
-            dcp.save({"optimizer": state}, checkpoint_id=folder / "optimizer_0")
+            dcp_save({"optimizer": state}, checkpoint_id=folder / "optimizer_0")
         live = joined(model, optimizer)
     else:
         if case == "positional":
@@ -129,7 +133,7 @@ def save(case: str) -> None:
         else:
             state = {"model": get_model_state_dict(model), "optim": get_optimizer_state_dict(model, optimizer)}
         if state is not None:
-            dcp.save(state, checkpoint_id=folder)
+            dcp_save(state, checkpoint_id=folder)
         live = whole(model, optimizer)
     if rank == 0:
         torch.save(live, out / f"{case}.live.pt")
@@ -138,14 +142,16 @@ def save(case: str) -> None:
 def load(folder: str, flattened: bool) -> None:
     """Load a folder that this project wrote, with torch's own functions; keep what the run then holds."""
     model, optimizer = sharded("load")
+    # torch makes state of zeros for a parameter that never took a step, and then misses it in a folder of its own too.
+    planner = DefaultLoadPlanner(allow_partial_load=True)
     if flattened:
         options = StateDictOptions(flatten_optimizer_state_dict=True)
         state = get_optimizer_state_dict(model, optimizer, options=options)
-        dcp.load(state, checkpoint_id=out / folder)
+        dcp_load(state, checkpoint_id=out / folder, planner=planner)
     else:
         options = StateDictOptions()
         state = get_optimizer_state_dict(model, optimizer)
-        dcp.load({"optimizer": state}, checkpoint_id=out / folder)
+        dcp_load({"optimizer": state}, checkpoint_id=out / folder, planner=planner)
     set_optimizer_state_dict(model, optimizer, state, options=options)
     live = whole(model, optimizer)
     if rank == 0:

@@ -1,0 +1,217 @@
+"""DCP folders of FSDP on 2 CPU ranks against the state that the run gathered, and folders written for it to load."""
+
+from __future__ import annotations
+
+import pickle
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lora_state_format.converters import dcp
+
+from lora_state_format import registry
+from lora_state_format.container import open_state
+from lora_state_format.conversion import convert
+from lora_state_format.dcp import open_folder, write_folder
+from lora_state_format.errors import FileError, OptionError, RefusedError, TargetExistsError, UnrepresentableError
+from lora_state_format.model import OptimizerState, PositionalState, Role
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+NAMES = ["lora_A.default.weight", "lora_B.default.weight", "idle", "norm.weight", "norm.bias", "lora_B.default.bias"]
+
+
+def live_of(path: Path) -> Any:
+    return torch.load(path.with_name(f"{path.name}.live.pt"))
+
+
+def slots_of(live: Any) -> dict[str, Any]:
+    return {name: live["state"].get(name, {}) for name in NAMES}
+
+
+def read(path: Path) -> OptimizerState:
+    state = dcp.read(path).state
+    assert isinstance(state, OptimizerState)
+    return state
+
+
+@pytest.mark.parametrize("case", ["nested", "flattened", "rows"])
+def test_it_holds_what_the_ranks_held(fsdp: Callable[[str], Path], assert_holds: Any, case: str) -> None:
+    path = fsdp(case)
+    converter, match = registry.detect(path)
+    assert (converter.NAME, match.reason) == ("dcp", "a .metadata file that lists an optimizer's param_groups")
+    with read(path) as state:
+        live = live_of(path)
+        assert_holds(state, slots_of(live))
+        assert state["idle"].state is None
+        assert state["idle"].shape == (5,)
+        assert all(slot.role is Role.PARAM for parameter in state.parameters for _, slot in parameter.tensors())
+        assert [
+            {**dict(group.options), "params": [parameter.name for parameter in members]}
+            for group, members in zip(state.groups, state.members(), strict=True)
+        ] == live["param_groups"]
+
+
+def test_chunks_along_another_axis_come_together(fsdp: Callable[[str], Path]) -> None:
+    with read(fsdp("rows")) as state:
+        tensor = state["lora_A.default.weight"]["exp_avg"]
+        assert [piece.where.start for piece in tensor.pieces] == [(0, 0), (0, 7)]
+        assert tensor.runs is None
+        assert bytes(tensor.read([slice(1, 3), slice(5, 9)])) == bytes(
+            live_of(fsdp("rows"))["state"]["lora_A.default.weight"]["exp_avg"][1:3, 5:9].contiguous().numpy().tobytes()
+        )
+
+
+def test_sharded_fsdp1(fsdp: Callable[[str], Path], assert_holds: Any) -> None:
+    path = fsdp("fsdp1")
+    assert registry.detect(path)[1].path == path / "optimizer_0" / ".metadata"
+    with read(path) as state:
+        live = live_of(path)["state"]
+        steps = {name: {"step": slots["step"]} for name, slots in live.items() if slots}
+        assert_holds(state, {name: steps.get(name, {}) for name in NAMES})
+        for name, slots in live.items():
+            for slot in slots.keys() - {"step"}:
+                assert torch.equal(state[name][slot].torch().flatten(), slots[slot]), (name, slot)
+
+
+def test_a_saved_state_dict_keeps_its_ids(fsdp: Callable[[str], Path]) -> None:
+    state = dcp.read(fsdp("positional")).state
+    assert isinstance(state, PositionalState)
+    assert state.ids == (0, 1, 2, 3, 4, 5)
+    assert list(state.names or ()) == NAMES
+    assert 2 not in state.entries
+    state.resources[0].close()
+
+
+def test_it_converts_to_one_file_with_the_weights_digests(
+    fsdp: Callable[[str], Path], tmp_path: Path, assert_holds: Any
+) -> None:
+    report = convert(fsdp("rows"), tmp_path / "optimizer.safetensors")
+    assert (report.source_format, report.groups, report.paired) == ("dcp", (2, 4), 6)
+    with open_state(report.target) as state:
+        assert_holds(state, slots_of(live_of(fsdp("rows"))))
+
+
+@pytest.mark.parametrize("flattened", [False, True])
+def test_torch_loads_what_is_written(
+    fsdp: Callable[[str], Path], tmp_path: Path, run_ranks: Any, flattened: bool
+) -> None:
+    """``torch.distributed.checkpoint.load`` and ``set_optimizer_state_dict`` on 2 ranks give back the run's state."""
+    options = {"flattened": True, "key": ""} if flattened else None
+    with read(fsdp("nested")) as state:
+        dcp.write(state, tmp_path / "written", base=None, force=False, options=options)
+    again = dcp.read(tmp_path / "written").state
+    assert isinstance(again, PositionalState)  # nothing in the folder says the shape of what never took a step
+    assert (list(again.names or ()), again.groups) == (NAMES, state.groups)
+    run_ranks("fsdp_run", tmp_path, 2, "load:written" + (":flattened" if flattened else ""))
+    live, loaded = live_of(fsdp("nested")), torch.load(tmp_path / "written.loaded.pt")
+    assert loaded["param_groups"] == live["param_groups"]
+    for name, slots in live["state"].items():
+        for slot, expected in slots.items():
+            assert torch.equal(loaded["state"][name][slot], expected), (name, slot)
+
+
+def test_what_is_written_is_what_torch_writes(fsdp: Callable[[str], Path], tmp_path: Path) -> None:
+    """Whatever DCP stores for each key, and the keys' paths."""
+    with read(fsdp("nested")) as state:
+        dcp.write(state, tmp_path / "written", base=None, force=False, options={"key": "optim"})
+    ours, theirs = (
+        pickle.loads((folder / ".metadata").read_bytes()) for folder in (tmp_path / "written", fsdp("nested"))
+    )
+    for key, path in ours.planner_data.items():
+        assert theirs.planner_data[key] == path
+        described = theirs.state_dict_metadata[key]
+        assert type(ours.state_dict_metadata[key]) is type(described)
+        if hasattr(described, "size"):
+            assert ours.state_dict_metadata[key].size == described.size
+            assert ours.state_dict_metadata[key].properties == described.properties
+
+
+def test_nothing_is_overwritten_and_nothing_foreign_deleted(fsdp: Callable[[str], Path], tmp_path: Path) -> None:
+    target = tmp_path / "written"
+    with read(fsdp("nested")) as state:
+        dcp.write(state, target, base=None, force=False)
+        before = (target / "__0_0.distcp").read_bytes()
+        with pytest.raises(TargetExistsError):
+            dcp.write(state, target, base=None, force=False)
+        dcp.write(state, target, base=None, force=True)
+        assert (target / "__0_0.distcp").read_bytes() == before
+        (target / "model.safetensors").write_bytes(b"")
+        with pytest.raises(TargetExistsError) as foreign:
+            dcp.write(state, target, base=None, force=True)
+        assert str(foreign.value) == f"{target} holds other files too (model.safetensors); choose another folder"
+        with pytest.raises(OptionError) as option:
+            dcp.write(state, tmp_path / "x", base=None, force=False, options={"layout": 1})
+        assert str(option.value) == (
+            "dcp has no option 'layout'; it has: key (where the optimizer stands in the tree that is written: "
+            "'optimizer' if not said, '' for the top); flattened (write torch's flattened layout "
+            "(flatten_optimizer_state_dict=True))"
+        )
+    assert [path.name for path in tmp_path.iterdir()] == ["written"]
+
+
+# --- what is refused ----------------------------------------------------------------------------------------------
+
+
+def copied(path: Path, to: Path) -> Path:
+    return Path(shutil.copytree(path, to / path.name))
+
+
+def test_a_missing_rank_file_is_named(fsdp: Callable[[str], Path], tmp_path: Path) -> None:
+    folder = copied(fsdp("nested"), tmp_path)
+    (folder / "__1_0.distcp").unlink()
+    with pytest.raises(FileError) as error:
+        dcp.read(folder)
+    assert str(error.value) == f"{folder / '__1_0.distcp'}: missing: .metadata says that it holds a part of the state"
+
+
+def test_a_truncated_rank_file_is_named(fsdp: Callable[[str], Path], tmp_path: Path) -> None:
+    folder = copied(fsdp("nested"), tmp_path)
+    cut = folder / "__1_0.distcp"
+    cut.write_bytes(cut.read_bytes()[:-10])
+    with pytest.raises(FileError) as error:
+        dcp.read(folder)
+    assert str(error.value).startswith(f"{cut}: is cut short: {cut.stat().st_size} bytes, where .metadata places '")
+
+
+def test_files_of_two_steps_are_refused(fsdp: Callable[[str], Path], tmp_path: Path) -> None:
+    """As far as it can be told: where more than one file holds steps, which takes three ranks."""
+    folder = copied(fsdp("three"), tmp_path)
+    shutil.copy(fsdp("three-5") / "__2_0.distcp", folder)
+    with pytest.raises(FileError) as error:
+        dcp.read(folder)
+    assert str(error.value) == (
+        f"{folder / '__2_0.distcp'}: every step in it differs from those in __1_0.distcp: files of two checkpoints"
+    )
+
+
+def test_a_changed_byte_is_found_while_it_streams(fsdp: Callable[[str], Path], tmp_path: Path) -> None:
+    folder = copied(fsdp("nested"), tmp_path)
+    live = live_of(fsdp("nested"))["state"]["lora_B.default.weight"]["exp_avg"]
+    damaged = folder / "__1_0.distcp"
+    data = bytearray(damaged.read_bytes())
+    at = data.index(live[-2:].numpy().tobytes())
+    data[at] ^= 1
+    damaged.write_bytes(data)
+    with pytest.raises(FileError, match="the CRC-32 that the"):
+        convert(folder, tmp_path / "optimizer.safetensors")
+    assert not (tmp_path / "optimizer.safetensors").exists()
+
+
+def test_a_metadata_that_points_elsewhere_is_refused(tmp_path: Path) -> None:
+    write_folder({("optimizer", "param_groups", 0, "params"): []}, tmp_path / "x")
+    meta = tmp_path / "x" / ".metadata"
+    meta.write_bytes(meta.read_bytes().replace(b"__0_0.distcp", b"../../passwd"))
+    with pytest.raises(RefusedError) as error:
+        open_folder(tmp_path / "x")
+    assert str(error.value) == f"{meta}: points at a file outside the folder: '../../passwd'"
+
+
+def test_two_paths_with_one_key_cannot_be_written(tmp_path: Path) -> None:
+    with pytest.raises(UnrepresentableError) as error:
+        write_folder({("a", "b.c"): 1, ("a.b", "c"): 2}, tmp_path / "x")
+    assert str(error.value) == "DCP would give ('a', 'b.c') and ('a.b', 'c') the same key"
+    assert list(tmp_path.iterdir()) == []
