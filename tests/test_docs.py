@@ -1,0 +1,67 @@
+"""The worked examples under docs/: what they show is what happens."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import io
+import re
+import shlex
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+
+from lora_state_format.cli import run
+
+if TYPE_CHECKING:
+    from conftest import Founding
+
+DOCS = Path(__file__).parent.parent / "docs"
+BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+
+
+def carry_out(document: str, namespace: dict[str, Any]) -> None:
+    """Run the blocks of a document in order; what they print is what the document says, ``...`` aside."""
+    printed = ""
+    for kind, text in BLOCK.findall((DOCS / document).read_text(encoding="utf-8")):
+        with contextlib.redirect_stdout(io.StringIO()) as out:
+            if kind == "python":
+                exec(compile(text, document, "exec"), namespace)
+            elif kind == "console":
+                command, _, text = text.removeprefix("$ lora-state ").partition("\n")
+                assert run(shlex.split(command)) == 0
+                printed = ""
+        printed += out.getvalue()
+        if kind != "python":
+            pattern = ".*".join(map(re.escape, text.split("...")))
+            assert re.fullmatch(pattern, printed), f"{text}--- but it prints ---\n{printed}"
+            printed = ""
+    assert not printed
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+def test_a_preconditioned_norm_needs_no_optimizer(
+    founding: Founding, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    live: Any = copy.deepcopy(founding.model)
+    tokens = torch.randint(0, 64, (2, 8), generator=torch.Generator().manual_seed(2))
+    batch = {"input_ids": tokens, "labels": tokens}
+    shutil.copytree(founding.path, tmp_path / "checkpoint-3")
+    monkeypatch.chdir(tmp_path)
+    namespace = {"base": copy.deepcopy(live).unload(), "batch": batch}
+    carry_out("preconditioner.md", namespace)
+
+    live.train(False)
+    live.zero_grad()
+    live(**batch).loss.backward()
+    square = 0.0
+    for name, parameter in live.named_parameters():
+        if parameter.grad is not None:
+            slots = founding.slots[name]
+            root = (slots["exp_avg_sq"].double() / (1 - 0.999 ** slots["step"].item())).sqrt()
+            square += (parameter.grad.double().square() / (root + 1e-8)).sum().item()
+    assert square > 0
+    assert namespace["norm"] == pytest.approx(square**0.5, rel=1e-5)
