@@ -16,7 +16,7 @@ PACKAGE = "lora_state_format"
 CHAIN = ["errors", "sources", "model", "crc", "canonical", "manifest", "atomic", "container"]
 """Each of these imports only those before it."""
 
-PURE = ["evidence", "names", "order", "plan"]
+PURE = ["names", "order", "plan"]
 """These know values and shapes, no files."""
 
 FILES = {"atomic", "cli", "container", "conversion", "converters", "manifest", "pickles", "registry", "sources", "zips"}
