@@ -280,7 +280,8 @@ def _read_one(reader: Reader, found: Found, index: int, prefix: str | None) -> _
                 raise FileError(f"{_dotted(place)} lists id {identity!r}, which was listed before")
             members[identity] = raw
         options = tuple((key, reader.value(raw[key], (*place, key))) for key in raw if key != "params")
-        groups.append(Group(index, options, len(raw["params"])))
+        name = raw.get("name")
+        groups.append(Group(index, options, len(raw["params"]), name if isinstance(name, str) else None))
     entries: dict[int | str, Mapping[str, Value]] = {}
     loose: dict[Any, Value] = {}
     for key, raw in state.items():
