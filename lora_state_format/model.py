@@ -653,6 +653,18 @@ class OptimizerState(Mapping[str, Parameter]):
         self.close()
 
 
+def _shape_of(entry: Mapping[str, Value]) -> tuple[int, ...] | None:
+    shown = {leaf.role: leaf.tensor.shape for _, leaf in walk(entry) if isinstance(leaf, Slot)}
+    if Role.PARAM in shown:
+        return shown[Role.PARAM]
+    row, col = shown.get(Role.ROW, ()), shown.get(Role.COL, ())
+    dropped = row[:-1] == col[:-1] and bool(row)  # transformers drops the axis that it reduces,
+    kept = row[:-2] == col[:-2] and row[-1:] == col[-2:-1] == (1,)  # torch keeps it with one element
+    if dropped == kept:
+        return None
+    return (*row, col[-1]) if dropped else (*row[:-1], col[-1])
+
+
 @dataclass(frozen=True)
 class PositionalState:
     """State whose parameters have ids, not names: ``ids`` run through the groups as ``OptimizerState.parameters`` do.
@@ -676,12 +688,8 @@ class PositionalState:
         return [group.count for group in self.groups]
 
     def shapes(self) -> list[tuple[int, ...] | None]:
-        """The shape of each parameter as its ``param`` slots show it; ``None`` where they do not."""
-        result: list[tuple[int, ...] | None] = []
-        for identity in self.ids:
-            leaves = (leaf for _, leaf in walk(self.entries.get(identity, {})))
-            result.append(next((x.tensor.shape for x in leaves if isinstance(x, Slot) and x.role is Role.PARAM), None))
-        return result
+        """The shape of each parameter as its ``param`` slots, or ``row`` and ``col``, show it; else ``None``."""
+        return [_shape_of(self.entries.get(identity, {})) for identity in self.ids]
 
     def named(self, parameters: Sequence[Parameter], naming: Naming) -> OptimizerState:
         """The same state under names. ``parameters`` stand in the order of ``ids``; their state is filled in from here.

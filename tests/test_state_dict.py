@@ -48,7 +48,7 @@ def stepped(build: Build) -> dict[str, Any]:
     def loss() -> float:
         optimizer.zero_grad()
         value = torch.stack([(p**2).sum() for p in parameters[:-1]]).sum()
-        value.backward()
+        torch.autograd.backward([value])
         return value.item()
 
     optimizer = build(parameters)
@@ -102,6 +102,19 @@ def test_roles_are_what_the_shapes_of_a_run_show(name: str) -> None:
                 }
                 squeezed = tuple(n for n in value.tensor.shape if n > 1)
                 assert squeezed == expected[value.role], (slot, shape)
+
+
+@pytest.mark.parametrize("name", ["Adafactor", "transformers Adafactor"])
+def test_factored_moments_show_the_shape_of_their_parameter(name: str) -> None:
+    tree = stepped(lambda p: OPTIMIZERS[name](p) if name == "Adafactor" else transformers.Adafactor(p))
+    assert from_state_dict(read(tree)).shapes() == [*SHAPES, None]
+
+
+def test_factored_moments_that_show_two_shapes_show_none() -> None:
+    """torch's of a parameter of (2, 1, 3), or transformers' of one of (2, 1, 1, 3)."""
+    entry = {"row_var": torch.ones(2, 1, 1), "col_var": torch.ones(2, 1, 3)}
+    tree = {"state": {0: entry}, "param_groups": [{"params": [0]}]}
+    assert from_state_dict(read(tree)).shapes() == [None]
 
 
 def test_a_state_dict_whose_ids_are_addresses_and_whose_state_is_sparse() -> None:
