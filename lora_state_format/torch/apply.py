@@ -368,7 +368,9 @@ def _compare(loading: LoadPlan) -> tuple[int, tuple[str, ...]]:
     matching, differing = 0, []
     for binding in loading.bindings:
         saved, own = binding.saved.weights if binding.saved else None, loading.live.parameters[binding.name]
-        if saved is None or saved.algorithm != ALGORITHM or saved.dtype != own.dtype or own.digest is None:
+        if saved is None or own.digest is None or binding.resize:
+            continue
+        if (saved.algorithm, saved.dtype) != (ALGORITHM, own.dtype):
             continue
         if own.digest() == saved:
             matching += 1
@@ -383,9 +385,9 @@ def _report(loading: LoadPlan, matching: int, differing: tuple[str, ...]) -> Loa
     steps = [int(step) for parameter in restored if (step := _number((parameter.state or {}).get("step"))) is not None]
     notes = list(loading.notes)
     if differing:
-        which = "these weights are" if not matching else f"the weights of {len(differing)} parameters are"
+        which = f"the weights of {len(differing)} parameters" if matching else "these weights"
         notes.append(
-            f"{which} not those that the state was saved with: of another step, or changed since (the first is "
+            f"{which} are not those that the state was saved with: of another step, or changed since (the first is "
             f"'{differing[0]}')"
         )
     report = LoadReport(
