@@ -8,6 +8,7 @@ stable-baselines3, a zip whose members are such files themselves. torch is not i
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
@@ -40,7 +41,7 @@ WEIGHTS: Final = (
 MEMBER: Final = "optimizer.pth"
 """How the members of stable-baselines3's archives end that hold an optimizer; ``policy.pth`` holds the parameters."""
 
-STATE_DICTS: Final = ("state_dict", "model_state_dict", "model")
+STATE_DICTS: Final = ("state_dict", "model_state_dict", "model", "policy.pth")
 """Where the parameters lie in a checkpoint that holds the optimizer too."""
 
 
@@ -80,6 +81,8 @@ def read(path: Path) -> Checkpoint:
         weights: Mapping[str, Tensor] = _state_dict(tree)
         if not weights and (name := next((name for name in WEIGHTS if name in beside), None)):
             weights = _weights(beside[name], files)
+        elif not weights:
+            weights = _namesake(path, files)
         state = from_state_dict(
             *found,
             origin=_origin(found, beside),
@@ -152,6 +155,17 @@ def _weights(path: Path, files: list[File]) -> Mapping[str, Tensor]:
         return read_header(file).tensors
     tree = pickles.load(file).value
     return {key: value for key, value in tree.items() if isinstance(value, Tensor)} if isinstance(tree, dict) else {}
+
+
+def _namesake(path: Path, files: list[File]) -> Mapping[str, Tensor]:
+    """The parameters in the file that is called ``model`` where this one is called ``optimizer``, if there is one."""
+    model = path.with_name(re.sub("optim(izer)?", "model", path.name, count=1))
+    if model == path or not model.is_file():
+        return {}
+    try:
+        return _weights(model, files)
+    except FileError:
+        return {}  # a whole module, perhaps, which cannot be read without running code: nobody asked for it
 
 
 def _global_step(tree: Any, beside: Mapping[str, Path]) -> int | None:

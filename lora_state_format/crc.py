@@ -76,7 +76,10 @@ class Ledger:
         for source, parts in self._seen.values():
             if _combined_crc(source, sorted(parts), buffer) != source.crc32:
                 name = getattr(source, "name", "a member of the container")
-                raise FileError(f"{name} does not have the CRC-32 that the container states: the file is damaged")
+                raise FileError(
+                    f"{name} does not have the CRC-32 that the container states: the file is damaged",
+                    path=getattr(source, "path", None),
+                )
 
 
 def _combined_crc(source: Source, parts: Sequence[tuple[int, int, int]], buffer: memoryview) -> int:

@@ -869,7 +869,7 @@ def _load_zip(source: Source, path: object) -> Pickled:
     data = bytes(member.bytes())
     if member.crc32 not in (None, crc32(data)):
         raise FileError(
-            f"{member.name} does not have the CRC-32 that the archive states: the file is damaged", path=path
+            f"{member.name} does not have the CRC-32 that the container states: the file is damaged", path=path
         )
 
     def open_storage(key: str, size: int) -> Range:

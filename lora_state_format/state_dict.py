@@ -200,7 +200,7 @@ def _scalar(tensor: Tensor, place: Place) -> Scalar:
     data = bytes(tensor.bytes())
     source = tensor.pieces[0].source
     if source.crc32 is not None and source.size == len(data) and crc32(data) != source.crc32:
-        raise FileError(f"{_dotted(place)} does not have the CRC-32 that the archive states: the file is damaged")
+        raise FileError(f"{_dotted(place)} does not have the CRC-32 that the container states: the file is damaged")
     return Scalar(tensor.dtype, data)
 
 

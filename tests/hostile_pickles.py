@@ -345,7 +345,7 @@ STORED = "; torch.save stores its members as they are: unpack the archive and zi
 
 zipped(
     "pickle-damaged", lambda: flipped(GOOD, GOOD.index(b"FloatStorage")),
-    "archive/data.pkl does not have the CRC-32 that the archive states: the file is damaged",
+    "archive/data.pkl does not have the CRC-32 that the container states: the file is damaged",
 )  # fmt: skip
 zipped(
     "compressed", lambda: archive({"archive/data.pkl": PROTO + b"N."}, zipfile.ZIP_DEFLATED),

@@ -433,7 +433,7 @@ def test_a_scalar_whose_storage_changed_is_refused() -> None:
     data[data.index(b"\0\x50\x9a\x44")] ^= 1
     with pytest.raises(FileError) as caught:
         from_state_dict(pickles.load(Memory(data)).value)
-    assert str(caught.value) == ("state.0.step does not have the CRC-32 that the archive states: the file is damaged")
+    assert str(caught.value) == ("state.0.step does not have the CRC-32 that the container states: the file is damaged")
 
 
 def test_parameters_in_no_group_cannot_be_written_into_a_state_dict() -> None:
