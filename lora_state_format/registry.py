@@ -41,6 +41,7 @@ BUILT_IN: Final[Mapping[str, str]] = {
     "dcp": "lora_state_format.converters.dcp",
     "deepspeed_universal": "lora_state_format.converters.deepspeed_universal",
     "deepspeed_zero": "lora_state_format.converters.deepspeed_zero",
+    "flax_msgpack": "lora_state_format.converters.flax_msgpack",
     "torch_optimizer": "lora_state_format.converters.torch_optimizer",
 }
 """Converter name -> its module."""

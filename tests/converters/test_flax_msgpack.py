@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import tracemalloc
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +19,24 @@ from lora_state_format.errors import (
     ConversionError,
     FileError,
     OptionError,
-    RefusedError,
     StateFormatError,
     TargetExistsError,
     UnrepresentableError,
 )
-from lora_state_format.model import Checkpoint, OptimizerState, Parameter, Scalar, Tensor
-from lora_state_format.sources import File
+from lora_state_format.model import (
+    Group,
+    Naming,
+    Optimizer,
+    OptimizerState,
+    Parameter,
+    Role,
+    Scalar,
+    Slot,
+    Tensor,
+    contiguous,
+)
+from lora_state_format.optax import CHAINS, LAYOUTS
+from lora_state_format.sources import File, Memory
 
 
 def read(path: Path, **options: Any) -> OptimizerState:
@@ -60,11 +72,11 @@ def written(path: Path, tree: Any) -> Path:
 def test_it_is_found_by_its_first_key(tmp_path: Path) -> None:
     path = written(tmp_path / "any.name", adam())
     converter, match = registry.detect(path)
-    assert converter is flax_msgpack
+    assert converter.NAME == "flax_msgpack"
     assert match.reason == "msgpack whose first key, '0', is one of an optimizer's state as flax writes it"
     (tmp_path / "folder").mkdir()
     path.rename(tmp_path / "folder" / "opt_state.msgpack")
-    assert registry.detect(tmp_path / "folder")[0] is flax_msgpack
+    assert registry.detect(tmp_path / "folder")[0].NAME == "flax_msgpack"
     for other in (b"", b"\x80", msgpack.packb({"params": {}}), msgpack.packb([1, 2]), b"PK\3\4"):
         assert flax_msgpack.detect(written(tmp_path / "other", other)) is None
 
@@ -72,72 +84,74 @@ def test_it_is_found_by_its_first_key(tmp_path: Path) -> None:
 BAD: dict[str, tuple[Any, str]] = {
     "nothing": (b"", "ends 1 bytes before the end of what it announces, at byte 0"),
     "no map": (7, "is not a map of msgpack, as flax writes it"),
-    "cut": (msgpack.packb(adam())[:-3], "ends 1 bytes before the end of what it announces, at byte 145"),
-    "cut array": (msgpack.packb({"0": MOMENT})[:-3], "ends 3 bytes before the end of an array, at byte 24"),
+    "cut": (msgpack.packb(adam())[:-3], "ends 1 bytes before the end of what it announces, at byte 121"),
+    "cut array": (msgpack.packb({"0": MOMENT})[:-3], "ends 3 bytes before the end of an array, at byte 20"),
     "more behind": (msgpack.packb(adam()) + b"\0", "goes on for 1 bytes behind its map"),
     "a key twice": (b"\x82\xa10\x80\xa10\x80", "the key '0' twice in a map, at byte 6"),
-    "a key of bytes": (b"\x81\xc4\x010\x80", "a bin at byte 3, where flax writes maps and arrays"),
+    "a key of bytes": (b"\x81\xc4\x010\x80", "a bin as a key in a map, at byte 3"),
     "a key of a number": (b"\x81\xff\x80", "the key -1 in a map, at byte 2"),
     "a key of nothing": (b"\x81\xc0\x80", "the key None in a map, at byte 2"),
     "a long key": ({"k" * 5000: 1}, "a text of 5000 bytes, beyond 4096, at byte 4"),
     "no utf-8": (b"\x81\xa2\xff\xff\x80", "a text that is not UTF-8, at byte 4"),
     "a code of nothing": (b"\x81\xa10\xc1", "0xc1, which msgpack does not use, at byte 4"),
     "a list": ({"0": [1]}, "a list at byte 4, where flax writes maps and arrays"),
-    "another ext": ({"0": msgpack.ExtType(9, b"x")}, "an ext of type 9 at byte 6, where flax writes arrays"),
-    "a timestamp": ({"0": msgpack.Timestamp(1)}, "an ext of type -1 at byte 6, where flax writes arrays"),
-    "a complex number": ({"0": msgpack.ExtType(2, b"x")}, "a complex number at byte 6, where flax writes arrays"),
-    "half an array": ({"0": payload([2], "float32")}, "an array that does not begin with its shape, at byte 9"),
-    "no shape": ({"0": payload(2, "float32", b"")}, "an array that does not begin with its shape, at byte 9"),
+    "another ext": ({"0": msgpack.ExtType(9, b"x")}, "an ext of type 9 at byte 5, where flax writes arrays"),
+    "a timestamp": ({"0": msgpack.Timestamp(1)}, "an ext of type -1 at byte 5, where flax writes arrays"),
+    "a complex number": ({"0": msgpack.ExtType(2, b"x")}, "a complex number at byte 5, where flax writes arrays"),
+    "half an array": ({"0": payload([2], "float32")}, "an array that does not begin with its shape, at byte 8"),
+    "no shape": ({"0": payload(2, "float32", b"")}, "an array that does not begin with its shape, at byte 8"),
     "33 axes": (
         {"0": payload([1] * 33, "float32", b"1234")},
-        "an array that does not begin with its shape, at byte 11",
+        "an array that does not begin with its shape, at byte 10",
     ),
     "less than none": (
         {"0": payload([-1], "float32", b"1234")},
-        "an array with a dimension that is no size, at byte 10",
+        "an array with a dimension that is no size, at byte 9",
     ),
-    "a float": ({"0": payload([1.0], "float32", b"1234")}, "an array with a dimension that is no size, at byte 18"),
+    "a float": ({"0": payload([1.0], "float32", b"1234")}, "an array with a dimension that is no size, at byte 17"),
     "objects": (
         {"0": payload([1], "object", b"1234")},
-        "an array of type 'object' at byte 17: safetensors has no such type",
+        "an array of type 'object' at byte 15: safetensors has no such type",
     ),
-    "int4": ({"0": payload([4], "int4", b"1234")}, "an array of type 'int4' at byte 15: safetensors has no such type"),
+    "int4": ({"0": payload([4], "int4", b"1234")}, "an array of type 'int4' at byte 14: safetensors has no such type"),
     "too few bytes": (
         {"0": payload([2], "float32", b"1234")},
-        "an array of type float32 and shape [2] with 4 bytes in an ext of 16, at byte 19",
+        "an array of type float32 and shape [2] with 4 bytes in an ext of 17, at byte 19",
     ),
     "beyond all": (
         {"0": payload([2**63, 2**63, 2**63], "float32", b"")},
-        "an array of type float32 and shape [9223372036854775808, 9223372036854775808, 9223372036854775808] with 0 bytes "
-        "in an ext of 39, at byte 44",
+        (
+            "an array of type float32 and shape [9223372036854775808, 9223372036854775808, 9223372036854775808] with 0 "
+            "bytes in an ext of 39, at byte 45"
+        ),
     ),
     "more than it says": (
         {"0": msgpack.ExtType(1, msgpack.packb(([1], "float32", b"1234")) + b"0")},
-        "an array of type float32 and shape [1] with 4 bytes in an ext of 17, at byte 20",
+        "an array of type float32 and shape [1] with 4 bytes in an ext of 18, at byte 19",
     ),
     "no chunks": (
         {flax.CHUNKED: True, "shape": {"0": 0}, "chunks": {}},
-        "an array in chunks that are not flat, or not of one type, at byte 42",
+        "an array in chunks that are not flat, or not of one type, at byte 46",
     ),
     "false chunks": (
         {flax.CHUNKED: False, "shape": {}, "chunks": {}},
-        "an array in chunks with other members than shape and chunks, at byte 39",
+        "an array in chunks with other members than shape and chunks, at byte 43",
     ),
     "a chunk that is missing": (
         {flax.CHUNKED: True, "shape": {"0": 4}, "chunks": {"1": MOMENT}},
-        "an array in chunks without a plain list of them, or of its dimensions, at byte 88",
+        "an array in chunks without a plain list of them, or of its dimensions, at byte 89",
     ),
     "a chunk with axes": (
         {flax.CHUNKED: True, "shape": {"0": 6}, "chunks": {"0": MOMENT}},
-        "an array in chunks that are not flat, or not of one type, at byte 88",
+        "an array in chunks that are not flat, or not of one type, at byte 89",
     ),
     "a chunk too small": (
         {flax.CHUNKED: True, "shape": {"0": 6}, "chunks": {"0": ndarray(np.zeros(5, np.float32))}},
-        "an array of shape [6] in chunks of [5] elements, at byte 83",
+        "an array of shape [6] in chunks of [5] elements, at byte 84",
     ),
     "a chunk too deep": (
         {flax.CHUNKED: True, "shape": {"0": -6}, "chunks": {"0": ndarray(np.zeros(5, np.float32))}},
-        "an array in chunks with a dimension that is no size, at byte 83",
+        "an array in chunks with a dimension that is no size, at byte 84",
     ),
     "deep": (b"\x81\xa10" * 70, "nested deeper than 64 levels, at byte 195"),
     "half a pair": (b"\x92\x91\xa1a", "ends 1 bytes before the end of what it announces, at byte 4"),
@@ -182,13 +196,18 @@ ODD: dict[str, tuple[Any, str]] = {
         {"0": {"trace": MOMENT}},
         "0/trace is an array of type F32 and shape [2, 3], where a tree of the parameters' arrays was expected",
     ),
-    "other parameters": (adam(nu={}) | {"0": {"count": COUNT, "mu": {"w": MOMENT}, "nu": {"v": MOMENT}}},
-                         "0/nu is of other parameters than mu"),
+    "other parameters": (
+        {"0": {"count": COUNT, "mu": {"w": MOMENT}, "nu": {"v": MOMENT}}},
+        "0/nu is of other parameters than mu",
+    ),
     "another shape": (
         adam(ndarray(np.zeros(2, np.float32))),
         "'w' of shape [2] has slots of other shapes: exp_avg [2], exp_avg_sq [2, 3]",
     ),
-    "an array around": ({"0": MOMENT}, "0 is an array of type F32 and shape [2, 3], where a state of optax was expected"),
+    "an array around": (
+        {"0": MOMENT},
+        "0 is an array of type F32 and shape [2, 3], where a state of optax was expected",
+    ),
     "an array for a number": (
         {"count": MOMENT, "hyperparams": {}, "hyperparams_states": {}, "inner_state": adam()},
         "count is an array of type F32 and shape [2, 3], where one number was expected",
@@ -196,11 +215,16 @@ ODD: dict[str, tuple[Any, str]] = {
     "what nobody knows": (adam() | {"1": {"ema": {}}}, "1 holds ema: no state of optax that is known"),
     "half accumulated": (
         {"mini_step": COUNT, "gradient_step": COUNT, "inner_opt_state": adam(), "acc_grads": {}, "skip_state": {}},
-        "mini_step is 3: gradients are half accumulated, which no other framework keeps with the state; save it after an "
-        "update",
+        ("mini_step is 3: gradients are half accumulated, which no other framework keeps with the state; save it after "
+        "an update"),
     ),
     "eps inside": (
-        {"count": COUNT, "hyperparams": {"eps_root": ndarray(np.float32(1))}, "hyperparams_states": {}, "inner_state": adam()},
+        {
+            "count": COUNT,
+            "hyperparams": {"eps_root": ndarray(np.array(1, np.float32))},
+            "hyperparams_states": {},
+            "inner_state": adam(),
+        },
         "eps_root is 1.0: torch adds nothing inside the root",
     ),
 }  # fmt: skip
@@ -220,19 +244,28 @@ def test_what_the_caller_has_to_say(tmp_path: Path) -> None:
     for options, message in (
         (
             {},
-            f"{path}: 0 holds mu, nu, and the file does not say of which rule; it fits adam, adamw, adamax: say which with "
-            "--optimizer (optimizer=)",
+            (
+                f"{path}: 0 holds count, mu, nu, and the file does not say of which rule; it fits adam, adamw, "
+                "adamax: say which with --optimizer (optimizer=)"
+            ),
         ),
-        ({"optimizer": "sgd"}, f"{path}: 0 holds mu, nu, which is not the state of sgd; it fits adam, adamw, adamax"),
+        (
+            {"optimizer": "sgd"},
+            f"{path}: 0 holds count, mu, nu, which is not the state of sgd; it fits adam, adamw, adamax",
+        ),
         (
             {"optimizer": "nadam"},
-            "'nadam' does not convert between frameworks: torch keeps a product of momenta (mu_product) that others "
-            "recompute",
+            (
+                "'nadam' does not convert between frameworks: torch keeps a product of momenta (mu_product) that "
+                "others recompute"
+            ),
         ),
         (
             {"optimizer": "torch.optim.LBFGS"},
-            "'torch.optim.LBFGS' is no rule that converts between frameworks; these are: adam, adamw, adamax, sgd, lion, "
-            "adagrad, adadelta, rmsprop, adafactor",
+            (
+                "'torch.optim.LBFGS' is no rule that converts between frameworks; these are: adam, adamw, adamax, "
+                "sgd, lion, adagrad, adadelta, rmsprop, adafactor"
+            ),
         ),
         ({"optimizer": "adam", "momentum": 0.9}, "adam has no option 'momentum'; it has: lr, betas, eps, weight_decay"),
     ):
@@ -243,7 +276,7 @@ def test_what_the_caller_has_to_say(tmp_path: Path) -> None:
     with pytest.raises(OptionError) as caught:
         read(rms, optimizer="rmsprop")
     assert str(caught.value) == (
-        f"{rms} does not count steps, and torch.optim.rmsprop.RMSprop does: say how many with --option step=N"
+        f"{rms}: torch.optim.rmsprop.RMSprop counts its steps, and the file does not: say --option step=N"
     )
     with pytest.raises(OptionError, match=r"^step='x' is no number of steps$"):
         read(rms, optimizer="rmsprop", step="x")
@@ -311,21 +344,24 @@ def test_no_second_copy_of_an_array(tmp_path: Path) -> None:
     assert peak < size // 16
 
 
-def test_bombs_are_bounded(tmp_path: Path) -> None:
+def test_bombs_are_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Many nodes in few bytes, and sizes that nothing stands behind."""
-    items = b"".join(msgpack.packb(f"{n}") + b"\x80" for n in range(600_000))
-    for bomb in (
-        b"\xdf" + (600_000).to_bytes(4, "big") + items,
-        b"\xdf\xff\xff\xff\xff\xa10\x80",
-        b"\x81\xa10\xc6\xff\xff\xff\xff",
-    ):
+    monkeypatch.setattr(flax, "MAX_NODES", 50_000)
+    items = b"".join(msgpack.packb(str(n)) + b"\x80" for n in range(60_000))
+    bombs = {
+        b"\xdf" + (60_000).to_bytes(4, "big") + items: "more than 50000 nodes, at byte 338894",
+        b"\xdf\xff\xff\xff\xff\xa10\x80": "ends 1 bytes before the end of what it announces, at byte 8",
+        b"\x81\xa10\xdb\xff\xff\xff\xff": "a text of 4294967295 bytes, beyond 4096, at byte 8",
+    }
+    for bomb, message in bombs.items():
         path = written(tmp_path / "bomb", bomb)
         tracemalloc.start()
-        with pytest.raises(FileError), File(path) as file:
+        with pytest.raises(FileError) as caught, File(path) as file:
             flax.load(file)
         peak = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
-        assert peak < 1 << 28
+        assert str(caught.value) == f"{path}: {message}"
+        assert peak < 1 << 25
 
 
 def test_fuzzed_files_raise_what_is_declared(tmp_path: Path) -> None:
@@ -342,7 +378,7 @@ def test_fuzzed_files_raise_what_is_declared(tmp_path: Path) -> None:
     ]
     path = tmp_path / "fuzzed"
     raised = 0
-    for _ in range(4000):
+    for _ in range(1500):
         data = bytearray(generator.choice(seeds))
         for _ in range(generator.randint(1, 4)):
             at = generator.randrange(len(data))
@@ -360,14 +396,10 @@ def test_fuzzed_files_raise_what_is_declared(tmp_path: Path) -> None:
             read(path, optimizer="adam").close()
         except StateFormatError:
             raised += 1
-    assert raised > 3000
+    assert raised > 1000
 
 
 def state_of(*parameters: Parameter, **changes: Any) -> OptimizerState:
-    from dataclasses import replace
-
-    from lora_state_format.model import Group, Naming, Optimizer
-
     state = OptimizerState(
         (Optimizer("torch.optim.adam.Adam"),), (Group(0, (), len(parameters)),), parameters, Naming("model")
     )
@@ -375,9 +407,6 @@ def state_of(*parameters: Parameter, **changes: Any) -> OptimizerState:
 
 
 def test_what_optax_has_no_place_for(tmp_path: Path) -> None:
-    from lora_state_format.model import Group, Optimizer, Role, Slot, contiguous
-    from lora_state_format.sources import Memory
-
     tensor = Slot(contiguous("F32", (2,), Memory(bytes(8))), Role.PARAM)
 
     def moments(step: Any, **more: Any) -> Mapping[str, Any]:
@@ -413,8 +442,10 @@ def test_what_optax_has_no_place_for(tmp_path: Path) -> None:
         (
             state_of(one, groups=(Group(0, (("amsgrad", True),), 1),)),
             UnrepresentableError,
-            "amsgrad=True does not convert between frameworks: torch keeps the maximum of the raw second moments, others "
-            "that of the bias-corrected ones",
+            (
+                "amsgrad=True does not convert between frameworks: torch keeps the maximum of the raw second "
+                "moments, others that of the bias-corrected ones"
+            ),
         ),
         (
             state_of(one, groups=(Group(0, (("dampening", 0.1),), 1),)),
@@ -429,8 +460,10 @@ def test_what_optax_has_no_place_for(tmp_path: Path) -> None:
         (
             state_of(one, optimizers=(Optimizer("torch.optim.nadam.NAdam"),)),
             UnrepresentableError,
-            "'torch.optim.nadam.NAdam' does not convert between frameworks: torch keeps a product of momenta (mu_product) "
-            "that others recompute",
+            (
+                "'torch.optim.nadam.NAdam' does not convert between frameworks: torch keeps a product of momenta "
+                "(mu_product) that others recompute"
+            ),
         ),
         (
             state_of(one, optimizers=(Optimizer(None),)),
@@ -504,8 +537,8 @@ def optimizers() -> dict[str, tuple[str, Make]]:
 
 
 OPTAX = [
-    "adam", "adamw", "schedule", "bf16 mu", "sgd", "sgd with decay", "lion", "adagrad", "adadelta", "rmsprop", "centered",
-    "adamax", "adafactor", "chain", "inject", "multi steps", "apply if finite", "masked", "multi transform",
+    "adam", "adamw", "schedule", "bf16 mu", "sgd", "sgd with decay", "lion", "adagrad", "adadelta", "rmsprop",
+    "centered", "adamax", "adafactor", "chain", "inject", "multi steps", "apply if finite", "masked", "multi transform",
 ]  # fmt: skip
 
 
@@ -544,16 +577,16 @@ def test_it_holds_what_flax_reads_and_comes_back_byte_for_byte(tmp_path: Path, n
     path = tmp_path / "opt_state.msgpack"
     path.write_bytes(to_bytes(state))
     (tmp_path / "flax_model.msgpack").write_bytes(to_bytes(params))
-    assert registry.detect(tmp_path)[0] is flax_msgpack
+    assert registry.detect(tmp_path)[0].NAME == "flax_msgpack"
 
     ours = read(path, optimizer=rule, step=4)
-    slots = dict(zip(("mu", "nu", "trace", "sum_of_squares", "e_g", "e_x"), ((), (), (), (), (), ()), strict=True))
-    found = {}
+    fields = {field for layout in LAYOUTS if layout.rule != "adafactor" for field in layout.fields}
+    found: dict[tuple[str, str], np.ndarray[Any, Any]] = {}
     for keys, leaf in optax_nodes.leaves(msgpack_restore(path.read_bytes())):
-        field = next((key for key in keys if key in slots), None)
+        field = next((key for key in keys if key in fields), None)
         if field and isinstance(leaf, np.ndarray):
             found[field, ".".join(keys[keys.index(field) + 1 :])] = leaf
-    layout = next(x for x in flax_layouts() if x.rule == rule and set(x.fields) >= {field for field, _ in found})
+    layout = next(x for x in LAYOUTS if x.rule == rule and set(x.fields) >= {field for field, _ in found})
     for (field, parameter), array in found.items():
         value = ours[parameter][layout.fields[field]]
         data = bytes(value.data if isinstance(value, Scalar) else value.bytes())
@@ -575,12 +608,6 @@ def test_it_holds_what_flax_reads_and_comes_back_byte_for_byte(tmp_path: Path, n
     for back, target in (("back", tx.init(params)), ("filled", tx.init(params)), ("train_state", train_state)):
         restored = from_bytes(target, (tmp_path / back).read_bytes())
         assert_trees_equal(getattr(restored, "opt_state", restored), state, void="acc_grads")
-
-
-def flax_layouts() -> Any:
-    from lora_state_format.optax import LAYOUTS
-
-    return LAYOUTS
 
 
 def assert_trees_equal(one: Any, other: Any, void: str) -> None:
@@ -606,7 +633,7 @@ def test_refused_optimizers(tmp_path: Path) -> None:
         (optax.contrib.prodigy, "the root is the state of prodigy, which does not convert: "),
         (optax.contrib.schedule_free_adamw, "the root is the state of schedule_free, which does not convert: "),
         (lambda lr: optax.rmsprop(lr, momentum=0.9), "0 and 2 both hold state of 'a.k': a rule of two parts "),
-        (lambda lr: optax.flatten(optax.adam(lr)), "0/mu is an array of type F32 and shape [35], where a tree of the "),
+        (lambda lr: optax.flatten(optax.adam(lr)), "0/mu is an array of type F32 and shape [36], where a tree of the "),
         (lambda lr: optax.chain(optax.ema(0.9), optax.sgd(lr)), "0 holds count, ema: no state of optax that is known"),
         (optax.sgd, "holds no parameter's state: its optimizer keeps none, or it is not of optax"),
     ):
@@ -621,11 +648,9 @@ def test_the_chains_are_those_of_optax() -> None:
     import optax
     from flax.serialization import to_state_dict
 
-    from lora_state_format.optax import CHAINS, LAYOUTS
-
     for rule, chain in CHAINS.items():
         make = {"sgd": lambda lr: optax.sgd(lr, momentum=0.9)}.get(rule, getattr(optax, rule))
-        states = to_state_dict(make(1e-3).init({"w": np.zeros(2)}))
+        states = to_state_dict(make(1e-3).init({"w": np.zeros(2, np.float32)}))
         assert "".join("N" if states[str(n)] else "-" for n in range(len(states))) == chain
         fields = [field for state in states.values() for field in state if field != "count"]
         assert any(list(layout.fields) == fields for layout in LAYOUTS if layout.rule == rule)
@@ -639,7 +664,8 @@ def test_factors_of_adafactor_are_named_by_the_parameters_shape(tmp_path: Path) 
     from flax.training.train_state import TrainState
 
     tx = optax.adafactor(1e-2, min_dim_size_to_factor=2)
-    for shape in ((3, 5), (5, 3), (4, 4)):
+    shapes: list[tuple[int, int]] = [(3, 5), (5, 3), (4, 4)]
+    for shape in shapes:
         gradient = jnp.asarray(np.random.default_rng(0).normal(size=shape), jnp.float32)
         state = TrainState.create(apply_fn=None, params={"w": gradient}, tx=tx).apply_gradients(grads={"w": gradient})
         path = tmp_path / "state.msgpack"
@@ -686,7 +712,7 @@ def test_an_nnx_optimizer(tmp_path: Path) -> None:
     from flax import nnx
     from flax.serialization import to_bytes
 
-    class Model(nnx.Module):
+    class Model(nnx.Module):  # type: ignore[misc]
         def __init__(self, rngs: nnx.Rngs) -> None:
             self.layers = nnx.List([nnx.LoRALinear(4, 6, lora_rank=2, rngs=rngs) for _ in range(11)])
 
@@ -698,7 +724,7 @@ def test_an_nnx_optimizer(tmp_path: Path) -> None:
     path = tmp_path / "optimizer.msgpack"
     pure = nnx.to_pure_dict(nnx.state(optimizer))
     path.write_bytes(to_bytes(pure))
-    assert registry.detect(path)[0] is flax_msgpack
+    assert registry.detect(path)[0].NAME == "flax_msgpack"
     ours = read(path, optimizer="adamw")
     assert list(ours)[:3] == ["layers.0.lora.lora_a", "layers.0.lora.lora_b", "layers.1.lora.lora_a"]
     moments = pure["opt_state"][0]
@@ -723,12 +749,11 @@ def test_a_stream_of_easylm(tmp_path: Path) -> None:
     with path.open("wb") as file:
         for keys, leaf in flatten_dict(to_state_dict(train_state)).items():
             file.write(msgpack.packb((keys, to_bytes(leaf))))
-    converter, match = registry.detect(path)
-    assert converter is flax_msgpack
-    checkpoint: Checkpoint = flax_msgpack.read(path, {"optimizer": "adamw"})
+    converter, _match = registry.detect(path)
+    assert converter.NAME == "flax_msgpack"
+    checkpoint = flax_msgpack.read(path, {"optimizer": "adamw"})
     ours = checkpoint.state
     assert isinstance(ours, OptimizerState)
     assert ours["b"]["exp_avg"].bytes() == np.asarray(state[1][0].mu["b"]).tobytes()
     assert checkpoint.weights["b"].bytes() == np.asarray(params["b"]).tobytes()
     assert ours["a.s"]["step"].item() == 4
-    assert isinstance(RefusedError("x"), FileError)

@@ -1,0 +1,307 @@
+"""Optimizer state as optax keeps it, and back: no optax, no jax. ``optax_nodes`` has the structure of its trees."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any, Final, TypeAlias, cast
+
+from lora_state_format.algorithms import (
+    HYPERPARAMETERS,
+    Algorithm,
+    Layout,
+    choose,
+    group_options,
+    is_zero,
+    layout_of,
+    of_state,
+    stated_step,
+    step_scalar,
+    steps,
+    zeros,
+)
+from lora_state_format.errors import ConversionError, FileError, OptionError, RefusedError, UnrepresentableError
+from lora_state_format.model import (
+    Group,
+    Naming,
+    Optimizer,
+    OptimizerState,
+    Parameter,
+    Scalar,
+    Slot,
+    Tensor,
+    Value,
+    item_size,
+)
+from lora_state_format.optax_nodes import Keys, Leaf, Node, Tree, counters, nested, relative, survey
+from lora_state_format.state_dict import role_of
+
+__all__ = ["LAYOUTS", "OPTIONS", "from_tree", "to_tree"]
+
+LAYOUTS: Final = (
+    Layout("adam", {"mu": "exp_avg", "nu": "exp_avg_sq"}, counts=True),
+    Layout("adamw", {"mu": "exp_avg", "nu": "exp_avg_sq"}, counts=True),
+    Layout("adamax", {"mu": "exp_avg", "nu": "exp_inf"}, counts=True),
+    Layout("lion", {"mu": "exp_avg"}, counts=True),
+    Layout("sgd", {"trace": "momentum_buffer"}),
+    Layout("adagrad", {"sum_of_squares": "sum"}),
+    Layout("adadelta", {"e_g": "square_avg", "e_x": "acc_delta"}),
+    Layout("rmsprop", {"nu": "square_avg"}),
+    Layout("rmsprop", {"mu": "grad_avg", "nu": "square_avg"}),
+    Layout("adafactor", {"v_row": "exp_avg_sq_row", "v_col": "exp_avg_sq_col", "v": "exp_avg_sq"}, counts=True),
+)
+CHAINS: Final[Mapping[str, str]] = {
+    "adam": "N-", "adamw": "N--", "adamax": "N-", "lion": "N--", "sgd": "N-", "adagrad": "N-", "adadelta": "-N-",
+    "rmsprop": "N--", "adafactor": "N----",
+}  # fmt: skip
+"""The tuple that ``optax.NAME(learning_rate)`` makes: ``N`` is the parameters' state, ``-`` an empty one."""
+
+OPTIONS: Final[Mapping[str, str]] = {
+    "optimizer": "the rule, as in adamw, or the class: the file does not say it",
+    "step": "steps taken, where the state of the rule does not count them",
+    **HYPERPARAMETERS,
+}
+"""What a caller may state of a tree."""
+
+
+# --- reading ------------------------------------------------------------------------------------------------------
+
+
+def from_tree(
+    tree: Tree,
+    *,
+    path: object,
+    options: Mapping[str, Any],
+    origin: Mapping[str, Value],
+    weights: Mapping[str, Tensor],
+    resources: tuple[Any, ...] = (),
+) -> OptimizerState:
+    """The state in a tree, with a group for each label of ``multi_transform``. Names are paths joined with dots.
+
+    ``options`` are those of ``OPTIONS``; ``weights`` are the parameters themselves, as far as they are known. What is
+    around the parameters' state is kept in ``origin["tree"]``, from which ``to_tree`` makes the same tree again.
+
+    Raises what ``survey`` raises, ``FileError`` for shapes that disagree, and ``OptionError`` for what has to be said,
+    or is said and not so.
+    """
+    around, nodes = survey(tree, path)
+    step = _step(around, nodes, options)
+    groups, parameters, class_path = [], [], None
+    for node in nodes:
+        algorithm, layout = choose(options.get("optimizer"), LAYOUTS, node.held, f"{path}: {node.where}")
+        stated = group_options(algorithm, {**node.injected, **options})
+        for name, value in stated:
+            if value != node.injected.get(name, value):
+                raise OptionError(f"{path} holds {name}={node.injected[name]!r}, not {value!r}")
+        groups.append(Group(0, stated, len(node.paths), node.label))
+        count = step if node.count is None else node.count
+        parameters += [_parameter(node, keys, algorithm, layout, count, weights, path) for keys in node.paths]
+        class_path = algorithm.class_path
+    holes: list[Value] = [[list(hole) for hole in node.holes] for node in nodes]
+    return OptimizerState(
+        optimizers=(Optimizer(class_path),),
+        groups=tuple(groups),
+        parameters=tuple(parameters),
+        naming=Naming("checkpoint", details={"order": "unknown"}),
+        origin={**origin, "tree": relative(around, step), **({"holes": holes} if any(holes) else {})},
+        global_step=step,
+        resources=resources,
+    )
+
+
+def _step(around: Value, nodes: Sequence[Node], options: Mapping[str, Any]) -> int | None:
+    """Steps taken, as the states count them; else as the caller says; else as schedules do. ``None`` if they differ."""
+    counts = {node.count for node in nodes if node.count is not None}
+    if not counts and "step" in options:
+        return stated_step(options)
+    counts = counts or set(counters(around))
+    return counts.pop() if len(counts) == 1 else None
+
+
+def _parameter(
+    node: Node,
+    keys: Keys,
+    algorithm: Algorithm,
+    layout: Layout,
+    count: int | None,
+    weights: Mapping[str, Tensor],
+    path: object,
+) -> Parameter:
+    name = ".".join(keys)
+    weight = weights.get(name)
+    values = {slot: node.fields[field][keys] for field, slot in layout.fields.items()}
+    if layout.rule == "adafactor":
+        values, shape = _unfolded(values, weight, name, path)
+    else:
+        shape = weight.shape if weight else _shape(next(iter(values.values())))
+        if any(_shape(leaf) != shape for leaf in values.values()):
+            shapes = ", ".join(f"{slot} {list(_shape(leaf))}" for slot, leaf in values.items())
+            raise FileError(f"'{name}' of shape {list(shape)} has slots of other shapes: {shapes}", path=path)
+    parameter = Parameter(
+        name=name,
+        shape=shape,
+        state=None,
+        dtype=weight.dtype if weight else None,
+        keys={"jax": _pointer(keys)} if any("." in key for key in keys) else {},
+    )
+    if count == 0 and all(is_zero(leaf) for leaf in values.values()):
+        return replace(parameter, dtype=parameter.dtype or next(iter(values.values())).dtype)
+    state: dict[str, Value] = {}
+    if algorithm.step is not None:
+        if count is None:
+            raise OptionError(
+                f"{path}: {algorithm.class_path} counts its steps, and the file does not: say --option step=N"
+            )
+        state["step"] = step_scalar(algorithm, count)
+    for slot, leaf in values.items():
+        spelled = algorithm.spelled.get(slot, slot)
+        state[spelled] = leaf if isinstance(leaf, Scalar) else Slot(leaf, role_of((spelled,), leaf.dtype))
+    return replace(parameter, state=state)
+
+
+def _unfolded(
+    values: Mapping[str, Leaf], weight: Tensor | None, name: str, path: object
+) -> tuple[dict[str, Leaf], tuple[int, ...]]:
+    """Adafactor's slots in use, and the parameter's shape.
+
+    optax fills those not in use with one element. Its ``v_row`` is the mean over the *larger* axis (the last, if both
+    are as large), where everybody else's row is the mean over the last.
+    """
+    row, col, whole = values["exp_avg_sq_row"], values["exp_avg_sq_col"], values["exp_avg_sq"]
+    if _shape(row) == _shape(col) == (1,):
+        return {"exp_avg_sq": whole}, _shape(whole)
+    sizes = _shape(row) + _shape(col)
+    if _shape(whole) != (1,) or len(sizes) != 2:
+        raise RefusedError(f"'{name}' has factors of more than two axes, of which frameworks choose others", path=path)
+    shape = sizes if sizes[0] == sizes[1] else weight.shape if weight else None
+    if shape is None:
+        raise OptionError(
+            f"{path}: '{name}' has factors of {sizes[0]} and {sizes[1]} elements, which does not say which axis is "
+            "which: convert a file that has the parameters too (a TrainState)"
+        )
+    if shape not in (sizes, sizes[::-1]):
+        raise FileError(f"'{name}' of shape {list(shape)} has factors of {sizes[0]} and {sizes[1]} elements", path=path)
+    row, col = (row, col) if shape == sizes else (col, row)
+    return {"exp_avg_sq_row": row, "exp_avg_sq_col": col}, shape
+
+
+def _shape(leaf: Leaf) -> tuple[int, ...]:
+    return leaf.shape if isinstance(leaf, Tensor) else ()
+
+
+# --- writing ------------------------------------------------------------------------------------------------------
+
+Members: TypeAlias = "tuple[Mapping[Keys, Parameter], Sequence[Keys]]"
+"""The parameters of one node by path, and the paths that it leaves out."""
+
+
+def to_tree(state: OptimizerState, *, options: Mapping[str, Any], base: Tree = None) -> Tree:
+    """The tree of a state. ``base`` is one of the same optimizer, such as ``tx.init(params)`` makes, for what is around
+    the parameters' state; without it that is as the state's own origin had it, else as ``optax.NAME(lr)`` makes it.
+
+    Raises ``UnrepresentableError`` for what optax has no place for, ``ConversionError`` if ``base`` is of another
+    optimizer.
+    """
+    algorithm = of_state(state, options.get("optimizer"))
+    layout = layout_of(state, algorithm, LAYOUTS)
+    if state.carried:
+        raise UnrepresentableError(f"'{state.carried[0].name}' is in no group, and optax has no place for its state")
+    around, nodes = _surroundings(state, layout, base)
+    step = steps(state.parameters) if layout.counts and algorithm.step is not None else None
+    if step is None:
+        step = stated_step(options) if "step" in options else state.global_step
+
+    def counter(dtype: str) -> Scalar:
+        if step is None:
+            raise UnrepresentableError("the state does not say how many steps were taken: say --option step=N")
+        return Scalar(dtype, int(step).to_bytes(item_size(dtype), "little"))
+
+    def filled(place: Value) -> Tree:
+        if isinstance(place, int):
+            parameters, holes = nodes[place]
+            values = {keys: _values(parameter, algorithm, layout) for keys, parameter in parameters.items()}
+            fields: dict[str, Tree] = {"count": counter("I32")} if layout.counts else {}
+            for field in layout.fields:
+                kept = {keys: held[field] for keys, held in values.items()}
+                fields[field] = nested({**kept, **{hole: {} for hole in holes}})
+            return fields
+        if place == "zeros":
+            every = {keys: parameter for parameters, _ in nodes for keys, parameter in parameters.items()}
+            return nested({keys: _zero(parameter) for keys, parameter in every.items()})
+        if isinstance(place, list):
+            return counter(str(place[1]))
+        if isinstance(place, Mapping):
+            return {key: filled(inner) for key, inner in place.items()}
+        return cast("Scalar", place)
+
+    return filled(around)
+
+
+def _surroundings(state: OptimizerState, layout: Layout, base: Tree) -> tuple[Value, list[Members]]:
+    keyed = {_path(parameter): parameter for parameter in state.parameters}
+    if base is not None:
+        around, nodes = survey(base, "the base")
+        odd = {keys for node in nodes for keys in node.paths} ^ keyed.keys()
+        if odd:
+            only = "the state" if min(odd) in keyed else "the base"
+            raise ConversionError(f"only {only} has a parameter '{'.'.join(min(odd))}': the base is of another model")
+        if any(node.fields.keys() != layout.fields.keys() for node in nodes):
+            raise ConversionError(
+                f"the base holds {', '.join(nodes[0].fields)}, which is not the state of {layout.rule}"
+            )
+        members: list[Members] = [({keys: keyed[keys] for keys in node.paths}, node.holes) for node in nodes]
+        return relative(around, _step(around, nodes, {})), members
+    if "tree" not in state.origin:
+        return {str(n): 0 if mark == "N" else {} for n, mark in enumerate(CHAINS[layout.rule])}, [(keyed, ())]
+    groups = [{_path(parameter): parameter for parameter in group} for group in state.members()]
+    holes = cast("Sequence[Any]", state.origin.get("holes", [()] * len(groups)))
+    return state.origin["tree"], [(g, [tuple(hole) for hole in h]) for g, h in zip(groups, holes, strict=True)]
+
+
+def _values(parameter: Parameter, algorithm: Algorithm, layout: Layout) -> Mapping[str, Leaf]:
+    """A parameter's value for each field; zeros where it never took a step."""
+    held: dict[str, Any] = {}
+    for slot in layout.fields.values():
+        value = _zero(parameter) if parameter.state is None else parameter.state.get(algorithm.spelled.get(slot, slot))
+        held[slot] = value.tensor if isinstance(value, Slot) else value
+    if layout.rule == "adafactor":
+        held = _folded(held, parameter)
+    for slot, leaf in held.items():
+        if not isinstance(leaf, (Tensor, Scalar)):
+            raise UnrepresentableError(f"'{parameter.name}' has no tensor '{slot}', which optax keeps")
+    return {field: held[slot] for field, slot in layout.fields.items()}
+
+
+def _folded(held: Mapping[str, Any], parameter: Parameter) -> dict[str, Any]:
+    """Adafactor's slots as optax has them; ``_unfolded`` says how."""
+    row, col, whole = held["exp_avg_sq_row"], held["exp_avg_sq_col"], held["exp_avg_sq"]
+    dtype = next((leaf.dtype for leaf in (whole, row) if leaf is not None), None)
+    unused = zeros(replace(parameter, dtype=dtype, shape=(1,)))
+    if whole is not None:
+        return {"exp_avg_sq_row": unused, "exp_avg_sq_col": unused, "exp_avg_sq": whole}
+    if len(parameter.shape) != 2:
+        raise UnrepresentableError(
+            f"'{parameter.name}' has factors of {len(parameter.shape)} axes, where two are alike"
+        )
+    row, col = (row, col) if parameter.shape[0] <= parameter.shape[1] else (col, row)
+    return {"exp_avg_sq_row": row, "exp_avg_sq_col": col, "exp_avg_sq": unused}
+
+
+def _zero(parameter: Parameter) -> Leaf:
+    """Zeros of the parameter's type, or of its state's."""
+    slots = [value for name, value in (parameter.state or {}).items() if name != "step"]
+    leaf = next((value.tensor if isinstance(value, Slot) else value for value in slots), None)
+    tensor = zeros(replace(parameter, dtype=parameter.dtype or getattr(leaf, "dtype", None)))
+    return tensor if tensor.shape else Scalar(tensor.dtype, bytes(tensor.size))
+
+
+def _pointer(keys: Keys) -> str:
+    """A path as a JSON pointer (RFC 6901): no key makes it ambiguous."""
+    return "".join("/" + key.replace("~", "~0").replace("/", "~1") for key in keys)
+
+
+def _path(parameter: Parameter) -> Keys:
+    pointer = parameter.keys.get("jax")
+    if pointer is None:
+        return tuple(parameter.name.split("."))
+    return tuple(key.replace("~1", "/").replace("~0", "~") for key in pointer.split("/")[1:])
