@@ -23,7 +23,7 @@ def test_names_of_the_torch_side() -> None:
     import lora_state_format.torch
 
     assert lora_state_format.torch.__all__ == [
-        "LoadReport", "apply", "capture", "load_optimizer", "plan", "save_optimizer",
+        "BackgroundSave", "LoadReport", "apply", "capture", "load_optimizer", "plan", "save_optimizer",
     ]  # fmt: skip
 
 

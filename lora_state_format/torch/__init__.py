@@ -1,6 +1,7 @@
 """Save and load optimizer state by parameter name, in PyTorch. The only part of this package that imports torch."""
 
 from lora_state_format.torch.apply import LoadReport, apply, load_optimizer, plan, save_optimizer
+from lora_state_format.torch.background import BackgroundSave
 from lora_state_format.torch.capture import capture
 
-__all__ = ["LoadReport", "apply", "capture", "load_optimizer", "plan", "save_optimizer"]
+__all__ = ["BackgroundSave", "LoadReport", "apply", "capture", "load_optimizer", "plan", "save_optimizer"]

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Final, cast
+from typing import Any, Final, Literal, cast, overload
 
 import torch
 
@@ -32,6 +32,7 @@ from lora_state_format.names import Rename, peft_key
 from lora_state_format.optimizers import Known
 from lora_state_format.plan import SECOND_MOMENTS, Binding, LoadPlan
 from lora_state_format.sources import File
+from lora_state_format.torch.background import BackgroundSave, settle, start
 from lora_state_format.torch.capture import CARRIED, Models, Optimizers, capture, describe, named_tensors, optimizers_of
 from lora_state_format.torch.tensors import DTYPES, read_into, scalar_to_torch, to_torch
 
@@ -86,6 +87,7 @@ def _span(bounds: tuple[int, int]) -> str:
 # --- the interface --------------------------------------------------------------------------------------------------
 
 
+@overload
 def save_optimizer(
     optimizer: Optimizers,
     model: Models,
@@ -96,16 +98,57 @@ def save_optimizer(
     global_step: int | None = None,
     max_shard_size: int | None = None,
     force: bool = True,
-) -> container.Written:
+    background: Literal[False] = False,
+) -> container.Written: ...
+
+
+@overload
+def save_optimizer(
+    optimizer: Optimizers,
+    model: Models,
+    path: str | os.PathLike[str],
+    *,
+    weights: bool = True,
+    extra: Mapping[str, Any] | None = None,
+    global_step: int | None = None,
+    max_shard_size: int | None = None,
+    force: bool = True,
+    background: Literal[True],
+) -> BackgroundSave: ...
+
+
+def save_optimizer(
+    optimizer: Optimizers,
+    model: Models,
+    path: str | os.PathLike[str],
+    *,
+    weights: bool = True,
+    extra: Mapping[str, Any] | None = None,
+    global_step: int | None = None,
+    max_shard_size: int | None = None,
+    force: bool = True,
+    background: bool = False,
+) -> container.Written | BackgroundSave:
     """Write the state of an optimizer, or of several, under the model's names; see ``capture``.
 
     An older file at the path is replaced, as a training loop wants it; it stays whole until the new one is. Folders on
     the way are made. With ``force=False`` an existing file is a ``TargetExistsError``. The optimizer is only read: no
     step is run, and gradients may be there.
+
+    With ``background=True`` the state is copied into the host's memory and written behind the run; what is returned
+    has ``wait()``. The save before, if it is still being written, is waited for, and its error raised here.
     """
-    state = capture(optimizer, model, weights=weights, extra=extra, global_step=global_step)
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    return container.write(state, path, force=force, max_shard_size=max_shard_size)
+    path = Path(path)
+
+    def captured() -> Callable[[], container.Written]:
+        state = capture(optimizer, model, weights=weights, extra=extra, global_step=global_step, copy=background)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return lambda: container.write(state, path, force=force, max_shard_size=max_shard_size)
+
+    if background:
+        return start(captured)
+    settle()
+    return captured()()
 
 
 def load_optimizer(

@@ -246,6 +246,10 @@ def _leaf(raw: Any) -> Tensor | Scalar | None:
     return None
 
 
+def _copied(raw: Any) -> Tensor | Scalar | None:
+    return _leaf(raw.detach().to("cpu", copy=True) if isinstance(raw, torch.Tensor) else raw)
+
+
 # --- capture --------------------------------------------------------------------------------------------------------
 
 
@@ -256,18 +260,19 @@ def capture(
     weights: bool = True,
     extra: Mapping[str, Any] | None = None,
     global_step: int | None = None,
+    copy: bool = False,
 ) -> OptimizerState:
     """The state of an optimizer, or of several, under the model's names.
 
-    Tensors are not copied: write the state, or copy what you need of it, before the next step. ``weights`` adds a
-    digest of each parameter's own bytes, by which a load can tell whether weights and state belong together. ``extra``
-    are values of your own without tensors (a scheduler's ``state_dict()``, say).
+    Tensors are not copied: write the state before the next step, or ask for a ``copy``, which is in the host's memory
+    and stays as it is. ``weights`` adds a digest of each parameter's own bytes, by which a load can tell whether state
+    and weights belong together. ``extra`` are values of your own without tensors (a scheduler's ``state_dict()``, say).
 
     Raises ``CaptureError`` if the optimizer holds parameters that the model does not have, and
     ``UnrepresentableError`` for a value that no file can hold, naming the parameter and the slot.
     """
     named, optimizers = named_tensors(model), optimizers_of(optimizer)
-    reader = Reader(cast("Leaf", _leaf))
+    reader = Reader(cast("Leaf", _copied if copy else _leaf))
     groups: list[Group] = []
     parameters: dict[str, Parameter] = {}
 
