@@ -84,11 +84,12 @@ def role_of(
 
     ``path`` leads to the tensor inside a parameter's slot tree; ``siblings`` is the dict that holds it; ``options`` are
     those of the parameter's group. bitsandbytes calls its moments ``state1`` and ``state2``: codes of blocks if they
-    are bytes with ``absmax`` beside them, else values; AdEMAMix (``alpha`` is set) stacks two of them in ``state1``.
+    are bytes with ``absmax`` beside them, else values; AdEMAMix (three betas) stacks two of them in ``state1``.
     """
     name, siblings, options = path[-1], siblings or {}, options or {}
     if name in ("state1", "state2", "absmax1", "absmax2"):
-        if name.endswith("1") and options.get("alpha") is not None:
+        betas = options.get("betas")
+        if name.endswith("1") and isinstance(betas, (list, tuple)) and len(betas) == 3:
             return Role.OPAQUE
         if f"absmax{name[-1]}" in siblings:
             return Role.BLOCK
