@@ -270,7 +270,7 @@ def _named(names: Sequence[str] | Path | None, checkpoint: Checkpoint, path: Pat
         parameters, source = _rebuilt(names, checkpoint), "configs"
     elif names is not None:
         parameters, source, rule = _listed(state, names, checkpoint), "names", "listed"
-    elif checkpoint.weights and ADAPTER_CONFIG in configs:
+    elif _is_adapter(checkpoint):
         parameters, source = adapter_parameters(checkpoint.weights, config=_config(checkpoint)), "adapter"
     elif state.names is not None:
         parameters, source, rule = _listed(state, state.names, checkpoint), "checkpoint", "listed"
@@ -293,12 +293,12 @@ def _listed(state: PositionalState, names: Sequence[str], checkpoint: Checkpoint
     """
     if len(names) != len(state.ids):
         raise ConversionError(f"{len(names)} names for the state of {len(state.ids)} parameters")
-    config = _config(checkpoint)
+    adapter_file, config = _is_adapter(checkpoint), _config(checkpoint)
     parameters = []
     for name, identity, shape in zip(names, state.ids, state.shapes(), strict=True):
         key, adapter = (name, "default") if name in checkpoint.weights else peft_key(name) or (name, "")
         tensor = checkpoint.weights.get(key)
-        if tensor is not None and ADAPTER_CONFIG in checkpoint.configs:
+        if tensor is not None and adapter_file:
             parameters += adapter_parameters({key: tensor}, adapter, config)
         elif tensor is not None:
             parameters.append(Parameter(name, tensor.shape, None, dtype=tensor.dtype))
@@ -310,6 +310,12 @@ def _listed(state: PositionalState, names: Sequence[str], checkpoint: Checkpoint
                 "file or a folder with configs"
             )
     return parameters
+
+
+def _is_adapter(checkpoint: Checkpoint) -> bool:
+    """Whether the weights are those of a PEFT adapter file, whose keys all begin alike."""
+    first = next(iter(checkpoint.weights), None)
+    return first is not None and (ADAPTER_CONFIG in checkpoint.configs or first.startswith("base_model.model."))
 
 
 def _rebuilt(folder: Path, checkpoint: Checkpoint) -> Sequence[order.Described]:

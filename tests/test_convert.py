@@ -190,6 +190,12 @@ def test_an_adapter_from_elsewhere(alone: Path, founding: Founding, tmp_path: Pa
         assert exactly(state, founding)
 
 
+def test_an_adapter_without_its_config(alone: Path, founding: Founding) -> None:
+    adapter = shutil.copy(founding.path / "adapter_model.safetensors", alone.parent / "elsewhere.safetensors")
+    with read(alone, names=adapter) as state:
+        assert exactly(state, founding)
+
+
 def test_a_folder_of_configs(alone: Path, founding: Founding, tmp_path: Path) -> None:
     folder = tmp_path / "configs"
     founding.model.get_base_model().config.save_pretrained(folder)
