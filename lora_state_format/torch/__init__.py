@@ -3,5 +3,16 @@
 from lora_state_format.torch.apply import LoadReport, apply, load_optimizer, plan, save_optimizer
 from lora_state_format.torch.background import BackgroundSave
 from lora_state_format.torch.capture import capture
+from lora_state_format.torch.hooks import Following, follow_names
 
-__all__ = ["BackgroundSave", "LoadReport", "apply", "capture", "load_optimizer", "plan", "save_optimizer"]
+__all__ = [
+    "BackgroundSave",
+    "Following",
+    "LoadReport",
+    "apply",
+    "capture",
+    "follow_names",
+    "load_optimizer",
+    "plan",
+    "save_optimizer",
+]

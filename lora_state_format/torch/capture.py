@@ -150,7 +150,7 @@ def _shelled(optimizer: Any) -> torch.optim.Optimizer:
 def describe(optimizer: Optimizers, model: Models) -> LiveOptimizer:
     """The live side of a load. Raises ``CaptureError`` as ``capture`` does."""
     named, optimizers = named_tensors(model), optimizers_of(optimizer)
-    reader = Reader(_leaf)
+    reader = Reader(as_leaf)
     groups = [
         LiveGroup(number, tuple(_options(reader, group)), tuple(names), _group_name(group))
         for number, group, names in _groups(optimizers, named)
@@ -235,7 +235,7 @@ def _options(reader: Reader, group: Mapping[str, Any], where: str | None = None)
                 logger.warning("%s: option %s; it is not saved, and a load keeps what the live group has", where, error)
 
 
-def _leaf(raw: Any) -> Tensor | Scalar | None:
+def as_leaf(raw: Any) -> Tensor | Scalar | None:
     """Live tensors, and NumPy's scalars as Python numbers."""
     if isinstance(raw, torch.Tensor):
         content = from_torch(raw)
@@ -247,7 +247,7 @@ def _leaf(raw: Any) -> Tensor | Scalar | None:
 
 
 def _copied(raw: Any) -> Tensor | Scalar | None:
-    return _leaf(raw.detach().to("cpu", copy=True) if isinstance(raw, torch.Tensor) else raw)
+    return as_leaf(raw.detach().to("cpu", copy=True) if isinstance(raw, torch.Tensor) else raw)
 
 
 # --- capture --------------------------------------------------------------------------------------------------------
@@ -272,7 +272,7 @@ def capture(
     ``UnrepresentableError`` for a value that no file can hold, naming the parameter and the slot.
     """
     named, optimizers = named_tensors(model), optimizers_of(optimizer)
-    reader = Reader(cast("Leaf", _copied if copy else _leaf))
+    reader = Reader(cast("Leaf", _copied if copy else as_leaf))
     groups: list[Group] = []
     parameters: dict[str, Parameter] = {}
 

@@ -1,0 +1,143 @@
+"""Make an optimizer's own ``state_dict()`` and ``load_state_dict()`` go by names, whatever framework calls them."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from itertools import chain
+from types import FrameType
+from typing import Any, cast
+
+import torch
+
+from lora_state_format import plan as planning
+from lora_state_format.errors import CaptureError, ConversionError
+from lora_state_format.model import Naming, OptimizerState, Parameter
+from lora_state_format.names import Rename
+from lora_state_format.state_dict import Leaf, from_state_dict
+from lora_state_format.torch.apply import apply
+from lora_state_format.torch.capture import Models, as_leaf, describe, named_tensors, optimizers_of
+
+__all__ = ["Following", "follow_names"]
+
+logger = logging.getLogger("lora_state_format")
+
+DCP_STATE_DICT = "torch.distributed.checkpoint.state_dict"
+"""These functions go by names themselves; a ``param_names`` in what they get would only be in their way."""
+
+
+@dataclass(frozen=True, slots=True)
+class Following:
+    """The hooks of ``follow_names``; ``remove`` takes them off again."""
+
+    handles: tuple[Any, ...]
+
+    def remove(self) -> None:
+        for handle in self.handles:
+            handle.remove()
+
+
+def follow_names(
+    optimizer: torch.optim.Optimizer,
+    model: Models,
+    *,
+    missing: planning.Missing = "error",
+    unexpected: planning.Unexpected = "error",
+    mismatch: planning.Mismatch = "error",
+    dtype: planning.Dtype = "saved",
+    options: Mapping[str, Any] | None = None,
+    rename: Rename | None = None,
+) -> Following:
+    """Let ``optimizer.state_dict()`` carry the model's names, and ``optimizer.load_state_dict()`` bind by them.
+
+    One line, before a framework saves or loads, makes its checkpoints independent of the order of parameters and of
+    their grouping; the files keep their form, with ``param_names`` in each group, which torch 2.6 and newer knows.
+    A load follows the policies of ``plan.Policies``, is exact (no cast to the parameters' dtype), and is refused with a
+    ``BindError`` before anything changed. A state dict without names is left to torch, with a warning.
+
+    torch's hooks do it, so they go where those go: ``copy.deepcopy`` and ``pickle`` of an optimizer lose them, and
+    inside ``torch.distributed.checkpoint.state_dict``, which goes by names of its own, they do nothing. Raises
+    ``CaptureError`` for an optimizer whose class has a ``load_state_dict`` that calls no hooks.
+    """
+    (own,) = optimizers_of(optimizer)
+    loader = type(own).load_state_dict
+    code = getattr(getattr(loader, "__wrapped__", loader), "__code__", None)
+    if loader is not torch.optim.Optimizer.load_state_dict and "load_state_dict" not in getattr(code, "co_names", ()):
+        raise CaptureError(
+            f"{type(own).__module__}.{type(own).__qualname__} has a load_state_dict of its own that calls no hooks; "
+            "use save_optimizer and load_optimizer"
+        )
+    pending: list[tuple[planning.LoadPlan, list[dict[str, Any]]]] = []
+
+    def put_names(found: torch.optim.Optimizer, state_dict: dict[str, Any]) -> None:
+        if not _inside_dcp():
+            names = [group.parameters for group in describe(found, model).groups]
+            for group, listed in zip(state_dict["param_groups"], names, strict=True):
+                group["param_names"] = list(listed)
+
+    def take_names(found: torch.optim.Optimizer, state_dict: dict[str, Any]) -> dict[str, Any] | None:
+        pending.clear()
+        if _inside_dcp():
+            return None
+        state = _named(state_dict, model)
+        if state is None:
+            logger.warning(
+                "a state dict without names goes into the optimizer by the order of its parameters, which nothing "
+                "proves; the next one that is saved will have names"
+            )
+            return None
+        loading = planning.plan(
+            state,
+            describe(found, model),
+            missing=missing,
+            unexpected=unexpected,
+            mismatch=mismatch,
+            dtype=dtype,
+            options=options,
+            rename=rename,
+        )
+        loading.check()
+        pending.append((loading, found.param_groups))
+        # torch goes on with this: nothing that it could cast or mix up. What it replaces is put back behind it.
+        numbers = iter(range(sum(len(group["params"]) for group in found.param_groups)))
+        groups = [{**group, "params": [next(numbers) for _ in group["params"]]} for group in found.param_groups]
+        return {"state": {}, "param_groups": groups}
+
+    def finish(found: torch.optim.Optimizer) -> None:
+        if pending:
+            loading, groups = pending.pop()
+            found.param_groups = groups
+            apply(loading, found, model)
+
+    return Following(
+        (
+            own.register_state_dict_post_hook(put_names),
+            own.register_load_state_dict_pre_hook(take_names),
+            own.register_load_state_dict_post_hook(finish),
+        )
+    )
+
+
+def _inside_dcp() -> bool:
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None and frame.f_globals.get("__name__") != DCP_STATE_DICT:
+        frame = frame.f_back
+    return frame is not None
+
+
+def _named(state_dict: Mapping[str, Any], model: Models) -> OptimizerState | None:
+    """The state under the names that the state dict carries; ``None`` if it carries none."""
+    if not all("param_names" in group for group in state_dict["param_groups"]):
+        return None
+    positional = from_state_dict(state_dict, leaf=cast("Leaf", as_leaf), origin={"format": "torch"})
+    names = list(chain.from_iterable(group["param_names"] for group in state_dict["param_groups"]))
+    if len(set(names)) != len(positional.ids):
+        raise ConversionError(f"a state dict with {len(set(names))} names for {len(positional.ids)} parameters")
+    live = named_tensors(model).tensors
+    parameters = [
+        Parameter(name, tuple(live[name].shape) if shape is None and name in live else shape or (), None)
+        for name, shape in zip(names, positional.shapes(), strict=True)
+    ]
+    return positional.named(parameters, Naming("checkpoint"))
