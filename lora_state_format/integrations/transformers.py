@@ -1,0 +1,118 @@
+"""transformers' Trainer, and what is built on it (TRL)."""
+
+from __future__ import annotations
+
+import inspect
+import logging
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Final, TypeVar
+
+import torch
+
+from lora_state_format.container import is_state
+from lora_state_format.errors import OptionError
+from lora_state_format.integrations import STATE
+from lora_state_format.torch import load_optimizer, save_optimizer
+
+__all__ = ["last_checkpoint", "with_named_state"]
+
+logger = logging.getLogger("lora_state_format")
+
+T = TypeVar("T")
+
+SAVE: Final = "_save_optimizer_and_scheduler"
+LOAD: Final = "_load_optimizer_and_scheduler"
+METHODS: Final[Mapping[str, list[str]]] = {SAVE: ["output_dir"], LOAD: ["checkpoint"]}
+"""The Trainer's own methods that are wrapped, and their arguments: as in transformers 4.48 to 5.23."""
+
+SCHEDULER: Final = "scheduler.pt"
+
+
+def with_named_state(trainer: T, *, drop_legacy: bool = False, weights: bool = True, **policies: Any) -> T:
+    """The same trainer; from now on it saves its optimizer by name, and resumes by name.
+
+    Each ``checkpoint-N`` gets ``training_state/optimizer.safetensors``, before older checkpoints are removed and before
+    anything is pushed. ``drop_legacy`` leaves ``optimizer.pt`` out, so that the state is stored once; such a checkpoint
+    can be resumed by a trainer that went through this function only. ``weights`` keeps digests of the weights with it.
+
+    ``trainer.train(resume_from_checkpoint=...)`` binds by name, with the ``policies`` of ``load_optimizer``: after
+    groups, target modules or the adapter's name have changed, too. A checkpoint without names is bound by order, with a
+    warning. Where a plain Trainer starts cold without a word, since a file is missing, this raises.
+
+    Raises ``OptionError`` for a Trainer whose methods take other arguments than the ones that are known here, and for
+    one whose optimizer is sharded (DeepSpeed, FSDP).
+    """
+    _check(trainer)
+    owner: Any = trainer
+    save = getattr(owner, SAVE)
+
+    def named_save(output_dir: str) -> None:
+        if owner.args.should_save:
+            step = owner.state.global_step
+            save_optimizer(owner.optimizer, owner.model, Path(output_dir, STATE), weights=weights, global_step=step)
+        if not drop_legacy:
+            save(output_dir)
+        elif owner.args.should_save:
+            torch.save(owner.lr_scheduler.state_dict(), Path(output_dir, SCHEDULER))
+
+    def named_load(checkpoint: str | None) -> None:
+        if checkpoint is None:
+            return
+        load_optimizer(owner.optimizer, owner.model, checkpoint, **policies)
+        path = Path(checkpoint, SCHEDULER)
+        if not path.exists():
+            raise FileNotFoundError(f"{path}: no such file; without it the learning rate would start over")
+        owner.lr_scheduler.load_state_dict(_fitted(torch.load(path, weights_only=True), owner.lr_scheduler))
+
+    setattr(owner, SAVE, named_save)
+    setattr(owner, LOAD, named_load)
+    return trainer
+
+
+def last_checkpoint(folder: str | Path) -> str | None:
+    """The newest ``checkpoint-N`` in a Trainer's output folder that was written to its end, or ``None``.
+
+    Trainer's ``resume_from_checkpoint=True`` takes the newest folder, which a killed run may have left half-written.
+    """
+    steps = [(int(found[1]), path) for path in Path(folder).iterdir() if (found := _NUMBER.fullmatch(path.name))]
+    whole = (path for _, path in sorted(steps, reverse=True) if (path / "trainer_state.json").exists())
+    return next((str(path) for path in whole if is_state(path / STATE)), None)
+
+
+_NUMBER: Final = re.compile(r"checkpoint-(\d+)")
+
+
+def _check(trainer: Any) -> None:
+    for name, expected in METHODS.items():
+        method = getattr(trainer, name, None)
+        found = list(inspect.signature(method).parameters) if method else None
+        if found != expected:
+            import transformers
+
+            stated = "does not exist" if found is None else f"takes ({', '.join(found)})"
+            raise OptionError(
+                f"{type(trainer).__name__}.{name} {stated}, where ({', '.join(expected)}) was expected: transformers "
+                f"{transformers.__version__} is not known here; call save_optimizer and load_optimizer yourself"
+            )
+    sharded = [kind for kind in ("deepspeed", "fsdp") if getattr(trainer, f"is_{kind}_enabled", False)]
+    if sharded:
+        raise OptionError(f"the optimizer is sharded by {sharded[0]}, which saves and loads it in its own way")
+
+
+def _fitted(saved: dict[str, Any], scheduler: Any) -> dict[str, Any]:
+    """A scheduler's saved state for the groups that the optimizer has now, which may be others than then.
+
+    What a scheduler keeps for each group comes from the groups, into which the saved values have been loaded by name.
+    """
+    groups = scheduler.optimizer.param_groups
+    count = len(saved["base_lrs"])
+    fitted = dict(saved)
+    if count != len(groups):
+        live = scheduler.state_dict()
+        fitted |= {key: live[key] for key, value in saved.items() if isinstance(value, list) and len(value) == count}
+        logger.warning("the scheduler was saved with %d groups, and now has %d", count, len(groups))
+    return fitted | {
+        "base_lrs": [group["initial_lr"] for group in groups], "_last_lr": [group["lr"] for group in groups],
+    }  # fmt: skip

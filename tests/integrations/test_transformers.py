@@ -1,0 +1,298 @@
+"""transformers' Trainer with named state: real runs, real kills."""
+
+from __future__ import annotations
+
+import logging
+import os
+import runpy
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import lora_state_format as lsf
+from lora_state_format.errors import BindError, OptionError, UnknownFormatError
+from lora_state_format.integrations.transformers import last_checkpoint, with_named_state
+from lora_state_format.torch import load_optimizer
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
+]
+
+SCRIPT = Path(__file__).parent / "runs" / "trainer_run.py"
+STATE = "training_state/optimizer.safetensors"
+ADAPTER = "adapter_model.safetensors"
+
+
+@pytest.fixture(scope="module")
+def loop() -> dict[str, Callable[..., Any]]:
+    return runpy.run_path(str(SCRIPT))
+
+
+@pytest.fixture(scope="module")
+def plain(loop: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Six steps of a Trainer that knows nothing of this package."""
+    folder: Path = tmp_path_factory.mktemp("plain")
+    loop["make"](folder).train()
+    return folder
+
+
+@pytest.fixture(scope="module")
+def named(loop: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same with named state, and without optimizer.pt."""
+    folder: Path = tmp_path_factory.mktemp("named")
+    with_named_state(loop["make"](folder), drop_legacy=True).train()
+    return folder
+
+
+def same_end(a: Path, b: Path, checkpoint: str = "checkpoint-6") -> bool:
+    """Whether two runs ended with the same weights and, where both have it, the same state, bit for bit."""
+    ours, theirs = load_file(a / checkpoint / ADAPTER), load_file(b / checkpoint / ADAPTER)
+    states = [folder / checkpoint / STATE for folder in (a, b)]
+    if all(path.exists() for path in states) and states[0].read_bytes() != states[1].read_bytes():
+        return False
+    return ours.keys() == theirs.keys() and all(ours[key].equal(theirs[key]) for key in ours)
+
+
+# --- saving -------------------------------------------------------------------------------------------------------
+
+
+def test_a_checkpoint_holds_the_state_once(named: Path, plain: Path) -> None:
+    assert same_end(named, plain)
+    for step in (2, 4, 6):
+        folder = named / f"checkpoint-{step}"
+        assert not (folder / "optimizer.pt").exists()
+        assert {path.name for path in (plain / folder.name).iterdir()} - {path.name for path in folder.iterdir()} == {
+            "optimizer.pt"
+        }
+        with lsf.open_state(folder / STATE) as state:
+            assert (len(state), state.global_step, [group.count for group in state.groups]) == (8, step, [8, 0])
+    assert lsf.verify(named / "checkpoint-6" / STATE).ok
+
+
+def test_beside_the_legacy_file_it_says_the_same(loop: dict[str, Any], tmp_path: Path) -> None:
+    with_named_state(loop["make"](tmp_path)).train()
+    legacy = torch.load(tmp_path / "checkpoint-6" / "optimizer.pt", weights_only=True)
+    with lsf.open_state(tmp_path / "checkpoint-6" / STATE) as state:
+        for position, parameter in enumerate(state.values()):
+            for slot in ("exp_avg", "exp_avg_sq"):
+                assert parameter[slot].torch().equal(legacy["state"][position][slot])
+
+
+def test_rotation_the_best_model_accumulation_and_mixed_precision(loop: dict[str, Any], tmp_path: Path) -> None:
+    options: dict[str, Any] = {
+        "bf16": True,
+        "gradient_accumulation_steps": 2,
+        "eval_strategy": "steps",
+        "eval_steps": 2,
+        "load_best_model_at_end": True,
+        "metric_for_best_model": "eval_loss",
+        "save_total_limit": 2,
+    }
+    with_named_state(loop["make"](tmp_path / "rotated", **options), drop_legacy=True).train()
+    left = [path.name for path in (tmp_path / "rotated").iterdir()]
+    assert len(left) == 2
+    assert "checkpoint-6" in left
+    assert all((tmp_path / "rotated" / name / STATE).exists() for name in left)
+
+    options["save_total_limit"] = None
+    with_named_state(loop["make"](tmp_path / "whole", **options), drop_legacy=True).train()
+    resumed = with_named_state(loop["make"](tmp_path / "resumed", **options), drop_legacy=True)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-4"))
+    assert same_end(tmp_path / "resumed", tmp_path / "whole")
+
+
+# --- resuming -----------------------------------------------------------------------------------------------------
+
+
+def test_a_resumed_run_is_the_uninterrupted_one(
+    loop: dict[str, Any], plain: Path, named: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.INFO, "lora_state_format"):
+        trainer = with_named_state(loop["make"](tmp_path), drop_legacy=True)
+        trainer.train(resume_from_checkpoint=str(named / "checkpoint-2"))
+    assert same_end(tmp_path, named)
+    assert same_end(tmp_path, plain)
+    assert [r.getMessage() for r in caplog.records if r.name == "lora_state_format"] == [
+        "restored 8/8 parameters, 2 slots each, step 2; weights match 8/8"
+    ]
+
+
+def test_without_it_trainer_starts_cold_in_silence(
+    loop: dict[str, Any], plain: Path, named: Path, tmp_path: Path
+) -> None:
+    """What this is for: a plain Trainer resumes from a folder without optimizer.pt, and says nothing."""
+    loop["make"](tmp_path).train(resume_from_checkpoint=str(named / "checkpoint-2"))
+    assert not same_end(tmp_path, plain)
+
+
+def test_a_checkpoint_of_a_plain_trainer_is_resumed_by_order(
+    loop: dict[str, Any], plain: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with_named_state(loop["make"](tmp_path)).train(resume_from_checkpoint=str(plain / "checkpoint-2"))
+    assert same_end(tmp_path, plain)
+    assert any("Order alone is no proof" in message for message in caplog.messages)
+
+
+def test_other_groups(loop: dict[str, Any], named: Path, tmp_path: Path) -> None:
+    model = loop["build"]()
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(parameters[::-1], lr=1e-2, weight_decay=0.01, fused=True)
+    # the norm that gradients are clipped by would be rounded in another order
+    trainer = with_named_state(loop["make"](tmp_path, model, (optimizer, None), max_grad_norm=0.0), drop_legacy=True)
+    trainer.train(resume_from_checkpoint=str(named / "checkpoint-2"))
+    other = loop["make"](tmp_path / "trainers_own", max_grad_norm=0.0)
+    with_named_state(other, drop_legacy=True).train(resume_from_checkpoint=str(named / "checkpoint-2"))
+    ours, theirs = (load_file(folder / "checkpoint-6" / ADAPTER) for folder in (tmp_path, tmp_path / "trainers_own"))
+    assert all(ours[key].equal(theirs[key]) for key in theirs)
+
+
+def test_another_adapter(loop: dict[str, Any], named: Path, tmp_path: Path) -> None:
+    trainer = with_named_state(loop["make"](tmp_path, loop["build"](adapter="style")), drop_legacy=True)
+    trainer.train(resume_from_checkpoint=str(named / "checkpoint-2"))
+    ours, theirs = load_file(tmp_path / "checkpoint-6" / "style" / ADAPTER), load_file(named / "checkpoint-6" / ADAPTER)
+    assert ours.keys() == theirs.keys()
+    assert all(ours[key].equal(theirs[key]) for key in theirs)
+
+
+def test_other_targets(loop: dict[str, Any], named: Path, tmp_path: Path) -> None:
+    more = loop["build"](targets=("q_proj", "k_proj", "v_proj"))
+    with pytest.raises(BindError, match=r"in the optimizer, not in the file \(4\):"):
+        with_named_state(loop["make"](tmp_path, more)).train(resume_from_checkpoint=str(named / "checkpoint-2"))
+    more = loop["build"](targets=("q_proj", "k_proj", "v_proj"))
+    trainer = with_named_state(loop["make"](tmp_path, more, max_steps=3, save_steps=1), missing="fresh")
+    trainer.train(resume_from_checkpoint=str(named / "checkpoint-2"))
+    with lsf.open_state(tmp_path / "checkpoint-3" / STATE) as state:
+        steps = {name: parameter["step"].item() for name, parameter in state.items()}
+    assert {name: 1.0 if "k_proj" in name else 3.0 for name in steps} == steps
+
+    fewer = loop["build"](targets=("q_proj",))
+    trainer = with_named_state(loop["make"](tmp_path / "few", fewer), unexpected="carry")
+    trainer.train(resume_from_checkpoint=str(named / "checkpoint-2"))
+    with (
+        lsf.open_state(tmp_path / "few" / "checkpoint-6" / STATE) as state,
+        lsf.open_state(named / "checkpoint-2" / STATE) as before,
+    ):
+        assert [parameter.name for parameter in state.carried] == [name for name in before if "v_proj" in name]
+        for parameter in state.carried:
+            assert parameter["exp_avg"].torch().equal(before[parameter.name]["exp_avg"].torch())
+
+
+@pytest.mark.parametrize("drop", [STATE, "scheduler.pt"])
+def test_what_is_missing_is_an_error(loop: dict[str, Any], named: Path, tmp_path: Path, drop: str) -> None:
+    checkpoint = shutil.copytree(named / "checkpoint-2", tmp_path / "checkpoint-2")
+    (checkpoint / drop).unlink()
+    trainer = with_named_state(loop["make"](tmp_path))
+    if drop == STATE:
+        with pytest.raises(UnknownFormatError, match=r"checkpoint-2: no optimizer state found here; looked for: named"):
+            trainer.train(resume_from_checkpoint=str(checkpoint))
+    else:
+        with pytest.raises(FileNotFoundError) as caught:
+            trainer.train(resume_from_checkpoint=str(checkpoint))
+        assert str(caught.value) == (
+            f"{checkpoint}/scheduler.pt: no such file; without it the learning rate would start over"
+        )
+
+
+def test_the_state_of_another_step_is_named(
+    loop: dict[str, Any], named: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    checkpoint = shutil.copytree(named / "checkpoint-4", tmp_path / "checkpoint-4")
+    shutil.copy(named / "checkpoint-2" / STATE, checkpoint / STATE)
+    with_named_state(loop["make"](tmp_path)).train(resume_from_checkpoint=str(checkpoint))
+    assert any(
+        message.startswith("these weights are not those that the state was saved with: of another step")
+        for message in caplog.messages
+    )
+
+
+# --- what Trainer refuses -----------------------------------------------------------------------------------------
+
+
+def test_another_rank_and_the_way_round(loop: dict[str, Any], named: Path, tmp_path: Path) -> None:
+    """Trainer loads the weights before it comes to the state, and PEFT refuses those of another rank."""
+    checkpoint = named / "checkpoint-2"
+    trainer = with_named_state(loop["make"](tmp_path, loop["build"](rank=8)), mismatch="resize")
+    with pytest.raises(RuntimeError, match="size mismatch"):
+        trainer.train(resume_from_checkpoint=str(checkpoint))
+
+    model = loop["build"](rank=8)
+    padded = {}
+    for name, weight in load_file(checkpoint / ADAPTER).items():
+        live = model.get_parameter(name.replace(".weight", ".default.weight")).detach()
+        padded[name] = torch.zeros_like(live)
+        padded[name][: weight.shape[0], : weight.shape[1]] = weight
+    from peft import set_peft_model_state_dict
+
+    set_peft_model_state_dict(model, padded)
+    trainer = with_named_state(loop["make"](tmp_path, model), drop_legacy=True)
+    trainer.create_optimizer_and_scheduler(num_training_steps=6)
+    report = load_optimizer(trainer.optimizer, model, checkpoint, mismatch="resize")
+    assert report.restored == 8
+    trainer.train()
+    with lsf.open_state(tmp_path / "checkpoint-2" / STATE) as state:
+        assert {parameter["step"].item() for parameter in state.values()} == {4.0}
+
+
+def test_a_trainer_with_other_methods(loop: dict[str, Any], tmp_path: Path) -> None:
+    import transformers
+
+    trainer = loop["make"](tmp_path)
+    trainer._load_optimizer_and_scheduler = lambda checkpoint, strict: None
+    with pytest.raises(OptionError) as caught:
+        with_named_state(trainer)
+    assert str(caught.value) == (
+        "Trainer._load_optimizer_and_scheduler takes (checkpoint, strict), where (checkpoint) was expected: "
+        f"transformers {transformers.__version__} is not known here; call save_optimizer and load_optimizer yourself"
+    )
+
+
+def test_a_trainer_without_them(tmp_path: Path) -> None:
+    import transformers
+
+    with pytest.raises(OptionError) as caught:
+        with_named_state(object())
+    assert str(caught.value) == (
+        "object._save_optimizer_and_scheduler does not exist, where (output_dir) was expected: "
+        f"transformers {transformers.__version__} is not known here; call save_optimizer and load_optimizer yourself"
+    )
+
+
+def test_a_sharded_trainer(loop: dict[str, Any], tmp_path: Path) -> None:
+    trainer = loop["make"](tmp_path)
+    trainer.is_fsdp_enabled = True
+    with pytest.raises(OptionError) as caught:
+        with_named_state(trainer)
+    assert str(caught.value) == "the optimizer is sharded by fsdp, which saves and loads it in its own way"
+
+
+# --- crashes ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("call", "count"), [("pwrite", "2"), ("fsync", "1")])
+def test_killed_while_it_saves(loop: dict[str, Any], plain: Path, tmp_path: Path, call: str, count: str) -> None:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, str(SCRIPT), str(tmp_path), call, count]
+    result = subprocess.run(command, env=environment, capture_output=True, check=False)
+    assert result.returncode == -signal.SIGKILL, result.stderr.decode()
+    assert (tmp_path / "checkpoint-4" / "training_state").is_dir()
+    assert not (tmp_path / "checkpoint-4" / STATE).exists()
+    found = last_checkpoint(tmp_path)
+    assert found == str(tmp_path / "checkpoint-2")
+    with_named_state(loop["make"](tmp_path), drop_legacy=True).train(resume_from_checkpoint=found)
+    assert same_end(tmp_path, plain)
+    assert last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-6")
+    left = {path.name for path in (tmp_path / "checkpoint-4" / "training_state").iterdir()}
+    assert left == {"optimizer.safetensors"}
+
+
+def test_no_checkpoint_at_all(tmp_path: Path) -> None:
+    assert last_checkpoint(tmp_path) is None
