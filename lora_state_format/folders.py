@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import secrets
 import shutil
 from collections import OrderedDict
 from collections.abc import Iterator
+from dataclasses import replace
 from fnmatch import fnmatch
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
+from lora_state_format import pickles
 from lora_state_format.atomic import sync_folder
+from lora_state_format.container import read_header
 from lora_state_format.errors import FileError, TargetExistsError
+from lora_state_format.model import Tensor
 from lora_state_format.sources import File
 
-__all__ = ["Files", "PooledFile", "new_folder"]
+__all__ = ["Files", "PooledFile", "new_folder", "read_json", "read_weights", "reading"]
 
 MAX_OPEN: Final = 64
 """Files that are open at a time; a process may often hold no more than 1,024."""
@@ -50,6 +55,17 @@ class Files:
         self._open.clear()
 
 
+@contextlib.contextmanager
+def reading() -> Iterator[Files]:
+    """Files that are closed if the block raises, and else left open for the tensors that read from them."""
+    files = Files()
+    try:
+        yield files
+    except BaseException:
+        files.close()
+        raise
+
+
 class PooledFile:
     """A file of ``Files``, as a source."""
 
@@ -69,6 +85,28 @@ class PooledFile:
 
     def view(self, offset: int, size: int) -> memoryview | None:
         return None
+
+
+def read_weights(path: Path, files: Files) -> dict[str, Tensor]:
+    """The tensors of a weights file, safetensors or ``torch.save``, under its keys and in its order."""
+    if path.suffix == ".safetensors":
+        with File(path) as file:
+            header = read_header(file)
+        return {key: _moved(tensor, files[path]) for key, tensor in header.tensors.items()}
+    tree = pickles.load(files[path], path).value
+    return {key: value for key, value in tree.items() if isinstance(value, Tensor)} if isinstance(tree, dict) else {}
+
+
+def _moved(tensor: Tensor, source: PooledFile) -> Tensor:
+    return replace(tensor, pieces=tuple(replace(piece, source=source) for piece in tensor.pieces))
+
+
+def read_json(path: Path) -> Any:
+    """The value of a JSON file. Raises ``FileError``."""
+    try:
+        return json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise FileError(f"not JSON: {error}", path=path) from error
 
 
 @contextlib.contextmanager

@@ -10,13 +10,13 @@ Memory and time grow with the pickle's size and are bounded by the constants bel
 
 from __future__ import annotations
 
-import gc
 import math
 import struct
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
+from lora_state_format.collector import paused
 from lora_state_format.crc import crc32
 from lora_state_format.errors import FileError, RefusedError
 from lora_state_format.model import Box, Piece, Tensor, c_strides, contiguous, item_size
@@ -170,9 +170,6 @@ class _Machine:
 
     def run(self, start: int = 0) -> tuple[Any, int]:
         """The value of the pickle that starts at byte ``start``, and the byte behind its end."""
-        # Nothing that is built here is garbage before the end, and looking for it again and again takes half the time.
-        collecting = gc.isenabled()
-        gc.disable()
         try:
             value, end = self._run(start)
             _check_tree(value)
@@ -191,9 +188,6 @@ class _Machine:
             raise self._malformed() from error
         except (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError) as error:
             raise self._malformed() from error
-        finally:
-            if collecting:
-                gc.enable()
 
     def _malformed(self) -> FileError:
         return FileError(f"the pickle is not well-formed, at byte {self._at} of {self.where}", path=self.path)
@@ -714,6 +708,7 @@ _INERT: Final[Mapping[str, str]] = {
     "torch": "Tensor device dtype layout memory_format strided sparse_coo contiguous_format preserve_format "
     + " ".join((*_WIDTHS, *_STORAGES)),
     "torch.cuda": " ".join(_STORAGES),
+    "torch.torch_version": "TorchVersion",
     "torch.storage": "UntypedStorage _UntypedStorage",
     "torch._utils": "_rebuild_sparse_tensor _rebuild_sparse_csr_tensor _rebuild_qtensor _rebuild_nested_tensor "
     "_rebuild_meta_tensor_no_storage _rebuild_wrapper_subclass _rebuild_device_tensor_from_numpy",
@@ -788,10 +783,11 @@ def load(source: Source, path: object = None) -> Pickled:
     if path is None and isinstance(source, File):
         path = source.path
     start = _peek(source, 0, 4)
-    if start == b"PK\3\4":
-        return _load_zip(source, path)
-    if start[:1] == b"\x80":
-        return _load_stream(source, path)
+    with paused():
+        if start == b"PK\3\4":
+            return _load_zip(source, path)
+        if start[:1] == b"\x80":
+            return _load_stream(source, path)
     if _peek(source, 257, 5) == b"ustar":
         raise RefusedError("a tar archive of torch 0.1: save it again with a newer torch", path=path)
     raise FileError("not a file that torch.save wrote: neither a zip archive nor a pickle", path=path)
@@ -801,7 +797,8 @@ def load_plain(data: bytes, path: object = None) -> Any:
     """The value of a pickle that torch did not write and that holds no tensors: DCP's ``.metadata``, for one."""
     if len(data) > MAX_PICKLE:
         raise FileError(f"a pickle of {len(data)} bytes; the limit is {MAX_PICKLE}", path=path)
-    return _Machine(data, path, "the pickle").run()[0]
+    with paused():
+        return _Machine(data, path, "the pickle").run()[0]
 
 
 def array(record: Record) -> Tensor | None:
