@@ -1,0 +1,91 @@
+"""accelerate's ``save_state`` and ``load_state``."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+from lora_state_format.container import is_state
+from lora_state_format.errors import OptionError
+from lora_state_format.integrations import STATE
+from lora_state_format.torch import load_optimizer, save_optimizer
+
+__all__ = ["with_named_state"]
+
+logger = logging.getLogger("lora_state_format")
+
+T = TypeVar("T")
+
+
+def with_named_state(
+    accelerator: T,
+    *,
+    models: Mapping[str, Any] | None = None,
+    drop_legacy: bool = False,
+    weights: bool = True,
+    **policies: Any,
+) -> T:
+    """The same accelerator; from now on its ``save_state`` and ``load_state`` keep optimizers by name.
+
+    The folder gets ``training_state/optimizer.safetensors``: of all prepared optimizers, over all prepared models. Of
+    several models each has a key that leads its parameters' names: those of ``models``, else ``model``, ``model_1`` and
+    so on, as accelerate calls their files. ``drop_legacy`` leaves ``optimizer.bin`` out; ``weights`` keeps digests of
+    the weights with the state.
+
+    ``load_state`` binds by name, with the ``policies`` of ``load_optimizer``, after it has loaded everything else. A
+    folder without named state is loaded as accelerate does it, with a warning.
+
+    Raises ``OptionError`` for an accelerator that shards its optimizers (DeepSpeed, Megatron-LM, FSDP).
+    """
+    owner: Any = accelerator
+    kind = str(getattr(owner.distributed_type, "value", owner.distributed_type))
+    if kind in ("DEEPSPEED", "MEGATRON_LM", "FSDP"):
+        raise OptionError(f"the optimizer is sharded by {kind}, which saves and loads it in its own way")
+    save_state, load_state = owner.save_state, owner.load_state
+
+    def named(prepared: list[Any]) -> Any:
+        if models is not None or len(prepared) == 1:
+            return models or prepared[0]
+        return {f"model_{number}" if number else "model": model for number, model in enumerate(prepared)}
+
+    def save(*arguments: Any, **options: Any) -> Any:
+        optimizers = list(owner._optimizers)
+
+        def hook(prepared: list[Any], _: list[Any], folder: str) -> None:
+            if owner.is_main_process:
+                save_optimizer(optimizers, named(prepared), Path(folder, STATE), weights=weights)
+            if drop_legacy:
+                owner._optimizers.clear()
+
+        handle = owner.register_save_state_pre_hook(hook)
+        try:
+            return save_state(*arguments, **options)
+        finally:
+            handle.remove()
+            owner._optimizers[:] = optimizers
+
+    def load(*arguments: Any, **options: Any) -> None:
+        optimizers = list(owner._optimizers)
+        path = Path()
+
+        def hook(_: list[Any], folder: str) -> None:
+            nonlocal path
+            path = Path(folder, STATE)
+            if is_state(path):
+                owner._optimizers.clear()  # else the order of optimizer.bin would decide, if it is there at all
+
+        handle = owner.register_load_state_pre_hook(hook)
+        try:
+            load_state(*arguments, **options)
+        finally:
+            handle.remove()
+            owner._optimizers[:] = optimizers
+        if is_state(path):
+            load_optimizer(optimizers, named(owner._models), path, **policies)
+        else:
+            logger.warning("%s: no named state; accelerate loaded its optimizers by order", path.parent.parent)
+
+    owner.save_state, owner.load_state = save, load
+    return accelerator
