@@ -9,8 +9,9 @@ How to call it::
 
 ``parameters`` stand in ``named_parameters()`` order (only the rule ``listed`` takes them as they come). They may be
 plain ``Parameter`` objects, of which nothing more is known and all of which are taken to be trainable, or ``Described``
-ones. ``weights`` are the parameters' values, by ``Parameter.name`` or by one of its ``keys``, and ``before`` those of
-an earlier step: with them ``evidence.weigh`` is asked. ``live`` are the names in each group of a live optimizer.
+ones. ``weights`` are the parameters' values, by ``Parameter.name`` or by one of its ``keys``; with them
+``evidence.weigh`` is asked, which takes ``before`` and ``head_dim`` too. ``live`` are the names in each group of a live
+optimizer.
 
 A grouping rule is a row of ``RULES``: how a framework sorts a model's parameters into groups. Each yields candidates;
 those whose group sizes, shapes or options are not the file's fall away; those left must agree, or evidence decides.
@@ -379,6 +380,7 @@ def decide(
     rule: str | None = None,
     weights: Mapping[str, Tensor] | None = None,
     before: Mapping[str, Tensor] | None = None,
+    head_dim: int | None = None,
     live: Sequence[Sequence[str]] | None = None,
     source: str,
 ) -> OptimizerState:
@@ -398,20 +400,29 @@ def decide(
         found = [variant for c in found for variant in _adapter_orders(positional, c)]
     if not found:
         raise ConversionError(_nothing_fits(positional, described, reasons))
-    if len(found) == 1 or (first is not None and rule is None):
-        chosen = _named(positional, found[0], source)
-        evidence = weights and weigh(chosen, weights, before=before, orders=_labelled(found[1:]))
-    else:
-        chosen, evidence = _weighed(positional, found, source, weights, before)
+
+    def weighed(candidate: Candidate) -> tuple[OptimizerState, Evidence | None]:
+        state = positional.named(candidate.parameters, Naming(source, candidate.rules[0]))
+        others = {c.rules[0]: c.names for c in found if c is not candidate}
+        return state, weigh(state, weights, before=before, orders=others, head_dim=head_dim) if weights else None
+
+    chosen, (state, evidence) = found[0], weighed(found[0])
+    if len(found) > 1 and (first is None or (evidence is not None and evidence.verdict == "contradicted")):
+        for candidate in found if weights else ():
+            state, evidence = weighed(candidate)
+            if evidence and all(evidence.orders[c.rules[0]] == "excluded" for c in found if c is not candidate):
+                chosen = candidate
+                break
+        else:
+            raise AmbiguousOrderError(_several_fit(found, weights is not None), tuple(c.rules[0] for c in found))
+    if evidence and evidence.verdict == "contradicted" and rule in {None, "listed"} and source in INFERRED:
+        raise ConversionError(_contradicted(evidence))
     details: dict[str, Value] = {
-        "rules": list(found[0].rules),
+        "rules": list(chosen.rules),
         "interchangeable": interchangeable(chosen.parameters),
+        **({"evidence": evidence.to_json()} if evidence else {}),
     }
-    if evidence:
-        details["evidence"] = evidence.to_json()
-        if evidence.verdict == "contradicted" and rule in {None, "listed"} and source in INFERRED:
-            raise ConversionError(_contradicted(evidence))
-    return replace(chosen, naming=Naming(source, chosen.naming.rule, {**chosen.naming.details, **details}))
+    return replace(state, naming=Naming(source, chosen.rules[0], details))
 
 
 def interchangeable(parameters: Sequence[Parameter]) -> int:
@@ -435,10 +446,6 @@ def side_by_side(adapters: Mapping[str, Sequence[Parameter]]) -> list[Parameter]
 
 def _described(parameter: Parameter | Described) -> Described:
     return parameter if isinstance(parameter, Described) else Described(parameter)
-
-
-def _named(positional: PositionalState, candidate: Candidate, source: str) -> OptimizerState:
-    return positional.named(candidate.parameters, Naming(source, candidate.rules[0]))
 
 
 def _survey(
@@ -495,27 +502,6 @@ def _adapter_orders(positional: PositionalState, candidate: Candidate) -> Iterat
         if all(_misshapen(positional, n, parameter) is None for n, parameter in enumerate(moved)):
             rules = tuple(f"{rule}, adapters {', '.join(order)}" for rule in candidate.rules)
             yield Candidate(rules, tuple(moved))
-
-
-def _labelled(found: Sequence[Candidate]) -> dict[str, Sequence[str]]:
-    return {candidate.rules[0]: candidate.names for candidate in found}
-
-
-def _weighed(
-    positional: PositionalState,
-    found: Sequence[Candidate],
-    source: str,
-    weights: Mapping[str, Tensor] | None,
-    before: Mapping[str, Tensor] | None,
-) -> tuple[OptimizerState, Evidence]:
-    """The one candidate against which every other is excluded."""
-    for candidate in found if weights else ():
-        others = _labelled([c for c in found if c is not candidate])
-        state = _named(positional, candidate, source)
-        evidence = weigh(state, weights or {}, before=before, orders=others)
-        if all(evidence.orders[label] == "excluded" for label in others):
-            return state, evidence
-    raise AmbiguousOrderError(_several_fit(found, weights is not None), tuple(c.rules[0] for c in found))
 
 
 def _misfit(positional: PositionalState, splits: Splits) -> str | None:
