@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any, Final, TypeAlias
 
+from lora_state_format.collector import paused
 from lora_state_format.crc import crc32
 from lora_state_format.errors import FileError, UnrepresentableError
 from lora_state_format.model import (
@@ -236,9 +237,8 @@ def from_state_dict(
     """
     found = [tree if isinstance(tree, Found) else Found((), tree) for tree in trees]
     reader = Reader(leaf)
-    parts = [
-        _read_one(reader, item, index, f"{index}:" if len(found) > 1 else None) for index, item in enumerate(found)
-    ]
+    with paused():
+        parts = [_read_one(reader, item, i, f"{i}:" if len(found) > 1 else None) for i, item in enumerate(found)]
     names = [name for part in parts for name in part.names or ()]
     ids = tuple(identity for part in parts for identity in part.ids)
     several = len(found) > 1

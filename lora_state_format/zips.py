@@ -24,6 +24,9 @@ MAX_DIRECTORY: Final = 64 << 20
 MAX_NAME: Final = 1024
 """Bytes of a member's name."""
 
+READ_AHEAD: Final = 4096
+"""Bytes read at a time where members begin: those of small tensors stand close together."""
+
 LOCAL: Final = struct.Struct("<4s5H3L2H")
 CENTRAL: Final = struct.Struct("<4s6H3L5H2L")
 END: Final = struct.Struct("<4s4H2LH")
@@ -72,6 +75,7 @@ class Archive(Mapping[str, Member]):
         # torch can be told not to compute checksums; all of them are zero then.
         self._has_crc = any(crc for _, _, crc, _ in self._entries.values())
         self._opened: dict[str, Member] = {}
+        self._ahead_from, self._ahead = 0, bytearray()
 
     def __getitem__(self, name: str) -> Member:
         if name not in self._opened:
@@ -90,7 +94,7 @@ class Archive(Mapping[str, Member]):
     def _open(self, name: str) -> Member:
         offset, size, crc, method = self._entries[name]
         raw = name.encode()
-        header = self._read(offset, LOCAL.size + len(raw))
+        header = self._read_near(offset, LOCAL.size + len(raw))
         signature, _, flags, local_method, _, _, _, _, _, name_size, extra_size = LOCAL.unpack_from(header)
         if method != 0 or local_method != 0 or flags & ENCRYPTED:
             raise RefusedError(
@@ -182,6 +186,14 @@ class Archive(Mapping[str, Member]):
                 value = int.from_bytes(field[at : at + 8], "little")
                 at += 8
             yield value
+
+    def _read_near(self, start: int, size: int) -> bytearray:
+        if not self._ahead_from <= start <= start + size <= self._ahead_from + len(self._ahead):
+            self._ahead_from, self._ahead = (
+                start,
+                self._read(start, max(size, min(READ_AHEAD, self._source.size - start))),
+            )
+        return self._ahead[start - self._ahead_from : start - self._ahead_from + size]
 
     def _read(self, start: int, size: int) -> bytearray:
         if start < 0 or start + size > self._source.size:
