@@ -197,6 +197,8 @@ def _outcome(losses: Sequence[Loss]) -> str:
     The loudest modules are not heard: in an order that is wrong as a whole, a few may be right by accident. Only a
     signal that is sure can speak for the other order, or has to agree with it.
     """
+    if not losses:
+        return "undecided"
     heard = len(losses) - int(len(losses) * TRIMMED)
     sure, together = (sorted(column) for column in zip(*losses, strict=True))
     if sum(together[:heard]) > EXCLUDED and sum(sure[-heard:]) > -EXCLUDED:
