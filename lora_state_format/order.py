@@ -136,7 +136,7 @@ _ERAS: Final = (
 """Read from releases 4.47.1, 4.48.0, 4.49.0, 4.51.3, 4.52.1, 4.53.3 and 5.23.0: ``Trainer.get_decay_parameter_names``,
 and the classes that modeling files appended to ``ALL_LAYERNORM_LAYERS``. The oldest knew ``nn.LayerNorm`` alone."""
 
-_SCRIPTS: Final = _Era("", "", frozenset(), ("bias", r"layernorm\.weight"))
+_SCRIPTS: Final = _Era("", "", frozenset(), ("bias", r"(?:^|\.)layernorm\.weight"))
 """What the example scripts of old had: ``no_decay = ["bias", "LayerNorm.weight"]``."""
 
 
