@@ -23,8 +23,16 @@ def test_names_of_the_torch_side() -> None:
     import lora_state_format.torch
 
     assert lora_state_format.torch.__all__ == [
-        "BackgroundSave", "LoadReport", "apply", "capture", "load_optimizer", "plan", "save_optimizer",
-    ]  # fmt: skip
+        "BackgroundSave",
+        "Following",
+        "LoadReport",
+        "apply",
+        "capture",
+        "follow_names",
+        "load_optimizer",
+        "plan",
+        "save_optimizer",
+    ]
 
 
 def test_a_function_stays_a_function_whatever_is_imported_first() -> None:
