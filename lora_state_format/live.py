@@ -14,7 +14,10 @@ __all__ = ["LiveGroup", "LiveOptimizer", "LiveParameter", "Problem"]
 
 @dataclass(frozen=True, slots=True)
 class LiveParameter:
-    """A parameter of the live model. ``dtype`` is spelled as in safetensors; ``digest()`` is that of its bytes now."""
+    """A parameter of the live model. ``dtype`` is spelled as in safetensors; ``digest()`` is that of its bytes now.
+
+    ``scaling`` is what LoRA multiplies the parameter's product with (alpha / r), ``None`` for other parameters.
+    """
 
     name: str
     shape: tuple[int, ...]
@@ -22,6 +25,7 @@ class LiveParameter:
     requires_grad: bool = True
     tied: tuple[str, ...] = ()
     digest: Callable[[], Digest] | None = None
+    scaling: float | None = None
 
 
 @dataclass(frozen=True, slots=True)

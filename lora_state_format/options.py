@@ -88,7 +88,7 @@ def choose(state: OptimizerState, live: LiveOptimizer, restored: Mapping[str, st
             decided = key in given or kind_of(key) not in (Kind.MATH, Kind.SCHEDULE)
             if not decided and len(_distinct(values.values())) > 1:
                 problems.append(_splitting(key, source, value, values))
-    return Chosen(tuple(result), tuple(problems), tuple(_zero_rate(live, result, given)))
+    return Chosen(tuple(result), tuple(problems), (*_zero_rate(live, result, given), *_left_out(live, saved, sources)))
 
 
 def _sources(state: OptimizerState, live: LiveOptimizer, restored: Mapping[str, str]) -> list[list[int]]:
@@ -155,6 +155,21 @@ def _zero_rate(live: LiveOptimizer, chosen: Sequence[Mapping[str, Value]], given
             f"lr is 0.0 in the file, as at the end of a schedule, and so it is now in group {', '.join(zero)}: "
             "options={'lr': 'current'} would keep the live value, options={'lr': 1e-4} set another"
         )
+
+
+def _left_out(
+    live: LiveOptimizer, saved: Sequence[Mapping[str, Value]], sources: Sequence[Sequence[int]]
+) -> Iterator[str]:
+    """Options that change what a step computes, and that the live groups know nothing of: a newer torch wrote them."""
+    strange = {
+        key: None
+        for number, feeding in enumerate(sources)
+        for source in feeding
+        for key in saved[source]
+        if kind_of(key) is Kind.MATH and key not in live.options[number]
+    }
+    if strange:
+        yield f"the live groups have no option {', '.join(strange)}: what the file says of it was left out"
 
 
 def _plain(value: Value) -> Any:

@@ -34,9 +34,17 @@ __all__ = [
 LISTED: Final = 10
 """Names that a report lists of each kind before it only counts."""
 
-FIRST_MOMENTS: Final = frozenset({"exp_avg", "momentum_buffer", "grad_avg"})
-SECOND_MOMENTS: Final = frozenset({"exp_avg_sq", "max_exp_avg_sq", "square_avg", "sum", "exp_inf"})
-"""The slots that ``mismatch="resize"`` can resize: new elements are zero, or the mean of the old ones."""
+RESIZABLE: Final[Mapping[str, tuple[int, bool]]] = {
+    **dict.fromkeys(("exp_avg", "momentum_buffer", "grad_avg"), (1, False)),
+    **dict.fromkeys(("exp_avg_sq", "max_exp_avg_sq", "square_avg", "sum"), (2, True)),
+    "exp_inf": (1, True),
+}
+"""The slots that ``mismatch="resize"`` resizes: with which power of the gradient they grow, and whether new elements
+are the mean of the old ones or zero. Zero second moments beside a step that goes on make first updates five times too
+large; a step that starts again cuts the old elements' updates to a third."""
+
+SCALING: Final = "lora_scaling"
+"""Member of ``origin``: alpha / r by adapter, and by parameter where it differs from its adapter's."""
 
 FROZEN: Final = "in the model, requires_grad=False"
 OUTSIDE: Final = "in the model, but not in the optimizer"
@@ -87,13 +95,15 @@ class Binding:
     """What becomes of one parameter of the live optimizer.
 
     ``saved`` is ``None`` for a parameter that starts afresh. ``dtype`` is what floating slots are cast to, ``None`` for
-    as they are. ``resize`` means that slots are of the saved shape and get the live one.
+    as they are. ``resize`` means that slots are of the saved shape and get the live one, and ``scale`` by how much the
+    parameter's gradients have become larger since, because alpha / r has.
     """
 
     name: str
     saved: Parameter | None
     dtype: str | None = None
     resize: bool = False
+    scale: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -170,11 +180,6 @@ def plan(
     ]
     if bindings and not restored and not problems and left:
         problems.append(Problem("names", "nothing would be restored: no saved parameter is in the optimizer"))
-    resized = sum(binding.resize for binding in bindings)
-    surgery = (
-        f"the moments of {_count(resized, 'parameter', 'parameters')} are cut and padded, which is right only if the "
-        "weights were cut and padded alike"
-    )
     carry = policies.unexpected == "carry"
     return LoadPlan(
         state,
@@ -184,7 +189,7 @@ def plan(
         ignored=() if carry else tuple(left),
         carried=tuple(left) if carry else (),
         problems=tuple(problems),
-        notes=(*matching.notes, *([surgery] if resized else []), *groups.notes),
+        notes=(*matching.notes, *_surgery(state, live, bindings), *groups.notes),
     )
 
 
@@ -259,7 +264,18 @@ def _bindings(state: OptimizerState, live: LiveOptimizer, matching: _Matching, p
         resize = saved is not None and saved.shape != own.shape
         if resize and policies.mismatch != "resize":
             saved, resize = None, False
-        yield Binding(name, saved, own.dtype if policies.dtype == "param" else None, resize)
+        then = _scaling(state, saved) if saved is not None and resize else None
+        scale = own.scaling / then if own.scaling and then else 1.0
+        yield Binding(name, saved, own.dtype if policies.dtype == "param" else None, resize, scale)
+
+
+def _scaling(state: OptimizerState, parameter: Parameter) -> float | None:
+    """alpha / r of a saved parameter, if the file says it."""
+    stated = state.origin.get(SCALING)
+    if not isinstance(stated, Mapping):
+        return None
+    value = stated.get(parameter.name, stated.get(parameter.adapter))
+    return value if isinstance(value, float) else None
 
 
 def _missing(state: OptimizerState, live: LiveOptimizer, matching: _Matching, policies: Policies) -> Iterator[Problem]:
@@ -381,16 +397,33 @@ def _rank_change(pairs: Sequence[tuple[Parameter, LiveParameter]]) -> tuple[int,
     return changes.pop() if len(changes) == 1 else None
 
 
+def _surgery(state: OptimizerState, live: LiveOptimizer, bindings: Iterable[Binding]) -> Iterator[str]:
+    """What there is to say of resized parameters."""
+    resized = [binding for binding in bindings if binding.resize]
+    if not resized:
+        return
+    text = (
+        f"the moments of {_count(len(resized), 'parameter', 'parameters')} are cut and padded, which is right only if "
+        "the weights were cut and padded alike"
+    )
+    scales = {binding.scale for binding in resized}
+    adapters = [b for b in resized if live.parameters[b.name].scaling is not None]
+    if scales != {1.0}:
+        text += f"; they are scaled as the gradients are by the new alpha / r, by {', '.join(map(str, sorted(scales)))}"
+    elif any(b.saved and _scaling(state, b.saved) is None for b in adapters):
+        text += "; the file does not say alpha / r, so they are not scaled by its change"
+    yield text
+
+
 def _unresizable(pairs: Sequence[tuple[Parameter, LiveParameter]]) -> Iterator[Problem]:
-    able = FIRST_MOMENTS | SECOND_MOMENTS
     items = tuple(
         f"{own.name}  {_dotted(path)} {list(slot.tensor.shape)} of role {slot.role.value}"
         for saved, own in pairs
         for path, slot in saved.tensors()
-        if len(saved.shape) != len(own.shape) or slot.role is not Role.PARAM or path[-1] not in able
+        if len(saved.shape) != len(own.shape) or slot.role is not Role.PARAM or path[-1] not in RESIZABLE
     )
     if items:
-        hint = f"resized are slots of role param by these names: {', '.join(sorted(able))}"
+        hint = f"resized are slots of role param by these names: {', '.join(sorted(RESIZABLE))}"
         yield Problem("shape", f"slots that cannot be resized ({len(items)}):", items, (hint,))
 
 

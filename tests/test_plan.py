@@ -413,6 +413,7 @@ def test_what_each_kind_of_option_does() -> None:
     made = plan(state([parameter("a")], options=[saved]), live(["a"], options=[own]))
     made.check()
     assert made.options == ({"lr": 5e-4, "betas": (0.8, 0.9), "d": 0.5},)
+    assert made.notes == ("the live groups have no option lr_mult: what the file says of it was left out",)
     assert {kind_of(key) for key in OPTIONS} == {Kind.SCHEDULE, Kind.RUNTIME, Kind.STATE}
     assert kind_of("betas") is Kind.MATH
 

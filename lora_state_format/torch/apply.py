@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final, Literal, cast, overload
@@ -14,7 +15,7 @@ import torch
 from lora_state_format import container, order, registry
 from lora_state_format import plan as planning
 from lora_state_format.crc import Ledger
-from lora_state_format.errors import ConversionError
+from lora_state_format.errors import BindError, ConversionError, OptionError
 from lora_state_format.live import LiveOptimizer, LiveParameter
 from lora_state_format.manifest import ALGORITHM
 from lora_state_format.model import (
@@ -30,11 +31,11 @@ from lora_state_format.model import (
 )
 from lora_state_format.names import Rename, peft_key
 from lora_state_format.optimizers import Known
-from lora_state_format.plan import SECOND_MOMENTS, Binding, LoadPlan
+from lora_state_format.plan import RESIZABLE, Binding, LoadPlan
 from lora_state_format.sources import File
 from lora_state_format.torch.background import BackgroundSave, settle, start
 from lora_state_format.torch.capture import CARRIED, Models, Optimizers, capture, describe, named_tensors, optimizers_of
-from lora_state_format.torch.tensors import DTYPES, read_into, scalar_to_torch, to_torch
+from lora_state_format.torch.tensors import DTYPES, is_sharded, read_into, scalar_to_torch, to_torch
 
 __all__ = ["LoadReport", "apply", "load_optimizer", "plan", "save_optimizer"]
 
@@ -135,10 +136,17 @@ def save_optimizer(
     the way are made. With ``force=False`` an existing file is a ``TargetExistsError``. The optimizer is only read: no
     step is run, and gradients may be there.
 
+    The optimizer of a sharded model (DTensors: FSDP2, tensor parallel) is saved by all ranks together: call this on
+    every one. One tensor at a time is brought together for rank 0, which writes. If a rank fails, all raise.
+
     With ``background=True`` the state is copied into the host's memory and written behind the run; what is returned
     has ``wait()``. The save before, if it is still being written, is waited for, and its error raised here.
     """
     path = Path(path)
+    if _is_sharded(optimizer):
+        if background:
+            raise OptionError("background=True: the state of a sharded model is brought together while it is written")
+        return _save_together(optimizer, model, path, weights, extra, global_step, max_shard_size, force)
 
     def captured() -> Callable[[], container.Written]:
         state = capture(optimizer, model, weights=weights, extra=extra, global_step=global_step, copy=background)
@@ -149,6 +157,47 @@ def save_optimizer(
         return start(captured)
     settle()
     return captured()()
+
+
+def _is_sharded(optimizer: Optimizers) -> bool:
+    groups = (group for found in optimizers_of(optimizer) for group in found.param_groups)
+    return any(is_sharded(parameter) for group in groups for parameter in group["params"])
+
+
+def _save_together(
+    optimizer: Optimizers,
+    model: Models,
+    path: Path,
+    weights: bool,
+    extra: Mapping[str, Any] | None,
+    global_step: int | None,
+    max_shard_size: int | None,
+    force: bool,
+) -> container.Written:
+    """Rank 0 writes; every rank takes part in bringing each tensor together."""
+    from lora_state_format.torch.distributed import Together, follow, from_first
+
+    written = None
+    with Together():
+        state = capture(optimizer, model, weights=weights, extra=extra, global_step=global_step)
+        if torch.distributed.get_rank() == 0:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            written = container.write(state, path, force=force, max_shard_size=max_shard_size)
+        else:
+            follow(container.in_file_order(state, max_shard_size))
+    return from_first(written)
+
+
+@contextlib.contextmanager
+def _agreed(optimizer: Optimizers) -> Iterator[Callable[[], None]]:
+    """What is called before anything changes: of a sharded model it returns when every rank is there."""
+    if not _is_sharded(optimizer):
+        yield lambda: None
+        return
+    from lora_state_format.torch.distributed import agreement
+
+    with agreement(True) as agree:
+        yield agree
 
 
 def load_optimizer(
@@ -169,11 +218,13 @@ def load_optimizer(
     positions instead of names, the order of the live optimizer says what they mean, with a warning: order alone is no
     proof. The policies are those of ``plan.Policies``.
 
+    Of a sharded model each rank reads its own part, whatever the placement; call this on every rank. If one fails, all
+    do. Tensors that are read in parts are not verified against their digests, and weights are not compared.
+
     Raises ``BindError`` that names everything that does not fit, ``DigestError`` and ``FileError`` for damaged bytes,
-    and what opening the path raises. The optimizer is then as it was.
+    ``RankError`` if another rank raised something, and what opening the path raises. The optimizer is then as it was.
     """
-    live = describe(optimizer, model)
-    with _open(Path(path), live, model) as state:
+    with _agreed(optimizer) as agree, _open(Path(path), live := describe(optimizer, model), model) as state:
         loading = planning.plan(
             state,
             live,
@@ -184,7 +235,7 @@ def load_optimizer(
             options=options,
             rename=rename,
         )
-        return apply(loading, optimizer, model)
+        return apply(loading, optimizer, model, agree)
 
 
 def plan(state: OptimizerState, optimizer: Optimizers, model: Models, **policies: Any) -> LoadPlan:
@@ -253,9 +304,12 @@ def _beside(parameter: LiveParameter, weights: Mapping[str, Tensor]) -> Paramete
 # --- carrying it out ------------------------------------------------------------------------------------------------
 
 
-def apply(loading: LoadPlan, optimizer: Optimizers, model: Models) -> LoadReport:
+def apply(
+    loading: LoadPlan, optimizer: Optimizers, model: Models, agree: Callable[[], None] = lambda: None
+) -> LoadReport:
     """Carry out a plan that was made for this optimizer and model.
 
+    ``agree`` is called when everything is read and verified, and nothing changed yet; what it raises stops the load.
     Everything is read and verified first; then it is put in place. Raises ``BindError`` for a plan with problems,
     ``DigestError`` or ``FileError`` for damaged bytes; the optimizer is then as it was.
     """
@@ -270,6 +324,7 @@ def apply(loading: LoadPlan, optimizer: Optimizers, model: Models) -> LoadReport
         if isinstance(resource, File):
             resource.check_unchanged()
     matching, differing = _compare(loading)
+    agree()
 
     for binding, slots in staged:
         state = optimizers[loading.live.groups[loading.live.members[binding.name]].optimizer].state
@@ -323,15 +378,31 @@ def _tensor(
     like = slot.role in (Role.PARAM, Role.ROW, Role.COL)
     dtype = DTYPES[binding.dtype] if binding.dtype and like and saved.is_floating_point else saved
     where = f"'{binding.name}': slot '{'.'.join(map(str, path))}'"
-    if binding.resize and slot.role is Role.PARAM:
+    if is_sharded(parameter):
+        return _shard(slot, dtype, binding, parameter, where)
+    if binding.resize:
         old = torch.empty(tensor.shape, dtype=saved)
         read_into(tensor, old, ledger=ledger, where=where)
-        return _resized(old, torch.empty_like(parameter, dtype=dtype, requires_grad=False), path[-1] in SECOND_MOMENTS)
+        power, mean = RESIZABLE[path[-1]]
+        out = torch.empty_like(parameter, dtype=dtype, requires_grad=False)
+        return _resized(old.mul_(binding.scale**power), out, mean)
     if slot.role is Role.PARAM:
         out = torch.empty_like(parameter, dtype=dtype, requires_grad=False)
     else:
         out = torch.empty(tensor.shape, dtype=dtype, device=parameter.device)
     read_into(tensor, out, ledger=ledger, where=where)
+    return out
+
+
+def _shard(slot: Slot, dtype: torch.dtype, binding: Binding, parameter: torch.Tensor, where: str) -> torch.Tensor:
+    """This rank's part of a slot, placed as the parameter is."""
+    from lora_state_format.torch.distributed import read_shard
+
+    if slot.role is not Role.PARAM or binding.resize:
+        what = "it has another shape" if binding.resize else f"its role is {slot.role.value}, not param"
+        raise BindError(f"{where} cannot follow a sharded parameter: {what}")
+    out = torch.empty_like(parameter, dtype=dtype, requires_grad=False)
+    read_shard(slot.tensor, out, where)  # type: ignore[arg-type]
     return out
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import inspect
 import logging
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, TypeAlias, cast
 from weakref import WeakKeyDictionary
@@ -36,8 +36,9 @@ from lora_state_format.model import (
     walk,
 )
 from lora_state_format.names import peft_key, split_adapter
+from lora_state_format.plan import SCALING
 from lora_state_format.state_dict import Leaf, Reader
-from lora_state_format.torch.tensors import dtype_name, from_torch, refusal
+from lora_state_format.torch.tensors import dtype_name, from_torch, is_sharded, refusal
 
 __all__ = ["CARRIED", "Models", "Named", "Optimizers", "capture", "describe", "named_tensors", "optimizers_of"]
 
@@ -73,13 +74,15 @@ SHELLS: Final[Mapping[str, str]] = {
 class Named:
     """The parameters of a model. ``tensors`` has each once, under its first name; ``tied`` has the other names.
 
-    ``names`` has the first names by ``id(tensor)``, ``owners`` the class of the module that has the parameter.
+    ``names`` has the first names by ``id(tensor)``, ``owners`` the class of the module that has the parameter,
+    ``scaling`` what LoRA layers multiply the products of their parameters with.
     """
 
     tensors: dict[str, torch.Tensor]
     tied: dict[str, tuple[str, ...]]
     names: dict[int, str]
     owners: dict[str, type]
+    scaling: dict[str, float]
 
 
 def named_tensors(model: Models) -> Named:
@@ -88,26 +91,29 @@ def named_tensors(model: Models) -> Named:
     tied: dict[str, tuple[str, ...]] = {}
     names: dict[int, str] = {}
     owners: dict[str, type] = {}
+    scaling: dict[str, float] = {}
     seen: set[str] = set()
-    for name, tensor, owner in _named(model):
+    for name, tensor, owner, scale in _named(model):
         if name in seen:
             raise CaptureError(f"two parameters are called '{name}' once the segments of wrappers are removed")
         seen.add(name)
         first = names.setdefault(id(tensor), name)
         if first == name:
             tensors[name], owners[name] = tensor, owner
+            if scale is not None:
+                scaling[name] = scale
         else:
             tied[first] = (*tied.get(first, ()), name)
-    return Named(tensors, tied, names, owners)
+    return Named(tensors, tied, names, owners, scaling)
 
 
-def _named(model: Models) -> Iterator[tuple[str, torch.Tensor, type]]:
+def _named(model: Models) -> Iterator[tuple[str, torch.Tensor, type, float | None]]:
     for key, module in model.items() if isinstance(model, Mapping) else [("", model)]:
         places: dict[str, tuple[str, Any]] = {"": (key, module)}
         for name, tensor in module.named_parameters(remove_duplicate=False):
             head, _, leaf = name.rpartition(".")
             clean, owner = _place(head, places)
-            yield _joined(clean, leaf), tensor, type(owner)
+            yield _joined(clean, leaf), tensor, type(owner), _scale(name, places)
 
 
 def _place(path: str, places: dict[str, tuple[str, Any]]) -> tuple[str, Any]:
@@ -118,6 +124,16 @@ def _place(path: str, places: dict[str, tuple[str, Any]]) -> tuple[str, Any]:
         wraps = any(WRAPPERS.get(class_path) == segment for class_path in _lineage(type(module)))
         places[path] = (clean if wraps else _joined(clean, segment), getattr(module, segment, None))
     return places[path]
+
+
+def _scale(name: str, places: dict[str, tuple[str, Any]]) -> float | None:
+    """What PEFT's LoRA layer around a parameter multiplies with: alpha / r, or as the adapter has it."""
+    parts = split_adapter(name)
+    if parts is None or ".lora_" not in name:
+        return None
+    layer = _place(parts[0].rpartition(".")[0], places)[1]
+    scales = getattr(layer, "scaling", None)
+    return float(scales[parts[1]]) if isinstance(scales, dict) and parts[1] in scales else None
 
 
 def _joined(*parts: str) -> str:
@@ -162,7 +178,8 @@ def describe(optimizer: Optimizers, model: Models) -> LiveOptimizer:
             dtype_name(tensor.dtype) or str(tensor.dtype),
             tensor.requires_grad,
             named.tied.get(name, ()),
-            _digester(tensor),
+            None if is_sharded(tensor) else _digester(tensor),
+            named.scaling.get(name),
         )
         for name, tensor in named.tensors.items()
     }
@@ -182,7 +199,7 @@ def _digester(tensor: torch.Tensor) -> Callable[[], Digest]:
 
 
 def _digest(tensor: torch.Tensor) -> Digest:
-    content = from_torch(tensor)
+    content = _content(tensor)
     return Digest(ALGORITHM, content.dtype, hash_tensor(content))
 
 
@@ -235,10 +252,19 @@ def _options(reader: Reader, group: Mapping[str, Any], where: str | None = None)
                 logger.warning("%s: option %s; it is not saved, and a load keeps what the live group has", where, error)
 
 
+def _content(tensor: torch.Tensor) -> Tensor:
+    """A live tensor as its bytes; of a sharded one all of them, which every rank must ask for."""
+    if is_sharded(tensor):
+        from lora_state_format.torch.distributed import gathered
+
+        return gathered(tensor)  # type: ignore[arg-type]
+    return from_torch(tensor)
+
+
 def as_leaf(raw: Any) -> Tensor | Scalar | None:
     """Live tensors, and NumPy's scalars as Python numbers."""
     if isinstance(raw, torch.Tensor):
-        content = from_torch(raw)
+        content = _content(raw)
         return content if content.shape else Scalar(content.dtype, bytes(content.bytes()))
     numpy = sys.modules.get("numpy")
     if numpy is not None and isinstance(raw, numpy.generic) and not isinstance(raw, (numpy.str_, numpy.bytes_)):
@@ -306,7 +332,7 @@ def capture(
         parameters=tuple(parameters.values()),
         naming=Naming("model"),
         globals=_globals(reader, optimizers),
-        origin={"format": "torch", "torch": str(torch.__version__)},
+        origin={"format": "torch", "torch": str(torch.__version__), **_scalings(parameters.values(), named)},
         extra=_extra(reader, extra or {}),
         global_step=global_step,
     )
@@ -326,6 +352,16 @@ def _parameter(
         keys={"peft": key[0]} if key else {},
         weights=_digest(tensor) if weights else None,
     )
+
+
+def _scalings(parameters: Iterable[Parameter], named: Named) -> Mapping[str, Value]:
+    """alpha / r by adapter, and by parameter where it differs from that of the adapter's first."""
+    found: dict[str, Value] = {}
+    for parameter in parameters:
+        scale = named.scaling.get(parameter.name)
+        if scale is not None and found.setdefault(str(parameter.adapter), scale) != scale:
+            found[parameter.name] = scale
+    return {SCALING: found} if found else {}
 
 
 def _slots(

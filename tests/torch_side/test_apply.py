@@ -6,6 +6,7 @@ import copy
 import logging
 import os
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -22,6 +23,7 @@ from lora_state_format.errors import (
     ConversionError,
     DigestError,
     FileError,
+    RefusedError,
     StateFormatError,
     TargetExistsError,
     UnsupportedVersionError,
@@ -167,6 +169,21 @@ def test_a_plan_with_problems_is_not_applied(saved: Path) -> None:
         assert loading.problems
         with pytest.raises(BindError):
             apply(loading, optimizer, model)
+    assert not optimizer.state
+
+
+def test_a_pickle_that_asks_for_code_is_refused_and_nothing_runs(tmp_path: Path) -> None:
+    class Command:
+        def __reduce__(self) -> Any:
+            return os.system, (f"touch {tmp_path}/ran",)
+
+    model = linear()
+    optimizer = adamw(model)
+    torch.save({"state": {}, "param_groups": [{"params": [0], "lr": Command()}]}, tmp_path / "optimizer.pt")
+    with pytest.raises(RefusedError) as caught:
+        load_optimizer(optimizer, model, tmp_path / "optimizer.pt")
+    assert "system" in str(caught.value)
+    assert not (tmp_path / "ran").exists()
     assert not optimizer.state
 
 
@@ -528,18 +545,129 @@ def test_an_order_that_shapes_refuse_is_not_taken_and_names_still_bind(founding:
         assert torch.equal(optimizer.state[p]["exp_avg"], founding.slots[name]["exp_avg"])
 
 
-def test_an_order_that_shapes_allow_is_refused_where_the_weights_contradict_it(founding: Founding) -> None:
-    """Layers as text: 0, 1, 10, 11, ..., 2. torch would bind 27 of 28 layers to another one's moments in silence."""
-    model = founding.model
-    named = [(name.split(".")[4], name, p) for name, p in model.named_parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW([p for _, _, p in sorted(named, key=lambda item: item[0])])
+def by_text(model: Any) -> list[tuple[str, torch.nn.Parameter]]:
+    """Trainable parameters with layers as text sorts them: 0, 1, 10, 11, ..., 2. Every shape stays where it was."""
+    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    return sorted(named, key=lambda item: item[0].split(".")[4])
+
+
+def test_an_order_that_shapes_allow_is_not_taken_where_the_weights_contradict_it(founding: Founding) -> None:
+    """torch would bind the moments of 26 of 28 layers to another layer in silence."""
+    named = by_text(founding.model)
+    theirs = torch.optim.AdamW([p for _, p in named])
+    theirs.load_state_dict(
+        torch.load(founding.path / "optimizer.pt") | {"param_groups": theirs.state_dict()["param_groups"]}
+    )
+    wrong = [name for name, p in named if not torch.equal(theirs.state[p]["exp_avg"], founding.slots[name]["exp_avg"])]
+    assert len(wrong) == 26 * 14
+
+    ours = torch.optim.AdamW([p for _, p in named])
+    load_optimizer(ours, founding.model, founding.path)
+    for name, p in named:
+        assert torch.equal(ours.state[p]["exp_avg"], founding.slots[name]["exp_avg"])
+
+
+def test_an_order_that_nothing_but_the_live_optimizer_proposes_is_refused_where_the_weights_contradict_it(
+    founding: Founding, tmp_path: Path
+) -> None:
+    def halved(parameters: list[Any]) -> list[dict[str, Any]]:
+        return [{"params": parameters[:196]}, {"params": parameters[196:]}]
+
+    folder = shutil.copytree(founding.path, tmp_path / "checkpoint-3")
+    saved = torch.load(folder / "optimizer.pt")
+    (one, _), options = saved["param_groups"], saved["param_groups"][0]
+    saved["param_groups"] = [{**options, **group} for group in halved(one["params"])]
+    torch.save(saved, folder / "optimizer.pt")
+    optimizer = torch.optim.AdamW(halved([p for _, p in by_text(founding.model)]))
     with pytest.raises(ConversionError) as caught:
-        load_optimizer(optimizer, model, founding.path)
+        load_optimizer(optimizer, founding.model, folder)
     assert str(caught.value) == (
-        f"{founding.path}: its parameters do not stand in the order of the live optimizer, say the weights beside it\n"
+        f"{folder}: its parameters do not stand in the order of the live optimizer, say the weights beside it\n"
         "hint: give it names first, with convert(path, 'optimizer.safetensors'), and load that file"
     )
     assert not optimizer.state
+
+
+# --- LoRA, refused and resized ---------------------------------------------------------------------------------------
+
+
+def adapted(targets: str, rank: int = 8, alpha: int = 16) -> Any:
+    from peft import LoraConfig, get_peft_model
+
+    torch.manual_seed(0)
+    base = nn.ModuleDict({name: nn.Linear(6, 6) for name in "qkvo"})
+    base.forward = lambda x: sum(layer(x) for layer in base.values())
+    config = LoraConfig(target_modules=list(targets), r=rank, lora_alpha=alpha, init_lora_weights=False)
+    return get_peft_model(base, config)
+
+
+def adapter_optimizer(model: Any) -> torch.optim.Optimizer:
+    return torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+
+
+@pytest.fixture
+def lora(tmp_path: Path) -> Path:
+    """LoRA of rank 8 on q and v, one step."""
+    model = adapted("qv")
+    optimizer = adapter_optimizer(model)
+    model(torch.ones(2, 6)).square().sum().backward()
+    optimizer.step()
+    save_optimizer(optimizer, model, tmp_path / "lora.safetensors")
+    torch.save(optimizer.state_dict(), tmp_path / "lora.pt")
+    return tmp_path / "lora.safetensors"
+
+
+@pytest.mark.parametrize(("targets", "rank", "kinds"), [("qo", 8, {"missing", "unexpected"}), ("qv", 4, {"shape"})])
+def test_another_adapter_loads_into_torch_and_is_refused_by_name(
+    targets: str, rank: int, kinds: set[str], lora: Path
+) -> None:
+    model = adapted(targets, rank)
+    optimizer = adapter_optimizer(model)
+    optimizer.load_state_dict(torch.load(lora.with_suffix(".pt")))  # not a word
+    optimizer = adapter_optimizer(model)
+    with pytest.raises(BindError) as caught:
+        load_optimizer(optimizer, model, lora)
+    assert caught.value.plan is not None
+    assert {problem.kind for problem in caught.value.plan.problems} == kinds
+    assert not optimizer.state
+
+
+@pytest.mark.parametrize(("rank", "alpha", "scale"), [(12, 24, 1.0), (4, 16, 2.0), (16, 16, 0.5)])
+def test_a_new_rank_cuts_pads_and_scales_with_alpha_over_r(rank: int, alpha: int, scale: float, lora: Path) -> None:
+    old_model, model = adapted("qv"), adapted("qv", rank, alpha)
+    old = adapter_optimizer(old_model)
+    load_optimizer(old, old_model, lora)
+    new = adapter_optimizer(model)
+    report = load_optimizer(new, model, lora, mismatch="resize")
+
+    common = min(rank, 8)
+    for p, q in zip(old.state, new.state, strict=True):
+        axis = 0 if p.shape[0] == 8 else 1
+        for slot, power in (("exp_avg", 1), ("exp_avg_sq", 2)):
+            before, after = old.state[p][slot], new.state[q][slot]
+            assert after.shape == q.shape
+            kept = before.narrow(axis, 0, common) * scale**power
+            assert torch.equal(after.narrow(axis, 0, common), kept)
+            if rank > 8:
+                fill = (before * scale**power).double().mean().float() if power == 2 else torch.tensor(0.0)
+                assert torch.equal(after.narrow(axis, 8, rank - 8), fill.expand(after.narrow(axis, 8, rank - 8).shape))
+    note = (
+        "the moments of 4 parameters are cut and padded, which is right only if the weights were cut and padded alike"
+    )
+    if scale != 1.0:
+        note += f"; they are scaled as the gradients are by the new alpha / r, by {scale}"
+    assert report.notes == (note,)
+
+
+def test_gradients_of_lora_grow_with_alpha_over_r() -> None:
+    """Why moments are scaled: with the same weights, gradients are alpha / r times what they were."""
+    gradients = []
+    for alpha in (16, 8):
+        model = adapted("qv", alpha=alpha)
+        model(torch.ones(2, 6)).sum().backward()
+        gradients.append([p.grad for p in model.parameters() if p.requires_grad])
+    for first, second in zip(*gradients, strict=True):
+        assert torch.allclose(first, 2 * second)
 
 
 # --- memory ---------------------------------------------------------------------------------------------------------
