@@ -38,11 +38,22 @@ NAMED: Final = "named"
 
 BUILT_IN: Final[Mapping[str, str]] = {
     NAMED: "lora_state_format.converters.named",
+    "accelerate": "lora_state_format.converters.accelerate",
+    "composer": "lora_state_format.converters.composer",
     "dcp": "lora_state_format.converters.dcp",
     "deepspeed_universal": "lora_state_format.converters.deepspeed_universal",
     "deepspeed_zero": "lora_state_format.converters.deepspeed_zero",
+    "diffusers": "lora_state_format.converters.diffusers",
     "flax_msgpack": "lora_state_format.converters.flax_msgpack",
+    "kohya": "lora_state_format.converters.kohya",
+    "lerobot": "lora_state_format.converters.lerobot",
+    "lightning": "lora_state_format.converters.lightning",
+    "megatron": "lora_state_format.converters.megatron",
+    "mlx": "lora_state_format.converters.mlx",
+    "nanotron": "lora_state_format.converters.nanotron",
+    "olmo": "lora_state_format.converters.olmo",
     "torch_optimizer": "lora_state_format.converters.torch_optimizer",
+    "torchtune": "lora_state_format.converters.torchtune",
 }
 """Converter name -> its module."""
 

@@ -82,7 +82,7 @@ def test_a_trainer_checkpoint(founding: Founding, part: str) -> None:
     found, match = registry.detect(path)
     assert found is converter
     assert match == registry.Match(
-        "a torch.save file whose pickle mentions param_groups" if part else "optimizer.pt beside trainer_state.json",
+        "a zip archive, as torch.save writes them" if part else "optimizer.pt beside trainer_state.json",
         founding.path / "optimizer.pt",
         generic=bool(part),
     )
@@ -104,8 +104,7 @@ def test_a_trainer_checkpoint(founding: Founding, part: str) -> None:
         file.close()
 
 
-def test_what_is_no_optimizer_is_not_claimed(tmp_path: Path, model: torch.nn.Module) -> None:
-    torch.save(model.state_dict(), tmp_path / "model.pt")
+def test_what_torch_did_not_save_is_not_claimed(tmp_path: Path) -> None:
     save_file({"x": torch.ones(1)}, tmp_path / "x.safetensors")
     (tmp_path / "notes.txt").write_text("param_groups")
     (tmp_path / "empty").touch()
@@ -113,11 +112,15 @@ def test_what_is_no_optimizer_is_not_claimed(tmp_path: Path, model: torch.nn.Mod
         assert converter.detect(path) is None
         with pytest.raises(UnknownFormatError):
             registry.detect(path)
+
+
+def test_a_file_without_an_optimizer_says_so(tmp_path: Path, model: torch.nn.Module) -> None:
+    path = tmp_path / "model.pt"
+    torch.save(model.state_dict(), path)
+    assert registry.detect(path)[1].generic
     with pytest.raises(FileError) as caught:
-        converter.read(tmp_path / "model.pt")
-    assert str(caught.value) == (
-        f"{tmp_path / 'model.pt'}: no optimizer's state dict in it (a dict with state and param_groups)"
-    )
+        converter.read(path)
+    assert str(caught.value) == f"{path}: no optimizer's state dict in it (a dict with state and param_groups)"
 
 
 def test_an_interrupted_save_is_claimed_to_say_so(tmp_path: Path) -> None:

@@ -1,0 +1,100 @@
+"""What accelerate's ``save_state`` writes: ``optimizer.bin``, ``optimizer_1.bin``, ... beside the models' weights.
+
+Without FSDP each is a positional state dict; with FSDP's full state dict (the Trainer writes that too, into its
+checkpoint folder) its ids are names. The file names are those of ``accelerate/checkpointing.py`` and
+``accelerate/utils/fsdp_utils.py``. Its sharded folders (``optimizer_0``) are DCP's.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Final
+
+from lora_state_format import keyed, pickles
+from lora_state_format.errors import FileError, OptionError, RefusedError, TargetExistsError
+from lora_state_format.folders import Files, read_json, read_weights, reading
+from lora_state_format.model import Checkpoint, OptimizerState, Tensor
+from lora_state_format.names import split_adapter
+from lora_state_format.registry import Match
+from lora_state_format.state_dict import Found, from_state_dict, to_state_dict
+from lora_state_format.torch_save import save
+from lora_state_format.trees import check_options
+
+NAME: Final = "accelerate"
+DESCRIPTION: Final = "a folder of accelerate's save_state, or of FSDP's full state dict: optimizer.bin, optimizer_1.bin"
+OPTIONS: Final = {"fsdp": "write FSDP's full state dict, whose ids are names"}
+
+_OPTIMIZER: Final = re.compile(r"optimizer(?:_(\d+))?\.bin")
+_LOCAL: Final = re.compile(r"optimizer_\d+_rank\d+\.bin")
+_MODELS: Final = ("model.safetensors", "pytorch_model.bin", "pytorch_model_fsdp.bin")
+_OTHERS: Final = ("train_state.json", "pytorch_lora_weights.safetensors")
+"""Signs of kohya's scripts and of diffusers', which use accelerate and have converters of their own."""
+
+
+def detect(path: Path) -> Match | None:
+    if not path.is_dir() or any((path / name).exists() for name in _OTHERS):
+        return None
+    local = sorted(file for file in path.iterdir() if _LOCAL.fullmatch(file.name))
+    if local:
+        return Match("FSDP state of single ranks", local[0])
+    files = _files(path)
+    return Match(f"{len(files)} optimizer.bin of accelerate or FSDP", files[0]) if files else None
+
+
+def _files(path: Path) -> list[Path]:
+    found = {int(m[1] or 0): file for file in path.iterdir() if (m := _OPTIMIZER.fullmatch(file.name))}
+    return [found[number] for number in sorted(found)]
+
+
+def read(path: Path, options: Mapping[str, Any] | None = None) -> Checkpoint:
+    """Raises ``RefusedError`` for files that hold the shards of one rank."""
+    check_options(options or {}, OPTIONS, NAME)
+    if local := sorted(file for file in path.iterdir() if _LOCAL.fullmatch(file.name)):
+        raise RefusedError(
+            f"one of {len(local)} files with the shards of single ranks, which do not say how they fit together: load "
+            "them where they were written, and save with FSDP's full or sharded state dict",
+            path=local[0],
+        )
+    places = _files(path)
+    if not places:
+        raise FileError("no optimizer.bin", path=path)
+    with reading() as files:
+        found = [Found((place.name,), pickles.load(files[place], place).value) for place in places]
+        weights = _weights(path, files, len(found))
+        trainer = path / "trainer_state.json"
+        step = read_json(trainer).get("global_step") if trainer.is_file() else None
+        state = from_state_dict(*found, origin={"format": NAME}, global_step=step, resources=(files,))
+        configs = {name: path / name for name in ("adapter_config.json", "config.json") if (path / name).is_file()}
+        return Checkpoint(keyed.named(state, weights=weights), weights, configs)
+
+
+def _weights(path: Path, files: Files, optimizers: int) -> dict[str, Tensor]:
+    """The model's tensors; of an adapter only, where the model has one: what it was put on is frozen.
+
+    Which of several optimizers trains which model is not said, so their weights are not taken for names.
+    """
+    place = next((path / name for name in _MODELS if (path / name).is_file()), None)
+    if place is None or optimizers > 1:
+        return {}
+    weights = read_weights(place, files)
+    return {name: tensor for name, tensor in weights.items() if split_adapter(name)} or weights
+
+
+def write(
+    state: OptimizerState, path: Path, *, base: Path | None, force: bool, options: Mapping[str, Any] | None = None
+) -> None:
+    """Write ``optimizer.bin``, and ``optimizer_1.bin`` and so on for further optimizers, into a folder."""
+    if base is not None:
+        raise OptionError(f"{NAME} writes whole files and takes nothing from another ({base})")
+    chosen = options or {}
+    check_options(chosen, OPTIONS, NAME)
+    targets = [path / f"optimizer{f'_{index}' if index else ''}.bin" for index in range(len(state.optimizers))]
+    for target in targets:
+        if target.exists() and not force:
+            raise TargetExistsError(f"{target} exists; pass force=True (--force) to replace it")
+    path.mkdir(parents=True, exist_ok=True)
+    for index, target in enumerate(targets):
+        tree = keyed.by_name(state, index) if chosen.get("fsdp") else to_state_dict(state, index)
+        save(tree, target, force=force)

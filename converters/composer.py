@@ -1,0 +1,65 @@
+"""Composer's ``ep1-ba8-rank0.pt``: optimizers by class name, keyed by parameter name, or by position in older files.
+
+Sharded checkpoints are DCP folders. The layout is that of ``composer/core/state.py``.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Final
+
+from lora_state_format import keyed, pickles
+from lora_state_format.errors import FileError
+from lora_state_format.folders import reading
+from lora_state_format.model import Checkpoint, Tensor
+from lora_state_format.registry import Match
+from lora_state_format.sources import File
+from lora_state_format.state_dict import Found, from_state_dict
+from lora_state_format.trees import member
+
+NAME: Final = "composer"
+DESCRIPTION: Final = "a Composer checkpoint file: state.optimizers beside rank_zero_seed"
+
+
+def detect(path: Path) -> Match | None:
+    if not path.is_file():
+        return None
+    with File(path) as file:
+        try:
+            if pickles.mentions(file, b"rank_zero_seed") and pickles.mentions(file, b"optimizers"):
+                return Match("a torch.save file whose pickle mentions optimizers and rank_zero_seed", path)
+        except FileError:
+            pass
+    return None
+
+
+def read(path: Path) -> Checkpoint:
+    with reading() as files:
+        tree = member(pickles.load(files[path], path).value, "state", dict, path)
+        key = "optimizers" if "optimizers" in tree else "_optimizers"
+        optimizers = member(tree, key, dict, path)
+        if not optimizers:
+            raise FileError("state.optimizers is empty", path=path)
+        found = [Found(("state", key, name), member(optimizers, name, dict, path)) for name in optimizers]
+        model = tree.get("model")
+        weights = {k: v for k, v in model.items() if isinstance(v, Tensor)} if isinstance(model, dict) else {}
+        state = from_state_dict(
+            *found, origin={"format": NAME, **_versions(tree)}, global_step=_batches(tree), resources=(files,)
+        )
+        return Checkpoint(keyed.named(state, weights=weights), weights)
+
+
+def _versions(tree: dict[str, Any]) -> dict[str, Any]:
+    metadata = tree.get("metadata")
+    info = metadata.get("composer_env_info") if isinstance(metadata, dict) else None
+    version = info.get("composer_version") if isinstance(info, dict) else None
+    return {"composer": version} if isinstance(version, str) else {}
+
+
+def _batches(tree: dict[str, Any]) -> int | None:
+    """How many batches were trained: Composer's count of steps."""
+    timestamp = tree.get("timestamp")
+    inner = timestamp.get("Timestamp") if isinstance(timestamp, dict) else None
+    batch = inner.get("batch") if isinstance(inner, dict) else None
+    batch = batch.get("value") if isinstance(batch, dict) else batch
+    return batch if type(batch) is int else None

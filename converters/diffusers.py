@@ -1,0 +1,43 @@
+"""Checkpoints of diffusers' LoRA training scripts: accelerate's files with ``pytorch_lora_weights.safetensors``.
+
+The optimizer is positional: one group with the transformer's or UNet's adapter, then one with each text encoder's. The
+weights' keys name the same parameters without the adapter's name. Layout: ``examples/*/train_*_lora*.py``.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Final
+
+from lora_state_format import pickles
+from lora_state_format.errors import FileError
+from lora_state_format.folders import read_weights, reading
+from lora_state_format.model import Checkpoint
+from lora_state_format.registry import Match
+from lora_state_format.state_dict import from_state_dict
+
+NAME: Final = "diffusers"
+DESCRIPTION: Final = "a checkpoint of diffusers' LoRA scripts: optimizer.bin beside pytorch_lora_weights.safetensors"
+
+_OPTIMIZER: Final = "optimizer.bin"
+_WEIGHTS: Final = "pytorch_lora_weights.safetensors"
+
+
+def detect(path: Path) -> Match | None:
+    if (path / _OPTIMIZER).is_file() and (path / _WEIGHTS).is_file():
+        return Match(f"{_OPTIMIZER} beside {_WEIGHTS}", path / _OPTIMIZER)
+    return None
+
+
+def read(path: Path) -> Checkpoint:
+    if detect(path) is None:
+        raise FileError(f"no {_OPTIMIZER} with {_WEIGHTS} beside it", path=path)
+    step = path.name.removeprefix("checkpoint-")
+    with reading() as files:
+        state = from_state_dict(
+            pickles.load(files[path / _OPTIMIZER], path / _OPTIMIZER).value,
+            origin={"format": NAME},
+            global_step=int(step) if step.isdecimal() else None,
+            resources=(files,),
+        )
+        return Checkpoint(state, read_weights(path / _WEIGHTS, files))

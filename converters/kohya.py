@@ -1,0 +1,46 @@
+"""kohya's sd-scripts' ``--save_state`` folders: accelerate's files with ``train_state.json``.
+
+Written from the scripts' source only (``train_network.py``, ``networks/lora.py``), not tested with files of theirs. The
+optimizer is positional: the text encoders' adapters, then the UNet's; with LoRA+ each split into two groups. The
+weights' keys have the modules' dots made underscores, and an order of their own, so that names have to be given.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Final
+
+from lora_state_format import pickles
+from lora_state_format.errors import FileError
+from lora_state_format.folders import read_json, read_weights, reading
+from lora_state_format.model import Checkpoint
+from lora_state_format.registry import Match
+from lora_state_format.state_dict import from_state_dict
+
+NAME: Final = "kohya"
+DESCRIPTION: Final = "a state folder of kohya's sd-scripts: optimizer.bin beside train_state.json (from source only)"
+
+_OPTIMIZER: Final = "optimizer.bin"
+_STATE: Final = "train_state.json"
+
+
+def detect(path: Path) -> Match | None:
+    if (path / _OPTIMIZER).is_file() and (path / _STATE).is_file():
+        return Match(f"{_OPTIMIZER} beside {_STATE}; support is from source only", path / _OPTIMIZER)
+    return None
+
+
+def read(path: Path) -> Checkpoint:
+    if detect(path) is None:
+        raise FileError(f"no {_OPTIMIZER} with {_STATE} beside it", path=path)
+    with reading() as files:
+        step = read_json(path / _STATE).get("current_step")
+        state = from_state_dict(
+            pickles.load(files[path / _OPTIMIZER], path / _OPTIMIZER).value,
+            origin={"format": NAME, "support": "from source only"},
+            global_step=step if isinstance(step, int) else None,
+            resources=(files,),
+        )
+        model = path / "model.safetensors"
+        weights = read_weights(model, files) if model.is_file() else {}
+        return Checkpoint(state, {key: tensor for key, tensor in weights.items() if not key.endswith(".alpha")})

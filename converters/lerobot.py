@@ -1,0 +1,118 @@
+"""LeRobot's ``training_state``: ``optimizer_state.safetensors`` with keys like ``state/0/exp_avg``, groups in JSON.
+
+Several optimizers have a folder each. The ids are positions. The layout is that of ``lerobot/optim/optimizers.py``.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, Final
+
+from lora_state_format.errors import FileError, OptionError, UnrepresentableError
+from lora_state_format.folders import Files, new_folder, read_json, read_weights, reading
+from lora_state_format.model import CHUNK, Checkpoint, OptimizerState, Scalar, Tensor, contiguous
+from lora_state_format.registry import Match
+from lora_state_format.sources import Memory
+from lora_state_format.state_dict import Found, from_state_dict, to_state_dict
+
+NAME: Final = "lerobot"
+DESCRIPTION: Final = "LeRobot's training_state: optimizer_state.safetensors and optimizer_param_groups.json"
+
+STATE: Final = "optimizer_state.safetensors"
+GROUPS: Final = "optimizer_param_groups.json"
+
+
+def detect(path: Path) -> Match | None:
+    folders = _folders(path)
+    return Match(f"{STATE} beside {GROUPS}", folders[0] / STATE) if folders else None
+
+
+def _folders(path: Path) -> list[Path]:
+    """The folders of the optimizers: the path itself, its ``training_state``, or one in it for each of several."""
+    if not path.is_dir():
+        return []
+    for folder in (path, path / "training_state"):
+        if _holds(folder):
+            return [folder]
+    root = path / "training_state" if (path / "training_state").is_dir() else path
+    return sorted(folder for folder in root.iterdir() if _holds(folder))
+
+
+def _holds(folder: Path) -> bool:
+    return (folder / STATE).is_file() and (folder / GROUPS).is_file()
+
+
+def read(path: Path) -> Checkpoint:
+    folders = _folders(path)
+    if not folders:
+        raise FileError(f"no {STATE} with {GROUPS} beside it", path=path)
+    with reading() as files:
+        trees = [Found((folder.name,), _tree(folder, files)) for folder in folders]
+        model = folders[0].parent / "pretrained_model" / "model.safetensors"
+        weights = read_weights(model, files) if model.is_file() and len(folders) == 1 else {}
+        return Checkpoint(from_state_dict(*trees, origin={"format": NAME}, resources=(files,)), weights)
+
+
+def _tree(folder: Path, files: Files) -> dict[str, Any]:
+    groups = read_json(folder / GROUPS)
+    state: dict[Any, Any] = {}
+    for key, tensor in read_weights(folder / STATE, files).items():
+        first, *path = key.split("/")
+        if first != "state" or len(path) < 2:
+            raise FileError(f"has a key {key!r}, where 'state/<id>/<slot>' is expected", path=folder / STATE)
+        node = state.setdefault(int(path[0]) if path[0].isdecimal() else path[0], {})
+        for step in path[1:-1]:
+            node = node.setdefault(step, {})
+        node[path[-1]] = tensor
+    return {"state": state, "param_groups": groups}
+
+
+def write(state: OptimizerState, path: Path, *, base: Path | None, force: bool) -> None:
+    """Write a ``training_state`` folder. Raises ``UnrepresentableError`` for what JSON or safetensors cannot hold."""
+    if base is not None:
+        raise OptionError(f"{NAME} writes a whole folder and takes nothing from another ({base})")
+    several = len(state.optimizers) > 1
+    with new_folder(path, force=force, replaceable=(STATE, GROUPS)) as folder:
+        for index, optimizer in enumerate(state.optimizers):
+            target = folder / (optimizer.id or str(index)) if several else folder
+            target.mkdir(exist_ok=True)
+            tree = to_state_dict(state, index)
+            tensors = dict(_flat(tree["state"], ("state",)))
+            try:
+                text = json.dumps(tree["param_groups"], indent=4, ensure_ascii=False, allow_nan=False)
+            except (TypeError, ValueError) as error:
+                raise UnrepresentableError(f"an option has no form in JSON: {error}") from None
+            (target / GROUPS).write_text(text, encoding="utf-8")
+            _write_tensors(tensors, target / STATE)
+
+
+def _flat(node: Any, path: tuple[Any, ...]) -> Iterator[tuple[str, Tensor]]:
+    if isinstance(node, Mapping):
+        for key, inner in node.items():
+            yield from _flat(inner, (*path, key))
+    elif isinstance(node, Scalar):
+        yield "/".join(map(str, path)), contiguous(node.dtype, (), Memory(node.data))
+    elif isinstance(node, Tensor):
+        yield "/".join(map(str, path)), node
+    else:
+        raise UnrepresentableError(f"{'/'.join(map(str, path))} is a {type(node).__name__}; {STATE} holds tensors only")
+
+
+def _write_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
+    header: dict[str, Any] = {}
+    position = 0
+    for key, tensor in tensors.items():
+        header[key] = {
+            "dtype": tensor.dtype, "shape": list(tensor.shape), "data_offsets": [position, position + tensor.size],
+        }  # fmt: skip
+        position += tensor.size
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    buffer = memoryview(bytearray(CHUNK))
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for tensor in tensors.values():
+            for chunk in tensor.chunks(buffer):
+                file.write(chunk)

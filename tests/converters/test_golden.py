@@ -1,0 +1,163 @@
+"""Files that LeRobot, Composer, torchtune and OLMo wrote (``tests/golden``), against what their optimizers held."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lora_state_format.converters import composer, lerobot, olmo, torchtune
+
+from lora_state_format import registry
+from lora_state_format.conversion import convert, read
+from lora_state_format.errors import RefusedError, TargetExistsError, UnrepresentableError
+from lora_state_format.model import OptimizerState, PositionalState
+from lora_state_format.state_dict import to_state_dict
+
+GOLDEN = Path(__file__).parents[1] / "golden"
+
+
+def expected(name: str) -> Any:
+    return torch.load(GOLDEN / name / "files" / "expected.pt", weights_only=True)
+
+
+def as_torch(tree: Any) -> Any:
+    """A state dict of the model's tensors as one of torch's."""
+    if isinstance(tree, dict):
+        return {key: as_torch(value) for key, value in tree.items()}
+    if isinstance(tree, (list, tuple)):
+        return type(tree)(map(as_torch, tree))
+    if hasattr(tree, "item"):
+        return torch.tensor(tree.item())
+    return tree.torch() if hasattr(tree, "pieces") else tree
+
+
+def equal(a: Any, b: Any) -> bool:
+    if isinstance(a, torch.Tensor):
+        return a.dtype == b.dtype and torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(equal(a[key], b[key]) for key in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(equal, a, b))
+    return bool(a == b)
+
+
+# --- LeRobot ------------------------------------------------------------------------------------------------------
+
+
+def test_lerobot_positional(tmp_path: Path) -> None:
+    folder = GOLDEN / "lerobot" / "files" / "000003"
+    assert registry.detect(folder)[0].NAME == registry.detect(folder / "training_state")[0].NAME == "lerobot"
+    checkpoint = lerobot.read(folder)
+    state = checkpoint.state
+    assert isinstance(state, PositionalState)
+    assert equal(as_torch(to_state_dict(state)), expected("lerobot")["actor"])
+    assert set(checkpoint.weights) == {"0.weight", "0.bias", "2.weight", "2.bias", "idle"}
+
+    names = tmp_path / "names.txt"
+    names.write_text("0.weight\n2.weight\nidle\n0.bias\n2.bias\n")
+    with read(folder, names=names) as named:
+        assert named["2.bias"]["exp_avg"].shape == (3,)
+        assert named["idle"].state is None
+        lerobot.write(named, tmp_path / "training_state", base=None, force=False)
+        with pytest.raises(TargetExistsError):
+            lerobot.write(named, tmp_path / "training_state", base=None, force=False)
+    again = lerobot.read(tmp_path).state
+    assert isinstance(again, PositionalState)
+    assert equal(as_torch(to_state_dict(again)), expected("lerobot")["actor"])
+    for name in ("optimizer_state.safetensors", "optimizer_param_groups.json"):
+        ours, theirs = tmp_path / "training_state" / name, folder / "training_state" / name
+        if name.endswith("json"):
+            assert json.loads(ours.read_text()) == json.loads(theirs.read_text())
+        else:
+            assert sorted(ours.read_bytes()) == sorted(theirs.read_bytes())
+
+
+def test_lerobot_several_optimizers() -> None:
+    folder = GOLDEN / "lerobot" / "files" / "several"
+    assert registry.detect(folder)[0].NAME == "lerobot"
+    state = lerobot.read(folder).state
+    assert [optimizer.id for optimizer in state.optimizers] == ["actor", "critic"]
+    for index, name in enumerate(("actor", "critic")):
+        assert equal(as_torch(to_state_dict(state, index)), expected("lerobot")[name])
+
+
+def test_lerobot_refuses_what_json_cannot_hold(tmp_path: Path) -> None:
+    with read(GOLDEN / "composer" / "files" / "ep1-ba3-rank0.pt") as state:
+        group = state.groups[0]
+        odd = type(group)(0, (("lr", float("inf")),), group.count)
+        from dataclasses import replace
+
+        with pytest.raises(UnrepresentableError) as error:
+            lerobot.write(replace(state, groups=(odd, *state.groups[1:])), tmp_path / "x", base=None, force=False)
+    assert str(error.value).startswith("an option has no form in JSON: Out of range float values")
+    assert list(tmp_path.iterdir()) == []
+
+
+# --- Composer -----------------------------------------------------------------------------------------------------
+
+
+def test_composer(assert_holds: Any) -> None:
+    path = GOLDEN / "composer" / "files" / "ep1-ba3-rank0.pt"
+    converter, match = registry.detect(path)
+    assert (converter.NAME, match.generic) == ("composer", False)
+    held = expected("composer")
+    with read(path) as state:
+        names = [name for group in held["groups"] for name in group]
+        assert list(state) == names
+        assert_holds(state, {name: held["slots"].get(name, {}) for name in names})
+        assert [[p.name for p in members] for members in state.members()] == held["groups"]
+        assert state["idle"].shape == (2,)
+        assert state.global_step == 3
+        assert state.origin == {"format": "composer", "composer": "0.32.1"}
+    assert isinstance(composer.read(path).state, OptimizerState)
+
+
+# --- torchtune ----------------------------------------------------------------------------------------------------
+
+
+def test_torchtune_with_one_optimizer(assert_holds: Any) -> None:
+    folder = GOLDEN / "torchtune" / "files" / "epoch_0"
+    assert registry.detect(folder)[0].NAME == registry.detect(folder / "recipe_state.pt")[0].NAME == "torchtune"
+    with read(folder) as state:
+        assert_holds(state, expected("torchtune")["one"])
+        assert [group.count for group in state.groups] == [8]
+        assert "layers.0.attn.q_proj.weight" in state.origin["frozen"]  # type: ignore[operator]
+        assert dict(state.groups[0].options)["betas"] == (0.9, 0.999)
+
+
+def test_torchtune_with_one_optimizer_per_parameter(assert_holds: Any) -> None:
+    state = torchtune.read(GOLDEN / "torchtune" / "files" / "in_backward").state
+    assert isinstance(state, OptimizerState)
+    assert_holds(state, expected("torchtune")["in_backward"])
+    assert [group.count for group in state.groups] == [8]
+
+
+# --- OLMo ---------------------------------------------------------------------------------------------------------
+
+
+def test_olmo(tmp_path: Path, assert_holds: Any) -> None:
+    folder = GOLDEN / "olmo" / "files"
+    assert registry.detect(folder)[0].NAME == "olmo"
+    state = olmo.read(folder).state
+    assert isinstance(state, PositionalState)
+    assert state.names == ("0.weight", "2.weight", "0.bias", "2.bias")
+    report = convert(folder, tmp_path / "optimizer.safetensors")
+    assert (report.naming.source, report.global_step, report.paired) == ("checkpoint", 3, 4)
+    with read(tmp_path / "optimizer.safetensors") as named:
+        assert_holds(named, expected("olmo"))
+
+
+def test_olmo_safetensors_with_pickles_inside_are_refused(tmp_path: Path) -> None:
+    path = GOLDEN / "olmo" / "files" / "safetensors" / "optim.safetensors"
+    assert registry.detect(path)[1].reason == "optim.safetensors whose keys are pickles"
+    shutil.copy(path, tmp_path)
+    with pytest.raises(RefusedError) as error:
+        read(tmp_path)
+    assert str(error.value) == (
+        f"{tmp_path / 'optim.safetensors'}: its tensors' names and all other values are pickles; save the run's state "
+        "as optim.pt (save_format torch) and convert that. Nothing was run"
+    )
