@@ -17,12 +17,14 @@ from dataclasses import dataclass, field
 from typing import Any, Final
 
 from lora_state_format.errors import OptionError, UnrepresentableError
-from lora_state_format.model import Box, OptimizerState, Parameter, Piece, Scalar, Tensor, Value, item_size
+from lora_state_format.model import Box, OptimizerState, Parameter, Piece, Scalar, Slot, Tensor, Value, item_size
 from lora_state_format.sources import Memory
+from lora_state_format.state_dict import role_of
 
 __all__ = [
     "ALGORITHMS",
     "HYPERPARAMETERS",
+    "OPTIMIZER",
     "REFUSED",
     "Algorithm",
     "Layout",
@@ -31,9 +33,11 @@ __all__ = [
     "is_zero",
     "layout_of",
     "of_state",
+    "shape_of",
+    "state_of",
     "stated_step",
-    "step_scalar",
     "steps",
+    "values_of",
     "zeros",
 ]
 
@@ -45,9 +49,10 @@ class Algorithm:
     """An update rule and a torch class that follows it.
 
     ``step`` is how the class counts a parameter's steps: the dtype of a 0-d tensor, ``int``, or ``None``. ``spelled``
-    maps a slot as most classes call it to the name that this class has for it. ``elementwise`` is false where an
-    update of one element depends on its neighbours, so that stacking layers changes the rule. ``recomputed`` are slots
-    that a step writes before it reads them: they carry nothing.
+    maps a slot as most classes call it to the name that this class has for it. ``elementwise`` is false where an update
+    of one element depends on its neighbours, so that taking stacked layers apart changes the rule. ``recomputed`` are
+    slots that a step writes before it reads them: they carry nothing. ``inside`` is a member that the class's
+    ``state_dict()`` puts its tensors in, though its ``state`` does not.
     """
 
     name: str
@@ -57,16 +62,20 @@ class Algorithm:
     spelled: Mapping[str, str] = field(default_factory=dict)
     elementwise: bool = True
     recomputed: tuple[str, ...] = ()
+    inside: str | None = None
 
 
 ALGORITHMS: Final = (
     Algorithm("adam", "torch.optim.adam.Adam"),
     Algorithm("adamw", "torch.optim.adamw.AdamW"),
+    Algorithm("adam_uncorrected", "mlx.optimizers.Adam", options=(*_DECAYS, "bias_correction")),
+    Algorithm("adamw_uncorrected", "mlx.optimizers.AdamW", options=(*_DECAYS, "bias_correction")),
     Algorithm("adamax", "torch.optim.adamax.Adamax"),
     Algorithm("sgd", "torch.optim.sgd.SGD", None, ("lr", "momentum", "nesterov", "weight_decay", "dampening")),
     Algorithm("lion", "lion_pytorch.lion_pytorch.Lion", None, ("lr", "betas", "weight_decay")),
     Algorithm(
-        "lion", "bitsandbytes.optim.lion.Lion32bit", "int", ("lr", "betas", "weight_decay"), {"exp_avg": "state1"}
+        "lion", "bitsandbytes.optim.lion.Lion32bit", "int", ("lr", "betas", "weight_decay"), {"exp_avg": "state1"},
+        inside="__bnb_optimizer_quant_state__",
     ),
     Algorithm("adagrad", "torch.optim.adagrad.Adagrad", "F32", ("lr", "lr_decay", "eps", "weight_decay")),
     Algorithm("adadelta", "torch.optim.adadelta.Adadelta", "F32", ("lr", "rho", "eps", "weight_decay")),
@@ -79,7 +88,11 @@ ALGORITHMS: Final = (
         ),
     ),
 )  # fmt: skip
-"""The rules that convert. The first row of a name is the class that the name alone stands for."""
+"""The rules that convert. The first row of a name is the class that the name alone stands for.
+
+MLX's Adam does not correct the bias of its moments unless it is told to (``bias_correction``): the same moments,
+another rule, so another name.
+"""
 
 REFUSED: Final[Mapping[str, str]] = {
     "amsgrad": "torch keeps the maximum of the raw second moments, others that of the bias-corrected ones",
@@ -94,6 +107,9 @@ REFUSED: Final[Mapping[str, str]] = {
     "schedule_free": "its averaged and its running weights are part of the state",
 }
 """Rules that do not convert, with the reason."""
+
+OPTIMIZER: Final = "the rule, as in adamw, or the class: the file does not say it"
+"""What the option ``optimizer`` of a converter means."""
 
 HYPERPARAMETERS: Final[Mapping[str, str]] = {
     "lr": "learning rate",
@@ -206,7 +222,8 @@ def layout_of(state: OptimizerState, algorithm: Algorithm, layouts: Sequence[Lay
     for layout in fitting:
         slots = {*layout.fields.values(), *algorithm.recomputed, "step"}
         spelled = {algorithm.spelled.get(slot, slot) for slot in slots}
-        extra = next(((p.name, slot) for p in state.parameters for slot in p.state or () if slot not in spelled), None)
+        held = ((p.name, slot) for p in state.parameters for slot in _slots(p, algorithm))
+        extra = next(((name, slot) for name, slot in held if slot not in spelled), None)
         if extra is None:
             return layout
         strange = f"'{extra[0]}' has a slot '{extra[1]}', which the target has no place for"
@@ -258,19 +275,54 @@ def steps(parameters: Iterable[Parameter]) -> int | None:
     return next(iter(found), None)
 
 
-def zeros(parameter: Parameter) -> Tensor:
-    """A slot of zeros, as frameworks make it before the first step. One element is kept, whatever the shape."""
+def state_of(algorithm: Algorithm, values: Mapping[str, Tensor | Scalar], step: int | None) -> dict[str, Value]:
+    """A parameter's state as the algorithm's class keeps it. ``step`` must be known where that counts steps."""
+    state: dict[str, Value] = {}
+    if algorithm.step is not None:
+        assert step is not None
+        state["step"] = step_scalar(algorithm, step)
+    for slot, leaf in values.items():
+        name = algorithm.spelled.get(slot, slot)
+        state[name] = leaf if isinstance(leaf, Scalar) else Slot(leaf, role_of((name,), leaf.dtype))
+    return state
+
+
+def values_of(parameter: Parameter, algorithm: Algorithm, layout: Layout) -> dict[str, Tensor | Scalar]:
+    """The slots of a layout that a parameter has, under their usual names; zeros where it never took a step."""
+    if parameter.state is None:
+        return dict.fromkeys(layout.fields.values(), zeros(parameter))
+    held = _slots(parameter, algorithm)
+    found = {slot: held.get(algorithm.spelled.get(slot, slot)) for slot in layout.fields.values()}
+    values = {slot: value.tensor if isinstance(value, Slot) else value for slot, value in found.items()}
+    return {slot: value for slot, value in values.items() if isinstance(value, (Tensor, Scalar))}
+
+
+def _slots(parameter: Parameter, algorithm: Algorithm) -> dict[str, Value]:
+    """A parameter's slots as the class's ``state`` has them."""
+    state = dict(parameter.state or {})
+    inner = state.pop(algorithm.inside, None) if algorithm.inside else None
+    return {**state, **inner} if isinstance(inner, Mapping) else state
+
+
+def zeros(parameter: Parameter) -> Tensor | Scalar:
+    """What a framework keeps for a parameter before its first step. One element is held, whatever the shape."""
     if parameter.dtype is None:
         raise UnrepresentableError(f"'{parameter.name}' never took a step, and nothing says the type of its state")
+    element = bytes(item_size(parameter.dtype))
+    if not parameter.shape:
+        return Scalar(parameter.dtype, element)
     box = Box((0,) * len(parameter.shape), parameter.shape)
-    piece = Piece(Memory(bytes(item_size(parameter.dtype))), 0, box, (0,) * len(parameter.shape))
-    return Tensor(parameter.dtype, parameter.shape, (piece,))
+    return Tensor(parameter.dtype, parameter.shape, (Piece(Memory(element), 0, box, (0,) * len(parameter.shape)),))
 
 
 def is_zero(leaf: Tensor | Scalar) -> bool:
     """Whether all bytes are zero."""
     chunks: Iterable[bytes | memoryview] = [leaf.data] if isinstance(leaf, Scalar) else leaf.chunks()
     return all(bytes(chunk).count(0) == len(chunk) for chunk in chunks)
+
+
+def shape_of(leaf: Tensor | Scalar) -> tuple[int, ...]:
+    return leaf.shape if isinstance(leaf, Tensor) else ()
 
 
 def _listed(names: Iterable[str]) -> str:

@@ -39,8 +39,8 @@ OPTION: Final = "map of names and axes: one that is known, or a file"
 
 
 def on_reading(checkpoint: Checkpoint, name: str | None) -> Checkpoint:
-    """A checkpoint under our names, by the map that is named; as it is without one."""
-    if name is None:
+    """A checkpoint under our names, by the map that is named; as it is without one, and by ``none``."""
+    if name in (None, "none"):
         return checkpoint
     assert isinstance(checkpoint.state, OptimizerState)
     layout = load(name)
@@ -52,7 +52,7 @@ def on_writing(state: OptimizerState, name: str | None, converter: str) -> Optim
     """A state under the names of a format: by the map that is named, else by the one that this format was read with."""
     if name is None and state.origin.get("format") == converter:
         name = str(state.origin["map"]) if "map" in state.origin else None
-    return state if name is None else invert(state, load(name))
+    return state if name in (None, "none") else invert(state, load(name))
 
 
 # --- applying -----------------------------------------------------------------------------------------------------
@@ -151,7 +151,7 @@ def _here(parameter: Parameter, name: str, rule: Rule, layer: int) -> Parameter:
     adapter, peft = split_adapter(name), peft_key(name)
     state = parameter.state
     if state is not None and rule.moves:
-        state = _permuted(parameter, rule, lambda tensor: _moved(tensor, rule, layer))
+        state = _permuted(state, parameter, rule, lambda tensor: _moved(tensor, rule, layer))
     return replace(
         parameter,
         name=name,
@@ -163,16 +163,18 @@ def _here(parameter: Parameter, name: str, rule: Rule, layer: int) -> Parameter:
     )
 
 
-def _permuted(parameter: Parameter, rule: Rule, move: Callable[[Tensor], Tensor]) -> dict[str, Value]:
-    """A parameter's slots after its elements moved."""
+def _permuted(
+    state: Mapping[str, Value], parameter: Parameter, rule: Rule, move: Callable[[Tensor], Tensor]
+) -> dict[str, Value]:
+    """Slots of a parameter whose elements move."""
     result: dict[str, Value] = {}
     transposed = rule.axes == (1, 0) and rule.unstack is None and len(parameter.shape) == 2
-    for name, value in (parameter.state or {}).items():
-        if not isinstance(value, Slot):
+    for name, value in state.items():
+        if isinstance(value, Mapping):
+            result[name] = _permuted(value, parameter, rule, move)
+        elif not isinstance(value, Slot):
             if any(isinstance(leaf, Slot) for _, leaf in walk(value)):
-                raise UnrepresentableError(
-                    f"'{parameter.name}' has tensors inside of '{name}', which a map does not move"
-                )
+                raise UnrepresentableError(f"'{parameter.name}' has a list of tensors in '{name}', which no map moves")
             result[name] = value
         elif value.role is Role.PARAM:
             result[name] = Slot(move(value.tensor), Role.PARAM)
@@ -240,8 +242,7 @@ def _there(foreign: str, rule: Rule, stack: Mapping[int, Parameter], shapes: Any
     first = members[0]
     if rule.merge and shapes is None:
         raise ConversionError(
-            f"'{first.name}' has axes to be split for map '{layout.name}', and only a state that was read with this map "
-            "says how"
+            f"'{first.name}' has axes to split for map '{layout.name}', and only a state that was read with it says how"
         )
     single = Tensor("U8", first.shape, ()).permute(_inverse(rule.axes)).shape if rule.axes else first.shape
     if rule.merge and first.name in shapes:
@@ -259,7 +260,7 @@ def _there(foreign: str, rule: Rule, stack: Mapping[int, Parameter], shapes: Any
         tensor = tensor.permute(_inverse(rule.axes)) if rule.axes else tensor
         return tensor if tensor.shape == single else contiguous(tensor.dtype, single, tensor)
 
-    states = [_permuted(m, rule, back) if m.state is not None and rule.moves else m.state for m in members]
+    states = [m.state if m.state is None or not rule.moves else _permuted(m.state, m, rule, back) for m in members]
     return replace(
         first,
         name=foreign,

@@ -8,6 +8,7 @@ from typing import Any, Final, TypeAlias, cast
 
 from lora_state_format.algorithms import (
     HYPERPARAMETERS,
+    OPTIMIZER,
     Algorithm,
     Layout,
     choose,
@@ -15,9 +16,11 @@ from lora_state_format.algorithms import (
     is_zero,
     layout_of,
     of_state,
+    shape_of,
+    state_of,
     stated_step,
-    step_scalar,
     steps,
+    values_of,
     zeros,
 )
 from lora_state_format.errors import ConversionError, FileError, OptionError, RefusedError, UnrepresentableError
@@ -28,13 +31,11 @@ from lora_state_format.model import (
     OptimizerState,
     Parameter,
     Scalar,
-    Slot,
     Tensor,
     Value,
     item_size,
 )
 from lora_state_format.optax_nodes import Keys, Leaf, Node, Tree, counters, nested, relative, survey
-from lora_state_format.state_dict import role_of
 
 __all__ = ["LAYOUTS", "OPTIONS", "from_tree", "to_tree"]
 
@@ -57,7 +58,7 @@ CHAINS: Final[Mapping[str, str]] = {
 """The tuple that ``optax.NAME(learning_rate)`` makes: ``N`` is the parameters' state, ``-`` an empty one."""
 
 OPTIONS: Final[Mapping[str, str]] = {
-    "optimizer": "the rule, as in adamw, or the class: the file does not say it",
+    "optimizer": OPTIMIZER,
     "step": "steps taken, where the state of the rule does not count them",
     **HYPERPARAMETERS,
 }
@@ -133,9 +134,9 @@ def _parameter(
     if layout.rule == "adafactor":
         values, shape = _unfolded(values, weight, name, path)
     else:
-        shape = weight.shape if weight else _shape(next(iter(values.values())))
-        if any(_shape(leaf) != shape for leaf in values.values()):
-            shapes = ", ".join(f"{slot} {list(_shape(leaf))}" for slot, leaf in values.items())
+        shape = weight.shape if weight else shape_of(next(iter(values.values())))
+        if any(shape_of(leaf) != shape for leaf in values.values()):
+            shapes = ", ".join(f"{slot} {list(shape_of(leaf))}" for slot, leaf in values.items())
             raise FileError(f"'{name}' of shape {list(shape)} has slots of other shapes: {shapes}", path=path)
     parameter = Parameter(
         name=name,
@@ -146,17 +147,11 @@ def _parameter(
     )
     if count == 0 and all(is_zero(leaf) for leaf in values.values()):
         return replace(parameter, dtype=parameter.dtype or next(iter(values.values())).dtype)
-    state: dict[str, Value] = {}
-    if algorithm.step is not None:
-        if count is None:
-            raise OptionError(
-                f"{path}: {algorithm.class_path} counts its steps, and the file does not: say --option step=N"
-            )
-        state["step"] = step_scalar(algorithm, count)
-    for slot, leaf in values.items():
-        spelled = algorithm.spelled.get(slot, slot)
-        state[spelled] = leaf if isinstance(leaf, Scalar) else Slot(leaf, role_of((spelled,), leaf.dtype))
-    return replace(parameter, state=state)
+    if algorithm.step is not None and count is None:
+        raise OptionError(
+            f"{path}: {algorithm.class_path} counts its steps, and the file does not: say --option step=N"
+        )
+    return replace(parameter, state=state_of(algorithm, values, count))
 
 
 def _unfolded(
@@ -168,10 +163,10 @@ def _unfolded(
     are as large), where everybody else's row is the mean over the last.
     """
     row, col, whole = values["exp_avg_sq_row"], values["exp_avg_sq_col"], values["exp_avg_sq"]
-    if _shape(row) == _shape(col) == (1,):
-        return {"exp_avg_sq": whole}, _shape(whole)
-    sizes = _shape(row) + _shape(col)
-    if _shape(whole) != (1,) or len(sizes) != 2:
+    if shape_of(row) == shape_of(col) == (1,):
+        return {"exp_avg_sq": whole}, shape_of(whole)
+    sizes = shape_of(row) + shape_of(col)
+    if shape_of(whole) != (1,) or len(sizes) != 2:
         raise RefusedError(f"'{name}' has factors of more than two axes, of which frameworks choose others", path=path)
     shape = sizes if sizes[0] == sizes[1] else weight.shape if weight else None
     if shape is None:
@@ -183,10 +178,6 @@ def _unfolded(
         raise FileError(f"'{name}' of shape {list(shape)} has factors of {sizes[0]} and {sizes[1]} elements", path=path)
     row, col = (row, col) if shape == sizes else (col, row)
     return {"exp_avg_sq_row": row, "exp_avg_sq_col": col}, shape
-
-
-def _shape(leaf: Leaf) -> tuple[int, ...]:
-    return leaf.shape if isinstance(leaf, Tensor) else ()
 
 
 # --- writing ------------------------------------------------------------------------------------------------------
@@ -227,7 +218,7 @@ def to_tree(state: OptimizerState, *, options: Mapping[str, Any], base: Tree = N
             return fields
         if place == "zeros":
             every = {keys: parameter for parameters, _ in nodes for keys, parameter in parameters.items()}
-            return nested({keys: _zero(parameter) for keys, parameter in every.items()})
+            return nested({keys: _void(parameter, algorithm, layout) for keys, parameter in every.items()})
         if isinstance(place, list):
             return counter(str(place[1]))
         if isinstance(place, Mapping):
@@ -259,40 +250,36 @@ def _surroundings(state: OptimizerState, layout: Layout, base: Tree) -> tuple[Va
 
 
 def _values(parameter: Parameter, algorithm: Algorithm, layout: Layout) -> Mapping[str, Leaf]:
-    """A parameter's value for each field; zeros where it never took a step."""
-    held: dict[str, Any] = {}
-    for slot in layout.fields.values():
-        value = _zero(parameter) if parameter.state is None else parameter.state.get(algorithm.spelled.get(slot, slot))
-        held[slot] = value.tensor if isinstance(value, Slot) else value
+    """A parameter's value for each field."""
+    values = values_of(parameter, algorithm, layout)
     if layout.rule == "adafactor":
-        held = _folded(held, parameter)
-    for slot, leaf in held.items():
-        if not isinstance(leaf, (Tensor, Scalar)):
-            raise UnrepresentableError(f"'{parameter.name}' has no tensor '{slot}', which optax keeps")
-    return {field: held[slot] for field, slot in layout.fields.items()}
+        values = _folded(values, parameter)
+    if missing := [slot for slot in layout.fields.values() if slot not in values]:
+        raise UnrepresentableError(f"'{parameter.name}' has no tensor '{missing[0]}', which optax keeps")
+    return {field: values[slot] for field, slot in layout.fields.items()}
 
 
-def _folded(held: Mapping[str, Any], parameter: Parameter) -> dict[str, Any]:
+def _folded(values: dict[str, Leaf], parameter: Parameter) -> dict[str, Leaf]:
     """Adafactor's slots as optax has them; ``_unfolded`` says how."""
-    row, col, whole = held["exp_avg_sq_row"], held["exp_avg_sq_col"], held["exp_avg_sq"]
-    dtype = next((leaf.dtype for leaf in (whole, row) if leaf is not None), None)
-    unused = zeros(replace(parameter, dtype=dtype, shape=(1,)))
-    if whole is not None:
-        return {"exp_avg_sq_row": unused, "exp_avg_sq_col": unused, "exp_avg_sq": whole}
+    if not values:
+        return values
+    unused = zeros(replace(parameter, shape=(1,), dtype=next(iter(values.values())).dtype))
+    if "exp_avg_sq" in values:
+        return {**values, "exp_avg_sq_row": unused, "exp_avg_sq_col": unused}
     if len(parameter.shape) != 2:
         raise UnrepresentableError(
             f"'{parameter.name}' has factors of {len(parameter.shape)} axes, where two are alike"
         )
-    row, col = (row, col) if parameter.shape[0] <= parameter.shape[1] else (col, row)
-    return {"exp_avg_sq_row": row, "exp_avg_sq_col": col, "exp_avg_sq": unused}
+    if parameter.shape[0] > parameter.shape[1]:
+        row, col = values["exp_avg_sq_col"], values["exp_avg_sq_row"]
+        values = {"exp_avg_sq_row": row, "exp_avg_sq_col": col}
+    return {**values, "exp_avg_sq": unused}
 
 
-def _zero(parameter: Parameter) -> Leaf:
+def _void(parameter: Parameter, algorithm: Algorithm, layout: Layout) -> Leaf:
     """Zeros of the parameter's type, or of its state's."""
-    slots = [value for name, value in (parameter.state or {}).items() if name != "step"]
-    leaf = next((value.tensor if isinstance(value, Slot) else value for value in slots), None)
-    tensor = zeros(replace(parameter, dtype=parameter.dtype or getattr(leaf, "dtype", None)))
-    return tensor if tensor.shape else Scalar(tensor.dtype, bytes(tensor.size))
+    first = next(iter(values_of(parameter, algorithm, layout).values()))
+    return zeros(replace(parameter, dtype=parameter.dtype or first.dtype))
 
 
 def _pointer(keys: Keys) -> str:

@@ -137,7 +137,7 @@ class Archive(Mapping[str, Member]):
         return count, size, start
 
     def _members(self, count: int, start: int, size: int) -> dict[str, tuple[int, int, int, int]]:
-        """Name -> offset, size, CRC-32 and compression of each member."""
+        """Name -> offset, size in the archive, CRC-32 and compression of each member."""
         data = bytes(self._read(start, size))
         entries: dict[str, tuple[int, int, int, int]] = {}
         at = 0
@@ -163,7 +163,7 @@ class Archive(Mapping[str, Member]):
                 raise self._error(f"member {name!r} is stored, but has {packed} bytes for {plain}")
             if name in entries:
                 raise self._error(f"two members are called {name!r}")
-            entries[name] = (offset, plain, crc, method)
+            entries[name] = (offset, packed, crc, method)
             at = stop
         if at != size:
             raise self._error(f"the zip directory holds {size - at} bytes behind its {count} members")

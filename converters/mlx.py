@@ -1,0 +1,266 @@
+"""MLX: ``mx.save_safetensors(path, tree_flatten(optimizer.state))``, as unsloth, mflux and MLX's documentation do it.
+
+Keys are ``<parameter>.<slot>``, beside ``step`` and ``learning_rate``; a parameter may itself be called ``m`` (DoRA),
+so exactly the last segment is the slot. Field names and rules were read off MLX 0.32.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Final
+
+from lora_state_format import mapping, plain
+from lora_state_format.algorithms import (
+    HYPERPARAMETERS,
+    OPTIMIZER,
+    Algorithm,
+    Layout,
+    choose,
+    group_options,
+    is_zero,
+    layout_of,
+    of_state,
+    state_of,
+    stated_step,
+    steps,
+    values_of,
+)
+from lora_state_format.container import Entry, Header, read_header
+from lora_state_format.errors import FileError, OptionError, RefusedError, UnrepresentableError
+from lora_state_format.model import (
+    Checkpoint,
+    Group,
+    Naming,
+    Optimizer,
+    OptimizerState,
+    Parameter,
+    Scalar,
+    Tensor,
+    contiguous,
+)
+from lora_state_format.registry import Match
+from lora_state_format.sources import File, Memory
+from lora_state_format.trees import check_options
+from lora_state_format.zips import Archive
+
+NAME: Final = "mlx"
+DESCRIPTION: Final = "MLX's optimizer.state in safetensors (unsloth, mflux): step, learning_rate, <parameter>.<slot>"
+OPTIONS: Final = {
+    "optimizer": OPTIMIZER,
+    "bias_correction": "whether Adam or AdamW was made with it, True or False; MLX's default is False, mlx-lm's too",
+    "step": "steps taken, to be written where the state does not count them",
+    "map": f"{mapping.OPTION}, or none; mlx_lm is taken where all names are of LoRA",
+    **HYPERPARAMETERS,
+}
+
+LAYOUTS: Final = (
+    *(
+        Layout(rule, {"m": "exp_avg", "v": "exp_avg_sq"})
+        for rule in ("adam", "adamw", "adam_uncorrected", "adamw_uncorrected")
+    ),
+    Layout("lion", {"m": "exp_avg"}),
+    Layout("sgd", {"v": "momentum_buffer"}),
+    Layout("adagrad", {"v": "sum"}),
+    Layout("rmsprop", {"v": "square_avg"}),
+    Layout("adadelta", {"v": "square_avg", "u": "acc_delta"}),
+    Layout("adafactor", {"exp_avg_sq_row": "exp_avg_sq_row", "exp_avg_sq_col": "exp_avg_sq_col"}),
+    Layout("adafactor", {"exp_avg_sq": "exp_avg_sq"}),
+    Layout("adafactor", {slot: slot for slot in ("exp_avg_sq_row", "exp_avg_sq_col", "exp_avg_sq")}),
+)
+UNCORRECTED: Final = {"adam": "adam_uncorrected", "adamw": "adamw_uncorrected"}
+NAMES: Final = ("optimizer_state.safetensors", "optimizer.safetensors")
+SUFFIX: Final = "_optimizer.safetensors"
+"""mflux and others write ``0000100_optimizer.safetensors``, and the adapter with the same number."""
+COUNTERS: Final = {"step": ("U64", ()), "learning_rate": ("F32", ())}
+
+
+def detect(path: Path) -> Match | None:
+    if path.is_dir():
+        places = [*(path / name for name in NAMES), *sorted(path.glob(f"*{SUFFIX}"))]
+        found = [match for place in places if place.is_file() and (match := detect(place))]
+        return found[0] if len(found) == 1 else None
+    with File(path) as file:
+        try:
+            if path.suffix == ".zip":
+                members = [name for name in Archive(file, path) if name.endswith(SUFFIX)]
+                return Match(f"a zip archive with {members[0]}, as mflux writes it", path) if members else None
+            entries = read_header(file, foreign=True).entries if path.suffix == ".safetensors" else {}
+        except FileError:
+            return None
+    if "states.0.learning_rate" in entries or _counters(entries) == COUNTERS:
+        return Match("safetensors with step and learning_rate beside <parameter>.<slot>, as MLX has them", path)
+    return None
+
+
+def _counters(entries: Mapping[str, Entry]) -> dict[str, Any]:
+    return {key: (entries[key].dtype, entries[key].shape) for key in COUNTERS if key in entries}
+
+
+def read(path: Path, options: Mapping[str, Any] | None = None) -> Checkpoint:
+    """The state, and the adapter beside it. Parameters are in the order of the file.
+
+    Raises ``RefusedError`` for what does not convert (8-bit moments, MultiOptimizer), ``OptionError`` for what has to
+    be said: the rule, and of Adam and AdamW whether they correct the bias.
+    """
+    options = options or {}
+    check_options(options, OPTIONS, NAME)
+    match = detect(path)
+    path = match.path if match else path
+    files = [File(path)]
+    try:
+        if path.suffix == ".zip":
+            raise RefusedError(f"compressed: unzip it and convert the file *{SUFFIX} in it", path=path)
+        found = read_header(files[0], foreign=True)
+        if _counters(found.entries) != COUNTERS:
+            several = "states.0.learning_rate" in found.entries
+            raise RefusedError(
+                "the state of a MultiOptimizer, whose parts do not say their rules: save the state of each part"
+                if several
+                else "no step and learning_rate, which MLX keeps beside the moments",
+                path=path,
+            )
+        weights = _weights(path, files)
+        state = _state(found, weights, path, options, tuple(files))
+        layout = options.get("map", "mlx_lm" if all(_is_lora(name) for name in state) else None)
+        return mapping.on_reading(Checkpoint(state, weights), layout)
+    except BaseException:
+        for file in files:
+            file.close()
+        raise
+
+
+def _weights(path: Path, files: list[File]) -> Mapping[str, Tensor]:
+    number = path.name.removesuffix(SUFFIX) if path.name.endswith(SUFFIX) else None
+    names = ("adapters",) if number is None else (f"{number}_adapters", f"{number}_adapter")
+    for beside in (path.with_name(f"{name}.safetensors") for name in names):
+        if beside.is_file():
+            files.append(File(beside))
+            return read_header(files[-1], foreign=True).tensors
+    return {}
+
+
+def _is_lora(name: str) -> bool:
+    return name.rpartition(".")[2] in ("lora_a", "lora_b", "m")
+
+
+def _state(
+    found: Header, weights: Mapping[str, Tensor], path: Path, options: Mapping[str, Any], resources: tuple[File, ...]
+) -> OptimizerState:
+    slots: dict[str, dict[str, Tensor]] = {}
+    for key, tensor in found.tensors.items():
+        if key in COUNTERS:
+            continue
+        name, _, field = key.rpartition(".")
+        if field.isdecimal() and name.endswith(".m"):
+            raise RefusedError(f"'{key}' is a part of a moment in 8 bits: it was rounded when it was saved", path=path)
+        if weights and name not in weights:
+            raise FileError(f"'{key}' is state of '{name}', which the adapter beside it does not have", path=path)
+        slots.setdefault(name, {})[field] = tensor
+    if not slots:
+        raise FileError("holds no parameter's state", path=path)
+    step = int.from_bytes(found.tensor("step").bytes(), "little")
+    rate = struct.unpack("<f", found.tensor("learning_rate").bytes())[0]
+    if options.get("lr", rate) != rate:
+        raise OptionError(f"{path} holds lr={rate!r}, not {options['lr']!r}")
+    rule = _rule(options, path)
+    parameters = [_parameter(name, fields, rule, step, weights, path) for name, fields in slots.items()]
+    algorithm, _ = choose(rule, LAYOUTS, next(iter(slots.values())), str(path))
+    return OptimizerState(
+        optimizers=(Optimizer(algorithm.class_path),),
+        groups=(Group(0, group_options(algorithm, {**options, "lr": rate}), len(parameters)),),
+        parameters=tuple(parameters),
+        naming=Naming("checkpoint", details={"order": "unknown"}),
+        origin={"format": NAME},
+        global_step=step,
+        resources=resources,
+    )
+
+
+def _rule(options: Mapping[str, Any], path: Path) -> str | None:
+    rule = options.get("optimizer")
+    if rule not in UNCORRECTED:
+        return rule
+    corrected = options.get("bias_correction")
+    if not isinstance(corrected, bool):
+        raise OptionError(
+            f"{path}: MLX's {rule} corrects the bias of its moments or not (by default it does not), and the file does "
+            "not say: say --option bias_correction=True, or False"
+        )
+    return rule if corrected else UNCORRECTED[rule]
+
+
+def _parameter(
+    name: str, fields: Mapping[str, Tensor], rule: str | None, step: int, weights: Mapping[str, Tensor], path: Path
+) -> Parameter:
+    algorithm, layout = choose(rule, LAYOUTS, fields, f"{path}: '{name}'")
+    values = {slot: fields[field] for field, slot in layout.fields.items()}
+    weight, first = weights.get(name), next(iter(values.values()))
+    shape, held = first.shape, {tensor.shape for tensor in values.values()}
+    if "exp_avg_sq_col" in values:
+        shape = first.shape + values["exp_avg_sq_col"].shape[-1:]
+        held = {shape} if values["exp_avg_sq_col"].shape[:-1] == shape[:-2] else set()
+    if held != {weight.shape if weight else shape}:
+        raise FileError(f"'{name}' has state of the shapes {sorted(map(list, held))}, which are not its own", path=path)
+    parameter = Parameter(name, shape, None, weight.dtype if weight else first.dtype)
+    if step == 0 and all(map(is_zero, values.values())):
+        return parameter
+    return replace(parameter, state=state_of(algorithm, values, step))
+
+
+# --- writing ------------------------------------------------------------------------------------------------------
+
+
+def write(
+    state: OptimizerState, path: Path, *, base: Path | None, force: bool, options: Mapping[str, Any] | None = None
+) -> None:
+    """Write ``optimizer.state`` for ``tree_unflatten(list(mx.load(path).items()))``.
+
+    Raises ``UnrepresentableError`` for what MLX has no place for: steps that differ, more than one learning rate.
+    """
+    options = options or {}
+    check_options(options, OPTIONS, NAME)
+    if base is not None:
+        raise OptionError(f"{NAME} writes a whole file and takes nothing from another ({base})")
+    state = mapping.on_writing(state, options.get("map"), NAME)
+    algorithm = of_state(state, options.get("optimizer"))
+    layout = layout_of(state, algorithm, LAYOUTS)
+    tensors: dict[str, Tensor] = {}
+    for parameter in state.parameters:
+        values = values_of(parameter, algorithm, layout)
+        for field, slot in layout.fields.items():
+            leaf = values.get(slot)
+            if leaf is not None:
+                tensors[f"{parameter.name}.{field}"] = (
+                    leaf if isinstance(leaf, Tensor) else _tensor(leaf.dtype, leaf.data)
+                )
+            elif algorithm.name != "adafactor":
+                raise UnrepresentableError(f"'{parameter.name}' has no tensor '{slot}', which MLX keeps")
+    tensors["step"] = _tensor("U64", struct.pack("<Q", _steps(state, algorithm, options)))
+    tensors["learning_rate"] = _tensor("F32", struct.pack("<f", _rate(state, options)))
+    plain.save(tensors, path, force=force)
+
+
+def _tensor(dtype: str, data: bytes) -> Tensor:
+    return contiguous(dtype, (), Memory(data))
+
+
+def _steps(state: OptimizerState, algorithm: Algorithm, options: Mapping[str, Any]) -> int:
+    count = steps(state.parameters) if algorithm.step is not None else None
+    if count is None:
+        count = stated_step(options) if "step" in options else state.global_step
+    if count is None:
+        raise UnrepresentableError("the state does not say how many steps were taken: say --option step=N")
+    return count
+
+
+def _rate(state: OptimizerState, options: Mapping[str, Any]) -> float:
+    """The learning rate of all groups, or as the caller states it."""
+    found = [dict(group.options).get("lr") for group in state.groups if group.count]
+    rates = {rate.item() if isinstance(rate, Scalar) else rate for rate in found}
+    rate = options["lr"] if "lr" in options else rates.pop() if len(rates) == 1 else None
+    if not isinstance(rate, (int, float)):
+        raise UnrepresentableError(f"groups with the learning rates {found}, where MLX has one: say --option lr=...")
+    return float(rate)
