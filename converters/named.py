@@ -1,4 +1,4 @@
-"""This package's own format, as one more format: a file, the index of a set of shards, or a folder that holds either."""
+"""This package's own format as one more format: a file, the index of a set, or a checkpoint folder with either."""
 
 from __future__ import annotations
 
