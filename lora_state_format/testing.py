@@ -27,7 +27,8 @@ def assert_resume_is_exact(
 
     A run is what your loop needs to go on, a tuple of model and optimizer for example; ``model`` takes the model out of
     it. ``build`` makes one at its start, the same every time; ``train`` takes it through the steps of a range, whose
-    batches depend on nothing but the step; ``save`` writes it into an empty folder, ``resume`` makes one from there. All bits of all weights are compared.
+    batches depend on nothing but the step; ``save`` writes it into an empty folder, ``resume`` makes one from there.
+    All bits of all weights are compared.
     """
 
     def ended(run: Run, start: int) -> Mapping[str, Any]:
