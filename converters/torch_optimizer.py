@@ -53,15 +53,13 @@ def detect(path: Path) -> Match | None:
         reason = f"{OPTIMIZER} beside {TRAINER}" if trainer else f"a folder with {OPTIMIZER}"
         return Match(reason, path / OPTIMIZER, generic=not trainer)
     with File(path) as file:
+        kind = pickles.container(file)
         try:
-            if _members(file):
+            if kind == "zip archive" and _members(file):
                 return Match(f"a zip archive with members called *{MEMBER}", path)
-            if pickles.mentions(file, b"param_groups"):
-                return Match("a torch.save file whose pickle mentions param_groups", path, generic=True)
         except FileError:
-            # Perhaps another converter knows it; if none does, reading it says what is wrong.
-            return Match("a zip archive that is damaged, or not of torch.save", path, generic=True)
-    return None
+            pass  # perhaps another converter knows it; if none does, reading it says what is wrong
+    return Match(f"a {kind}, as torch.save writes them", path, generic=True) if kind else None
 
 
 def read(path: Path) -> Checkpoint:
@@ -111,7 +109,7 @@ def write(state: OptimizerState, path: Path, *, base: Path | None, force: bool) 
 
 def _members(file: File) -> dict[str, Member]:
     """The members of a stable-baselines3 archive: nothing if the file is none."""
-    if file.size < 4 or file.read(0, 4) != b"PK\3\4":
+    if pickles.container(file) != "zip archive":
         return {}
     archive = Archive(file, file.path)
     if not any(name.endswith(MEMBER) for name in archive):

@@ -23,7 +23,18 @@ from lora_state_format.model import Box, Piece, Tensor, c_strides, contiguous, i
 from lora_state_format.sources import File, Memory, Range, Source
 from lora_state_format.zips import Archive
 
-__all__ = ["DTYPES", "Global", "NumpyScalar", "Pickled", "Record", "array", "load", "load_plain", "mentions"]
+__all__ = [
+    "DTYPES",
+    "Global",
+    "NumpyScalar",
+    "Pickled",
+    "Record",
+    "array",
+    "container",
+    "load",
+    "load_plain",
+    "mentions",
+]
 
 MAX_PICKLE: Final = 40 << 20
 """Bytes of one pickle; an Adam state of 100,000 parameters has 24 MB."""
@@ -37,8 +48,9 @@ CHECKED: Final = 1 << 16
 MAX_DEPTH: Final = 200
 """How deep values may be nested in each other, and marks on the stack."""
 
-MAX_TREE: Final = 5_000_000
-"""Values in the result, each counted as often as it is referred to: shared lists of shared lists grow exponentially."""
+MAX_REFERENCES: Final = 1_000_000
+"""Values in the result beyond one for each byte of the pickle. Each is counted as often as it is referred to: shared
+lists of shared lists unfold without end."""
 
 MAX_ODD_KEYS: Final = 10_000
 """Tuples as keys, and integers beyond 64 bits: their hashes can be made to collide, and dicts become quadratic."""
@@ -172,7 +184,7 @@ class _Machine:
         """The value of the pickle that starts at byte ``start``, and the byte behind its end."""
         try:
             value, end = self._run(start)
-            _check_tree(value)
+            _check_tree(value, len(self.data) + MAX_REFERENCES)
             return value, end
         except _MalformedError as error:
             nothing = "; nothing was run" if error.kind is RefusedError else ""
@@ -518,7 +530,7 @@ def _global(module: Any, name: Any) -> Global:
     return known
 
 
-def _check_tree(value: Any) -> None:
+def _check_tree(value: Any, most: int) -> None:
     """Refuse a value that a walk over it would not come to the end of, or only by deep recursion."""
     count = 0
     level = [value]
@@ -532,8 +544,8 @@ def _check_tree(value: Any) -> None:
                 below += (item.args, item.state)
             else:
                 below += item.values() if type(item) is dict else item
-            if count + len(below) > MAX_TREE:
-                raise _MalformedError(f"the pickle unfolds to more than {MAX_TREE} values")
+            if count + len(below) > most:
+                raise _MalformedError(f"the pickle unfolds to more than {most} values")
         count += len(below)
         level = below
     raise _MalformedError(f"the pickle nests values more than {MAX_DEPTH} deep, or a value in itself")
@@ -771,6 +783,28 @@ GLOBALS: Final[Mapping[tuple[str, str], Global]] = {
 # --- files --------------------------------------------------------------------------------------------------------
 
 
+def container(source: Source) -> str | None:
+    """What a file is by its first bytes, if it is something that some version of ``torch.save`` wrote or may have."""
+    start = _peek(source, 0, 9)
+    if start.startswith(b"PK\3\4"):
+        return "zip archive"
+    if start[:1] == b"\x80" and start[1:2] in (b"\2", b"\3", b"\4", b"\5"):
+        return "pickle"
+    return "tar archive" if start == b"sys_info\0" else None
+
+
+def mentions(source: Source, word: bytes) -> bool:
+    """Whether ``torch.save`` wrote this and its pickle has ``word`` in it; nothing is built. For detection."""
+    start = _peek(source, 0, 16)
+    if not start.startswith(b"PK\3\4"):
+        return MAGIC.to_bytes(10, "little") in start and word in _peek(source, 0, MAX_PICKLE)
+    try:
+        archive = Archive(source)
+        return word in archive[_pickle_in(archive)].bytes()
+    except FileError:
+        return False
+
+
 def load(source: Source, path: object = None) -> Pickled:
     """What ``torch.save`` wrote: a zip archive, or the stream from before torch 1.6. No tensor is read.
 
@@ -782,15 +816,13 @@ def load(source: Source, path: object = None) -> Pickled:
     """
     if path is None and isinstance(source, File):
         path = source.path
-    start = _peek(source, 0, 4)
-    with paused():
-        if start == b"PK\3\4":
-            return _load_zip(source, path)
-        if start[:1] == b"\x80":
-            return _load_stream(source, path)
-    if _peek(source, 257, 5) == b"ustar":
+    kind = container(source)
+    if kind is None:
+        raise FileError("not a file that torch.save wrote: neither a zip archive nor a pickle", path=path)
+    if kind == "tar archive":
         raise RefusedError("a tar archive of torch 0.1: save it again with a newer torch", path=path)
-    raise FileError("not a file that torch.save wrote: neither a zip archive nor a pickle", path=path)
+    with paused():
+        return _load_zip(source, path) if kind == "zip archive" else _load_stream(source, path)
 
 
 def load_plain(data: bytes, path: object = None) -> Any:
@@ -829,18 +861,6 @@ def _peek(source: Source, offset: int, size: int) -> bytes:
 
 def _room(source: Source) -> int:
     return MAX_REPEATS * source.size + (64 << 20)
-
-
-def mentions(source: Source, word: bytes) -> bool:
-    """Whether ``torch.save`` wrote this and its pickle has ``word`` in it; nothing is built. For detection.
-
-    Raises ``FileError`` for a zip archive that is damaged or holds no pickle.
-    """
-    start = _peek(source, 0, 16)
-    if start.startswith(b"PK\3\4"):
-        archive = Archive(source)
-        return word in archive[_pickle_in(archive)].bytes()
-    return MAGIC.to_bytes(10, "little") in start and word in _peek(source, 0, MAX_PICKLE)
 
 
 def _pickle_in(archive: Archive) -> str:
