@@ -61,9 +61,10 @@ class LiveOptimizer:
         """The options of each group."""
         return [dict(group.options) for group in self.groups]
 
-    def known(self, optimizer: int) -> Known:
-        """What is known of the class of an optimizer."""
-        return known(self.lineages[optimizer] if self.lineages else ())
+    @cached_property
+    def known(self) -> list[Known]:
+        """What is known of the class of each optimizer."""
+        return [known(lineage) for lineage in self.lineages or ((),) * len(self.optimizers)]
 
     def title(self, optimizer: int) -> str:
         """The bare name of its class."""

@@ -16,7 +16,7 @@ from typing import Any, Final, Literal, TypeAlias
 
 from lora_state_format.errors import BindError, ConversionError, OptionError
 from lora_state_format.live import LiveGroup, LiveOptimizer, LiveParameter, Problem
-from lora_state_format.model import OptimizerState, Parameter, Role, Value
+from lora_state_format.model import OptimizerState, Parameter, Role, Slot, Value
 from lora_state_format.names import Rename, rename, split_adapter, with_adapter, without_wrappers
 from lora_state_format.options import Kind, choose, kind_of
 
@@ -214,7 +214,7 @@ def _match(state: OptimizerState, live: LiveOptimizer, rule: Rename | None) -> _
     absent = [name for name in saved if wanted[name] not in canonical]
     with contextlib.suppress(ConversionError):  # if two of them became one, they stay as they are, and are reported
         wanted |= dict(zip(absent, without_wrappers(wanted[name] for name in absent)[0], strict=True))
-    adapted, notes = _other_adapter(state, live, wanted)
+    adapted, notes = _other_adapter(state, live, wanted) if absent else ({}, ())
     wanted |= adapted
 
     found: dict[str, str] = {}
@@ -429,16 +429,16 @@ def _unresizable(pairs: Sequence[tuple[Parameter, LiveParameter]]) -> Iterator[P
 
 def _slots(state: OptimizerState, live: LiveOptimizer, restored: Iterable[Binding]) -> Iterator[Problem]:
     """Slots without which the live optimizer's step would raise."""
+    needs = []
+    for group, options in zip(live.groups, live.options, strict=True):
+        row = live.known[group.optimizer]
+        needs.append((*row.needs, *(slot for slot, option in row.optional if options.get(option))))
     lacking: Counter[tuple[int, str]] = Counter()
     for binding in restored:
-        assert binding.saved is not None
-        if not binding.saved.state:
-            continue
-        group = live.members[binding.name]
-        optimizer = live.groups[group].optimizer
-        row = live.known(optimizer)
-        needs = (*row.needs, *(slot for slot, option in row.optional if live.options[group].get(option)))
-        lacking.update((optimizer, slot) for slot in needs if slot not in binding.saved.state)
+        number, held = live.members[binding.name], binding.saved.state if binding.saved else None
+        for slot in needs[number] if held else ():
+            if held and slot not in held:
+                lacking[live.groups[number].optimizer, slot] += 1
     for (optimizer, slot), count in lacking.items():
         writers = ", ".join(o.class_path or "a class that the file does not state" for o in state.optimizers)
         yield Problem(
@@ -453,16 +453,16 @@ def _dtypes(live: LiveOptimizer, restored: Iterable[Binding], policies: Policies
     """Slots of another dtype than the parameter's where the optimizer's own step would raise on them."""
     if policies.dtype == "param":
         return
+    rows = [live.known[group.optimizer] for group in live.groups]
+    fused = [row.fused_same_dtype and bool(o.get("fused")) for row, o in zip(rows, live.options, strict=True)]
     found: Counter[tuple[str, str, str, str]] = Counter()
     for binding in restored:
-        assert binding.saved is not None
-        group = live.members[binding.name]
-        optimizer = live.groups[group].optimizer
-        row, own = live.known(optimizer), live.parameters[binding.name].dtype
-        fused = row.fused_same_dtype and bool(live.options[group].get("fused"))
-        for path, slot in binding.saved.tensors():
-            if slot.tensor.dtype != own and (path[0] in row.same_dtype or (fused and slot.role is Role.PARAM)):
-                found[str(path[0]), slot.tensor.dtype, own, live.title(optimizer)] += 1
+        group, own = live.members[binding.name], live.parameters[binding.name].dtype
+        for name, slot in (binding.saved.state or {}).items() if binding.saved else ():
+            if not isinstance(slot, Slot) or slot.tensor.dtype == own:
+                continue
+            if name in rows[group].same_dtype or (fused[group] and slot.role is Role.PARAM):
+                found[name, slot.tensor.dtype, own, live.title(live.groups[group].optimizer)] += 1
     for (name, dtype, own, title), count in found.items():
         yield Problem(
             "dtype",
@@ -474,7 +474,7 @@ def _dtypes(live: LiveOptimizer, restored: Iterable[Binding], policies: Policies
 def _orders(state: OptimizerState, live: LiveOptimizer, restored: Sequence[Binding]) -> Iterator[Problem]:
     """Optimizers whose one state belongs to all their parameters in order take it back in that order only."""
     for number, optimizer in enumerate(live.optimizers):
-        if not live.known(number).ordered:
+        if not live.known[number].ordered:
             continue
         own = [name for name, group in live.members.items() if live.groups[group].optimizer == number]
         sources = {binding.name: binding.saved.name for binding in restored if binding.saved}

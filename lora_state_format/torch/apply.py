@@ -34,7 +34,16 @@ from lora_state_format.optimizers import Known
 from lora_state_format.plan import RESIZABLE, Binding, LoadPlan
 from lora_state_format.sources import File
 from lora_state_format.torch.background import BackgroundSave, settle, start
-from lora_state_format.torch.capture import CARRIED, Models, Optimizers, capture, describe, named_tensors, optimizers_of
+from lora_state_format.torch.capture import (
+    CARRIED,
+    Models,
+    Optimizers,
+    capture,
+    describe,
+    named_tensors,
+    optimizers_of,
+    with_weights,
+)
 from lora_state_format.torch.tensors import DTYPES, is_sharded, read_into, scalar_to_torch, to_torch
 
 __all__ = ["LoadReport", "apply", "load_optimizer", "plan", "save_optimizer"]
@@ -178,13 +187,17 @@ def _save_together(
     from lora_state_format.torch.distributed import Together, follow, from_first
 
     written = None
-    with Together():
-        state = capture(optimizer, model, weights=weights, extra=extra, global_step=global_step)
+    with Together() as together:
+        state = capture(optimizer, model, weights=False, extra=extra, global_step=global_step)
+        order = [(key, tensor.dtype, tensor.shape) for key, tensor in container.in_file_order(state, max_shard_size)]
+        together.compare(repr((order, [(p.name, p.shape) for p in state.parameters])))
+        if weights:
+            state = with_weights(state, model)
         if torch.distributed.get_rank() == 0:
             path.parent.mkdir(parents=True, exist_ok=True)
             written = container.write(state, path, force=force, max_shard_size=max_shard_size)
         else:
-            follow(container.in_file_order(state, max_shard_size))
+            follow(tensor for _, tensor in container.in_file_order(state, max_shard_size))
     return from_first(written)
 
 
@@ -349,7 +362,7 @@ def _stage(binding: Binding, parameter: torch.Tensor, live: LiveOptimizer, ledge
     if binding.saved is None or binding.saved.state is None:
         return None
     group = live.members[binding.name]
-    row = live.known(live.groups[group].optimizer)
+    row = live.known[live.groups[group].optimizer]
     on_device = bool(live.options[group].get("capturable") or live.options[group].get("fused"))
 
     def build(value: Value, path: tuple[Any, ...]) -> Any:

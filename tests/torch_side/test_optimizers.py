@@ -110,5 +110,5 @@ def test_a_subclass_is_known_by_the_class_whose_step_it_has() -> None:
     assert known(_stepping(Mine)) is CLASSES["torch.optim.adamw.AdamW"]
     assert _stepping(Other) == (f"{__name__}.{Other.__qualname__}",)
     live = describe(Mine(model.parameters()), model)
-    assert live.known(0) is CLASSES["torch.optim.adamw.AdamW"]
+    assert live.known[0] is CLASSES["torch.optim.adamw.AdamW"]
     assert (live.title(0), live.optimizers[0].class_path) == (Mine.__qualname__.rpartition(".")[2], live.lineages[0][0])
