@@ -12,8 +12,11 @@ import pytest
 import torch
 import transformers
 from peft import IA3Config, LNTuningConfig, LoraConfig, PeftConfig, PromptTuningConfig, VeraConfig, get_peft_model
+from transformers import Trainer
 
 from lora_state_format.errors import ConversionError, MissingDependencyError
+from lora_state_format.model import Group, Optimizer, PositionalState
+from lora_state_format.order import candidates
 from lora_state_format.torch.rebuild import describe, rebuild
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -119,6 +122,58 @@ def test_what_is_described() -> None:
     assert first.parameter.tied == ("base_model.model.lm_head.weight",)
     assert (first.trainable, first.classes) == (False, ("Embedding", "Module"))
     assert (last.name, last.classes) == ("base_model.model.model.norm.weight", ("Qwen2RMSNorm", "Module"))
+
+
+@pytest.mark.parametrize("architecture", NAMES)
+def test_the_trainers_split(architecture: str, tmp_path: Path) -> None:
+    """The rule for this version of transformers, against its own Trainer."""
+    model = base(architecture)
+    model.config.architectures = [architecture]
+    model.config.save_pretrained(tmp_path)
+    own = set(Trainer.get_decay_parameter_names(None, model))
+    names = [name for name, _ in model.named_parameters()]
+    decayed, plain = [name for name in names if name in own], [name for name in names if name not in own]
+    described = rebuild(tmp_path)
+    sizes = tuple(Group(0, (), len(part)) for part in (decayed, plain))
+    blank = PositionalState((Optimizer(),), sizes, tuple(range(len(names))), {})
+    (candidate,) = candidates(blank, described, rule="trainer")
+    assert candidate.names == [*decayed, *plain]
+
+
+ERAS = ("trainer-4.47", "trainer-4.48", "trainer-4.52", "trainer")
+
+
+@pytest.mark.parametrize(
+    ("config", "sizes"),
+    [
+        # Qwen2.5-1.5B, Qwen3-0.6B, Llama-3.2-1B
+        (
+            {"model_type": "qwen2", "hidden_size": 1536, "intermediate_size": 8960, "num_hidden_layers": 28,
+             "num_attention_heads": 12, "num_key_value_heads": 2, "tie_word_embeddings": True,
+             "architectures": ["Qwen2ForCausalLM"]},
+            [(254, 84), (254, 84), (198, 140), (197, 141)],
+        ),
+        (
+            {"model_type": "qwen3", "hidden_size": 1024, "intermediate_size": 3072, "num_hidden_layers": 28,
+             "num_attention_heads": 16, "num_key_value_heads": 8, "head_dim": 128, "tie_word_embeddings": True,
+             "architectures": ["Qwen3ForCausalLM"]},
+            [(310, 0), (310, 0), (254, 56), (197, 113)],
+        ),
+        (
+            {"model_type": "llama", "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16,
+             "num_attention_heads": 32, "num_key_value_heads": 8, "tie_word_embeddings": True,
+             "architectures": ["LlamaForCausalLM"]},
+            [(113, 33), (113, 33), (113, 33), (113, 33)],
+        ),
+    ],
+)  # fmt: skip
+def test_group_sizes_tell_the_version(config: dict[str, Any], sizes: list[tuple[int, int]], tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    described = rebuild(tmp_path)
+    for rule, pair in zip(ERAS, sizes, strict=True):
+        groups = tuple(Group(0, (), size) for size in pair)
+        blank = PositionalState((Optimizer(),), groups, tuple(range(sum(pair))), {})
+        assert len(candidates(blank, described, rule=rule)) == 1, rule
 
 
 def test_nothing_is_allocated(tmp_path: Path) -> None:
