@@ -735,6 +735,8 @@ _INERT: Final[Mapping[str, str]] = {
     "torch.distributed.tensor._dtensor_spec": "DTensorSpec TensorMeta",
     "torch.distributed.tensor.placement_types": "Shard Replicate Partial _StridedShard",
     "torch.distributed.device_mesh": "DeviceMesh",
+    "bitsandbytes.nn.modules": "Params4bit Int8Params",
+    "bitsandbytes.functional": "QuantState",
     "torchao.optim.subclass_8bit": "OptimState8bit",
     "torchao.optim.subclass_4bit": "OptimState4bit",
     "torchao.optim.subclass_fp8": "OptimStateFp8",

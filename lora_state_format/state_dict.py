@@ -88,6 +88,8 @@ def role_of(
     are bytes with ``absmax`` beside them, else values; AdEMAMix (three betas) stacks two of them in ``state1``.
     """
     name, siblings, options = path[-1], siblings or {}, options or {}
+    if not _REDUCED.isdisjoint(siblings):
+        return Role.OPAQUE
     if name in ("state1", "state2", "absmax1", "absmax2"):
         betas = options.get("betas")
         if name.endswith("1") and isinstance(betas, (list, tuple)) and len(betas) == 3:
@@ -95,9 +97,7 @@ def role_of(
         if f"absmax{name[-1]}" in siblings:
             return Role.BLOCK
         return Role.PARAM if dtype in _FLOATS else Role.OPAQUE
-    if dtype not in _FLOATS or not _REDUCED.isdisjoint(siblings):
-        return Role.OPAQUE
-    return _ROLES.get(name, Role.OPAQUE)
+    return _ROLES.get(name, Role.OPAQUE) if dtype in _FLOATS else Role.OPAQUE
 
 
 # --- reading ------------------------------------------------------------------------------------------------------
@@ -168,8 +168,7 @@ class Reader:
             return raw  # type: ignore[no-any-return]
         if isinstance(raw, Mapping):
             for key in raw:
-                if not (key is None or type(key) in (bool, int, float, str)):
-                    raise UnrepresentableError(f"{_dotted(place)}: a key of a dict is {_kind(key)}")
+                _check_key(key, place)
             return {key: self._value(inner, (*place, key), raw, options, depth) for key, inner in raw.items()}
         if type(raw) in (list, tuple):
             items = (self._value(x, (*place, number), siblings, options, depth) for number, x in enumerate(raw))
@@ -195,6 +194,11 @@ class Reader:
             self.converted.append(f"{_dotted(place)}: bytearray to bytes")
             return bytes(raw)
         raise UnrepresentableError(f"{_dotted(place)} is {_kind(raw)}, which has no form in a state")
+
+
+def _check_key(key: Any, place: Place) -> None:
+    if not (key is None or type(key) in (bool, int, float, str)):
+        raise UnrepresentableError(f"{_dotted(place)}: a key of a dict is {_kind(key)}")
 
 
 def _scalar(tensor: Tensor, place: Place) -> Scalar:
@@ -288,6 +292,7 @@ def _read_one(reader: Reader, found: Found, index: int, prefix: str | None) -> _
     for key, raw in state.items():
         place = (*found.path, "state", key)
         if key not in members:
+            _check_key(key, place[:-1])
             loose[key] = reader.value(raw, place)
         elif isinstance(raw, Mapping):
             entries[key if prefix is None else f"{prefix}{key}"] = reader.slots(raw, members[key], place)

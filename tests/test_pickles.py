@@ -223,6 +223,12 @@ def test_other_objects_are_inert() -> None:
     assert str(found["class"]) == "argparse.Namespace"
 
 
+def test_what_python_2_pickled() -> None:
+    """Its text is bytes, and its OrderedDict came with all its items at once."""
+    body = b"ccollections\nOrderedDict\n]]U\1aaK\1aa\x85R" + b"U\2\xff\xfe" + b"c__builtin__\nset\n]K\5a\x85R\x87."
+    assert pickles.load(Memory(hostile.saved(body))).value == ({"a": 1}, b"\xff\xfe", {5})
+
+
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled:UserWarning")
 def test_dcp_metadata(tmp_path: Path) -> None:
     """Protocol 4, and objects as the keys of a dict."""

@@ -220,6 +220,7 @@ def test_nested_and_listed_slots_keep_their_form() -> None:
         (("exp_avg_sq_row",), "BF16", {}, {}, Role.ROW),
         (("col_var",), "F32", {}, {}, Role.COL),
         (("state1",), "U8", {"absmax1"}, {}, Role.BLOCK),
+        (("state1",), "U8", {"absmax1", "projector"}, {}, Role.OPAQUE),
         (("state2",), "U8", {"absmax1"}, {}, Role.OPAQUE),
         (("state1",), "F32", {}, {"betas": (0.9, 0.99)}, Role.PARAM),
         (("state1",), "F32", {}, {"betas": (0.9, 0.99, 0.999)}, Role.OPAQUE),
@@ -388,6 +389,11 @@ BARE = {"state": {}, "param_groups": [{"params": [0]}]}
             {**BARE, "state": {0: {"x": {(1, 2): 3}}}},
             UnrepresentableError,
             "state.0.x: a key of a dict is a value of type tuple",
+        ),
+        (
+            {**BARE, "state": {(1, 2): 3}},
+            UnrepresentableError,
+            "state: a key of a dict is a value of type tuple",
         ),
         (
             {**BARE, "state": {0: {"x": torch.zeros(2, dtype=torch.complex128)}}},
