@@ -30,7 +30,13 @@ from torch.distributed.checkpoint.state_dict import (  # noqa: E402
 )
 from torch.distributed.checkpoint.state_dict_loader import load as dcp_load  # noqa: E402
 from torch.distributed.checkpoint.state_dict_saver import save as dcp_save  # noqa: E402
-from torch.distributed.fsdp import FullyShardedDataParallel, ShardingStrategy, StateDictType, fully_shard  # noqa: E402
+from torch.distributed.fsdp import (  # noqa: E402
+    FullyShardedDataParallel,
+    OptimStateKeyType,
+    ShardingStrategy,
+    StateDictType,
+    fully_shard,
+)
 from torch.distributed.tensor import Shard  # noqa: E402
 
 
@@ -114,6 +120,11 @@ def save(case: str) -> None:
             if rank == 0:
                 folder.mkdir(parents=True)
                 torch.save(state, folder / "optimizer.bin")
+                # What Lightning's FSDP strategy makes of it (strategies/fsdp.py): positions in the whole model.
+                counted = FullyShardedDataParallel.rekey_optim_state_dict(state, OptimStateKeyType.PARAM_ID, Net(13))
+                weights = Net(13).state_dict()
+                version = {"pytorch-lightning_version": "2.6.6", "global_step": 3}
+                torch.save({"state_dict": weights, "optimizer_states": [counted], **version}, out / "full.ckpt")
         live = state
     elif case == "fsdp1":
         with FullyShardedDataParallel.state_dict_type(model, StateDictType.SHARDED_STATE_DICT):

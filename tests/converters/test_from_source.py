@@ -1,0 +1,186 @@
+"""Layouts read off a framework's source and laid out by hand: kohya's, nanotron's, Megatron's; and diffusers'."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lora_state_format.converters import kohya, megatron, nanotron
+from safetensors.torch import save_file
+
+from lora_state_format import registry
+from lora_state_format.conversion import convert, read
+from lora_state_format.dcp import write_folder
+from lora_state_format.errors import FileError, MissingNamesError, RefusedError
+from lora_state_format.model import OptimizerState, contiguous
+from lora_state_format.sources import Memory
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+
+def adam(*shapes: tuple[int, ...], seed: int = 0) -> tuple[list[torch.nn.Parameter], torch.optim.Optimizer]:
+    torch.manual_seed(seed)
+    parameters = [torch.nn.Parameter(torch.randn(shape)) for shape in shapes]
+    optimizer = torch.optim.AdamW(parameters, lr=1e-3)
+    for _ in range(3):
+        for parameter in parameters:
+            parameter.grad = torch.randn_like(parameter)
+        optimizer.step()
+    return parameters, optimizer
+
+
+@pytest.mark.parametrize(
+    ("name", "marker"), [("kohya", "train_state.json"), ("diffusers", "pytorch_lora_weights.safetensors")]
+)
+def test_accelerates_files_with_another_scripts_mark(tmp_path: Path, name: str, marker: str, assert_holds: Any) -> None:
+    folder = tmp_path / "checkpoint-3"
+    folder.mkdir()
+    parameters, optimizer = adam((2, 4), (4, 2))
+    keys = {
+        "kohya": ["lora_unet_mid_block_attn1_to_q.lora_down.weight", "lora_unet_mid_block_attn1_to_q.lora_up.weight"],
+        "diffusers": ["transformer.blocks.0.to_q.lora_A.weight", "transformer.blocks.0.to_q.lora_B.weight"],
+    }[name]
+    torch.save(optimizer.state_dict(), folder / "optimizer.bin")
+    tensors = dict(zip(keys, (p.detach() for p in parameters), strict=True))
+    if name == "kohya":
+        save_file(
+            {**tensors, keys[0].replace("lora_down.weight", "alpha"): torch.ones(())}, folder / "model.safetensors"
+        )
+        (folder / marker).write_text(json.dumps({"current_epoch": 1, "current_step": 3}))
+        assert set(kohya.read(folder).weights) == set(keys)
+    else:
+        save_file(tensors, folder / marker)
+    assert name == registry.detect(folder)[0].NAME
+    with read(folder, names=keys) as state:
+        assert_holds(state, dict(zip(keys, (optimizer.state[p] for p in parameters), strict=True)))
+        assert state.global_step == 3
+        assert state.origin.get("support") == ("from source only" if name == "kohya" else None)
+
+
+# --- nanotron -----------------------------------------------------------------------------------------------------
+
+
+def nanotron_folder(path: Path, data_ranks: int) -> tuple[Path, dict[str, Any]]:
+    """``optimizer.state_dict()`` with names beside it; with several ranks flat parts, as ZeRO-1 has them."""
+    folder = path / "optimizer"
+    folder.mkdir()
+    shapes = {"model.a.weight": (3, 5), "model.b.weight": (7,)}
+    parameters, optimizer = adam(*shapes.values())
+    held = dict(zip(shapes, (optimizer.state[p] for p in parameters), strict=True))
+    config: dict[str, Any] = {
+        "type": "NamedOptimizer",
+        "parallelism": {"tp_size": "1", "dp_size": str(data_ranks), "pp_size": "1", "expert_parallel_size": "1"},
+        "configs": {},
+    }
+    if data_ranks == 1:
+        tree = {**optimizer.state_dict(), "names": dict(enumerate(shapes))}
+        torch.save(tree, folder / "optimizer_pp-0-of-1_tp-0-of-1_exp-0-of-1.pt")
+    else:
+        offsets: dict[str, dict[str, list[str]]] = {name: {} for name in shapes}
+        for rank in range(data_ranks):
+            state = {}
+            for identity, (name, slots) in enumerate(held.items()):
+                flat = slots["exp_avg"].numel()
+                share = -(-flat // data_ranks)
+                start, stop = rank * share, min((rank + 1) * share, flat)
+                offsets[name][str(rank)] = [str(start), str(stop)]
+                state[identity] = {
+                    key: value.flatten()[start:stop].clone() if value.dim() else value for key, value in slots.items()
+                }
+            groups = [{**group, "params": [0, 1]} for group in optimizer.state_dict()["param_groups"]]
+            tree = {"state": state, "param_groups": groups, "names": dict(enumerate(shapes))}
+            torch.save(tree, folder / f"optimizer_pp-0-of-1_dp-{rank}-of-{data_ranks}_tp-0-of-1_exp-0-of-1.pt")
+        config["configs"] = {
+            "param_name_to_dp_rank_offsets": offsets,
+            "orig_param_shapes": {name: [str(n) for n in shape] for name, shape in shapes.items()},
+        }
+    (folder / "optimizer_config.json").write_text(json.dumps(config))
+    return folder, held
+
+
+@pytest.mark.parametrize("data_ranks", [1, 2, 3])
+def test_nanotron(tmp_path: Path, data_ranks: int, assert_holds: Any) -> None:
+    _, held = nanotron_folder(tmp_path, data_ranks)
+    assert registry.detect(tmp_path)[0].NAME == "nanotron"
+    report = convert(tmp_path, tmp_path / "optimizer.safetensors")
+    assert report.naming.source == "checkpoint"
+    with read(tmp_path / "optimizer.safetensors") as state:
+        assert_holds(state, held)
+        assert state.origin["support"] == "from source only"
+
+
+def test_nanotron_refuses_what_it_cannot_put_together(tmp_path: Path) -> None:
+    folder, _ = nanotron_folder(tmp_path, 3)
+    (folder / "optimizer_pp-0-of-1_dp-1-of-3_tp-0-of-1_exp-0-of-1.pt").unlink()
+    with pytest.raises(FileError) as missing:
+        nanotron.read(folder)
+    assert str(missing.value) == f"{folder}: no file of pipeline rank 0, data rank 1"
+    config = json.loads((folder / "optimizer_config.json").read_text())
+    config["parallelism"]["tp_size"] = "2"
+    (folder / "optimizer_config.json").write_text(json.dumps(config))
+    with pytest.raises(RefusedError) as parallel:
+        nanotron.read(folder)
+    assert str(parallel.value) == f"{folder}: parameters are sharded (tp_size 2), and nothing says how"
+
+
+# --- Megatron -----------------------------------------------------------------------------------------------------
+
+
+def megatron_folder(path: Path, entries: dict[tuple[str, ...], Any]) -> Path:
+    folder = path / "iter_0000003"
+    write_folder(entries, folder)
+    (folder / "metadata.json").write_text('{"sharded_backend": "torch_dist", "sharded_backend_version": 1}')
+    groups = [{"lr": 1e-3, "betas": (0.9, 0.95), "weight_decay": decay, "step": 3} for decay in (0.1, 0.0)]
+    torch.save({"optimizer": {"optimizer": {"param_groups": groups}}}, folder / "common.pt")
+    return folder
+
+
+def f32(*shape: int) -> Any:
+    return contiguous("F32", shape, Memory(torch.randn(shape).numpy().tobytes()))
+
+
+def test_megatron_splits_stacked_layers(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    stacked, single = "decoder.layers.self_attention.linear_qkv.weight", "embedding.word_embeddings.weight"
+    entries: dict[tuple[str, ...], Any] = {(stacked,): f32(3, 4, 2), (single,): f32(5, 2)}
+    for slot in ("exp_avg", "exp_avg_sq", "fp32_param"):
+        entries[f"optimizer.state.{slot}.{stacked}",] = f32(3, 4, 2)
+        entries[f"optimizer.state.{slot}.{single}",] = f32(5, 2)
+    folder = megatron_folder(tmp_path, entries)
+    assert registry.detect(folder)[0].NAME == "megatron"
+    with read(folder, options={"masters": True}) as state:
+        names = [f"decoder.layers.{layer}.self_attention.linear_qkv.weight" for layer in range(3)]
+        assert list(state) == [*names, single]
+        for layer, name in enumerate(names):
+            assert state[name].shape == (4, 2)
+            for slot, key in (("exp_avg", "exp_avg"), ("exp_avg_sq", "exp_avg_sq"), ("master_param", "fp32_param")):
+                whole = entries[f"optimizer.state.{key}.{stacked}",].torch()
+                assert torch.equal(state[name][slot].torch(), whole[layer])
+            assert state[name]["step"] == 3
+        assert dict(state.groups[0].options) == {"lr": 1e-3, "betas": (0.9, 0.95)}
+        assert state.origin == {"format": "megatron", "support": "from source only", "groups": 2}
+    plain = megatron.read(folder).state
+    assert isinstance(plain, OptimizerState)
+    assert "master_param" not in (plain[single].state or {})
+    report = convert(folder, tmp_path / "optimizer.safetensors")
+    assert (report.parameters, report.paired) == (4, 4)
+
+
+def test_megatrons_flat_buckets_are_refused(tmp_path: Path) -> None:
+    folder = megatron_folder(tmp_path, {("optimizer.distributed.dp_group_idx_0.gbuf_idx_0.exp_avg",): f32(8)})
+    with pytest.raises(RefusedError) as error:
+        megatron.read(folder)
+    assert str(error.value) == (
+        f"{folder / '.metadata'}: the optimizer's state lies in buckets of flat buffers, which only the model can take "
+        "apart: save with dist_ckpt_optim_fully_reshardable"
+    )
+
+
+def test_positional_files_without_names_say_what_is_needed(tmp_path: Path) -> None:
+    (tmp_path / "train_state.json").write_text('{"current_step": 3}')
+    torch.save(adam((2, 2))[1].state_dict(), tmp_path / "optimizer.bin")
+    with pytest.raises(MissingNamesError):
+        convert(tmp_path, tmp_path / "optimizer.safetensors")

@@ -1,0 +1,141 @@
+"""Checkpoints that Lightning's Trainer wrote, and those written for it to resume from."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lora_state_format.converters import lightning
+
+from lora_state_format import registry
+from lora_state_format.conversion import convert, read
+from lora_state_format.errors import MissingNamesError, OptionError, UnrepresentableError
+from lora_state_format.model import PositionalState
+
+pytestmark = [pytest.mark.frameworks, pytest.mark.filterwarnings("ignore")]
+
+
+def build(manual: bool) -> Any:
+    import lightning as pl
+
+    class Module(pl.LightningModule):  # type: ignore[misc]
+        """A batch norm for its buffers, tied weights; with ``manual`` two optimizers, else one of every parameter."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.automatic_optimization = not manual
+            self.net = torch.nn.Sequential(torch.nn.Linear(7, 5), torch.nn.BatchNorm1d(5), torch.nn.Linear(5, 5))
+            self.head = torch.nn.Linear(5, 5)
+            tied: Any = self.net[2]
+            self.head.weight = tied.weight
+
+        def training_step(self, batch: torch.Tensor) -> Any:
+            loss = (self.head(self.net(batch)) ** 2).mean()
+            if manual:
+                for optimizer in self.optimizers():
+                    optimizer.zero_grad()
+                self.manual_backward(loss)
+                for optimizer in self.optimizers():
+                    optimizer.step()
+            return loss
+
+        def configure_optimizers(self) -> Any:
+            if not manual:
+                return torch.optim.AdamW(self.parameters(), lr=1e-3)
+            return [
+                torch.optim.AdamW(self.net.parameters(), lr=1e-3),
+                torch.optim.SGD([self.head.bias], lr=1e-2, momentum=0.9),
+            ]
+
+        def train_dataloader(self) -> Any:
+            return torch.utils.data.DataLoader(list(torch.randn(12, 7)), batch_size=4)  # type: ignore[arg-type]
+
+    return Module()
+
+
+def trainer(folder: Path, epochs: int) -> Any:
+    import lightning as pl
+
+    return pl.Trainer(
+        default_root_dir=folder, max_epochs=epochs, accelerator="cpu", logger=False, enable_progress_bar=False,
+        enable_model_summary=False, enable_checkpointing=False,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="session", params=[False, True], ids=["one", "several"])
+def run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any, Any, bool]:
+    folder = tmp_path_factory.mktemp("lightning")
+    model, ran = build(request.param), trainer(folder, 1)
+    ran.fit(model)
+    ran.save_checkpoint(folder / "last.ckpt")
+    return folder / "last.ckpt", model, ran, request.param
+
+
+def test_it_holds_what_the_run_held(run: Any, tmp_path: Path, assert_holds: Any) -> None:
+    path, model, ran, several = run
+    converter, match = registry.detect(path)
+    assert (converter.NAME, match.generic) == ("lightning", False)
+    state = lightning.read(path).state
+    assert isinstance(state, PositionalState)
+    assert state.global_step == ran.global_step
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    held = {names[p]: dict(slots) for optimizer in ran.optimizers for p, slots in optimizer.state.items()}
+    if several:
+        with pytest.raises(MissingNamesError):
+            convert(path, tmp_path / "x.safetensors")
+        order = [names[p] for o in ran.optimizers for group in o.param_groups for p in group["params"]]
+        (tmp_path / "names.txt").write_text("\n".join(order))
+        convert(path, tmp_path / "x.safetensors", names=tmp_path / "names.txt")
+    else:
+        report = convert(path, tmp_path / "x.safetensors")
+        assert (report.naming.source, report.naming.rule) == ("checkpoint", "listed")
+    with read(tmp_path / "x.safetensors") as named:
+        assert_holds(named, held)
+        assert len(named.optimizers) == len(ran.optimizers)
+
+
+def test_lightning_resumes_from_what_is_written(run: Any, tmp_path: Path) -> None:
+    """The optimizers' state of a base is replaced; the rest of it is kept, and the Trainer goes on from the result."""
+    path, _, ran, several = run
+    other = build(several)
+    fresh = trainer(tmp_path, 1)
+    fresh.fit(other)
+    names = [f"p{number}" for number in range(sum(len(g["params"]) for o in ran.optimizers for g in o.param_groups))]
+    for optimizer in fresh.optimizers:
+        for slots in optimizer.state.values():
+            for slot in slots:
+                slots[slot] = slots[slot] * 0
+    fresh.save_checkpoint(tmp_path / "zeros.ckpt")
+    with read(path, names=names) if several else read(path) as state:
+        lightning.write(state, tmp_path / "written.ckpt", base=tmp_path / "zeros.ckpt", force=False)
+    resumed, again = build(several), trainer(tmp_path, 1)
+    again.fit(resumed, ckpt_path=tmp_path / "written.ckpt")
+    written = torch.load(tmp_path / "written.ckpt", weights_only=True)
+    original = torch.load(path, weights_only=True)
+    assert written.keys() == original.keys()
+    for ours, theirs, live in zip(
+        written["optimizer_states"], original["optimizer_states"], again.optimizers, strict=True
+    ):
+        assert ours["param_groups"] == theirs["param_groups"]
+        for identity, slots in theirs["state"].items():
+            for slot, value in slots.items():
+                assert torch.equal(ours["state"][identity][slot], value)
+                assert torch.equal(live.state_dict()["state"][identity][slot], value)
+
+
+def test_it_needs_a_base_with_as_many_optimizers(run: Any, tmp_path: Path) -> None:
+    path, _, _, several = run
+    with read(path, names=[f"p{number}" for number in range(7)]) if several else read(path) as state:
+        with pytest.raises(OptionError) as base:
+            lightning.write(state, tmp_path / "x.ckpt", base=None, force=False)
+        assert str(base.value) == (
+            "lightning needs a .ckpt of the same run (base=, --base): all but the optimizers comes from it"
+        )
+        torch.save({"optimizer_states": [{}] * 3}, tmp_path / "three.ckpt")
+        with pytest.raises(UnrepresentableError) as three:
+            lightning.write(state, tmp_path / "x.ckpt", base=tmp_path / "three.ckpt", force=False)
+        count = 2 if several else 1
+        assert str(three.value) == f"{tmp_path / 'three.ckpt'} has 3 optimizers, the state {count}"
