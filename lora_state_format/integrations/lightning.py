@@ -1,0 +1,99 @@
+"""Lightning: a callback that keeps the optimizers' state beside each ``.ckpt``, and out of it."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+from typing import Any, Final
+
+from lora_state_format.errors import OptionError
+from lora_state_format.torch import load_optimizer, save_optimizer
+
+try:
+    from lightning.pytorch import Callback
+    from lightning.pytorch.plugins import CheckpointIO
+    from lightning.pytorch.strategies import Strategy
+except ImportError:
+    from pytorch_lightning import Callback
+    from pytorch_lightning.plugins import CheckpointIO
+    from pytorch_lightning.strategies import Strategy
+
+__all__ = ["NamedState"]
+
+STATES: Final = "optimizer_states"
+ELSEWHERE: Final = [{"state": {}, "param_groups": [], "named_state": "beside this file"}]
+"""What a ``.ckpt`` has in place of its optimizers. Loading it without the callback is an error, not a cold start."""
+
+
+class NamedState(Callback):  # type: ignore[misc]
+    """Saves the optimizers' state of ``name.ckpt`` as ``name.training_state/optimizer.safetensors``; resumes from it.
+
+    ``model`` is the attribute of the LightningModule whose parameters are trained, if names are to be those of that
+    model, as every other framework has them; else they begin with the attribute's name. ``weights`` keeps digests of
+    the weights with the state. Resuming binds by name, with the ``policies`` of ``load_optimizer``.
+
+    The state is on the disk before the ``.ckpt`` is begun, and goes when that is removed. Raises ``OptionError`` for a
+    strategy that saves in its own way (FSDP, DeepSpeed).
+    """
+
+    def __init__(self, model: str | None = None, *, weights: bool = True, **policies: Any) -> None:
+        self._model = model
+        self._weights = weights
+        self._policies = policies
+        self._resumed: Path | None = None
+
+    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        if type(trainer.strategy).save_checkpoint is not Strategy.save_checkpoint:
+            raise OptionError(f"{type(trainer.strategy).__name__} saves optimizers in its own way")
+        if not isinstance(trainer.strategy.checkpoint_io, _Beside):
+            trainer.strategy.checkpoint_io = _Beside(trainer.strategy.checkpoint_io, self, trainer)
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        path, self._resumed = self._resumed, None
+        if path is not None:
+            load_optimizer(trainer.optimizers, self._named(trainer), path, **self._policies)
+
+    def save(self, trainer: Any, path: Path) -> None:
+        step = trainer.global_step
+        save_optimizer(trainer.optimizers, self._named(trainer), path, weights=self._weights, global_step=step)
+
+    def resume(self, path: Path) -> None:
+        self._resumed = path
+
+    def _named(self, trainer: Any) -> Any:
+        module = trainer.lightning_module
+        return module if self._model is None else getattr(module, self._model)
+
+
+class _Beside(CheckpointIO):  # type: ignore[misc]
+    """Hands on to another one all but the optimizers' state."""
+
+    def __init__(self, inner: Any, callback: NamedState, trainer: Any) -> None:
+        self.inner = inner
+        self._callback = callback
+        self._trainer = trainer
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
+        if STATES in checkpoint:
+            self._callback.save(self._trainer, _beside(path))
+            checkpoint = {**checkpoint, STATES: ELSEWHERE}
+        self.inner.save_checkpoint(checkpoint, path, storage_options=storage_options)
+
+    def load_checkpoint(self, path: Any, *arguments: Any, **options: Any) -> dict[str, Any]:
+        checkpoint: dict[str, Any] = self.inner.load_checkpoint(path, *arguments, **options)
+        if checkpoint.get(STATES) == ELSEWHERE:
+            self._callback.resume(_beside(path))
+            checkpoint[STATES] = []
+        return checkpoint
+
+    def remove_checkpoint(self, path: Any) -> None:
+        self.inner.remove_checkpoint(path)
+        shutil.rmtree(_beside(path).parent, ignore_errors=True)
+
+    def teardown(self) -> None:
+        self.inner.teardown()
+
+
+def _beside(path: str | os.PathLike[str]) -> Path:
+    return Path(os.fspath(path).removesuffix(".ckpt") + ".training_state", "optimizer.safetensors")
