@@ -47,6 +47,7 @@ __all__ = [
     "Verification",
     "Written",
     "hash_tensor",
+    "in_file_order",
     "is_state",
     "open_state",
     "read_header",
@@ -132,9 +133,12 @@ class Verification:
 # --- a header -----------------------------------------------------------------------------------------------------
 
 
-def read_header(file: File) -> Header:
-    """The header of any safetensors file, strictly: ours or a model's. Raises ``FileError`` with the broken rule."""
-    return _parse(_raw_header(file), file)
+def read_header(file: File, *, foreign: bool = False) -> Header:
+    """The header of any safetensors file, strictly: ours or a model's. Raises ``FileError`` with the broken rule.
+
+    ``foreign`` takes ``"__metadata__":null`` too, as MLX writes it.
+    """
+    return _parse(_raw_header(file), file, foreign=foreign)
 
 
 def _raw_header(file: File) -> bytes:
@@ -153,7 +157,7 @@ def _raw_header(file: File) -> bytes:
     return bytes(file.read(0, 8 + length))
 
 
-def _parse(raw: bytes, file: File) -> Header:
+def _parse(raw: bytes, file: File, *, foreign: bool = False) -> Header:
     def fail(detail: str, rule: str) -> FileError:
         return FileError(detail, path=file.path, rule=rule)
 
@@ -165,6 +169,8 @@ def _parse(raw: bytes, file: File) -> Header:
         raise fail("the header is not one JSON object from its first byte on, padded with spaces", "R2")
     members = loads(text, path=file.path)
     metadata = members.pop("__metadata__", {})
+    if metadata is None and foreign:
+        metadata = {}
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise fail("__metadata__ is not a mapping of strings", "R4")
     entries = {}
@@ -323,7 +329,7 @@ def _open_single(path: Path) -> tuple[OptimizerState, list[_Opened]]:
         raise FileError(
             f"is shard {opened.shard.index} of {opened.shard.count}: open the set by its index (*{INDEX_SUFFIX})",
             path=path,
-            rule="R22",
+            rule="R23",
         )
     return opened.state, [opened]
 
@@ -363,14 +369,14 @@ def _members(raw: bytes, header: Header, path: object) -> dict[str, Any]:
     if len(raw) % ALIGNMENT:
         raise FileError(f"the data begin at byte {len(raw)}, not at a multiple of {ALIGNMENT}", path=path, rule="R8")
     value = loads(header.metadata[METADATA], path=path)
-    if value.keys() != {"digest", "manifest"}:
-        raise FileError(f"'{METADATA}' is not an object of a digest and a manifest", path=path, rule="R7")
-    manifest: dict[str, Any] = value["manifest"]
-    return manifest
+    match value:
+        case {"digest": str(), "manifest": dict(manifest)} if len(value) == 2:
+            return manifest
+    raise FileError(f"'{METADATA}' is not an object of a digest and a manifest", path=path, rule="R7")
 
 
 def verify(path: str | os.PathLike[str]) -> Verification:
-    """Read every byte of a file or set and compare every digest (R26).
+    """Read every byte of a file or set and compare every digest (R21).
 
     A header that breaks a rule raises ``FileError``, as in ``open_state``; a digest that does not match is a problem in
     the result.
@@ -390,7 +396,7 @@ def verify(path: str | os.PathLike[str]) -> Verification:
                 continue
             for key, digest in part.stored.digests.items():
                 if hash_tensor(header.tensor(key), buffer) != digest:
-                    problems.append(f"{header.file.path}: tensor {key!r} does not match its digest [R26]")
+                    problems.append(f"{header.file.path}: tensor {key!r} does not match its digest [R21]")
     headers = [part.stored.header for part in parts]
     return Verification(
         tensors=sum(len(header.entries) for header in headers),
@@ -443,6 +449,12 @@ def write(
         if len(layouts) == 1:
             return _commit_file(path, layouts[0], files[0], force)
         return _commit_set(path, layouts, files, force)
+
+
+def in_file_order(state: OptimizerState, max_shard_size: int | None = None) -> Iterator[tuple[str, Tensor]]:
+    """The tensors of a state with their keys, in the order in which ``write`` reads them."""
+    for manifest in _manifests(state, max_shard_size):
+        yield from _layout(manifest).tensors
 
 
 @dataclass(frozen=True)
@@ -547,7 +559,7 @@ def _stream(layout: _Layout, target: TemporaryFile, ledger: Ledger, progress: Ca
         layout.digests[number] = hasher.hexdigest()
         stated = tensor.digest
         if stated is not None and stated.algorithm == ALGORITHM and stated.hex != layout.digests[number]:
-            raise DigestError(f"tensor {key!r} does not match the digest in the file that it comes from", rule="R26")
+            raise DigestError(f"tensor {key!r} does not match the digest in the file that it comes from", rule="R21")
 
 
 def _commit_file(path: Path, layout: _Layout, file: TemporaryFile, force: bool) -> Written:
@@ -670,7 +682,7 @@ def _commit_set(path: Path, layouts: list[_Layout], files: list[TemporaryFile], 
 
 
 def _set_id(contents: Iterable[str]) -> str:
-    """R23: BLAKE2b-128 of the shards' header digests, each taken with the set's own id as zeros."""
+    """R24: BLAKE2b-128 of the shards' header digests, each taken with the set's own id as zeros."""
     return hashlib.blake2b("".join(contents).encode(), digest_size=16).hexdigest()
 
 
@@ -678,7 +690,7 @@ def _set_id(contents: Iterable[str]) -> str:
 
 
 def _open_set(index: Path) -> tuple[OptimizerState, list[_Opened]]:
-    """The union of a set's shards (R22 to R25), and they."""
+    """The union of a set's shards (R23 to R26), and they."""
 
     def fail(detail: str, rule: str) -> FileError:
         return FileError(detail, path=index, rule=rule)
@@ -690,32 +702,32 @@ def _open_set(index: Path) -> tuple[OptimizerState, list[_Opened]]:
         for number, item in enumerate(shards, 1):
             name = item["file"]
             if not index.with_name(name).exists():
-                raise fail(f"shard {number} of {len(shards)} is missing: {name!r}", "R24")
+                raise fail(f"shard {number} of {len(shards)} is missing: {name!r}", "R25")
             part = _open_file(index.with_name(name))
             stack.callback(part.state.close)
             shard = part.shard
             if shard is None or (shard.id, shard.index, shard.count) != (identity, number, len(shards)):
-                raise fail(f"{name!r} is not shard {number} of {len(shards)} of the set {identity}", "R22")
+                raise fail(f"{name!r} is not shard {number} of {len(shards)} of the set {identity}", "R23")
             if part.digest != item["digest"]:
-                raise fail(f"{name!r} has the digest {part.digest}, not {item['digest']}", "R24")
+                raise fail(f"{name!r} has the digest {part.digest}, not {item['digest']}", "R25")
             parts.append(part)
         if _set_id(part.content for part in parts) != identity:
-            raise fail(f"the set's id {identity} is not the digest of its shards", "R23")
+            raise fail(f"the set's id {identity} is not the digest of its shards", "R24")
         headers = [part.stored.header for part in parts]
         stored = {key: item["file"] for item, header in zip(shards, headers, strict=True) for key in header.entries}
         total = sum(header.file.size - header.size for header in headers)
         if stored != members["weight_map"] or total != members["metadata"]["total_size"]:
-            raise fail("weight_map or total_size does not say what the shards hold", "R24")
+            raise fail("weight_map or total_size does not say what the shards hold", "R25")
         state = _merge(parts, fail)
         stack.pop_all()
     return state, parts
 
 
 def _read_index(index: Path) -> dict[str, Any]:
-    """The members of an index, checked for themselves (R24)."""
+    """The members of an index, checked for themselves (R25)."""
 
     def fail(detail: str) -> FileError:
-        return FileError(detail, path=index, rule="R24")
+        return FileError(detail, path=index, rule="R25")
 
     with File(index) as file:
         if file.size > MAX_INDEX:
@@ -754,9 +766,9 @@ def _merge(parts: list[_Opened], fail: Callable[[str, str], FileError]) -> Optim
     groups = [replace(group, count=0) for group in head.groups]
     for number, part in enumerate(parts, 1):
         if _shared(part.state) != shared:
-            raise fail(f"shard {number} has other optimizers, groups, naming, extensions or step than shard 1", "R22")
+            raise fail(f"shard {number} has other optimizers, groups, naming, extensions or step than shard 1", "R23")
         if number > 1 and (part.state.globals or part.state.origin or part.state.extra):
-            raise fail(f"shard {number} has globals, origin or extra, which belong into shard 1", "R22")
+            raise fail(f"shard {number} has globals, origin or extra, which belong into shard 1", "R23")
         groups = [replace(g, count=g.count + own.count) for g, own in zip(groups, part.state.groups, strict=True)]
     total = sum(len(part.state) for part in parts)
     starts = [0, *accumulate(group.count for group in groups), total]
@@ -767,13 +779,13 @@ def _merge(parts: list[_Opened], fail: Callable[[str, str], FileError]) -> Optim
         runs = [run for run, count in zip(pairwise(starts), counts, strict=True) for _ in range(count)]
         for parameter, position, (start, stop) in zip(part.state.parameters, part.shard.positions, runs, strict=True):
             if not start <= position < stop or position in parameters:
-                raise fail(f"shard {number} puts {parameter.name!r} at position {position}", "R25")
+                raise fail(f"shard {number} puts {parameter.name!r} at position {position}", "R26")
             parameters[position] = parameter
     ordered = tuple(parameters[position] for position in range(total))
     try:
         check_names(ordered)
     except FileError as error:
-        raise fail(error.detail, "R25") from None
+        raise fail(error.detail, "R26") from None
     return replace(
         head,
         groups=tuple(groups),

@@ -16,6 +16,7 @@
     │   ├── MissingNamesError             positional state, and no source of names                  exit 4
     │   └── AmbiguousOrderError           several orders fit                                        exit 4
     ├── OptionError (ValueError)          a policy or an option that does not exist or apply        exit 2
+    ├── RankError (RuntimeError)          another rank of a distributed run failed                  exit 3
     ├── MissingDependencyError (ImportError)  an optional package is needed                         exit 2
     └── TargetExistsError (FileExistsError)   never overwritten without being told to               exit 2
 
@@ -41,6 +42,7 @@ __all__ = [
     "MissingDependencyError",
     "MissingNamesError",
     "OptionError",
+    "RankError",
     "RefusedError",
     "StateFormatError",
     "TargetExistsError",
@@ -151,6 +153,10 @@ class OptionError(StateFormatError, ValueError):
     """An argument that does not exist, or does not apply here."""
 
     exit_code = 2
+
+
+class RankError(StateFormatError, RuntimeError):
+    """Another rank of a distributed run failed, so this one did nothing either; the message is that rank's."""
 
 
 class MissingDependencyError(StateFormatError, ImportError):

@@ -63,6 +63,9 @@ CHUNK: Final = 1 << 20
 GATHER_SPAN: Final = 1 << 24
 """Bytes of a source that gathering a strided tensor may hold at a time."""
 
+GATHER_RUN: Final = 256
+"""Runs of so many bytes are read one by one; shorter ones with what lies between them."""
+
 
 def item_size(dtype: str) -> int:
     """Bytes per element, rounded up for the dtypes that are smaller than a byte."""
@@ -384,7 +387,8 @@ def _gather(
         source.readinto(offset, out[ahead : ahead + count * width])
         return
     span = 1 + sum((n - 1) * s for n, s in zip(shape, strides, strict=True))
-    if span * width > GATHER_SPAN or span > 8 * count:
+    sparse = 1 if _run(shape, strides) * width >= GATHER_RUN else 8
+    if span * width > GATHER_SPAN or span > sparse * count:
         axis = max((a for a in range(len(shape)) if shape[a] > 1), key=lambda a: strides[a])
         half = shape[axis] // 2
         for start, size in ((0, half), (half, shape[axis] - half)):
@@ -405,6 +409,16 @@ def _gather(
     as_strided(target, tuple(shape), [s * width for s in into])[...] = as_strided(
         read, tuple(shape), [s * width for s in strides]
     )
+
+
+def _run(shape: Sequence[int], strides: Sequence[int]) -> int:
+    """Elements that lie in one run at the end of a strided box."""
+    run = 1
+    for size, stride in zip(reversed(shape), reversed(strides), strict=True):
+        if size != 1 and stride != run:
+            break
+        run *= size
+    return run
 
 
 class Role(str, Enum):

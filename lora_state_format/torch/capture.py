@@ -11,7 +11,7 @@ import inspect
 import logging
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Final, TypeAlias, cast
 from weakref import WeakKeyDictionary
 
@@ -40,7 +40,17 @@ from lora_state_format.plan import SCALING
 from lora_state_format.state_dict import Leaf, Reader
 from lora_state_format.torch.tensors import dtype_name, from_torch, is_sharded, refusal
 
-__all__ = ["CARRIED", "Models", "Named", "Optimizers", "capture", "describe", "named_tensors", "optimizers_of"]
+__all__ = [
+    "CARRIED",
+    "Models",
+    "Named",
+    "Optimizers",
+    "capture",
+    "describe",
+    "named_tensors",
+    "optimizers_of",
+    "with_weights",
+]
 
 logger = logging.getLogger("lora_state_format")
 
@@ -257,7 +267,8 @@ def _content(tensor: torch.Tensor) -> Tensor:
     if is_sharded(tensor):
         from lora_state_format.torch.distributed import gathered
 
-        return gathered(tensor)  # type: ignore[arg-type]
+        sharded = cast("Any", tensor)
+        return gathered(sharded) if tensor.shape else from_torch(sharded.full_tensor())
     return from_torch(tensor)
 
 
@@ -336,6 +347,13 @@ def capture(
         extra=_extra(reader, extra or {}),
         global_step=global_step,
     )
+
+
+def with_weights(state: OptimizerState, model: Models) -> OptimizerState:
+    """The state with a digest of each parameter's own bytes, as they are in the model."""
+    tensors = named_tensors(model).tensors
+    parameters = (replace(p, weights=_digest(tensors[p.name])) if p.name in tensors else p for p in state.parameters)
+    return replace(state, parameters=tuple(parameters))
 
 
 def _parameter(

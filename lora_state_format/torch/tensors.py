@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Mapping
-from typing import Final
+from typing import Any, Final
 
 import torch
 import xxhash
@@ -15,7 +16,7 @@ from lora_state_format.manifest import ALGORITHM
 from lora_state_format.model import CHUNK, Box, Piece, Scalar, Tensor, contiguous
 from lora_state_format.sources import Memory, Source
 
-__all__ = ["DTYPES", "dtype_name", "from_torch", "read_into", "refusal", "scalar_to_torch", "to_torch"]
+__all__ = ["DTYPES", "dtype_name", "from_torch", "is_sharded", "read_into", "refusal", "scalar_to_torch", "to_torch"]
 
 _SPELLINGS: Final[Mapping[str, str]] = {
     "BOOL": "bool", "U8": "uint8", "I8": "int8", "U16": "uint16", "I16": "int16", "U32": "uint32", "I32": "int32",
@@ -36,8 +37,16 @@ def dtype_name(dtype: torch.dtype) -> str | None:
     return _NAMES.get(dtype)
 
 
+def is_sharded(tensor: Any) -> bool:
+    """Whether this is a DTensor, of which each rank has its part; no more than a look where there can be none."""
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(tensor, module.DTensor)
+
+
 def refusal(tensor: torch.Tensor) -> str | None:
     """Why a tensor's bytes cannot be taken as they are; ``None`` if they can."""
+    if is_sharded(tensor):
+        tensor = tensor.to_local()  # type: ignore[attr-defined]
     if type(tensor) not in (torch.Tensor, torch.nn.Parameter):
         return f"of class {type(tensor).__module__}.{type(tensor).__qualname__}, which has no form of its own here"
     if tensor.layout is not torch.strided or tensor.is_quantized:
