@@ -10,6 +10,7 @@ import json
 import pathlib
 import pickle
 import random
+import struct
 import subprocess
 import sys
 import time
@@ -278,6 +279,39 @@ def test_archives_of_other_writers() -> None:
         found = read(saved)
     assert_same(found.value, saved)
     assert [storage.crc32 for storage in found.storages.values()] == [None]
+
+
+def test_an_archive_beyond_4_gib(tmp_path: Path) -> None:
+    """Sizes and offsets that only fit in zip64's fields; the file is mostly a hole, and states no checksums."""
+    tensors = [
+        hostile.tensor(hostile.numbers(count), store=hostile.storage(key, count)) + b"R"
+        for key, count in (("0", 5 << 28), ("1", 2))
+    ]
+    body = hostile.PROTO + b"](" + b"".join(tensors) + b"e."
+    members = {b"a/data.pkl": (body, len(body)), b"a/data/0": (b"", 5 << 30), b"a/data/1": (b"\0\0\x80?\0\0\0@", 8)}
+    directory = b""
+    with (tmp_path / "x.pt").open("wb") as file:
+        for name, (data, size) in members.items():
+            at = file.tell()
+            file.write(struct.pack("<4s5H3L2H", b"PK\3\4", 45, 0x808, 0, 0, 0, 0, 0, 0, len(name), 0) + name)
+            file.write(data)
+            file.seek(at + 30 + len(name) + size)
+            wide = [value for value in (size, size, at) if value > 0xFFFFFFFF]
+            extra = struct.pack(f"<2H{len(wide)}Q", 1, 8 * len(wide), *wide) if wide else b""
+            shown = [min(value, 0xFFFFFFFF) for value in (size, size)]
+            directory += struct.pack("<4s6H3L", b"PK\1\2", 45, 45, 0x808, 0, 0, 0, 0, *shown)
+            directory += struct.pack("<5H2L", len(name), len(extra), 0, 0, 0, 0, min(at, 0xFFFFFFFF)) + name + extra
+        start = file.tell()
+        file.write(directory)
+        file.write(struct.pack("<4sQ2H2L4Q", b"PK\6\6", 44, 45, 45, 0, 0, 3, 3, len(directory), start))
+        file.write(struct.pack("<4sLQL", b"PK\6\7", 0, start + len(directory), 1))
+        file.write(struct.pack("<4s4H2LH", b"PK\5\6", 0, 0, 3, 3, len(directory), 0xFFFFFFFF, 0))
+    with zipfile.ZipFile(tmp_path / "x.pt") as theirs:
+        assert [info.file_size for info in theirs.infolist()] == [size for _, size in members.values()]
+    with File(tmp_path / "x.pt") as source:
+        large, small = pickles.load(source).value
+        assert (large.size, large.part([(5 << 28) - 2], [2]).bytes()) == (5 << 30, bytes(8))
+        assert small.numpy().tolist() == [1.0, 2.0]
 
 
 def test_nothing_is_imported_that_could_run_a_pickle(tmp_path: Path) -> None:
