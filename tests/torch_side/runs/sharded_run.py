@@ -1,0 +1,197 @@
+"""One rank of a run with sharded parameters, on the CPU with gloo.
+
+Usage: sharded_run.py OUT RANK WORLD PORT CASE[,CASE..]
+Cases: save, load, columns, hybrid, tensor-parallel, replicas, refused-save, missing-file, disagree. Rank r writes what
+it has to say as JSON to OUT/CASE.WORLD.r.json; ``save`` writes OUT/weights.pt, OUT/state.safetensors and, three steps
+later, OUT/final.pt.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import traceback
+import warnings
+from pathlib import Path
+from typing import Any
+
+out, rank, world, port, cases = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), sys.argv[4], sys.argv[5]
+os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=port, RANK=str(rank), WORLD_SIZE=str(world), OMP_NUM_THREADS="1")
+warnings.filterwarnings("ignore")
+
+import torch  # noqa: E402
+import torch.distributed as dist  # noqa: E402
+from torch import nn  # noqa: E402
+from torch.distributed.device_mesh import init_device_mesh  # noqa: E402
+from torch.distributed.fsdp import fully_shard  # noqa: E402
+from torch.distributed.tensor import DTensor, Replicate, Shard  # noqa: E402
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module  # noqa: E402
+
+from lora_state_format import open_state  # noqa: E402
+from lora_state_format.model import Tensor  # noqa: E402
+from lora_state_format.sources import File  # noqa: E402
+from lora_state_format.torch import load_optimizer, save_optimizer  # noqa: E402
+
+
+class Net(nn.Module):
+    """Rows that no number of ranks divides evenly, and a head that stays a plain tensor on every rank."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.up = nn.Linear(256, 301)
+        self.down = nn.Linear(301, 256, bias=False)
+        self.head = nn.Linear(256, 8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        result: torch.Tensor = self.head(self.down(torch.tanh(self.up(x))))
+        return result
+
+
+def by_columns(parameter: nn.Parameter) -> Shard:
+    """Along the last axis where the ranks divide it evenly, as FSDP2 wants it."""
+    return Shard(parameter.dim() - 1 if parameter.shape[-1] == 256 else 0)
+
+
+def build(case: str, weights: dict[str, torch.Tensor] | None = None) -> tuple[Net, torch.optim.Optimizer]:
+    net = Net()
+    if weights:
+        net.load_state_dict(weights)
+    if case == "tensor-parallel":
+        mesh = init_device_mesh("cpu", (2, world // 2), mesh_dim_names=("dp", "tp"))
+        plan = {"up": RowwiseParallel(input_layouts=Replicate()), "down": ColwiseParallel(output_layouts=Replicate())}
+        parallelize_module(net, mesh["tp"], plan)
+        for layer in (net.up, net.down):
+            fully_shard(layer, mesh=mesh["dp"])
+    elif case == "hybrid":
+        mesh = init_device_mesh("cpu", (2, world // 2), mesh_dim_names=("replicate", "shard"))
+        for layer in (net.up, net.down):
+            fully_shard(layer, mesh=mesh)
+    elif world > 1 and case != "replicas":
+        for layer in (net.up, net.down):
+            fully_shard(layer, shard_placement_fn=by_columns if case == "columns" else None)
+    return net, torch.optim.AdamW(reversed(list(net.parameters())), lr=0.01, foreach=False)
+
+
+def train(net: Net, optimizer: torch.optim.Optimizer, first: int, last: int) -> None:
+    """The same batch on every rank, so that the mean of the gradients is the gradient."""
+    for step in range(first, last):
+        x = torch.randn(16, 256, generator=torch.Generator().manual_seed(step))
+        optimizer.zero_grad()
+        net(x).square().mean().backward()
+        optimizer.step()
+
+
+def whole(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.full_tensor().detach() if isinstance(tensor, DTensor) else tensor.detach()
+
+
+def weights_of(net: Net) -> dict[str, torch.Tensor]:
+    return {name: whole(parameter).clone() for name, parameter in net.named_parameters()}
+
+
+def equals_the_file(net: Net, optimizer: torch.optim.Optimizer) -> bool:
+    with open_state(out / "state.safetensors") as state:
+        same = True
+        for name, parameter in net.named_parameters():
+            for slot, value in optimizer.state[parameter].items():
+                stored: Any = state[name][slot]
+                live = whole(value)
+                same &= (
+                    torch.equal(live, stored.torch()) if isinstance(stored, Tensor) else live.item() == stored.item()
+                )
+        return same
+
+
+def share(net: Net) -> int:
+    """The bytes of both moments that this rank holds."""
+    local = (p.to_local() if isinstance(p, DTensor) else p for p in net.parameters())
+    return sum(2 * p.numel() * p.element_size() for p in local)
+
+
+def counted() -> list[int]:
+    """What is read of files from now on: [bytes]."""
+    total = [0]
+    read = File.readinto
+
+    def readinto(file: File, offset: int, out: memoryview) -> None:
+        total[0] += len(out)
+        read(file, offset, out)
+
+    File.readinto = readinto  # type: ignore[assignment, method-assign]
+    return total
+
+
+def failed(action: Any) -> str:
+    try:
+        action()
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return "nothing"
+
+
+def run(case: str) -> dict[str, Any]:
+    path = out / "state.safetensors"
+    if case == "save":
+        net, optimizer = build(case)
+        train(net, optimizer, 0, 3)
+        written = save_optimizer(optimizer, net, path, global_step=3)
+        kept = weights_of(net)
+        train(net, optimizer, 3, 6)
+        stepped = weights_of(net)
+        if rank == 0:
+            torch.save(kept, out / "weights.pt")
+            torch.save(stepped, out / "final.pt")
+        dist.barrier()
+        return {"written": [Path(name).name for name in written.files], "tensors": written.tensors}
+    net, optimizer = build(case, torch.load(out / "weights.pt", weights_only=True))
+    if case == "replicas":
+        replica = nn.parallel.DistributedDataParallel(net)
+        report = load_optimizer(optimizer, replica, path)
+        result = {"report": report.line(), "equal": equals_the_file(net, optimizer)}
+        if rank == 0:
+            save_optimizer(optimizer, replica, out / "replicas.safetensors", global_step=3)
+        dist.barrier()
+        load_optimizer(optimizer, replica, out / "replicas.safetensors")
+        return {**result, "same bytes": path.read_bytes() == (out / "replicas.safetensors").read_bytes()}
+    if case == "refused-save":
+        train(net, optimizer, 0, 1)
+        target = out / "folder" / "state.safetensors"
+        if rank == 0:
+            (out / "folder").write_text("a file where a folder is wanted")
+        dist.barrier()
+        return {"error": failed(lambda: save_optimizer(optimizer, net, target))}
+    if case == "disagree":
+        train(net, optimizer, 0, 1)
+        if rank == 1:
+            del optimizer.state[net.down.weight]
+        error = failed(lambda: save_optimizer(optimizer, net, out / "disagree.safetensors"))
+        return {"error": error, "left": sorted(p.name for p in out.glob(".disagree*"))}
+    if case == "missing-file":
+        name = path if rank == 0 else out / "elsewhere.safetensors"
+        return {"error": failed(lambda: load_optimizer(optimizer, net, name)), "states": len(optimizer.state)}
+    total = counted()
+    report = load_optimizer(optimizer, net, path)
+    header = int.from_bytes(path.read_bytes()[:8], "little") + 8
+    result = {
+        "report": report.line(), "read": total[0] - header, "share": share(net),
+        "equal": equals_the_file(net, optimizer),
+    }  # fmt: skip
+    train(net, optimizer, 3, 6)
+    final = torch.load(out / "final.pt", weights_only=True)
+    result["continued"] = all(torch.equal(final[name], weight) for name, weight in weights_of(net).items())
+    return result
+
+
+if world > 1:
+    dist.init_process_group("gloo")
+try:
+    for case in cases.split(","):
+        (out / f"{case}.{world}.{rank}.json").write_text(json.dumps(run(case)))
+except BaseException:
+    traceback.print_exc()
+    os._exit(1)
+if world > 1:
+    dist.barrier()
+    dist.destroy_process_group()

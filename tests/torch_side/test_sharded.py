@@ -1,0 +1,108 @@
+"""Sharded models on gloo ranks: saved together, loaded by each rank with its own bytes, whatever the placement."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+Said = dict[tuple[str, int], list[dict[str, Any]]]
+
+CASES = {
+    2: "save,columns,replicas,refused-save,missing-file,disagree",
+    1: "load",
+    3: "load",
+    4: "load,hybrid,tensor-parallel",
+}
+"""Number of ranks -> what they do, one after the other; the first run saves what all load."""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("sharded")
+
+
+@pytest.fixture(scope="module")
+def said(folder: Path) -> Said:
+    """What each rank of each case of ``sharded_run.py`` has to say, by case and number of ranks."""
+    result: Said = {}
+    for world, cases in CASES.items():
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        script = Path(__file__).parent / "runs" / "sharded_run.py"
+        ranks = [
+            subprocess.Popen(
+                [sys.executable, str(script), str(folder), str(rank), str(world), str(port), cases],
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                env={**os.environ, "OMP_NUM_THREADS": "1"},
+                text=True,
+            )
+            for rank in range(world)
+        ]
+        outputs = [rank.communicate(timeout=300)[0] for rank in ranks]
+        assert [rank.returncode for rank in ranks] == [0] * world, "\n".join(outputs)[-3000:]
+        for case in cases.split(","):
+            texts = [(folder / f"{case}.{world}.{rank}.json").read_text() for rank in range(world)]
+            result[case, world] = [json.loads(text) for text in texts]
+    return result
+
+
+def test_all_ranks_know_what_rank_0_has_written(said: Said, folder: Path) -> None:
+    assert said["save", 2] == [{"written": ["state.safetensors"], "tensors": 10}] * 2
+    assert [path.name for path in folder.glob(".*")] == []
+
+
+@pytest.mark.parametrize(
+    ("case", "world", "continues"),
+    [
+        ("load", 1, True),
+        ("load", 3, False),  # the mean over three ranks rounds: the state is the same, further steps are not
+        ("load", 4, True),
+        ("columns", 2, True),
+        ("hybrid", 4, True),
+        ("tensor-parallel", 4, False),  # sums of parts round, too
+    ],
+)
+def test_a_state_saved_by_two_ranks_is_loaded_by_any(said: Said, case: str, world: int, continues: bool) -> None:
+    for rank in said[case, world]:
+        assert rank["equal"]
+        assert rank["read"] <= 1.05 * rank["share"]
+        assert rank["report"].startswith("restored 5/5 parameters, 2 slots each, step 3")
+        assert rank["continued"] or not continues
+
+
+def test_replicas_have_one_writer_and_load_on_every_rank(said: Said) -> None:
+    for rank in said["replicas", 2]:
+        assert rank["equal"]
+        assert rank["report"] == "restored 5/5 parameters, 2 slots each, step 3; weights match 5/5"
+        assert rank["same bytes"]
+
+
+def test_a_rank_that_cannot_write_stops_all(said: Said, folder: Path) -> None:
+    first, second = said["refused-save", 2]
+    assert first["error"] == f"FileExistsError: [Errno 17] File exists: '{folder}/folder'"
+    assert second["error"] == f"RankError: rank 0 failed: {first['error']}"
+
+
+def test_a_rank_that_cannot_read_stops_all_and_nothing_changes(said: Said, folder: Path) -> None:
+    first, second = said["missing-file", 2]
+    assert second["error"] == f"FileNotFoundError: {folder}/elsewhere.safetensors: no such file or folder"
+    assert first["error"] == f"RankError: rank 1 failed: {second['error']}"
+    assert (first["states"], second["states"]) == (0, 0)
+
+
+def test_ranks_that_do_not_hold_the_same_are_refused(said: Said) -> None:
+    for rank, result in enumerate(said["disagree", 2]):
+        assert result["error"] == (
+            f"CaptureError: the ranks do not hold state of the same tensors (rank {rank} and rank {1 - rank}): their "
+            "models or optimizers differ, or some took no step"
+        )
+        assert result["left"] == []
