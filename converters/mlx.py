@@ -8,26 +8,11 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
 
-from lora_state_format import mapping, plain
-from lora_state_format.algorithms import (
-    HYPERPARAMETERS,
-    OPTIMIZER,
-    Algorithm,
-    Layout,
-    choose,
-    group_options,
-    is_zero,
-    layout_of,
-    of_state,
-    state_of,
-    stated_step,
-    steps,
-    values_of,
-)
+from lora_state_format import algorithms, mapping, plain
+from lora_state_format.algorithms import HYPERPARAMETERS, OPTIMIZER, Algorithm, Layout
 from lora_state_format.container import Entry, Header, read_header
 from lora_state_format.errors import FileError, OptionError, RefusedError, UnrepresentableError
 from lora_state_format.model import (
@@ -167,10 +152,10 @@ def _state(
         raise OptionError(f"{path} holds lr={rate!r}, not {options['lr']!r}")
     rule = _rule(options, path)
     parameters = [_parameter(name, fields, rule, step, weights, path) for name, fields in slots.items()]
-    algorithm, _ = choose(rule, LAYOUTS, next(iter(slots.values())), str(path))
+    algorithm, _ = algorithms.choose(rule, LAYOUTS, next(iter(slots.values())), str(path))
     return OptimizerState(
         optimizers=(Optimizer(algorithm.class_path),),
-        groups=(Group(0, group_options(algorithm, {**options, "lr": rate}), len(parameters)),),
+        groups=(Group(0, algorithms.group_options(algorithm, {**options, "lr": rate}), len(parameters)),),
         parameters=tuple(parameters),
         naming=Naming("checkpoint", details={"order": "unknown"}),
         origin={"format": NAME},
@@ -195,19 +180,13 @@ def _rule(options: Mapping[str, Any], path: Path) -> str | None:
 def _parameter(
     name: str, fields: Mapping[str, Tensor], rule: str | None, step: int, weights: Mapping[str, Tensor], path: Path
 ) -> Parameter:
-    algorithm, layout = choose(rule, LAYOUTS, fields, f"{path}: '{name}'")
+    algorithm, layout = algorithms.choose(rule, LAYOUTS, fields, f"{path}: '{name}'")
     values = {slot: fields[field] for field, slot in layout.fields.items()}
-    weight, first = weights.get(name), next(iter(values.values()))
-    shape, held = first.shape, {tensor.shape for tensor in values.values()}
+    shape = None
     if "exp_avg_sq_col" in values:
-        shape = first.shape + values["exp_avg_sq_col"].shape[-1:]
-        held = {shape} if values["exp_avg_sq_col"].shape[:-1] == shape[:-2] else set()
-    if held != {weight.shape if weight else shape}:
-        raise FileError(f"'{name}' has state of the shapes {sorted(map(list, held))}, which are not its own", path=path)
-    parameter = Parameter(name, shape, None, weight.dtype if weight else first.dtype)
-    if step == 0 and all(map(is_zero, values.values())):
-        return parameter
-    return replace(parameter, state=state_of(algorithm, values, step))
+        row, col = values["exp_avg_sq_row"].shape, values["exp_avg_sq_col"].shape
+        shape = (*row, *col[-1:])
+    return algorithms.parameter_of(name, values, algorithm, step, weight=weights.get(name), path=path, shape=shape)
 
 
 # --- writing ------------------------------------------------------------------------------------------------------
@@ -225,11 +204,11 @@ def write(
     if base is not None:
         raise OptionError(f"{NAME} writes a whole file and takes nothing from another ({base})")
     state = mapping.on_writing(state, options.get("map"), NAME)
-    algorithm = of_state(state, options.get("optimizer"))
-    layout = layout_of(state, algorithm, LAYOUTS)
+    algorithm = algorithms.of_state(state, options.get("optimizer"))
+    layout = algorithms.layout_of(state, algorithm, LAYOUTS)
     tensors: dict[str, Tensor] = {}
     for parameter in state.parameters:
-        values = values_of(parameter, algorithm, layout)
+        values = algorithms.values_of(parameter, algorithm, layout)
         for field, slot in layout.fields.items():
             leaf = values.get(slot)
             if leaf is not None:
@@ -248,9 +227,9 @@ def _tensor(dtype: str, data: bytes) -> Tensor:
 
 
 def _steps(state: OptimizerState, algorithm: Algorithm, options: Mapping[str, Any]) -> int:
-    count = steps(state.parameters) if algorithm.step is not None else None
+    count = algorithms.steps(state.parameters) if algorithm.step is not None else None
     if count is None:
-        count = stated_step(options) if "step" in options else state.global_step
+        count = algorithms.stated_step(options) if "step" in options else state.global_step
     if count is None:
         raise UnrepresentableError("the state does not say how many steps were taken: say --option step=N")
     return count

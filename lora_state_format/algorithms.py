@@ -16,7 +16,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
 
-from lora_state_format.errors import OptionError, UnrepresentableError
+from lora_state_format.errors import FileError, OptionError, UnrepresentableError
 from lora_state_format.model import Box, OptimizerState, Parameter, Piece, Scalar, Slot, Tensor, Value, item_size
 from lora_state_format.sources import Memory
 from lora_state_format.state_dict import role_of
@@ -33,8 +33,8 @@ __all__ = [
     "is_zero",
     "layout_of",
     "of_state",
+    "parameter_of",
     "shape_of",
-    "state_of",
     "stated_step",
     "steps",
     "values_of",
@@ -275,16 +275,41 @@ def steps(parameters: Iterable[Parameter]) -> int | None:
     return next(iter(found), None)
 
 
-def state_of(algorithm: Algorithm, values: Mapping[str, Tensor | Scalar], step: int | None) -> dict[str, Value]:
-    """A parameter's state as the algorithm's class keeps it. ``step`` must be known where that counts steps."""
+def parameter_of(
+    name: str,
+    values: Mapping[str, Tensor | Scalar],
+    algorithm: Algorithm,
+    step: int | None,
+    *,
+    weight: Tensor | None,
+    path: object,
+    shape: tuple[int, ...] | None = None,
+) -> Parameter:
+    """A parameter with its state as the algorithm's class keeps it; without, where all is as before the first step.
+
+    ``values`` are its slots by their usual names, ``weight`` is the parameter itself, if it is known. Slots that are not
+    shaped as the parameter come with its ``shape``. Raises ``FileError`` for shapes that disagree, ``OptionError`` if
+    the class counts steps and nobody did.
+    """
+    first = next(iter(values.values()))
+    shapes = [shape] if shape is not None else [shape_of(leaf) for leaf in values.values()]
+    if len({*shapes, *([weight.shape] if weight else [])}) != 1:
+        held = ", ".join(f"{slot} {list(shape_of(leaf))}" for slot, leaf in values.items())
+        of = f" of shape {list(weight.shape)}" if weight else ""
+        raise FileError(f"'{name}'{of} has slots of other shapes: {held}", path=path)
+    if step == 0 and all(map(is_zero, values.values())):
+        return Parameter(name, shapes[0], None, weight.dtype if weight else first.dtype)
     state: dict[str, Value] = {}
     if algorithm.step is not None:
-        assert step is not None
+        if step is None:
+            raise OptionError(
+                f"{path}: {algorithm.class_path} counts its steps, and the file does not: say --option step=N"
+            )
         state["step"] = step_scalar(algorithm, step)
     for slot, leaf in values.items():
-        name = algorithm.spelled.get(slot, slot)
-        state[name] = leaf if isinstance(leaf, Scalar) else Slot(leaf, role_of((name,), leaf.dtype))
-    return state
+        spelled = algorithm.spelled.get(slot, slot)
+        state[spelled] = leaf if isinstance(leaf, Scalar) else Slot(leaf, role_of((spelled,), leaf.dtype))
+    return Parameter(name, shapes[0], state, weight.dtype if weight else None)
 
 
 def values_of(parameter: Parameter, algorithm: Algorithm, layout: Layout) -> dict[str, Tensor | Scalar]:

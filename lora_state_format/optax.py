@@ -13,11 +13,10 @@ from lora_state_format.algorithms import (
     Layout,
     choose,
     group_options,
-    is_zero,
     layout_of,
     of_state,
+    parameter_of,
     shape_of,
-    state_of,
     stated_step,
     steps,
     values_of,
@@ -128,30 +127,13 @@ def _parameter(
     weights: Mapping[str, Tensor],
     path: object,
 ) -> Parameter:
-    name = ".".join(keys)
+    name, shape = ".".join(keys), None
     weight = weights.get(name)
     values = {slot: node.fields[field][keys] for field, slot in layout.fields.items()}
     if layout.rule == "adafactor":
         values, shape = _unfolded(values, weight, name, path)
-    else:
-        shape = weight.shape if weight else shape_of(next(iter(values.values())))
-        if any(shape_of(leaf) != shape for leaf in values.values()):
-            shapes = ", ".join(f"{slot} {list(shape_of(leaf))}" for slot, leaf in values.items())
-            raise FileError(f"'{name}' of shape {list(shape)} has slots of other shapes: {shapes}", path=path)
-    parameter = Parameter(
-        name=name,
-        shape=shape,
-        state=None,
-        dtype=weight.dtype if weight else None,
-        keys={"jax": _pointer(keys)} if any("." in key for key in keys) else {},
-    )
-    if count == 0 and all(is_zero(leaf) for leaf in values.values()):
-        return replace(parameter, dtype=parameter.dtype or next(iter(values.values())).dtype)
-    if algorithm.step is not None and count is None:
-        raise OptionError(
-            f"{path}: {algorithm.class_path} counts its steps, and the file does not: say --option step=N"
-        )
-    return replace(parameter, state=state_of(algorithm, values, count))
+    parameter = parameter_of(name, values, algorithm, count, weight=weight, path=path, shape=shape)
+    return replace(parameter, keys={"jax": _pointer(keys)}) if any("." in key for key in keys) else parameter
 
 
 def _unfolded(

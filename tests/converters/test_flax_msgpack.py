@@ -202,7 +202,7 @@ ODD: dict[str, tuple[Any, str]] = {
     ),
     "another shape": (
         adam(ndarray(np.zeros(2, np.float32))),
-        "'w' of shape [2] has slots of other shapes: exp_avg [2], exp_avg_sq [2, 3]",
+        "'w' has slots of other shapes: exp_avg [2], exp_avg_sq [2, 3]",
     ),
     "an array around": (
         {"0": MOMENT},
@@ -263,8 +263,8 @@ def test_what_the_caller_has_to_say(tmp_path: Path) -> None:
         (
             {"optimizer": "torch.optim.LBFGS"},
             (
-                "'torch.optim.LBFGS' is no rule that converts between frameworks; these are: adam, adamw, adamax, "
-                "sgd, lion, adagrad, adadelta, rmsprop, adafactor"
+                "'torch.optim.LBFGS' is no rule that converts between frameworks; these are: adam, adamw, "
+                "adam_uncorrected, adamw_uncorrected, adamax, sgd, lion, adagrad, adadelta, rmsprop, adafactor"
             ),
         ),
         ({"optimizer": "adam", "momentum": 0.9}, "adam has no option 'momentum'; it has: lr, betas, eps, weight_decay"),

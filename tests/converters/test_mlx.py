@@ -88,7 +88,7 @@ def test_it_is_found_by_its_counters(tmp_path: Path) -> None:
         (
             {**ADAM, "w.v": MOMENT.T.copy()},
             FileError,
-            "'w' has state of the shapes [[2, 3], [3, 2]], which are not its own",
+            "'w' has slots of other shapes: exp_avg [2, 3], exp_avg_sq [3, 2]",
         ),
         (
             {**ADAM, "q.lora_a.m": MOMENT},
@@ -164,7 +164,9 @@ def test_the_adapter_beside_it_says_the_names(tmp_path: Path) -> None:
     written(tmp_path / "0000100_adapter.safetensors", {"w": MOMENT.T.copy()})
     with pytest.raises(FileError) as caught:
         read(path, **CORRECTED)
-    assert str(caught.value) == f"{path}: 'w' has state of the shapes [[2, 3]], which are not its own"
+    assert str(caught.value) == (
+        f"{path}: 'w' of shape [3, 2] has slots of other shapes: exp_avg [2, 3], exp_avg_sq [2, 3]"
+    )
 
 
 def test_a_state_that_took_no_step_is_none(tmp_path: Path) -> None:

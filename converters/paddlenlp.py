@@ -1,0 +1,272 @@
+"""Unified checkpoints of PaddleNLP and PaddleFormers: ``optimizer-*.safetensors`` with an index, keyed by parameter.
+
+Keys are ``<parameter>/<accumulator>``. Neither steps nor options are in the files, but the powers of Adam's betas are:
+after t steps ``beta1_pow_acc_0`` is the float32 product of t + 1 factors beta1. So a step that ``trainer_state.json``
+states is checked bit for bit, and betas that nobody states are found and checked in the same way. The layout is that of
+``paddlenlp/trainer/unified_checkpoint``.
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from functools import cache
+from itertools import islice
+from pathlib import Path
+from typing import Any, Final
+
+from lora_state_format import algorithms, mapping, plain
+from lora_state_format.algorithms import HYPERPARAMETERS, OPTIMIZER, Layout
+from lora_state_format.errors import FileError, OptionError, RefusedError, UnrepresentableError
+from lora_state_format.folders import Files, new_folder, read_json, read_weights, reading
+from lora_state_format.model import (
+    Checkpoint,
+    Group,
+    Naming,
+    Optimizer,
+    OptimizerState,
+    Role,
+    Slot,
+    Tensor,
+    contiguous,
+)
+from lora_state_format.registry import Match
+from lora_state_format.sources import Memory
+from lora_state_format.trees import check_options
+
+NAME: Final = "paddlenlp"
+DESCRIPTION: Final = "a unified checkpoint of PaddleNLP: optimizer-*.safetensors and optimizer.safetensors.index.json"
+OPTIONS: Final = {
+    "optimizer": OPTIMIZER,
+    "step": "steps taken, where no trainer_state.json says it",
+    "masters": "keep the fp32 master weights as a slot 'master_param'",
+    "map": f"{mapping.OPTION}; paddlenlp, for example",
+    **HYPERPARAMETERS,
+}
+
+LAYOUTS: Final = (
+    Layout("adam", {"moment1_0": "exp_avg", "moment2_0": "exp_avg_sq"}),
+    Layout("adamw", {"moment1_0": "exp_avg", "moment2_0": "exp_avg_sq"}),
+    Layout("sgd", {"velocity_0": "momentum_buffer"}),
+)
+POWERS: Final = ("beta1_pow_acc_0", "beta2_pow_acc_0")
+INDEX: Final = "optimizer.safetensors.index.json"
+MASTERS: Final = "master_weights.safetensors.index.json"
+WEIGHTS: Final = ("peft_model.safetensors.index.json", "model.safetensors.index.json")
+TRAINER: Final = "trainer_state.json"
+MASTER: Final = "master_param"
+MAX_STEPS: Final = 1_000_000
+"""Steps up to which a step is looked for by the powers alone."""
+
+
+def detect(path: Path) -> Match | None:
+    index = path / INDEX if path.is_dir() else path
+    if index.name != INDEX or not index.is_file():
+        return None
+    members = read_json(index)
+    if not isinstance(members, dict) or "master_weights" not in members:
+        return None
+    return Match(f"{INDEX} with a member 'master_weights'", index)
+
+
+def read(path: Path, options: Mapping[str, Any] | None = None) -> Checkpoint:
+    """The state, and the parameters if their index lies beside it.
+
+    Raises ``RefusedError`` for compressed and unmerged checkpoints, ``FileError`` where steps and powers disagree.
+    """
+    options = options or {}
+    check_options(options, OPTIONS, NAME)
+    index = path / INDEX if path.is_dir() else path
+    with reading() as files:
+        tensors = _indexed(index, files)
+        slots: dict[str, dict[str, Tensor]] = {}
+        for key, tensor in tensors.items():
+            name, _, accumulator = key.rpartition("/")
+            slots.setdefault(name, {})[accumulator] = tensor
+        if options.get("masters"):
+            for name, tensor in _indexed(index.with_name(MASTERS), files).items():
+                slots.get(name, {})[MASTER] = tensor
+        beside = (index.with_name(name) for name in WEIGHTS)
+        weights = next((_indexed(found, files) for found in beside if found.is_file()), {})
+        state = _state(slots, weights, index, options, files)
+        return mapping.on_reading(Checkpoint(state, weights), options.get("map"))
+
+
+def _indexed(index: Path, files: Files) -> dict[str, Tensor]:
+    """The tensors that an index names, in the index's order."""
+    members = read_json(index)
+    stage = members.get("ckpt_quant_stage", "O0") if isinstance(members, dict) else None
+    if stage not in ("O0", None):
+        raise RefusedError(f"compressed (ckpt_quant_stage {stage}): its moments were rounded to a few bits", path=index)
+    places = members.get("weight_map") if isinstance(members, dict) else None
+    if not isinstance(places, dict):
+        raise RefusedError(
+            "no weight_map: written with ignore_merge_optimizer, each rank's part by itself: save a merged one",
+            path=index,
+        )
+    if not all(isinstance(name, str) and Path(name).name == name for name in places.values()):
+        raise FileError("its weight_map names files outside of its folder", path=index)
+    held: dict[str, dict[str, Tensor]] = {}
+    for key, name in places.items():
+        if name not in held:
+            held[name] = read_weights(index.with_name(name), files)
+        if key not in held[name]:
+            raise FileError(f"says that '{key}' is in {name}, and it is not", path=index)
+    return {key: held[name][key] for key, name in places.items()}
+
+
+def _state(
+    slots: Mapping[str, Mapping[str, Tensor]],
+    weights: Mapping[str, Tensor],
+    index: Path,
+    options: Mapping[str, Any],
+    files: Files,
+) -> OptimizerState:
+    trainer = index.with_name(TRAINER)
+    stated = algorithms.stated_step(options) if "step" in options else None
+    if stated is None and trainer.is_file():
+        stated = read_json(trainer).get("global_step")
+    betas = tuple(options["betas"]) if "betas" in options else None
+    parameters, algorithm, counts = [], None, set()
+    for name, held in slots.items():
+        fields = {field: tensor for field, tensor in held.items() if field not in (*POWERS, MASTER)}
+        where = f"{index}: '{name}'"
+        algorithm, layout = algorithms.choose(options.get("optimizer"), LAYOUTS, fields, where)
+        powers = [struct.unpack("<f", held[field].bytes())[0] for field in POWERS if field in held]
+        count = stated
+        if powers:
+            count, betas = _counted(tuple(powers), betas, stated, where)
+        counts.add(count)
+        values = {slot: fields[field] for field, slot in layout.fields.items()}
+        parameter = algorithms.parameter_of(name, values, algorithm, count, weight=weights.get(name), path=index)
+        if MASTER in held:
+            master = Slot(held[MASTER], Role.PARAM)
+            parameter = replace(parameter, state={**(parameter.state or {}), MASTER: master})
+        parameters.append(parameter)
+    if algorithm is None:
+        raise FileError("holds no parameter's state", path=index)
+    known = {**options, **({"betas": betas} if betas is not None and "betas" in algorithm.options else {})}
+    return OptimizerState(
+        optimizers=(Optimizer(algorithm.class_path),),
+        groups=(Group(0, algorithms.group_options(algorithm, known), len(parameters)),),
+        parameters=tuple(parameters),
+        naming=Naming("checkpoint", details={"order": "unknown"}),
+        origin={"format": NAME},
+        global_step=counts.pop() if len(counts) == 1 else None,
+        resources=(files,),
+    )
+
+
+# --- steps and powers ---------------------------------------------------------------------------------------------
+
+
+def _power(beta: float) -> Iterator[float]:
+    """What Paddle keeps after 0, 1, 2, ... steps, in float32."""
+    factor = power = _f32(beta)
+    while True:
+        yield power
+        power = _f32(power * factor)
+
+
+def _f32(number: float) -> float:
+    """The nearest float32. The product of two of them is exact as a Python float, so it is rounded only once."""
+    return float(struct.unpack("<f", struct.pack("<f", number))[0])
+
+
+TINY: Final = 2.0**-126
+"""Below the least normal float32 powers are all taken for equal: some devices flush them to zero."""
+
+
+def _same(one: float, other: float) -> bool:
+    return one == other or max(one, other) < TINY
+
+
+@cache
+def _counted(
+    powers: tuple[float, ...], betas: tuple[float, ...] | None, stated: int | None, where: str
+) -> tuple[int, tuple[float, ...] | None]:
+    """Steps and betas that give these powers; the betas as they were stated, or as found if all of them can be."""
+    if stated is None:
+        if betas is None:
+            raise OptionError(f"{where}: neither steps nor betas are known: say --option step=N, or betas=...")
+        for count, now in enumerate(zip(*map(_power, betas), strict=True)):
+            if now[-1] < TINY or count > MAX_STEPS:
+                break
+            if all(map(_same, now, powers)):
+                return count, betas
+        raise FileError(f"{where} has the powers {list(powers)}, to which no number of steps with betas {betas} leads")
+    found = [None if power < TINY else round(power ** (1 / (stated + 1)), 6) for power in powers]
+    for power, beta in zip(powers, betas or found, strict=True):
+        expected = power if beta is None else next(islice(_power(beta), stated, None))
+        if not _same(power, expected):
+            raise FileError(
+                f"{where} has the powers {list(powers)}, which are not those of betas {betas or found} after {stated} "
+                "steps: the files are of different steps, or the betas are others (say --option betas=...)"
+            )
+    return stated, betas or (tuple(beta for beta in found if beta is not None) if None not in found else None)
+
+
+# --- writing ------------------------------------------------------------------------------------------------------
+
+
+def write(
+    state: OptimizerState, path: Path, *, base: Path | None, force: bool, options: Mapping[str, Any] | None = None
+) -> None:
+    """Write a folder with the state, and ``trainer_state.json`` where all parameters are at one step.
+
+    Raises ``UnrepresentableError`` for what the layout has no place for, and for Adam without betas.
+    """
+    options = options or {}
+    check_options(options, OPTIONS, NAME)
+    if base is not None:
+        raise OptionError(f"{NAME} writes a whole folder and takes nothing from another ({base})")
+    state = mapping.on_writing(state, options.get("map"), NAME)
+    algorithm = algorithms.of_state(state, options.get("optimizer"))
+    masters = {p.name: p[MASTER] for p in state.parameters if MASTER in (p.state or {})}
+    bare = [
+        p if p.state is None else replace(p, state={slot: value for slot, value in p.state.items() if slot != MASTER})
+        for p in state.parameters
+    ]
+    layout = algorithms.layout_of(replace(state, parameters=tuple(bare)), algorithm, LAYOUTS)
+    tensors: dict[str, Tensor] = {}
+    counts: set[int] = set()
+    for parameter in bare:
+        values = algorithms.values_of(parameter, algorithm, layout)
+        for field, slot in layout.fields.items():
+            tensor = values.get(slot)
+            if not isinstance(tensor, Tensor):
+                raise UnrepresentableError(f"'{parameter.name}' has no tensor '{slot}', which the target keeps")
+            tensors[f"{parameter.name}/{field}"] = tensor
+        if len(layout.fields) == 2:
+            count = algorithms.steps([parameter]) or 0
+            counts.add(count)
+            for field, beta in zip(POWERS, _betas(state, options), strict=True):
+                power = struct.pack("<f", next(islice(_power(beta), count, None)))
+                tensors[f"{parameter.name}/{field}"] = contiguous("F32", (1,), Memory(power))
+    with new_folder(path, force=force, replaceable=("optimizer*", "master_weights*", TRAINER)) as folder:
+        _write_set(folder, "optimizer", INDEX, tensors, bool(masters))
+        if masters:
+            _write_set(folder, "master_weights", MASTERS, masters, True)
+        step = state.global_step if not counts else counts.pop() if len(counts) == 1 else None
+        if step is not None:
+            (folder / TRAINER).write_text(json.dumps({"global_step": step}))
+
+
+def _betas(state: OptimizerState, options: Mapping[str, Any]) -> tuple[float, ...]:
+    found = {dict(group.options).get("betas") for group in state.groups if group.count}
+    betas = options.get("betas", found.pop() if len(found) == 1 else None)
+    if not isinstance(betas, (tuple, list)) or len(betas) != 2:
+        raise UnrepresentableError(
+            "the target keeps powers of betas, and the groups have none, or not the same: say --option betas=(b1,b2)"
+        )
+    return tuple(betas)
+
+
+def _write_set(folder: Path, name: str, index: str, tensors: Mapping[str, Tensor], masters: bool) -> None:
+    file = f"{name}-00001-of-00001.safetensors"
+    plain.save(tensors, folder / file, metadata={"format": "np"})
+    size = sum(tensor.size for tensor in tensors.values())
+    members = {"metadata": {"total_size": size}, "weight_map": dict.fromkeys(tensors, file), "master_weights": masters}
+    (folder / index).write_text(json.dumps(members, indent=2))
