@@ -127,6 +127,8 @@ def loads(text: str, *, path: object = None) -> Any:
         )
         if re.search(r"\\u[dD][89a-fA-F]", text):
             json.dumps(result, ensure_ascii=False).encode()
+    except FileError:
+        raise
     except UnicodeEncodeError:
         raise fail("JSON with a lone surrogate") from None
     except json.JSONDecodeError as error:
@@ -145,12 +147,10 @@ def _check_size(text: str, fail: Callable[[str], FileError]) -> None:
     values = structure.count(b",") + structure.count(b"[") + structure.count(b"{")
     if values > MAX_VALUES:
         raise fail(f"JSON with {values} values, more than {MAX_VALUES}")
-    structure = structure.replace(b",", b"")
+    # Pairs are taken out from the inside, level by level. What is left in the end has brackets that do not match, which
+    # the parser says better, or is nested too deep.
+    structure = structure.translate(bytes.maketrans(b"{}", b"[]"), b",")
     for _ in range(MAX_DEPTH):
-        before = len(structure)
-        structure = structure.replace(b"[]", b"").replace(b"{}", b"")
-        if len(structure) == before:
-            break
-    # What is left has brackets that do not match, which the parser says better, or is nested too deep.
-    if re.search(rb"[\[{]{%d}" % (MAX_DEPTH + 1), structure) or b"[]" in structure or b"{}" in structure:
+        structure = structure.replace(b"[]", b"")
+    if b"[" * (MAX_DEPTH + 1) in structure or b"[]" in structure:
         raise fail(f"JSON nested deeper than {MAX_DEPTH} levels")

@@ -171,15 +171,16 @@ def _is_text(value: str) -> bool:
 
 
 def _is_key(value: Any) -> bool:
-    """What a mapping's key may be (R18): null, boolean, integer, float, string, or a tuple of keys."""
+    """What a mapping's key may be (R22): null, boolean, integer, float, string, or a tuple of keys."""
     if type(value) is tuple:
         return all(map(_is_key, value))
     return value is None or type(value) in (bool, int, float, str)
 
 
 def _label(path: tuple[Any, ...], taken: Mapping[str, Slot]) -> str:
-    """W6: the path joined with dots, ``/`` as ``_``, made unique by a number."""
-    base = ".".join(str(part) for part in path).replace("/", "_") or "tensor"
+    """W6: the path joined with dots, ``/`` as ``_``, made unique by a number; keys that are no string as their JSON."""
+    parts = [part if isinstance(part, str) else dumps(encode_value(part, "", None)) for part in path]
+    base = ".".join(parts).replace("/", "_") or "tensor"
     label, number = base, 1
     while label in taken:
         number += 1
@@ -188,7 +189,7 @@ def _label(path: tuple[Any, ...], taken: Mapping[str, Slot]) -> str:
 
 
 def decode_value(value: Any, fail: Fail, slot: MakeSlot | None) -> Value:
-    """JSON as a value tree (R18). ``slot`` makes one of a label and a role; ``None`` refuses tensors."""
+    """JSON as a value tree (R22). ``slot`` makes one of a label and a role; ``None`` refuses tensors."""
     if isinstance(value, list):
         return [decode_value(item, fail, slot) for item in value]
     if not isinstance(value, dict):
@@ -221,7 +222,7 @@ def decode_value(value: Any, fail: Fail, slot: MakeSlot | None) -> Value:
             return _decode_dict(body, fail, slot)
         case "$tensor", str() if slot is not None and isinstance(value["role"], str) and value["role"] in ROLES:
             return slot(body, ROLES[value["role"]])
-    raise fail(f"{_show(value)}, which is no value" if slot or tag != "$tensor" else f"the tensor {_show(body)}")
+    raise fail(f"{_show(value)}, which is no typed value" if slot or tag != "$tensor" else f"the tensor {_show(body)}")
 
 
 def _decode_dict(body: list[Any], fail: Fail, slot: MakeSlot | None) -> Value:
@@ -417,7 +418,7 @@ class Shaped(Protocol):
 
 
 def decode(
-    members: Any,
+    members: dict[str, Any],
     stored: Mapping[str, Shaped],
     tensor: Callable[[str], Tensor],
     *,
@@ -453,17 +454,16 @@ def decode(
 def decode_digests(
     members: dict[str, Any], stored: Collection[str], *, path: object = None
 ) -> tuple[str, dict[str, str]]:
-    """The algorithm's name, and the digests of the file's tensors, whose keys stand in data order (R21).
+    """The algorithm's name, and the digests of the file's tensors, whose keys stand in data order (R20).
 
     ``members`` have been checked by ``decode``.
     """
     reader = _Reader(path)
     algorithm, values = members["digests"]["algorithm"], members["digests"]["values"]
-    reader.strings(values, "digests.values")
     if len(values) != len(stored):
-        raise reader.fail(f"{len(values)} digests for {len(stored)} tensors", "R21")
-    if not all(map(_pattern(algorithm).fullmatch, values)):
-        raise reader.fail(f"digests.values holds what is no digest by {_show(algorithm)}", "R21")
+        raise reader.fail(f"{len(values)} digests for {len(stored)} tensors", "R20")
+    if not {*map(type, values)} <= {str} or not all(map(_pattern(algorithm).fullmatch, values)):
+        raise reader.fail(f"digests.values are not all digests by {algorithm!r}", "R20")
     return algorithm, dict(zip(stored, values, strict=True))
 
 
@@ -476,10 +476,8 @@ class _Reader:
     def fail(self, detail: str, rule: str) -> FileError:
         return FileError(detail, path=self.path, rule=rule)
 
-    def version(self, members: Any) -> int:
+    def version(self, members: dict[str, Any]) -> int:
         """The minor version of a manifest (R10, R11), looked at before anything else."""
-        if not isinstance(members, dict):
-            raise self.fail(f"the manifest is {_show(members)}, expected an object", "R12")
         if members.get("format") != FORMAT:
             raise self.fail(f"manifest.format is {_show(members.get('format'))}, expected {_show(FORMAT)}", "R10")
         text = members.get("version")
@@ -488,8 +486,8 @@ class _Reader:
             raise self.fail(f"manifest.version is {_show(text)}, expected MAJOR.MINOR", "R11")
         if int(match[1]) != VERSION[0]:
             raise UnsupportedVersionError(
-                f"written in version {text} of the format; this package reads version {VERSION[0]}: install a newer "
-                "one",
+                f"written in version {text} of the format; this package reads version {VERSION[0]}: install one "
+                "that reads it",
                 path=self.path,
                 rule="R11",
             )
@@ -526,10 +524,10 @@ class _Reader:
                 names = " or ".join(TYPES[kind] for kind in allowed)
                 raise self.fail(f"{where}.{key} is {_show(value)}, expected {names}", "R12")
         if not item.keys() >= REQUIRED[kind]:
-            raise self.fail(f"{where} lacks the member '{min(REQUIRED[kind] - item.keys())}'", "R12")
+            raise self.fail(f"{where} lacks the member {min(REQUIRED[kind] - item.keys())!r}", "R12")
         unknown = item.keys() - types.keys()
         if unknown and strict:
-            raise self.fail(f"{where} has the unknown member {_show(min(unknown))}", "R12")
+            raise self.fail(f"{where} has the unknown member {min(unknown)!r}", "R12")
         return {f"{kind}.{key}" for key in unknown} if kind != "manifest" else unknown
 
     def naturals(self, values: list[Any], where: str) -> tuple[int, ...]:
@@ -543,7 +541,7 @@ class _Reader:
         return tuple(values)
 
     def value(self, value: Any, where: str) -> Value:
-        return decode_value(value, lambda detail: self.fail(f"{where} holds {detail}", "R18"), None)
+        return decode_value(value, lambda detail: self.fail(f"{where} holds {detail}", "R22"), None)
 
     def mapping(self, members: Mapping[str, Any], key: str, where: str = "manifest") -> dict[str, Value]:
         """A mapping with string keys and without tensors; empty where it is left out."""
@@ -557,10 +555,10 @@ def _decode_extensions(reader: _Reader, members: dict[str, Any]) -> dict[str, Va
     extensions = reader.mapping(members, "extensions")
     for name, extension in extensions.items():
         if not isinstance(extension, dict) or not isinstance(extension.get("must_understand"), bool):
-            raise reader.fail(f"extension {_show(name)} does not say whether it must be understood", "R13")
+            raise reader.fail(f"extension {name!r} does not say whether it must be understood", "R13")
         if extension["must_understand"]:
             raise RefusedError(
-                f"extension {_show(name)} must be understood, and is not known here", path=reader.path, rule="R13"
+                f"extension {name!r} must be understood, and is not known here", path=reader.path, rule="R13"
             )
     return extensions
 
@@ -574,18 +572,18 @@ def _decode_groups(reader: _Reader, members: dict[str, Any], parameters: int) ->
         for pair in item["options"]:
             if not isinstance(pair, list) or len(pair) != 2 or not isinstance(pair[0], str):
                 raise reader.fail(f"{where}.options holds {_show(pair)}, expected pairs of a name and a value", "R12")
-            options.append((pair[0], reader.value(pair[1], f"{where}.options {_show(pair[0])}")))
+            options.append((pair[0], reader.value(pair[1], f"{where}.options {pair[0]!r}")))
         group = Group(item["optimizer"], tuple(options), item["count"], item.get("name"))
         if len({key for key, _ in options}) != len(options):
-            raise reader.fail(f"{where}.options names an option twice", "R16")
+            raise reader.fail(f"{where}.options names an option twice", "R15")
         if group.optimizer >= optimizers:
-            raise reader.fail(f"{where} belongs to optimizer {group.optimizer}, of {optimizers}", "R16")
+            raise reader.fail(f"{where} belongs to optimizer {group.optimizer}, of {optimizers}", "R15")
         if groups and group.optimizer < groups[-1].optimizer:
-            raise reader.fail(f"{where} of optimizer {group.optimizer} stands behind one of a later optimizer", "R16")
+            raise reader.fail(f"{where} of optimizer {group.optimizer} stands behind one of a later optimizer", "R15")
         groups.append(group)
     counted = sum(group.count for group in groups)
     if counted > parameters:
-        raise reader.fail(f"the groups count {counted} parameters, the manifest lists {parameters}", "R16")
+        raise reader.fail(f"the groups count {counted} parameters, the manifest lists {parameters}", "R15")
     return tuple(groups)
 
 
@@ -607,7 +605,7 @@ def _decode_parameters(
         state: Mapping[str, Value] | None = None
         if number is not None:
             if number >= len(trees):
-                raise reader.fail(f"parameters[{index}].state is {number}, the table holds {len(trees)}", "R15")
+                raise reader.fail(f"parameters[{index}].state is {number}, the table holds {len(trees)}", "R16")
             _claim(reader, name, layouts[number], shape, stored, claimed)
             state = SlotTree(name, trees[number], tensor)
         parameters.append(
@@ -626,7 +624,7 @@ def _decode_parameters(
     _claim(reader, GLOBALS, _layout(reader, "manifest.globals", members.get("globals", {})), None, stored, claimed)
     if len(claimed) != len(stored):
         key = next(key for key in stored if key not in claimed)
-        raise reader.fail(f"tensor {_show(key)} is in the header, not in the manifest", "R17")
+        raise reader.fail(f"tensor {key!r} is in the header, not in the manifest", "R17")
     check_names(parameters, path=reader.path)
     return tuple(parameters)
 
@@ -649,26 +647,26 @@ def check_names(parameters: Sequence[Parameter], *, path: object = None) -> None
     for index, parameter in enumerate(parameters):
         for name in (parameter.name, *parameter.tied):
             if not name or name.startswith("$"):
-                detail = f"parameters[{index}] has the name {_show(name)}: empty, or with '$' in front"
+                detail = f"parameters[{index}] has the name {name!r}: empty, or with '$' in front"
                 raise FileError(detail, path=path, rule="R14")
             if name in names:
-                raise FileError(f"the name {_show(name)} stands for two parameters", path=path, rule="R14")
+                raise FileError(f"the name {name!r} stands for two parameters", path=path, rule="R14")
             names.add(name)
 
 
 def _layout(reader: _Reader, where: str, tree: Any) -> list[tuple[str, Role]]:
-    """The labels and roles of a slot tree, which is decoded once to check it (R15, R17, R18)."""
+    """The labels and roles of a slot tree, which is decoded once to check it (R16, R17, R22)."""
     labels: list[tuple[str, Role]] = []
 
     def slot(label: str, role: Role) -> Slot:
         if not label or "/" in label:
-            raise reader.fail(f"{where} has the label {_show(label)}: empty, or with '/' in it", "R17")
+            raise reader.fail(f"{where} has the label {label!r}: empty, or with '/' in it", "R17")
         labels.append((label, role))
         return Slot(Tensor("U8", (0,), ()), role)
 
-    value = decode_value(tree, lambda detail: reader.fail(f"{where} holds {detail}", "R18"), slot)
+    value = decode_value(tree, lambda detail: reader.fail(f"{where} holds {detail}", "R22"), slot)
     if not isinstance(value, dict) or not all(isinstance(key, str) for key in value):
-        raise reader.fail(f"{where} is {_show(tree)}, expected a mapping with string keys", "R15")
+        raise reader.fail(f"{where} is {_show(tree)}, expected a mapping with string keys", "R16")
     if len({label for label, _ in labels}) != len(labels):
         raise reader.fail(f"{where} has a label twice", "R17")
     return labels
@@ -682,25 +680,25 @@ def _claim(
     stored: Mapping[str, Shaped],
     claimed: set[str],
 ) -> None:
-    """R17, R19: the header has the tensor of each label, in a shape that its role allows."""
+    """R17, R18: the header has the tensor of each label, in a shape that its role allows."""
     for label, role in layout:
         key = tensor_key(owner, label)
         if key not in stored:
-            raise reader.fail(f"tensor {_show(key)} is in the manifest, not in the header", "R17")
+            raise reader.fail(f"tensor {key!r} is in the manifest, not in the header", "R17")
         claimed.add(key)
         shape = stored[key].shape
         if not shape:
-            raise reader.fail(f"tensor {_show(key)} has no axis: it had to be a $scalar", "R19")
+            raise reader.fail(f"tensor {key!r} has no axis: it had to be a $scalar", "R18")
         if parameter is not None and not fits(role, shape, parameter):
             raise reader.fail(
-                f"tensor {_show(key)} has shape {list(shape)}, which role '{role.value}' does not allow for a "
+                f"tensor {key!r} has shape {list(shape)}, which role '{role.value}' does not allow for a "
                 f"parameter of shape {list(parameter)}",
-                "R19",
+                "R18",
             )
 
 
 def fits(role: Role, tensor: tuple[int, ...], parameter: tuple[int, ...]) -> bool:
-    """R19: what a role says about a tensor's shape."""
+    """R18: what a role says about a tensor's shape."""
     if role is Role.PARAM:
         return tensor == parameter
     if role is Role.ROW:
@@ -712,13 +710,13 @@ def fits(role: Role, tensor: tuple[int, ...], parameter: tuple[int, ...]) -> boo
 
 
 def _decode_weights(reader: _Reader, members: dict[str, Any]) -> Sequence[Digest | None]:
-    """One digest or none per parameter (R20)."""
+    """One digest or none per parameter (R19)."""
     count = len(members["parameters"])
     if "weights" not in members:
         return [None] * count
     algorithm, values = members["weights"]["algorithm"], members["weights"]["values"]
     if len(values) != count:
-        raise reader.fail(f"{len(values)} weights digests for {count} parameters", "R20")
+        raise reader.fail(f"{len(values)} weights digests for {count} parameters", "R19")
     pattern = _pattern(algorithm)
     result: list[Digest | None] = []
     for item in values:
@@ -728,7 +726,7 @@ def _decode_weights(reader: _Reader, members: dict[str, Any]) -> Sequence[Digest
             case [str(dtype), str(digits)] if dtype in BITS and pattern.fullmatch(digits):
                 result.append(Digest(algorithm, dtype, digits))
             case _:
-                raise reader.fail(f"weights.values holds {_show(item)}, expected null or a dtype and a digest", "R20")
+                raise reader.fail(f"weights.values holds {_show(item)}, expected null or a dtype and a digest", "R19")
     return result
 
 
@@ -738,16 +736,16 @@ def _pattern(algorithm: str) -> re.Pattern[str]:
 
 
 def _decode_set(reader: _Reader, members: dict[str, Any], parameters: int) -> ShardOf | None:
-    """A shard's place (R22)."""
+    """A shard's place (R23)."""
     if "set" not in members:
         return None
     item = members["set"]
-    shard = ShardOf(item["id"], item["index"], item["count"], reader.naturals(item["positions"], "set.positions"))
+    shard = ShardOf(item["id"], item["index"], item["count"], tuple(item["positions"]))
     if not HEX.fullmatch(shard.id):
-        raise reader.fail(f"set.id is {_show(shard.id)}, expected 32 hex digits", "R22")
+        raise reader.fail(f"set.id is {_show(shard.id)}, expected 32 hex digits", "R23")
     if not 1 <= shard.index <= shard.count:
-        raise reader.fail(f"set.index is {shard.index}, of {shard.count} shards", "R22")
-    different = len(set(shard.positions))
-    if len(shard.positions) != parameters or different != parameters:
-        raise reader.fail(f"set.positions has {different} different positions for {parameters} parameters", "R22")
+        raise reader.fail(f"set.index is {shard.index}, of {shard.count} shards", "R23")
+    naturals = {n for n in shard.positions if type(n) is int and 0 <= n <= MAX_INT}
+    if not len(naturals) == len(shard.positions) == parameters:
+        raise reader.fail(f"set.positions has {len(naturals)} different naturals for {parameters} parameters", "R23")
     return shard

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import importlib.util
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -79,3 +82,24 @@ def _train(folder: Path) -> tuple[Any, Any]:
     trainer = Trainer(model=model, args=arguments, train_dataset=[{"input_ids": row, "labels": row} for row in rows])
     trainer.train()
     return model, trainer.optimizer.optimizer
+
+
+@pytest.fixture(scope="session")
+def load_module() -> Callable[[Path], ModuleType]:
+    """A module by the path of its file, for the modules here that are in no package."""
+
+    def load(path: Path) -> ModuleType:
+        spec = importlib.util.spec_from_file_location(path.stem, path)
+        assert spec is not None
+        assert spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        return module
+
+    return load
+
+
+@pytest.fixture(scope="session")
+def spec_reader(load_module: Callable[[Path], ModuleType]) -> ModuleType:
+    """``spec/reader.py``, the reader that shares no code with the package."""
+    return load_module(Path(__file__).parent.parent / "spec" / "reader.py")
