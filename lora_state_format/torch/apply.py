@@ -44,7 +44,7 @@ from lora_state_format.torch.capture import (
     optimizers_of,
     with_weights,
 )
-from lora_state_format.torch.tensors import DTYPES, is_sharded, read_into, scalar_to_torch, to_torch
+from lora_state_format.torch.tensors import dtype_of, from_torch, is_sharded, read_into, scalar_to_torch, to_torch
 
 __all__ = ["LoadReport", "apply", "load_optimizer", "plan", "save_optimizer"]
 
@@ -387,9 +387,9 @@ def _tensor(
 ) -> torch.Tensor:
     """A slot's tensor, where the parameter is; what is shaped like the parameter has its layout too."""
     tensor = slot.tensor
-    saved = DTYPES[tensor.dtype]
+    saved = dtype_of(tensor.dtype)
     like = slot.role in (Role.PARAM, Role.ROW, Role.COL)
-    dtype = DTYPES[binding.dtype] if binding.dtype and like and saved.is_floating_point else saved
+    dtype = dtype_of(binding.dtype) if binding.dtype and like and saved.is_floating_point else saved
     where = f"'{binding.name}': slot '{'.'.join(map(str, path))}'"
     if is_sharded(parameter):
         return _shard(slot, dtype, binding, parameter, where)
@@ -442,7 +442,6 @@ def _step(value: int | float | Scalar, row: Known, device: torch.device, on_devi
 
 def _kept(parameter: Parameter) -> Parameter:
     """A carried parameter with its tensors in memory, for a save after the file is closed."""
-    from lora_state_format.torch.tensors import from_torch
 
     def copied(value: Any) -> Any:
         if isinstance(value, Slot):

@@ -16,7 +16,17 @@ from lora_state_format.manifest import ALGORITHM
 from lora_state_format.model import CHUNK, Box, Piece, Scalar, Tensor, contiguous
 from lora_state_format.sources import Memory, Source
 
-__all__ = ["DTYPES", "dtype_name", "from_torch", "is_sharded", "read_into", "refusal", "scalar_to_torch", "to_torch"]
+__all__ = [
+    "DTYPES",
+    "dtype_name",
+    "dtype_of",
+    "from_torch",
+    "is_sharded",
+    "read_into",
+    "refusal",
+    "scalar_to_torch",
+    "to_torch",
+]
 
 _SPELLINGS: Final[Mapping[str, str]] = {
     "BOOL": "bool", "U8": "uint8", "I8": "int8", "U16": "uint16", "I16": "int16", "U32": "uint32", "I32": "int32",
@@ -96,17 +106,18 @@ def from_torch(tensor: torch.Tensor) -> Tensor:
 
 def to_torch(tensor: Tensor) -> torch.Tensor:
     """A tensor of its own in CPU memory. Raises ``UnrepresentableError`` for a dtype that torch lacks."""
-    result = torch.empty(tensor.shape, dtype=_dtype(tensor.dtype))
+    result = torch.empty(tensor.shape, dtype=dtype_of(tensor.dtype))
     read_into(tensor, result)
     return result
 
 
 def scalar_to_torch(scalar: Scalar) -> torch.Tensor:
     """A 0-d tensor in CPU memory."""
-    return torch.frombuffer(bytearray(scalar.data), dtype=_dtype(scalar.dtype)).reshape(())
+    return torch.frombuffer(bytearray(scalar.data), dtype=dtype_of(scalar.dtype)).reshape(())
 
 
-def _dtype(name: str) -> torch.dtype:
+def dtype_of(name: str) -> torch.dtype:
+    """The torch dtype that safetensors spells so. Raises ``UnrepresentableError`` if this torch has none."""
     if name not in DTYPES:
         raise UnrepresentableError(f"a tensor of type {name}, which this torch does not have")
     return DTYPES[name]
@@ -134,7 +145,7 @@ def read_into(tensor: Tensor, out: torch.Tensor, *, ledger: Ledger | None = None
                 hasher.update(chunk)
     else:
         buffer = memoryview(bytearray(CHUNK))
-        rows = _Rows(out, _dtype(tensor.dtype))
+        rows = _Rows(out, dtype_of(tensor.dtype))
         for chunk in ledger.chunks(tensor, buffer) if ledger and not digest else tensor.chunks(buffer):
             if hasher:
                 hasher.update(chunk)

@@ -13,7 +13,8 @@ import torch
 from torch import nn
 
 from lora_state_format.errors import CaptureError, UnrepresentableError
-from lora_state_format.model import Role, Scalar, Slot
+from lora_state_format.model import Role, Scalar, Slot, contiguous
+from lora_state_format.sources import Memory
 from lora_state_format.torch import capture
 from lora_state_format.torch.tensors import DTYPES, _Device, from_torch, scalar_to_torch, to_torch
 
@@ -342,6 +343,12 @@ LAYOUTS: dict[str, torch.Tensor] = {
 def test_every_layout_is_read_in_c_order(layout: str) -> None:
     tensor = LAYOUTS[layout]
     assert torch.equal(to_torch(from_torch(tensor)), tensor)
+
+
+def test_dtypes_that_torch_lacks_are_refused() -> None:
+    with pytest.raises(UnrepresentableError) as caught:
+        to_torch(contiguous("F6_E2M3", (4,), Memory(bytes(3))))
+    assert str(caught.value) == "a tensor of type F6_E2M3, which this torch does not have"
 
 
 def test_bytes_of_another_device_are_copied_piece_by_piece() -> None:
