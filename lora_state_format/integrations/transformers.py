@@ -76,7 +76,8 @@ def last_checkpoint(folder: str | Path) -> str | None:
 
     Trainer's ``resume_from_checkpoint=True`` takes the newest folder, which a killed run may have left half-written.
     """
-    steps = [(int(found[1]), path) for path in Path(folder).iterdir() if (found := _NUMBER.fullmatch(path.name))]
+    paths = Path(folder).glob("checkpoint-*")
+    steps = [(int(found[1]), path) for path in paths if (found := _NUMBER.fullmatch(path.name))]
     whole = (path for _, path in sorted(steps, reverse=True) if (path / "trainer_state.json").exists())
     return next((str(path) for path in whole if is_state(path / STATE)), None)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import runpy
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,8 @@ pytestmark = [pytest.mark.frameworks, pytest.mark.filterwarnings("ignore")]
 LR = 1e-2
 ROWS = 4
 LEG = 5
+
+README = Path(__file__).parent.parent.parent / "README.md"
 
 _trainer = runpy.run_path(str(Path(__file__).parent / "runs" / "trainer_run.py"))
 
@@ -143,3 +146,45 @@ def test_a_run_through_four_frameworks_is_one_run(tmp_path: Path) -> None:
             assert b[name]["step"].item() == 4 * LEG
             for slot in ("exp_avg", "exp_avg_sq"):
                 assert a[name][slot].bytes() == b[name][slot].bytes(), (name, slot)
+
+
+# --- the README's section "Save your own runs" --------------------------------------------------------------------
+
+
+def test_the_readmes_loops(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import lightning.pytorch as lightning
+    from accelerate import Accelerator
+    from transformers import Trainer
+
+    class Module(lightning.LightningModule):  # type: ignore[misc]
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = torch.nn.Linear(1, 1)
+
+        def training_step(self, rows: torch.Tensor, _: int) -> Any:
+            return self.layer(rows[:, None]).sum()
+
+        def configure_optimizers(self) -> torch.optim.Optimizer:
+            return torch.optim.AdamW(self.parameters())
+
+    section = README.read_text(encoding="utf-8").partition("\n## Save your own runs\n")[2].partition("\n## ")[0]
+    blocks = re.findall(r"^```py\n(.*?)^```$", section, re.MULTILINE | re.DOTALL)
+    assert len(blocks) == 4
+    assert all(len(block.splitlines()) <= 6 for block in blocks)
+    monkeypatch.chdir(tmp_path)
+    model = _trainer["build"]()
+    example = _trainer["make"](tmp_path / "trainer", model, max_steps=2)
+    namespace = {
+        "Trainer": Trainer, "model": model, "args": example.args, "dataset": _trainer["rows"](),
+        "Accelerator": Accelerator, "optimizer": adamw(model),
+        "lightning": lightning, "module": Module(), "loader": torch.utils.data.DataLoader(torch.ones(8)),  # type: ignore[arg-type]
+        "save_optimizer": save_optimizer, "load_optimizer": load_optimizer,
+    }  # fmt: skip
+    for block in blocks:
+        exec(compile(block, str(README), "exec"), namespace)
+    assert {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("optimizer.safetensors")} >= {
+        "trainer/checkpoint-2/training_state/optimizer.safetensors",
+        "step-100/training_state/optimizer.safetensors",
+        "last.training_state/optimizer.safetensors",
+        "training_state/optimizer.safetensors",
+    }

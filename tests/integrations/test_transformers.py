@@ -296,3 +296,4 @@ def test_killed_while_it_saves(loop: dict[str, Any], plain: Path, tmp_path: Path
 
 def test_no_checkpoint_at_all(tmp_path: Path) -> None:
     assert last_checkpoint(tmp_path) is None
+    assert last_checkpoint(tmp_path / "nosuch") is None
