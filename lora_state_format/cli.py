@@ -168,6 +168,7 @@ _force = click.option("--force", is_flag=True, help="Replace the target if it ex
     "--option", "options", metavar="KEY[=VALUE]", multiple=True, callback=_parse_options,
     help="What a format has to be told; `lora-state formats` lists it.",
 )  # fmt: skip
+@click.option("--dequantize", is_flag=True, help="Decode 8-bit and 4-bit moments to float32; the report says the loss.")
 @_force
 @click.option("--dry-run", is_flag=True, help="Do everything but write.")
 @_json
@@ -249,6 +250,27 @@ def verify(path: Path, weights: Path | None, as_json: bool) -> int:
     else:
         _say(*lines)
     return 0 if ok else FINDING
+
+
+@commands.command()
+@click.argument("path", type=PATH)
+@click.option("--model", type=PATH, required=True, help="A folder with config.json and, for an adapter, its config.")
+@_json
+def check(path: Path, model: Path, as_json: bool) -> int:
+    """Tell whether a checkpoint would bind to the model of these configs. Nothing is loaded."""
+    from lora_state_format.check import check
+    from lora_state_format.report import SCHEMA_VERSION
+
+    plan = check(path, model)
+    if as_json:
+        problems = [
+            {"kind": p.kind, "title": p.title, "items": list(p.items), "hints": list(p.hints)} for p in plan.problems
+        ]
+        members = {"schema_version": SCHEMA_VERSION, "path": str(path), "ok": not plan.problems}
+        _say_json({**members, "restored": plan.restored, "parameters": len(plan.bindings), "problems": problems})
+    else:
+        _say(*str(plan).split("\n"))
+    return FINDING if plan.problems else 0
 
 
 @commands.command()

@@ -367,3 +367,26 @@ def test_a_name_that_no_terminal_encoding_has(tmp_path: Path) -> None:
     result = subprocess.run([*COMMAND, "inspect", str(path)], env=environment, capture_output=True, check=False)
     assert (result.returncode, result.stderr) == (0, b"")
     assert b"gr\xf6\xdfe.\\u91cd\\u307f" in result.stdout
+
+
+def test_check_tells_whether_a_checkpoint_would_bind_to_a_model(
+    lora_state: Output, founding: Founding, tmp_path: Path
+) -> None:
+    founding.model.config.save_pretrained(tmp_path)
+    config = json.loads((founding.path / "adapter_config.json").read_text())
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    assert lora_state("check", founding.path, "--model", tmp_path) == 0
+    assert lora_state.out == "fits: 392/392 parameters would be restored\n"
+
+    (tmp_path / "adapter_config.json").write_text(json.dumps({**config, "r": 2 * config["r"]}))
+    assert lora_state("check", founding.path, "--model", tmp_path, "--json") == 1
+    members = json.loads(lora_state.out)
+    assert (members["ok"], members["restored"], members["parameters"]) == (False, 0, 392)
+    (problem,) = members["problems"]
+    assert (problem["kind"], problem["title"], len(problem["items"])) == ("shape", "of another shape (392):", 392)
+    rank = config["r"]
+    (hint,) = problem["hints"]
+    assert hint == (
+        f"the rank is {2 * rank} in the model and {rank} in the file; mismatch='resize' cuts and pads the moments, for "
+        "weights that were cut and padded alike; mismatch='fresh' lets these parameters start without state"
+    )
