@@ -41,13 +41,18 @@ REFUSED_NODES: Final[Mapping[frozenset[str], str]] = {
     frozenset({"b1", "weight_sum", "step_count", "max_lr", "base_optimizer_state", "z"}): "schedule_free",
     frozenset({"exp_avg", "exp_avg_sq", "grad_sum", "params0", "estim_lr", "numerator_weighted", "count"}): "prodigy",
 }
-WRAPPERS: Final[Mapping[frozenset[str], str]] = {
-    frozenset({"inner_state"}): "inner_state",  # masked
-    frozenset({"inner_states"}): "inner_states",  # multi_transform, partition
-    frozenset({"count", "hyperparams", "hyperparams_states", "inner_state"}): "inner_state",  # inject_hyperparams
-    frozenset({"mini_step", "gradient_step", "inner_opt_state", "acc_grads", "skip_state"}): "inner_opt_state",
-    frozenset({"notfinite_count", "last_finite", "total_notfinite", "inner_state"}): "inner_state",  # apply_if_finite
-    frozenset({"step", "opt_state"}): "opt_state",  # nnx.Optimizer
+_WRAPPERS: Final = (
+    ({"inner_state"}, "inner_state"),  # masked
+    ({"inner_states"}, "inner_states"),  # multi_transform, partition
+    ({"count", "hyperparams", "hyperparams_states", "inner_state"}, "inner_state"),  # inject_hyperparams
+    ({"mini_step", "gradient_step", "inner_opt_state", "acc_grads", "skip_state"}, "inner_opt_state"),  # MultiSteps
+    ({"notfinite_count", "last_finite", "total_notfinite", "inner_state"}, "inner_state"),  # apply_if_finite
+    ({"step", "opt_state"}, "opt_state"),  # nnx.Optimizer
+)
+_OMITTED: Final = {"hyperparams_states", "skip_state"}
+"""What nnx leaves out where it is empty."""
+WRAPPERS: Final = {
+    frozenset(fields - omitted): inner for fields, inner in _WRAPPERS for omitted in (frozenset[str](), _OMITTED)
 }
 """The fields of a wrapper -> the one to go on with."""
 FIELDS: Final = frozenset().union(*NODES, *REFUSED_NODES, *WRAPPERS)

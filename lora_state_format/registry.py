@@ -52,6 +52,7 @@ BUILT_IN: Final[Mapping[str, str]] = {
     "mlx": "lora_state_format.converters.mlx",
     "nanotron": "lora_state_format.converters.nanotron",
     "olmo": "lora_state_format.converters.olmo",
+    "orbax": "lora_state_format.converters.orbax",
     "paddlenlp": "lora_state_format.converters.paddlenlp",
     "torch_optimizer": "lora_state_format.converters.torch_optimizer",
     "torchtune": "lora_state_format.converters.torchtune",
