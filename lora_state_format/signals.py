@@ -56,8 +56,8 @@ SURE: Final = ("balance", "skew", "layer", "copy")
 PRIOR: Final = (1.5, 20)
 """A signal's noise before any is seen, and how many wrong pairs that counts as: a handful cannot claim to be quiet."""
 
-CHANNELS: Final = 64
-"""Rows or columns of a full weight that are looked at for its balance."""
+CHANNELS, FEWEST, ELEMENTS = 64, 8, 1 << 17
+"""Rows or columns of a full weight that are looked at for its balance: at most, at least, and elements in all."""
 
 A, B, MAGNITUDE, BIAS, WEIGHT = "lora_A", "lora_B", "lora_magnitude_vector", "lora_B.bias", "weight"
 
@@ -124,9 +124,13 @@ RULES: Final = (
 
 
 class Lines(NamedTuple):
-    """Which lines of a weight make a channel: those of ``folded`` heads of ``head`` lines, and of both ``halves``."""
+    """Which lines of a weight make a channel: those of ``folded`` heads of ``head`` lines, and of both ``halves``.
+
+    Some ``channels`` are taken, evenly spread.
+    """
 
     axis: int
+    channels: int
     folded: int = 1
     head: int = 1
     halves: int = 1
@@ -278,10 +282,12 @@ def _balance(kind: int, layer: Mapping[str, tuple[int, tuple[int, ...]]], head_d
     if (folded > 1 or rule.turning) and (not head_dim or count % head_dim or head_dim % 2):
         return None
     head, halves = (head_dim or 1, 2 if rule.turning else 1) if folded > 1 or rule.turning else (1, 1)
+    longest = max(math.prod(shape) * halves // count for _, shape, _ in (*left, *right))
+    channels = min(count // halves, CHANNELS, max(FEWEST, ELEMENTS // longest))
     return Balance(
         kind,
-        tuple(Share(unit, Lines(term.axis, 1, head, halves)) for unit, _, term in left),
-        tuple(Share(unit, Lines(term.axis, folded, head, halves)) for unit, _, term in right),
+        tuple(Share(unit, Lines(term.axis, channels, 1, head, halves)) for unit, _, term in left),
+        tuple(Share(unit, Lines(term.axis, channels, folded, head, halves)) for unit, _, term in right),
     )
 
 
@@ -357,17 +363,24 @@ def _taken(lines: Lines, tensor: Tensor, first: Value, shape: tuple[int, ...]) -
 
     head, half = lines.head, lines.head // lines.halves
     count = shape[lines.axis] // lines.folded // lines.halves
-    channel = np.arange(count)[:: -(-count // CHANNELS)]
+    channel = np.arange(lines.channels) * count // lines.channels
     start = channel // half * head * lines.folded + channel % half
     offsets = np.add.outer(np.arange(lines.folded) * head, np.arange(lines.halves) * half).ravel()
     index = np.add.outer(start, offsets)
+    width = math.prod(shape[1:])
 
     def take(value: Value) -> Array:
-        whole = _numbers(value, [(0, math.prod(shape))], shape)
-        if whole is None:
-            return np.zeros((len(channel), 1), np.float32)
-        taken: Array = np.take(whole.reshape(shape), index, axis=lines.axis)
-        return np.ascontiguousarray(np.moveaxis(taken, lines.axis, 0).reshape(len(channel), -1))
+        """By rows: those that are asked for, or some at a time."""
+        if lines.axis == 0:
+            rows = _numbers(value, [(int(row) * width, width) for row in index.ravel()], shape)
+            return np.zeros((len(index), 1), np.float32) if rows is None else rows.reshape(len(index), -1)
+        parts, many = [], max(1, SAMPLE // width)
+        for row in range(0, shape[0], many):
+            some = _numbers(value, [(row * width, min(many, shape[0] - row) * width)], shape)
+            if some is None:
+                return np.zeros((len(index), 1), np.float32)
+            parts.append(some.reshape(-1, width)[:, index])
+        return np.ascontiguousarray(np.moveaxis(np.concatenate(parts), 0, -1)).reshape(len(index), -1)
 
     return take(Slot(tensor)), take(first)
 
@@ -550,7 +563,7 @@ class Table:
         """The deviation of each signal's score where state and weights do not belong together; 1 at least.
 
         The far tail counts as much as the bulk. In a wrong order some of these do belong together, which makes the
-        noise larger and every answer more careful.
+        noise larger and every answer more careful; only copies are beyond doubt.
         """
         import numpy as np
 
@@ -564,9 +577,9 @@ class Table:
         for name, scores in wrong.items():
             values = np.concatenate(scores)
             assumed, count = PRIOR
-            # One in a hundred of a standard normal's absolute values lies above 2.576.
-            tail = float(np.quantile(np.abs(values), 0.99)) / 2.576
-            seen = max(float(np.square(values).mean()), tail**2)
+            # Half of a standard normal's absolute values lie above 0.6745, one in a hundred above 2.576.
+            middle, tail = (float(v) for v in np.quantile(np.abs(values), [0.5, 0.99]) / [0.6745, 2.576])
+            seen = middle**2 if name == "copy" else max(float(np.square(values).mean()), tail**2)
             result[name] = max(1.0, math.sqrt((len(values) * seen + count * assumed**2) / (len(values) + count)))
         return result
 
@@ -590,8 +603,8 @@ class Table:
             for i, k in combinations(range(len(members)), 2):
                 pair = members[i], members[k]
                 if any(self.units[number].stepped for number in pair):
-                    swapped = {(pair[0], WEIGHT): pair[1], (pair[1], WEIGHT): pair[0]} if whole else {}
-                    more = sum(self._layer_losses(swapped))
+                    swapped = {(pair[0], WEIGHT): pair[1], (pair[1], WEIGHT): pair[0]}
+                    more = sum(self._layer_losses(swapped)) if whole and self.balances else 0.0
                     found[pair] = loss[0][i][k] + more, loss[1][i][k] + more
             yield None if whole else moved[0], found
 
