@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
-from lora_state_format import container, order, registry
+from lora_state_format import container, order, quantised, registry
 from lora_state_format.errors import ConversionError, FileError, MissingNamesError, OptionError, TargetExistsError
 from lora_state_format.manifest import ALGORITHM
 from lora_state_format.model import Checkpoint, Digest, Naming, OptimizerState, Parameter, PositionalState, Tensor
@@ -119,6 +119,7 @@ def convert(
     optimizer: str | None = None,
     options: Mapping[str, Any] | None = None,
     base: str | os.PathLike[str] | None = None,
+    dequantize: bool = False,
     force: bool = False,
     dry_run: bool = False,
     progress: Progress | None = None,
@@ -126,10 +127,11 @@ def convert(
     """Convert a checkpoint into a file of named optimizer state, or into another format that can hold it exactly.
 
     Takes the arguments of ``read``; ``options`` may also be those of the target's converter, and ``base`` is a
-    checkpoint of the target's format to take the rest from, where it has one. ``force`` replaces an existing target;
-    ``dry_run`` does everything but write; ``progress`` is told the bytes of tensors written and their total. Where the
-    parameters' own weights were found, their digests are kept, so that loading can tell whether weights and state
-    belong together.
+    checkpoint of the target's format to take the rest from, where it has one. ``dequantize`` decodes 8-bit and 4-bit
+    moments to float32, so that a run can go on with an ordinary Adam; the report says what that loses. ``force``
+    replaces an existing target; ``dry_run`` does everything but write; ``progress`` is told the bytes of tensors
+    written and their total. Where the parameters' own weights were found, their digests are kept, so that loading can
+    tell whether weights and state belong together.
 
     Raises what ``read`` raises, ``TargetExistsError``, and ``UnrepresentableError`` for what the target cannot hold.
     """
@@ -143,7 +145,8 @@ def convert(
     options = options or {}
     _check_options(options, converter, writer)
     state, weights = _read(converter, source, names, rule, optimizer, options)
-    with _paired(state, weights) as state:
+    decoded = quantised.dequantize(state) if dequantize else None
+    with _paired(decoded.state if decoded else state, weights) as state:
         sizes = [tensor.size for tensor in tensors(state)]
         digest = None
         if not dry_run:
@@ -164,7 +167,7 @@ def convert(
             naming=state.naming,
             paired=sum(parameter.weights is not None for parameter in state.parameters),
             digest=digest,
-            notes=tuple(_notes(state)),
+            notes=(*([str(decoded)] if decoded else []), *_notes(state)),
             warnings=tuple(_warnings(target)),
         )
 
@@ -383,6 +386,11 @@ def _notes(state: OptimizerState) -> list[str]:
         notes.append(f"{idle} parameters never took a step; they are kept as such")
     if state.carried:
         notes.append(f"{len(state.carried)} parameters with state are in no group; they stand behind the groups")
+    if not any(parameter.state for parameter in state.parameters):
+        notes.append(
+            "no parameter has any state: either no step was taken, or the optimizer keeps its moments where no state "
+            "dict shows them, as the layerwise variants of GaLore and APOLLO, LOMO and AdaLomo do"
+        )
     return notes
 
 

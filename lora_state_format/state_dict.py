@@ -31,6 +31,7 @@ from lora_state_format.model import (
     Value,
 )
 from lora_state_format.pickles import Global, NumpyScalar, Record, array
+from lora_state_format.quantised import TORCHAO, pack_torchao, unpack_torchao
 
 __all__ = [
     "Found",
@@ -86,10 +87,13 @@ def role_of(
     ``path`` leads to the tensor inside a parameter's slot tree; ``siblings`` is the dict that holds it; ``options`` are
     those of the parameter's group. bitsandbytes calls its moments ``state1`` and ``state2``: codes of blocks if they
     are bytes with ``absmax`` beside them, else values; AdEMAMix (three betas) stacks two of them in ``state1``.
+    torchao's codes and scales are of blocks too.
     """
     name, siblings, options = path[-1], siblings or {}, options or {}
     if not _REDUCED.isdisjoint(siblings):
         return Role.OPAQUE
+    if TORCHAO in siblings:
+        return Role.BLOCK if name in ("codes", "scale") else Role.OPAQUE
     if name in ("state1", "state2", "absmax1", "absmax2"):
         betas = options.get("betas")
         if name.endswith("1") and isinstance(betas, (list, tuple)) and len(betas) == 3:
@@ -166,6 +170,8 @@ class Reader:
     ) -> Value:
         if raw is None or type(raw) in (bool, int, float, str, bytes):
             return raw  # type: ignore[no-any-return]
+        if isinstance(raw, Record) and (unpacked := unpack_torchao(raw)) is not None:
+            raw = unpacked
         if isinstance(raw, Mapping):
             for key in raw:
                 _check_key(key, place)
@@ -376,7 +382,8 @@ def _plain(value: Value) -> Any:
     if isinstance(value, Slot):
         return value.tensor
     if isinstance(value, Mapping):
-        return {key: _plain(inner) for key, inner in value.items()}
+        plain = {key: _plain(inner) for key, inner in value.items()}
+        return pack_torchao(plain) if TORCHAO in plain else plain
     if isinstance(value, list):
         return [_plain(inner) for inner in value]
     return tuple(map(_plain, value)) if isinstance(value, tuple) else value
