@@ -57,8 +57,8 @@ def test_commands_and_their_options() -> None:
     }
     assert found == {
         "convert": [
-            "--base", "--dry-run", "--force", "--from", "--json", "--names", "--optimizer", "--option", "--rule",
-            "--to", "source", "target",
+            "--base", "--dequantize", "--dry-run", "--force", "--from", "--json", "--names", "--optimizer",
+            "--option", "--rule", "--to", "source", "target",
         ],
         "demo": [],
         "edit": ["--force", "--group", "--json", "--set", "source", "target"],
