@@ -74,6 +74,10 @@ class Evidence:
     silent: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
 
+    def rules_out(self, orders: Iterable[str]) -> bool:
+        """Whether each of these orders, but for this one itself, is excluded."""
+        return all(self.orders.get(label, "excluded") == "excluded" for label in orders)
+
     def to_json(self) -> dict[str, Any]:
         """As JSON values; of what speaks against the order at most ``LISTED`` are named."""
         more = [f"and {len(self.against) - LISTED} more"] if len(self.against) > LISTED else []

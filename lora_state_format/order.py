@@ -408,12 +408,11 @@ def decide(
 
     chosen, (state, evidence) = found[0], weighed(found[0])
     if len(found) > 1 and (first is None or (evidence is not None and evidence.verdict == "contradicted")):
-        for candidate in found if weights else ():
-            state, evidence = weighed(candidate)
-            if evidence and all(evidence.orders[c.rules[0]] == "excluded" for c in found if c is not candidate):
-                chosen = candidate
-                break
-        else:
+        others = ((c, *weighed(c)) for c in found if weights)
+        settled = next((other for other in others if other[2] and other[2].rules_out(c.rules[0] for c in found)), None)
+        if settled:
+            chosen, state, evidence = settled
+        elif first is None:
             raise AmbiguousOrderError(_several_fit(found, weights is not None), tuple(c.rules[0] for c in found))
     if evidence and evidence.verdict == "contradicted" and rule in {None, "listed"} and source in INFERRED:
         raise ConversionError(_contradicted(evidence))

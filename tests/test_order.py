@@ -12,8 +12,10 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 import lora_state_format as lsf
+from lora_state_format import registry
 from lora_state_format.errors import AmbiguousOrderError, ConversionError, OptionError
 from lora_state_format.model import Group, Optimizer, Parameter, PositionalState, Role, Slot, Value, contiguous
+from lora_state_format.names import adapter_parameters
 from lora_state_format.order import RULES, Described, candidates, decide, interchangeable, side_by_side
 from lora_state_format.sources import Memory
 
@@ -559,6 +561,20 @@ def test_a_wrong_order_of_a_full_model(
     found = trained(case)
     path = miswritten(found.folder, list(found.slots), tmp_path / "wrong", WRONG[wrong](3))
     assert said(path) in {"refused", "inconclusive"}
+
+
+def test_a_live_order_that_the_weights_contradict(founding: Any) -> None:
+    """A rule that they bear out takes its place; where they bear out none, the live order stands, contradicted."""
+    checkpoint = registry.detect(founding.path)[0].read(founding.path)
+    assert isinstance(checkpoint.state, PositionalState)
+    parameters = adapter_parameters(checkpoint.weights)
+    live = [[WRONG["reversed"](28)(name) for name in founding.slots]]
+    named = decide(checkpoint.state, parameters, weights=checkpoint.weights, live=live, source="model")
+    assert (list(named), named.naming.rule) == (list(founding.slots), "trainer")
+    names = [WRONG["shifted"](28)(name) for name in founding.slots]
+    moved = [p for name in names for p in parameters if p.name == name]
+    named = decide(checkpoint.state, moved, weights=checkpoint.weights, live=live, source="model")
+    assert (list(named), named.naming.rule, verdict(named)) == (live[0], "live", "contradicted")
 
 
 def test_sorted_names_are_refused_by_shapes(founding: Any, tmp_path: Path) -> None:
