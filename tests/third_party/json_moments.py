@@ -1,0 +1,34 @@
+"""Adam's moments as lists in JSON: ``{"moments": {name: {"step": 3, "exp_avg": [...], "exp_avg_sq": [...]}}}``."""
+
+from __future__ import annotations
+
+import json
+import struct
+from pathlib import Path
+
+from lora_state_format.keyed import named
+from lora_state_format.model import Checkpoint, Tensor, contiguous
+from lora_state_format.registry import Match
+from lora_state_format.sources import Memory
+from lora_state_format.state_dict import from_state_dict
+
+NAME = "json_moments"
+DESCRIPTION = "Adam's moments in a file that ends in .moments.json"
+
+
+def detect(path: Path) -> Match | None:
+    return Match("a name that ends in .moments.json", path) if path.name.endswith(".moments.json") else None
+
+
+def read(path: Path) -> Checkpoint:
+    moments = json.loads(path.read_text())["moments"]
+    state = {
+        name: {slot: value if slot == "step" else tensor(value) for slot, value in slots.items()}
+        for name, slots in moments.items()
+    }
+    tree = {"state": state, "param_groups": [{"lr": 1e-3, "params": list(state)}]}
+    return Checkpoint(named(from_state_dict(tree, origin={"format": NAME})))
+
+
+def tensor(values: list[float]) -> Tensor:
+    return contiguous("F32", (len(values),), Memory(struct.pack(f"<{len(values)}f", *values)))
