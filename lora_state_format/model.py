@@ -150,11 +150,14 @@ class Tensor:
 
         Raises ``FileError`` if the pieces do not cover every element exactly once.
         """
+        if len(self.pieces) == 1 and _is_whole(self.pieces[0], self.shape):
+            return (Run(self.pieces[0].source, self.pieces[0].offset, self.size),) if self.size else ()
         extents = [(*_extent(piece, self.shape), piece) for piece in self.pieces]
         covered = sum(count for _, count, _ in extents)
         if covered != self.count:
             raise FileError(f"pieces with {covered} elements for a tensor of shape {list(self.shape)}")
         if any(start is None for start, _, _ in extents):
+            _check_disjoint(self)
             return None
         runs, end = [], 0
         for start, count, piece in sorted(extents, key=lambda extent: extent[0]):
@@ -162,6 +165,8 @@ class Tensor:
                 continue
             if start != end:
                 raise FileError(f"pieces of a tensor of shape {list(self.shape)} that do not meet at element {end}")
+            if count * BITS[self.dtype] % 8:
+                raise FileError(f"a piece of {count} elements of {self.dtype}, which are not whole bytes")
             runs.append(Run(piece.source, piece.offset, count * BITS[self.dtype] // 8))
             end = start + count
         return tuple(runs)
@@ -226,11 +231,15 @@ class Tensor:
         return contiguous(self.dtype, self.shape, self, 0)
 
     def permute(self, axes: Sequence[int]) -> Tensor:
-        """The tensor with its axes in another order; bytes are gathered when they are read."""
+        """The tensor with its axes in another order; bytes are gathered when they are read.
+
+        Raises ``TypeError`` for a dtype that is smaller than a byte.
+        """
         if sorted(axes) != list(range(len(self.shape))):
             raise ValueError(f"axes {tuple(axes)} of a tensor with {len(self.shape)}")
         if list(axes) == list(range(len(self.shape))):
             return self
+        self._check_whole_bytes()
 
         def pick(values: Sequence[int]) -> tuple[int, ...]:
             return tuple(values[axis] for axis in axes)
@@ -245,11 +254,17 @@ class Tensor:
         return Tensor(self.dtype, pick(self.shape), tuple(pieces))
 
     def part(self, start: Sequence[int], shape: Sequence[int]) -> Tensor:
-        """The box of ``shape`` elements from ``start`` on, as a tensor of its own; nothing is read."""
+        """The box of ``shape`` elements from ``start`` on, as a tensor of its own; nothing is read.
+
+        Raises ``TypeError`` for a dtype that is smaller than a byte, unless the box is the whole tensor.
+        """
         if len(start) != len(self.shape) or len(shape) != len(self.shape):
             raise ValueError(f"a box of {len(shape)} axes in a tensor of {len(self.shape)}")
         if any(not 0 <= s <= s + n <= d for s, n, d in zip(start, shape, self.shape, strict=True)):
             raise ValueError(f"box {tuple(shape)} at {tuple(start)} of a tensor of shape {self.shape}")
+        if tuple(shape) == self.shape:
+            return self
+        self._check_whole_bytes()
         target = Box(tuple(start), tuple(shape))
         pieces = []
         for piece in self.boxed().pieces:
@@ -264,6 +279,10 @@ class Tensor:
             offset = piece.offset + skipped * item_size(self.dtype)
             pieces.append(Piece(piece.source, offset, moved, None if dense else strides))
         return Tensor(self.dtype, target.shape, tuple(pieces))
+
+    def _check_whole_bytes(self) -> None:
+        if BITS[self.dtype] % 8:
+            raise TypeError(f"elements of {self.dtype} are smaller than a byte: such a tensor is taken whole")
 
     def read(self, slices: Sequence[slice]) -> bytearray:
         """The bytes of a part, in C order; only what the part needs is read. Steps other than 1 are refused."""
@@ -320,15 +339,46 @@ def _intersection(a: Box, b: Box) -> Box | None:
     return Box(start, tuple(y - x for x, y in zip(start, stop, strict=True)))
 
 
+def _is_whole(piece: Piece, shape: tuple[int, ...]) -> bool:
+    """Whether a piece is all of a tensor, in C order."""
+    return isinstance(piece.where, Box) and piece.strides is None and piece.where == Box((0,) * len(shape), shape)
+
+
 def _extent(piece: Piece, shape: tuple[int, ...]) -> tuple[Any, int]:
-    """First element and number of elements of a piece that is one run of the tensor; ``None`` for the first if not."""
-    if isinstance(piece.where, Flat):
-        return piece.where.start, piece.where.count
-    count = math.prod(piece.where.shape)
-    rest = piece.where.shape[1:] == shape[1:]
-    if piece.strides is not None or not (rest or count == 0):
+    """First element and number of elements of a piece that is one run of the tensor; ``None`` for the first if not.
+
+    Raises ``FileError`` for a piece that is not inside the tensor.
+    """
+    where, strides = piece.where, piece.strides
+    if isinstance(where, Flat):
+        if where.start < 0 or where.count < 0:
+            raise FileError(f"a piece of {where.count} elements from {where.start} on")
+        return where.start, where.count
+    inside = len(where.start) == len(where.shape) == len(shape) and all(
+        0 <= start <= start + size <= whole for start, size, whole in zip(where.start, where.shape, shape, strict=True)
+    )
+    if not inside or (strides is not None and (len(strides) != len(shape) or min(strides, default=0) < 0)):
+        raise FileError(f"{where} with strides {strides} in a tensor of shape {list(shape)}")
+    count = math.prod(where.shape)
+    first = next((axis for axis, size in enumerate(where.shape) if size != 1), len(shape))
+    dense = strides is None or _drop_units(where.shape, strides) == _drop_units(where.shape, c_strides(where.shape))
+    if count and not (dense and where.shape[first + 1 :] == shape[first + 1 :]):
         return None, count
-    return (piece.where.start[0] * math.prod(shape[1:]) if shape else 0), count
+    return sum(start * stride for start, stride in zip(where.start, c_strides(shape), strict=True)), count
+
+
+def _check_disjoint(tensor: Tensor) -> None:
+    """Raise ``FileError`` for pieces that share elements, or are of two kinds; all are inside the tensor."""
+    boxes = [piece.where for piece in tensor.pieces if isinstance(piece.where, Box) and 0 not in piece.where.shape]
+    boxes.sort(key=lambda box: box.start)
+    if any(isinstance(piece.where, Flat) for piece in tensor.pieces):
+        raise FileError(f"boxes and flat pieces in one tensor of shape {list(tensor.shape)}")
+    for index, box in enumerate(boxes):
+        for other in boxes[index + 1 :]:
+            if other.start[0] >= box.start[0] + box.shape[0]:
+                break
+            if _intersection(box, other):
+                raise FileError(f"{box} and {other} share elements of a tensor of shape {list(tensor.shape)}")
 
 
 def _fill(tensor: Tensor, first: int, last: int, out: memoryview) -> None:
@@ -604,15 +654,24 @@ class OptimizerState(Mapping[str, Parameter]):
     def _index(self) -> dict[str, Parameter]:
         return {parameter.name: parameter for parameter in self.parameters}
 
+    @cached_property
+    def _foreign(self) -> dict[str, Parameter | None]:
+        """The parameters by what others call them; ``None`` where that is several."""
+        found: dict[str, Parameter | None] = {}
+        for parameter in self.parameters:
+            for key in set(parameter.keys.values()):
+                found[key] = parameter if key not in found else None
+        return found
+
     def __getitem__(self, name: str) -> Parameter:
         """By name, or by a foreign key (``keys``) that only one parameter has."""
         try:
             return self._index[name]
         except KeyError:
-            found = [p for p in self.parameters if name in p.keys.values()]
-            if len(found) != 1:
+            found = self._foreign.get(name)
+            if found is None:
                 raise
-            return found[0]
+            return found
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._index)
