@@ -11,9 +11,14 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from hypothesis import settings
 
 if TYPE_CHECKING:
     import torch
+
+# A time limit for each example fails on a busy machine and says nothing.
+settings.register_profile("tests", deadline=None)
+settings.load_profile("tests")
 
 
 @dataclass(frozen=True)
