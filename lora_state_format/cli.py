@@ -149,6 +149,21 @@ _names = click.option(
     type=PATH,
     help="Take names from: a file with one name a line in optimizer order, an adapter file, a folder with configs.",
 )
+_optimizer = click.option(
+    "--optimizer",
+    metavar="CLASS",
+    help="The optimizer's class path, or its rule (adamw), where the file does not say it.",
+)
+_option = click.option(
+    "--option", "options", metavar="KEY[=VALUE]", multiple=True, callback=_parse_options,
+    help="What a format has to be told; `lora-state formats` lists it.",
+)  # fmt: skip
+_map = click.option(
+    "--map",
+    "layout",
+    metavar="MAP",
+    help="Names and axes of another library: mlx_lm, flax_nnx, ..., or a file with a map.",
+)
 _force = click.option("--force", is_flag=True, help="Replace the target if it exists.")
 
 
@@ -162,20 +177,20 @@ _force = click.option("--force", is_flag=True, help="Replace the target if it ex
     "--rule", metavar="RULE", is_eager=True, callback=_list_rules,
     help="How the optimizer's groups were made; `--rule list` shows the rules.",
 )  # fmt: skip
-@click.option("--optimizer", metavar="CLASS", help="Class path of the optimizer, where the file does not say it.")
+@_optimizer
+@_map
 @click.option("--base", type=PATH, help="A checkpoint of the target's format, to take the rest from.")
-@click.option(
-    "--option", "options", metavar="KEY[=VALUE]", multiple=True, callback=_parse_options,
-    help="What a format has to be told; `lora-state formats` lists it.",
-)  # fmt: skip
+@_option
 @click.option("--dequantize", is_flag=True, help="Decode 8-bit and 4-bit moments to float32; the report says the loss.")
 @_force
 @click.option("--dry-run", is_flag=True, help="Do everything but write.")
 @_json
-def convert(source: Path, target: Path, as_json: bool, **options: Any) -> None:
+def convert(source: Path, target: Path, layout: str | None, as_json: bool, **options: Any) -> None:
     """Convert the checkpoint SOURCE into the file TARGET, keyed by parameter name."""
     from lora_state_format.conversion import convert
 
+    if layout is not None:
+        options["options"]["map"] = layout
     with _progress(f"converting {_printable(source.name)}") as progress:
         report = convert(source, target, progress=progress, **options)
     for warning in report.warnings:
@@ -189,14 +204,27 @@ def convert(source: Path, target: Path, as_json: bool, **options: Any) -> None:
 @commands.command()
 @click.argument("path", type=PATH)
 @_from
+@_optimizer
+@_map
+@_option
 @click.option("--stats", is_flag=True, help="Read every tensor: magnitudes, zeros, what is not finite.")
 @_json
-def inspect(path: Path, source_format: str | None, stats: bool, as_json: bool) -> None:
+def inspect(
+    path: Path,
+    source_format: str | None,
+    optimizer: str | None,
+    layout: str | None,
+    options: dict[str, Any],
+    stats: bool,
+    as_json: bool,
+) -> None:
     """Show what a checkpoint of any known format holds; no tensor is read without --stats."""
     from lora_state_format import registry, report
 
     converter = registry.get(source_format) if source_format else registry.detect(path)[0]
-    state = converter.read(path).state
+    told = {key: value for key, value in (("optimizer", optimizer), ("map", layout)) if value is not None} | options
+    registry.check_options(told, converter)
+    state = converter.read(path, **({"options": told} if told else {})).state
     with contextlib.ExitStack() as stack:
         for resource in state.resources:
             stack.enter_context(resource)

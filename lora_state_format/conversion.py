@@ -15,7 +15,7 @@ from lora_state_format.errors import ConversionError, FileError, MissingNamesErr
 from lora_state_format.manifest import ALGORITHM
 from lora_state_format.model import Checkpoint, Digest, Naming, OptimizerState, Parameter, PositionalState, Tensor
 from lora_state_format.names import adapter_parameters, peft_key, read_names
-from lora_state_format.report import SCHEMA_VERSION, describe_naming, naming_json, tensors
+from lora_state_format.report import NOTHING_HELD, SCHEMA_VERSION, describe_naming, naming_json, tensors
 from lora_state_format.sources import File
 
 if TYPE_CHECKING:
@@ -104,7 +104,7 @@ def read(
     other ``ConversionError``\\ s where the parameters cannot be named, ``OptionError`` for what does not apply.
     """
     converter = registry.detect(path)[0] if source_format is None else registry.get(source_format)
-    _check_options(options or {}, converter)
+    registry.check_options(options or {}, converter)
     return _read(converter, Path(path), names, rule, optimizer, options or {})[0]
 
 
@@ -143,7 +143,7 @@ def convert(
     writer = registry.writer(target_format)
     converter = registry.detect(source)[0] if source_format is None else registry.get(source_format)
     options = options or {}
-    _check_options(options, converter, writer)
+    registry.check_options(options, converter, writer)
     state, weights = _read(converter, source, names, rule, optimizer, options)
     decoded = quantised.dequantize(state) if dequantize else None
     with _paired(decoded.state if decoded else state, weights) as state:
@@ -191,15 +191,6 @@ def belongs(path: str | os.PathLike[str], weights: str | os.PathLike[str]) -> tu
         settled = state.naming.rule is None and pairing.matching == len(state)
         compared = pairing.matching + len(pairing.differing) > 0
         return (pairing if compared else None), (None if settled else weigh(state, checkpoint.weights))
-
-
-def _check_options(options: Mapping[str, Any], *converters: Converter) -> None:
-    known = {key: meaning for converter in converters for key, meaning in registry.options(converter).items()}
-    for key in options:
-        if key not in known:
-            choice = "; ".join(f"{known_key} ({meaning})" for known_key, meaning in known.items()) or "none"
-            names = " and ".join(dict.fromkeys(converter.NAME for converter in converters))
-            raise OptionError(f"no option '{key}' for {names}; there are: {choice}")
 
 
 def _options(options: Mapping[str, Any], converter: Converter) -> dict[str, Mapping[str, Any]]:
@@ -387,10 +378,7 @@ def _notes(state: OptimizerState) -> list[str]:
     if state.carried:
         notes.append(f"{len(state.carried)} parameters with state are in no group; they stand behind the groups")
     if not any(parameter.state for parameter in state.parameters):
-        notes.append(
-            "no parameter has any state: either no step was taken, or the optimizer keeps its moments where no state "
-            "dict shows them, as the layerwise variants of GaLore and APOLLO, LOMO and AdaLomo do"
-        )
+        notes.append(NOTHING_HELD)
     return notes
 
 

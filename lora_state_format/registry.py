@@ -26,6 +26,7 @@ __all__ = [
     "Converter",
     "Match",
     "Writer",
+    "check_options",
     "detect",
     "get",
     "names",
@@ -127,6 +128,16 @@ def options(converter: Converter) -> Mapping[str, str]:
     """What a converter can be told: key -> what it means."""
     found: Mapping[str, str] = getattr(converter, "OPTIONS", {})
     return found
+
+
+def check_options(options: Mapping[str, Any], *converters: Converter) -> None:
+    """Raise ``OptionError`` for an option that none of the converters knows."""
+    known = {key: meaning for converter in converters for key, meaning in getattr(converter, "OPTIONS", {}).items()}
+    for key in options:
+        if key not in known:
+            choice = "; ".join(f"{known_key} ({meaning})" for known_key, meaning in known.items()) or "none"
+            names = " and ".join(dict.fromkeys(converter.NAME for converter in converters))
+            raise OptionError(f"no option '{key}' for {names}; there are: {choice}")
 
 
 def writer(name: str) -> Writer:
