@@ -20,7 +20,6 @@ from lora_state_format.names import split_adapter
 from lora_state_format.registry import Match
 from lora_state_format.state_dict import Found, from_state_dict, to_state_dict
 from lora_state_format.torch_save import save
-from lora_state_format.trees import check_options
 
 NAME: Final = "accelerate"
 DESCRIPTION: Final = "a folder of accelerate's save_state, or of FSDP's full state dict: optimizer.bin, optimizer_1.bin"
@@ -49,8 +48,7 @@ def _files(path: Path) -> list[Path]:
 
 
 def read(path: Path, options: Mapping[str, Any] | None = None) -> Checkpoint:
-    """Raises ``RefusedError`` for files that hold the shards of one rank."""
-    check_options(options or {}, OPTIONS, NAME)
+    """Raises ``RefusedError`` for files that hold the shards of one rank. ``options`` are for writing."""
     if local := sorted(file for file in path.iterdir() if _LOCAL.fullmatch(file.name)):
         raise RefusedError(
             f"one of {len(local)} files with the shards of single ranks, which do not say how they fit together: load "
@@ -89,7 +87,6 @@ def write(
     if base is not None:
         raise OptionError(f"{NAME} writes whole files and takes nothing from another ({base})")
     chosen = options or {}
-    check_options(chosen, OPTIONS, NAME)
     targets = [path / f"optimizer{f'_{index}' if index else ''}.bin" for index in range(len(state.optimizers))]
     for target in targets:
         if target.exists() and not force:

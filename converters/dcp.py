@@ -19,7 +19,6 @@ from lora_state_format.errors import FileError
 from lora_state_format.model import Checkpoint, OptimizerState, Scalar, Tensor
 from lora_state_format.registry import Match
 from lora_state_format.state_dict import Found, from_state_dict
-from lora_state_format.trees import check_options
 
 NAME: Final = "dcp"
 DESCRIPTION: Final = "a torch.distributed.checkpoint folder (FSDP, torchtitan, ...): .metadata and *.distcp files"
@@ -44,7 +43,8 @@ def _folders(path: Path) -> list[Path]:
     return [folder for folder in candidates if b"param_groups" in (folder / METADATA).read_bytes()]
 
 
-def read(path: Path) -> Checkpoint:
+def read(path: Path, options: Mapping[str, Any] | None = None) -> Checkpoint:
+    """``options`` are for writing."""
     places = _folders(path)
     if not places:
         raise FileError("no DCP folder whose .metadata lists an optimizer's param_groups", path=path)
@@ -156,7 +156,6 @@ def write(
 ) -> None:
     """Write a folder for ``torch.distributed.checkpoint.load`` and ``set_optimizer_state_dict``."""
     chosen = options or {}
-    check_options(chosen, OPTIONS, NAME)
     key = str(chosen.get("key", "optimizer"))
     laid_out = _flat_entries if chosen.get("flattened") else _nested_entries
     entries: dict[tuple[Any, ...], Any] = {}

@@ -23,7 +23,7 @@ from lora_state_format.pickles import Record
 from lora_state_format.registry import Match
 from lora_state_format.state_dict import from_state_dict
 from lora_state_format.torch_save import save
-from lora_state_format.trees import check_options, member
+from lora_state_format.trees import member
 
 NAME: Final = "deepspeed_universal"
 DESCRIPTION: Final = "a DeepSpeed universal checkpoint: zero/<parameter>/exp_avg.pt and zero/optimizer_state.pt"
@@ -52,7 +52,6 @@ def _folder(path: Path) -> Path | None:
 
 def read(path: Path, options: Mapping[str, Any] | None = None) -> Checkpoint:
     options = options or {}
-    check_options(options, OPTIONS, NAME)
     folder = _folder(path)
     if folder is None:
         raise FileError("no folder zero with an optimizer_state.pt", path=path)
@@ -165,12 +164,14 @@ def _shaped(tensor: Tensor, shape: tuple[int, ...], path: Path) -> Tensor:
 # --- writing ------------------------------------------------------------------------------------------------------
 
 
-def write(state: OptimizerState, path: Path, *, base: Path | None, force: bool) -> None:
+def write(
+    state: OptimizerState, path: Path, *, base: Path | None, force: bool, options: Mapping[str, Any] | None = None
+) -> None:
     """Write a folder for ``load_checkpoint`` with ``checkpoint.load_universal``: a tag and ``latest_universal``.
 
     ``base`` is a DeepSpeed checkpoint of the same run (its tag folder): what is not optimizer state, the model's files
     and the loss scaler, is taken from it. Raises ``UnrepresentableError`` if the fp32 masters (slot ``master_param``)
-    are not in the state, or if parameters, shapes or groups are not those of ``base``.
+    are not in the state, or if parameters, shapes or groups are not those of ``base``. ``options`` are for reading.
     """
     if base is None:
         raise OptionError(

@@ -24,7 +24,7 @@ from lora_state_format.model import Checkpoint, Flat, Piece, Run, Scalar, Tensor
 from lora_state_format.pickles import Record
 from lora_state_format.registry import Match
 from lora_state_format.state_dict import from_state_dict
-from lora_state_format.trees import check_options, member
+from lora_state_format.trees import member
 
 NAME: Final = "deepspeed_zero"
 DESCRIPTION: Final = "a DeepSpeed ZeRO folder: one zero_pp_rank_*_optim_states.pt per rank, or a 'latest' that names it"
@@ -77,7 +77,6 @@ class _Rank:
 
 def read(path: Path, options: Mapping[str, Any] | None = None) -> Checkpoint:
     options = options or {}
-    check_options(options, OPTIONS, NAME)
     folder = _tag_folder(path)
     if folder is None:
         raise FileError("no ZeRO optimizer files (zero_pp_rank_*_optim_states.pt)", path=path)

@@ -21,7 +21,6 @@ from lora_state_format.model import Box, Checkpoint, Piece, Tensor
 from lora_state_format.registry import Match
 from lora_state_format.sources import File
 from lora_state_format.state_dict import from_state_dict
-from lora_state_format.trees import check_options
 
 NAME: Final = "megatron"
 DESCRIPTION: Final = "a Megatron-core or NeMo torch_dist checkpoint: metadata.json beside .metadata (from source only)"
@@ -51,7 +50,6 @@ def _folder(path: Path) -> Path | None:
 def read(path: Path, options: Mapping[str, Any] | None = None) -> Checkpoint:
     """Raises ``RefusedError`` for buckets of flat buffers, which only the model can take apart."""
     chosen = options or {}
-    check_options(chosen, OPTIONS, NAME)
     place = _folder(path)
     if place is None:
         raise FileError("no .metadata with a metadata.json that names a sharded_backend", path=path)

@@ -11,6 +11,7 @@ from typing import Any, Final, NamedTuple
 from lora_state_format.model import Naming, OptimizerState, PositionalState, Scalar, Slot, Tensor, Value, walk
 
 __all__ = [
+    "NOTHING_HELD",
     "SCHEMA_VERSION",
     "Entry",
     "Statistics",
@@ -32,6 +33,12 @@ SOURCES: Final[Mapping[str, str]] = {
     "adapter": "the adapter file",
     "configs": "a model rebuilt from its configs",
 }
+
+NOTHING_HELD: Final = (
+    "no parameter has any state: either no step was taken, or the optimizer keeps its moments where no state dict "
+    "shows them, as the layerwise variants of GaLore and APOLLO, LOMO and AdaLomo do"
+)
+"""What there is to say of a state without moments."""
 
 NUMBER: Final = re.compile(r"(?<![^.])\d+(?![^.])")
 """A segment of a parameter's name that is a number: a layer's, an expert's."""
@@ -156,6 +163,8 @@ def describe(state: OptimizerState | PositionalState, *, statistics: bool = Fals
         yield from describe_naming(state.naming)
     else:
         yield "names: none, the state stands under positions"
+    if not any(entry.state for entry in entries(state)):
+        yield NOTHING_HELD
     for index, optimizer in enumerate(state.optimizers):
         yield f"optimizer {index}: {optimizer.class_path or 'class not stated'}"
     for index, group in enumerate(state.groups):

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any, TypeVar, overload
 
-from lora_state_format.errors import FileError, OptionError
+from lora_state_format.errors import FileError
 
-__all__ = ["check_options", "member"]
+__all__ = ["member"]
 
 T = TypeVar("T")
 
@@ -33,11 +32,3 @@ def member(tree: Any, key: Any, kind: Any, path: object) -> Any:
         kinds = " or ".join(k.__name__ for k in (kind if isinstance(kind, tuple) else (kind,)))
         raise FileError(f"{key!r} is a {type(value).__name__}, where {kinds} is expected", path=path)
     return value
-
-
-def check_options(options: Mapping[str, Any], known: Mapping[str, str], converter: str) -> None:
-    """Raise ``OptionError`` for an option that a converter does not have. ``known`` says what each one does."""
-    for name in options:
-        if name not in known:
-            offered = "; ".join(f"{option} ({meaning})" for option, meaning in known.items()) or "none"
-            raise OptionError(f"{converter} has no option '{name}'; it has: {offered}")

@@ -16,7 +16,7 @@ from lora_state_format import registry
 from lora_state_format.container import open_state
 from lora_state_format.conversion import convert
 from lora_state_format.dcp import open_folder, write_folder
-from lora_state_format.errors import FileError, OptionError, RefusedError, TargetExistsError, UnrepresentableError
+from lora_state_format.errors import FileError, RefusedError, TargetExistsError, UnrepresentableError
 from lora_state_format.model import OptimizerState, PositionalState, Role
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -143,13 +143,6 @@ def test_nothing_is_overwritten_and_nothing_foreign_deleted(fsdp: Callable[[str]
         with pytest.raises(TargetExistsError) as foreign:
             dcp.write(state, target, base=None, force=True)
         assert str(foreign.value) == f"{target} holds other files too (model.safetensors); choose another folder"
-        with pytest.raises(OptionError) as option:
-            dcp.write(state, tmp_path / "x", base=None, force=False, options={"layout": 1})
-        assert str(option.value) == (
-            "dcp has no option 'layout'; it has: key (where the optimizer stands in the tree that is written: "
-            "'optimizer' if not said, '' for the top); flattened (write torch's flattened layout "
-            "(flatten_optimizer_state_dict=True))"
-        )
     assert [path.name for path in tmp_path.iterdir()] == ["written"]
 
 
