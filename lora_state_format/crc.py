@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
@@ -13,19 +13,16 @@ from lora_state_format.sources import Source
 if TYPE_CHECKING:
 
     def crc32(data: bytes | memoryview, value: int = 0) -> int: ...
-    def combine(first: int, second: int, size: int) -> int: ...
 
-    COMBINES = True
+    combine: Callable[[int, int, int], int] | None
 else:
     try:
         from isal.isal_zlib import crc32
         from isal.isal_zlib import crc32_combine as combine
-
-        COMBINES = True
-    except ImportError:  # no wheel for this platform
+    except ImportError:  # no wheel for this platform: slower, and what was cut into pieces is read again
         from zlib import crc32
 
-        COMBINES = False
+        combine = None
 
 __all__ = ["Ledger", "crc32"]
 
@@ -83,8 +80,10 @@ class Ledger:
 
 
 def _combined_crc(source: Source, parts: Sequence[tuple[int, int, int]], buffer: memoryview) -> int:
-    overlap = any(a[0] + a[1] > b[0] for a, b in pairwise(parts))
-    if overlap or (combine is None and [part[:2] for part in parts] != [(0, source.size)]):
+    """The CRC of a source whose parts (offset, size, CRC) were seen; what lies between them is read."""
+    if [part[:2] for part in parts] == [(0, source.size)]:
+        return parts[0][2]
+    if combine is None or any(a[0] + a[1] > b[0] for a, b in pairwise(parts)):
         parts = ()
     crc = position = 0
     for offset, size, part in [*parts, (source.size, 0, 0)]:
@@ -92,6 +91,7 @@ def _combined_crc(source: Source, parts: Sequence[tuple[int, int, int]], buffer:
             chunk = buffer[: min(len(buffer), offset - start)]
             source.readinto(start, chunk)
             crc = crc32(chunk, crc)
-        crc = part if offset == 0 and size else combine(crc, part, size) if size else crc
+        if combine is not None and size:
+            crc = combine(crc, part, size)
         position = offset + size
     return crc
