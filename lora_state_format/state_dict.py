@@ -338,10 +338,17 @@ def to_state_dict(state: OptimizerState | PositionalState, optimizer: int = 0) -
     """The positional state dict that an optimizer of the state would have written, or had written.
 
     Ids are those of the source, or the positions where they were 0..n-1 or never given. Tensors stay ``Tensor`` and
-    ``Scalar``. Raises ``UnrepresentableError`` for carried parameters, which are in no group.
+    ``Scalar``. Raises ``UnrepresentableError`` for carried parameters, which are in no group, and where the order of
+    the parameters is not a torch optimizer's.
     """
     several = len(state.optimizers) > 1
     if isinstance(state, OptimizerState):
+        nameless = any(parameter.original_id is None for parameter in state.parameters)
+        if nameless and state.naming.details.get("order") == "unknown":
+            raise UnrepresentableError(
+                f"the parameters stand in the order of a file of format '{state.origin.get('format')}', and positions "
+                "would have to be those of a torch optimizer: load the state by name"
+            )
         carried = [p.name for p in state.carried if p.state is not None]
         if carried:
             raise UnrepresentableError(

@@ -475,6 +475,22 @@ def test_on_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     assert capsys.readouterr().err == "error: no option 'map' for named; there are: none\n"
 
 
+def test_an_order_that_is_not_torchs_gives_no_positions(tmp_path: Path) -> None:
+    from lora_state_format.state_dict import to_state_dict
+
+    state = replace(state_of({"b.kernel": A}), naming=Naming("checkpoint", details={"order": "unknown"}))
+    known = mapping.apply(replace(state_of({f"{PATH}.lora_a": A}), naming=state.naming), load("flax_nnx"))
+    assert to_state_dict(known)["param_groups"] == [{"params": [0]}]
+    unknown = mapping.apply(replace(state_of({"b.kernel": A, "a.kernel": A})), load("flax_linen"))
+    for case in (state, unknown):
+        with pytest.raises(UnrepresentableError) as caught:
+            to_state_dict(case)
+        assert str(caught.value) == (
+            "the parameters stand in the order of a file of format 'x', and positions would have to be those of a torch "
+            "optimizer: load the state by name"
+        )
+
+
 # --- properties ---------------------------------------------------------------------------------------------------
 
 SIZES = st.integers(1, 4)
