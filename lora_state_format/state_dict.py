@@ -346,7 +346,7 @@ def to_state_dict(state: OptimizerState | PositionalState, optimizer: int = 0) -
         nameless = any(parameter.original_id is None for parameter in state.parameters)
         if nameless and state.naming.details.get("order") == "unknown":
             raise UnrepresentableError(
-                f"the parameters stand in the order of a file of format '{state.origin.get('format')}', and positions "
+                f"the parameters stand in the order of a file of format {state.origin.get('format')!r}, and positions "
                 "would have to be those of a torch optimizer: load the state by name"
             )
         carried = [p.name for p in state.carried if p.state is not None]

@@ -486,8 +486,8 @@ def test_an_order_that_is_not_torchs_gives_no_positions(tmp_path: Path) -> None:
         with pytest.raises(UnrepresentableError) as caught:
             to_state_dict(case)
         assert str(caught.value) == (
-            "the parameters stand in the order of a file of format 'x', and positions would have to be those of a torch "
-            "optimizer: load the state by name"
+            "the parameters stand in the order of a file of format 'x', and positions would have to be those of a "
+            "torch optimizer: load the state by name"
         )
 
 
