@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any, Final
@@ -41,8 +41,9 @@ OPTIONS: Final[Mapping[str, Kind]] = {
 """Option -> its kind."""
 
 
-def kind_of(option: str) -> Kind:
-    return OPTIONS.get(option, Kind.MATH)
+def kind_of(option: str, beside: Collection[str] = ("d0",)) -> Kind:
+    """The kind of an option among those of its group: ``d`` is state in Prodigy, where ``d0`` is its first value."""
+    return Kind.MATH if option == "d" and "d0" not in beside else OPTIONS.get(option, Kind.MATH)
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,7 +86,7 @@ def choose(state: OptimizerState, live: LiveOptimizer, restored: Mapping[str, st
         fed = [number for number, feeding in enumerate(sources) if source in feeding]
         for key, value in options.items():
             values = {number: live.options[number][key] for number in fed if key in live.options[number]}
-            decided = key in given or kind_of(key) not in (Kind.MATH, Kind.SCHEDULE)
+            decided = key in given or kind_of(key, options) not in (Kind.MATH, Kind.SCHEDULE)
             if not decided and len(_distinct(values.values())) > 1:
                 problems.append(_splitting(key, source, value, values))
     return Chosen(tuple(result), tuple(problems), (*_zero_rate(live, result, given), *_left_out(live, saved, sources)))
@@ -121,8 +122,8 @@ def _sources(state: OptimizerState, live: LiveOptimizer, restored: Mapping[str, 
 def _settable(live: Mapping[str, Value], saved: Sequence[Mapping[str, Value]]) -> Iterator[str]:
     """The options that may be set: those that the group has, and state that only the file has."""
     yield from (key for key in live if kind_of(key) is not Kind.RUNTIME)
-    found = dict.fromkeys(key for options in saved for key in options)
-    yield from (key for key in found if key not in live and kind_of(key) is Kind.STATE)
+    found = {key: None for options in saved for key in options if kind_of(key, options) is Kind.STATE}
+    yield from (key for key in found if key not in live)
 
 
 def _merging(key: str, number: int, values: Mapping[int, Value]) -> Problem:
@@ -166,7 +167,7 @@ def _left_out(
         for number, feeding in enumerate(sources)
         for source in feeding
         for key in saved[source]
-        if kind_of(key) is Kind.MATH and key not in live.options[number]
+        if kind_of(key, saved[source]) is Kind.MATH and key not in live.options[number]
     }
     if strange:
         yield f"the live groups have no option {', '.join(strange)}: what the file says of it was left out"

@@ -407,12 +407,20 @@ def test_an_optimizer_with_one_state_for_all_parameters_takes_it_back_in_order_o
 
 def test_what_each_kind_of_option_does() -> None:
     saved: dict[str, Value]
-    saved = {"lr": 5e-4, "betas": (0.8, 0.9), "foreach": True, "fused": True, "d": 0.5, "initial_lr": 1.0, "lr_mult": 2}
+    saved = {
+        "lr": 5e-4,
+        "betas": (0.8, 0.9),
+        "foreach": True,
+        "fused": True,
+        "d_max": 0.5,
+        "initial_lr": 1.0,
+        "lr_mult": 2,
+    }
     own: dict[str, Value]
     own = {"lr": 1e-3, "betas": (0.9, 0.999), "foreach": None, "fused": None, "name": "mine", "maximize": False}
     made = plan(state([parameter("a")], options=[saved]), live(["a"], options=[own]))
     made.check()
-    assert made.options == ({"lr": 5e-4, "betas": (0.8, 0.9), "d": 0.5},)
+    assert made.options == ({"lr": 5e-4, "betas": (0.8, 0.9), "d_max": 0.5},)
     assert made.notes == ("the live groups have no option lr_mult: what the file says of it was left out",)
     assert {kind_of(key) for key in OPTIONS} == {Kind.SCHEDULE, Kind.RUNTIME, Kind.STATE}
     assert kind_of("betas") is Kind.MATH
