@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import pickle
@@ -333,15 +334,33 @@ def test_whoever_stops_reading_gets_no_traceback(converted: Path) -> None:
 
 
 def test_interrupt(founding: Founding, tmp_path: Path) -> None:
-    fifo = tmp_path / "names"
-    os.mkfifo(fifo)  # reading it waits until somebody writes
-    command = [*COMMAND, "convert", str(founding.path), str(tmp_path / "a.safetensors"), "--names", str(fifo)]
-    with subprocess.Popen(command, stderr=subprocess.PIPE) as process:
-        time.sleep(1)
+    names = tmp_path / "names"
+    os.mkfifo(names)  # whoever reads it waits until somebody writes
+    # Signals that are ignored stay so in a child, and a test run in the background ignores this one.
+    code = (
+        "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+        "from lora_state_format.cli import main; main()"
+    )
+    arguments = ["convert", str(founding.path), str(tmp_path / "a.safetensors"), "--names", str(names)]
+    process = subprocess.Popen([sys.executable, "-c", code, *arguments], stderr=subprocess.PIPE)
+    try:
+        writer = opened_by_a_reader(names)
         process.send_signal(signal.SIGINT)
-        _, error = process.communicate(timeout=20)
-    assert (process.returncode, error.strip()) == (130, b"error: interrupted")
+        _, error = process.communicate(timeout=60)
+        os.close(writer)
+    finally:
+        process.kill()
+    assert (process.returncode, error) == (130, b"error: interrupted\n")
     assert not (tmp_path / "a.safetensors").exists()
+
+
+def opened_by_a_reader(fifo: Path) -> int:
+    """The writing end of a pipe, as soon as its other end was opened."""
+    for _ in range(600):
+        with contextlib.suppress(OSError):
+            return os.open(fifo, os.O_WRONLY | os.O_NONBLOCK)
+        time.sleep(0.1)
+    raise AssertionError("nobody opened it")
 
 
 @pytest.fixture
