@@ -18,7 +18,7 @@ import torch
 from lora_state_format.cli import run
 
 if TYPE_CHECKING:
-    from conftest import Founding
+    from tests.conftest import Founding
 
 DOCS = Path(__file__).parent.parent / "docs"
 BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
