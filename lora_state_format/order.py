@@ -24,7 +24,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import permutations
+from itertools import compress, permutations
 from typing import Final, NamedTuple, TypeAlias
 
 from lora_state_format.errors import AmbiguousOrderError, ConversionError, OptionError
@@ -109,11 +109,13 @@ class _Era(NamedTuple):
     rule: str
     versions: str
     classes: frozenset[str]
-    patterns: tuple[str, ...]
+    pattern: re.Pattern[str]
 
     def decays(self, item: Described) -> bool:
-        name = item.name.lower()
-        return self.classes.isdisjoint(item.classes) and not any(re.search(p, name) for p in self.patterns)
+        return self.classes.isdisjoint(item.classes) and not self.pattern.search(item.parameter.name.lower())
+
+
+_BIAS: Final = re.compile("bias")
 
 
 _ERAS: Final = (
@@ -121,22 +123,17 @@ _ERAS: Final = (
         "trainer",
         "since 4.53",
         frozenset({"LayerNorm"}),
-        ("bias", "layernorm", "rmsnorm", r"(?:^|\.)norm(?:$|\.)", r"_norm(?:$|\.)"),
+        re.compile(r"bias|layernorm|rmsnorm|(?:^|\.|_)norm(?:$|\.)"),
     ),
-    _Era("trainer-4.52", "4.49 to 4.52", _REGISTERED, ("bias", "layernorm", "rmsnorm")),
-    _Era("trainer-4.48", "4.48", _REGISTERED, ("bias",)),
-    _Era(
-        "trainer-4.47",
-        "up to 4.47",
-        _REGISTERED | {"GemmaRMSNorm", "GraniteRMSNorm", "OlmoLayerNorm"},
-        ("bias",),
-    ),
-    _Era("trainer-4.0", "at first", frozenset({"LayerNorm"}), ("bias",)),
+    _Era("trainer-4.52", "4.49 to 4.52", _REGISTERED, re.compile("bias|layernorm|rmsnorm")),
+    _Era("trainer-4.48", "4.48", _REGISTERED, _BIAS),
+    _Era("trainer-4.47", "up to 4.47", _REGISTERED | {"GemmaRMSNorm", "GraniteRMSNorm", "OlmoLayerNorm"}, _BIAS),
+    _Era("trainer-4.0", "at first", frozenset({"LayerNorm"}), _BIAS),
 )
 """Read from releases 4.47.1, 4.48.0, 4.49.0, 4.51.3, 4.52.1, 4.53.3 and 5.23.0: ``Trainer.get_decay_parameter_names``,
 and the classes that modeling files appended to ``ALL_LAYERNORM_LAYERS``. The oldest knew ``nn.LayerNorm`` alone."""
 
-_SCRIPTS: Final = _Era("", "", frozenset(), ("bias", r"(?:^|\.)layernorm\.weight"))
+_SCRIPTS: Final = _Era("", "", frozenset(), re.compile(r"bias|(?:^|\.)layernorm\.weight"))
 """What the example scripts of old had: ``no_decay = ["bias", "LayerNorm.weight"]``."""
 
 
@@ -151,14 +148,18 @@ def _trainable(parameters: Iterable[Described]) -> list[Described]:
 
 def _apart(items: Iterable[Described], *tests: Test) -> list[list[Described]]:
     """For each test the items that pass it and none before it; last those that pass none."""
-    parts: list[list[Described]] = [[] for _ in range(len(tests) + 1)]
-    for item in items:
-        parts[next((n for n, test in enumerate(tests) if test(item)), len(tests))].append(item)
-    return parts
+    parts: list[list[Described]] = []
+    rest = list(items)
+    for test in tests:
+        passed = [test(item) for item in rest]
+        parts.append(list(compress(rest, passed)))
+        rest = [item for item, taken in zip(rest, passed, strict=True) if not taken]
+    return [*parts, rest]
 
 
 def _named_like(pattern: str) -> Test:
-    return lambda item: re.search(pattern, item.name) is not None
+    search = re.compile(pattern).search
+    return lambda item: search(item.parameter.name) is not None
 
 
 def _both(items: Iterable[Described], decays: Test) -> list[Split]:
@@ -251,7 +252,7 @@ def _is_saved(item: Described) -> bool:
 
 def _axolotl(parameters: Sequence[Described], state: PositionalState) -> Iterator[Splits]:
     embedded, rest = _apart(
-        _trainable(parameters), lambda item: _is_saved(item) or bool(re.search("embed_tokens|lm_head", item.name))
+        _trainable(parameters), _named_like(r"modules_to_save\.default\.weight$|embed_tokens|lm_head")
     )
     for era in _ERAS:
         decayed, plain = _both(rest, era.decays)
@@ -451,20 +452,21 @@ def _survey(
     positional: PositionalState, parameters: Sequence[Described], rule: str | None
 ) -> tuple[list[Candidate], list[tuple[str, str]]]:
     """The candidates that fit, equal ones merged, and why each other rule fell away."""
-    rules = [r for r in RULES if (r.automatic if rule is None else r.name == rule)]
-    if not rules:
+    asked = [r for r in RULES if (r.automatic if rule is None else r.name == rule)]
+    if not asked:
         raise OptionError(f"no grouping rule '{rule}'; there are: {', '.join(r.name for r in RULES)}")
     fitting: dict[tuple[str, ...], tuple[dict[str, None], tuple[Parameter, ...]]] = {}
     reasons: list[tuple[str, str]] = []
-    for row in rules:
+    for row in asked:
         for splits in row.splits(parameters, positional):
-            reason = _misfit(positional, splits)
             order = tuple(item.parameter for split in splits for item in split.members)
+            names = tuple(parameter.name for parameter in order)
+            reason = _regrouped(positional, splits) or (None if names in fitting else _misshaped(positional, order))
             if reason is None:
-                fitting.setdefault(tuple(p.name for p in order), ({}, order))[0][row.name] = None
+                fitting.setdefault(names, ({}, order))[0][row.name] = None
             elif (row.name, reason) not in reasons:
                 reasons.append((row.name, reason))
-    return [Candidate(tuple(names), order) for names, order in fitting.values()], reasons
+    return [Candidate(tuple(rules), order) for rules, order in fitting.values()], reasons
 
 
 def _live(
@@ -473,10 +475,11 @@ def _live(
     """The order of a live optimizer, where it fits; empty groups do not count."""
     known = {item.name: item for item in parameters}
     splits = [Split([known[name] for name in group]) for group in live if group and set(group) <= set(known)]
-    full = [group for group in positional.groups if group.count]
-    if not live or _misfit(replace(positional, groups=tuple(full)), splits) is not None:
+    order = tuple(item.parameter for split in splits for item in split.members)
+    full = replace(positional, groups=tuple(group for group in positional.groups if group.count))
+    if not live or _regrouped(full, splits) or _misshaped(positional, order):
         return None
-    return Candidate((LIVE,), tuple(item.parameter for split in splits for item in split.members))
+    return Candidate((LIVE,), order)
 
 
 def _adapter_orders(positional: PositionalState, candidate: Candidate) -> Iterator[Candidate]:
@@ -498,21 +501,25 @@ def _adapter_orders(positional: PositionalState, candidate: Candidate) -> Iterat
             members = sorted(numbers, key=lambda n: order.index(parts[n][1]) if parts[n][1] else 0)
             for number, member in zip(numbers, members, strict=True):
                 moved[number] = candidate.parameters[member]
-        if all(_misshapen(positional, n, parameter) is None for n, parameter in enumerate(moved)):
+        if _misshaped(positional, moved) is None:
             rules = tuple(f"{rule}, adapters {', '.join(order)}" for rule in candidate.rules)
             yield Candidate(rules, tuple(moved))
 
 
-def _misfit(positional: PositionalState, splits: Splits) -> str | None:
-    """Why the groups cannot be those of the state."""
+def _regrouped(positional: PositionalState, splits: Splits) -> str | None:
+    """Why the groups cannot be those of the state, by their sizes and options."""
     sizes = [len(split.members) for split in splits]
     if sizes != positional.sizes():
-        return f"makes groups of {sizes}"
+        return f"makes groups of {sizes}" if len(sizes) <= 8 else f"makes {len(sizes)} groups"
     for number, (split, group) in enumerate(zip(splits, positional.groups, strict=True)):
         decay = dict(group.options).get("weight_decay")
         if not split.decays and split.members and isinstance(decay, (int, float)) and decay != 0:
             return f"gives group {number} no weight decay, but it has {decay}"
-    order = [item.parameter for split in splits for item in split.members]
+    return None
+
+
+def _misshaped(positional: PositionalState, order: Sequence[Parameter]) -> str | None:
+    """Why the parameters cannot have the state in this order."""
     return next((r for n, p in enumerate(order) if (r := _misshapen(positional, n, p)) is not None), None)
 
 

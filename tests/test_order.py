@@ -12,12 +12,14 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 import lora_state_format as lsf
-from lora_state_format import registry
+from lora_state_format import pickles, registry
+from lora_state_format.container import read_header
 from lora_state_format.errors import AmbiguousOrderError, ConversionError, OptionError
 from lora_state_format.model import Group, Optimizer, Parameter, PositionalState, Role, Slot, Value, contiguous
 from lora_state_format.names import adapter_parameters
 from lora_state_format.order import RULES, Described, candidates, decide, interchangeable, side_by_side
-from lora_state_format.sources import Memory
+from lora_state_format.sources import File, Memory
+from lora_state_format.state_dict import from_state_dict
 
 if TYPE_CHECKING:
     import torch
@@ -491,6 +493,40 @@ def test_a_flat_script(trained: Callable[[str], Trained], tmp_path: Path) -> Non
         assert list(named) == list(trainable)
         assert all(named[n]["exp_avg"].torch().equal(optimizer.state[p]["exp_avg"]) for n, p in trainable.items())
         assert (named.naming.rule, verdict(named)) == ("flat", "confirmed")
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("made", [("default", "second"), ("second", "default")])
+def test_two_adapters_in_either_order_of_creation(made: tuple[str, str], tmp_path: Path) -> None:
+    """The files of adapters do not say which was made first; the weights do."""
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from safetensors.torch import save_file
+
+    torch.manual_seed(0)
+    config = LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM")
+    model = get_peft_model(base_model("Qwen2"), config, adapter_name=made[0])
+    model.add_adapter(made[1], config)
+    model.base_model.set_adapter(list(made))
+    live = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    optimizer = torch.optim.AdamW(live.values(), lr=1e-3)
+    tokens = torch.randint(0, 64, (4, 16))
+    for _ in range(12):
+        model(input_ids=tokens, labels=tokens).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    save_file({name: p.detach().contiguous() for name, p in live.items()}, tmp_path / "weights.safetensors")
+    torch.save(optimizer.state_dict(), tmp_path / "optimizer.pt")
+    weights = read_header(File(tmp_path / "weights.safetensors")).tensors
+    positional = from_state_dict(pickles.load(File(tmp_path / "optimizer.pt")).value)
+    adapters = {
+        adapter: [parameter(n, *p.shape, adapter=adapter) for n, p in live.items() if f".{adapter}." in n]
+        for adapter in ("default", "second")
+    }
+    named = decide(positional, side_by_side(adapters), weights=weights, source="adapter")
+    assert list(named) == list(live)
+    assert named.naming.rule == ("flat" if made[0] == "default" else "flat, adapters second, default")
+    assert verdict(named) in {"confirmed", "partly"}
 
 
 # --- wrong orders, written into real checkpoints --------------------------------------------------------------------
