@@ -1,7 +1,7 @@
 # A fresh machine needs Python 3.10 or newer and make; `make demo` and `make test` do the rest, each by itself.
 PYTHON ?= python3
 
-.PHONY: demo test test-frameworks lint
+.PHONY: demo test test-frameworks lint fuzz
 
 demo: .venv/ready  ## train, convert, rebuild, resume: the main job, told step by step
 	.venv/bin/lora-state demo
@@ -16,6 +16,9 @@ lint: .venv/ready
 
 test-frameworks: .venv-frameworks/ready  ## the converters against every framework they read
 	OMP_NUM_THREADS=1 .venv-frameworks/bin/pytest -m frameworks
+
+fuzz: .venv/ready  ## ten minutes of random inputs for every reader
+	.venv/bin/python tests/fuzz.py --seconds 600
 
 # A folder is ready until its constraints or the project's requirements change.
 .venv/ready: pyproject.toml constraints.txt
