@@ -57,7 +57,7 @@ def test_commands_and_their_options() -> None:
     }
     assert found == {
         "convert": [
-            "--base", "--dequantize", "--dry-run", "--force", "--from", "--json", "--names", "--optimizer",
+            "--base", "--dequantize", "--dry-run", "--force", "--from", "--json", "--map", "--names", "--optimizer",
             "--option", "--rule", "--to", "source", "target",
         ],
         "demo": [],
@@ -67,7 +67,7 @@ def test_commands_and_their_options() -> None:
             "source", "target",
         ],
         "formats": ["--json"],
-        "inspect": ["--from", "--json", "--stats", "path"],
+        "inspect": ["--from", "--json", "--map", "--optimizer", "--option", "--stats", "path"],
         "prune": ["--carried", "--force", "--json", "--match", "source", "target"],
         "rename": ["--force", "--json", "--rule", "source", "target"],
         "reset": ["--force", "--json", "--match", "source", "target"],

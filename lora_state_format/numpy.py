@@ -1,0 +1,66 @@
+"""Named optimizer state as NumPy arrays, for whoever has no torch: JAX, MLX, analysis."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, Final
+
+from lora_state_format.container import hash_tensor, open_state
+from lora_state_format.errors import DigestError, MissingDependencyError
+from lora_state_format.manifest import ALGORITHM
+from lora_state_format.model import Scalar, Slot, Tensor, Value, contiguous
+from lora_state_format.sources import Memory
+
+if TYPE_CHECKING:
+    import numpy as np
+
+__all__ = ["array", "load"]
+
+EXTENDED: Final[Mapping[str, str]] = {
+    "BF16": "bfloat16", "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2", "F8_E8M0": "float8_e8m0fnu",
+    "F8_E4M3FNUZ": "float8_e4m3fnuz", "F8_E5M2FNUZ": "float8_e5m2fnuz",
+}  # fmt: skip
+"""dtypes that NumPy has only with ``ml_dtypes``, which comes with jax."""
+
+
+def load(path: str | os.PathLike[str], *, verify: bool = True) -> dict[str, dict[str, Any] | None]:
+    """Every parameter's slots by its name, in optimizer order; ``None`` for one that never took a step.
+
+    Tensors are arrays of their own, those without axes too; other values are what they are. ``verify`` compares the
+    digest of each tensor. Raises ``DigestError`` for one that differs, ``MissingDependencyError`` for a dtype that
+    needs ``ml_dtypes``, and what ``open_state`` raises.
+    """
+    with open_state(path) as state:
+        return {
+            name: None if parameter.state is None else _values(parameter.state, f"'{name}'", path if verify else None)
+            for name, parameter in state.items()
+        }
+
+
+def array(tensor: Tensor | Scalar) -> np.ndarray[Any, Any]:
+    """A tensor as an array of its own; of a dtype of ``ml_dtypes`` where NumPy has none."""
+    if isinstance(tensor, Scalar):
+        tensor = contiguous(tensor.dtype, (), Memory(tensor.data))
+    if tensor.dtype not in EXTENDED:
+        return tensor.numpy()
+    try:
+        import ml_dtypes
+        import numpy as np
+    except ImportError as error:
+        raise MissingDependencyError(f"NumPy has no {EXTENDED[tensor.dtype]}: pip install {error.name}") from error
+    return np.frombuffer(tensor.bytes(), getattr(ml_dtypes, EXTENDED[tensor.dtype])).reshape(tensor.shape)
+
+
+def _values(value: Value, where: str, path: object) -> Any:
+    """A slot tree with arrays in it; digests are compared if there is a ``path`` to name."""
+    if isinstance(value, Mapping):
+        return {key: _values(inner, f"{where}: {key}", path) for key, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(_values(inner, where, path) for inner in value)
+    if isinstance(value, Slot):
+        digest = value.tensor.digest
+        if path is not None and digest and digest.algorithm == ALGORITHM and hash_tensor(value.tensor) != digest.hex:
+            raise DigestError(f"{where} does not match its digest", path=path, rule="R21")
+        return array(value.tensor)
+    return array(value) if isinstance(value, Scalar) else value

@@ -1,0 +1,360 @@
+"""Readers for those without torch: NumPy, and the recipes of docs/readers.md for JAX, MLX and JavaScript."""
+
+from __future__ import annotations
+
+import builtins
+import json
+import re
+import shutil
+import subprocess
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from lora_state_format import container
+from lora_state_format.errors import DigestError, MissingDependencyError
+from lora_state_format.model import (
+    Group,
+    Naming,
+    Optimizer,
+    OptimizerState,
+    Parameter,
+    Role,
+    Scalar,
+    Slot,
+    Value,
+    contiguous,
+    walk,
+)
+from lora_state_format.numpy import array, load
+from lora_state_format.sources import Memory
+
+ROOT = Path(__file__).parent.parent
+DOCUMENT = (ROOT / "docs" / "readers.md").read_text(encoding="utf-8")
+VALID = sorted((ROOT / "spec" / "vectors" / "valid").glob("*.safetensors"))
+INVALID = sorted((ROOT / "spec" / "vectors" / "invalid").glob("*.json"))
+NAMES = [
+    f"base_model.model.layers.{layer}.q_proj.lora_{factor}.default.weight" for layer in range(2) for factor in "AB"
+]
+
+
+def recipe(language: str, heading: str) -> str:
+    """The block of a language under a heading."""
+    section = DOCUMENT.partition(f"\n## {heading}")[2].partition("\n## ")[0]
+    found = re.search(rf"```{language}\n(.*?)```", section, re.DOTALL)
+    assert found
+    return found[1]
+
+
+def values(seed: int) -> dict[str, np.ndarray[Any, Any]]:
+    generator = np.random.default_rng(seed)
+    return {name: generator.normal(size=(2, 6) if "lora_A" in name else (4, 2)).astype(np.float32) for name in NAMES}
+
+
+def named(path: Path) -> OptimizerState:
+    """An Adam state of step 7 in a file."""
+    first, second = values(1), values(2)
+    parameters = tuple(
+        Parameter(
+            name,
+            first[name].shape,
+            {
+                "step": Scalar("F32", np.float32(7).tobytes()),
+                "exp_avg": Slot(contiguous("F32", first[name].shape, Memory(first[name].tobytes())), Role.PARAM),
+                "exp_avg_sq": Slot(contiguous("F32", first[name].shape, Memory(second[name].tobytes())), Role.PARAM),
+            },
+        )
+        for name in NAMES
+    )
+    state = OptimizerState(
+        (Optimizer("torch.optim.adam.Adam"),), (Group(0, (("lr", 0.1),), len(NAMES)),), parameters, Naming("model")
+    )
+    container.write(state, path)
+    return state
+
+
+# --- NumPy --------------------------------------------------------------------------------------------------------
+
+
+def test_numpy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    named(tmp_path / "optimizer.safetensors")
+    slots = load(tmp_path / "optimizer.safetensors")
+    assert list(slots) == NAMES
+    for name, state in slots.items():
+        assert state is not None
+        assert state["step"] == np.float32(7)
+        assert state["step"].dtype == np.float32
+        assert np.array_equal(state["exp_avg"], values(1)[name])
+        state["exp_avg"][:] = 0  # its own, to be written to
+    monkeypatch.chdir(tmp_path)
+    exec(recipe("python", "NumPy"), {})
+    assert f"{NAMES[0]} 7.0 (2, 6)\n" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("path", VALID, ids=lambda path: path.stem)
+def test_numpy_holds_what_the_file_holds(path: Path) -> None:
+    try:
+        found = load(path)
+    except MissingDependencyError:
+        with pytest.raises(ImportError):
+            import ml_dtypes  # noqa: F401
+        return
+    with container.open_state(path) as state:
+        assert list(found) == list(state)
+        for name, parameter in state.items():
+            ours = found[name]
+            assert (ours is None) == (parameter.state is None)
+            for (_, mine), (_, theirs) in zip(walk_arrays(ours), walk(parameter.state or {}), strict=True):
+                if isinstance(theirs, (Slot, Scalar)):
+                    data = theirs.tensor.bytes() if isinstance(theirs, Slot) else theirs.data
+                    assert mine.tobytes() == bytes(data)
+                    assert mine.shape == (theirs.tensor.shape if isinstance(theirs, Slot) else ())
+                else:
+                    assert mine is theirs or mine == theirs
+
+
+def walk_arrays(value: Any, path: tuple[Any, ...] = ()) -> list[tuple[tuple[Any, ...], Any]]:
+    if isinstance(value, dict):
+        return [item for key, inner in value.items() for item in walk_arrays(inner, (*path, key))]
+    if isinstance(value, (list, tuple)):
+        return [item for key, inner in enumerate(value) for item in walk_arrays(inner, (*path, key))]
+    return [] if value is None and not path else [(path, value)]
+
+
+def test_numpy_compares_digests(tmp_path: Path) -> None:
+    path = tmp_path / "optimizer.safetensors"
+    named(path)
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(DigestError) as caught:
+        load(path)
+    assert str(caught.value) == f"{path}: '{NAMES[-1]}': exp_avg_sq does not match its digest [R21]"
+    assert len(load(path, verify=False)) == 4
+
+
+def test_numpy_without_ml_dtypes(monkeypatch: pytest.MonkeyPatch) -> None:
+    real = builtins.__import__
+
+    def without(name: str, *arguments: Any, **options: Any) -> Any:
+        if name == "ml_dtypes":
+            raise ImportError("No module named 'ml_dtypes'", name=name)
+        return real(name, *arguments, **options)
+
+    monkeypatch.setattr(builtins, "__import__", without)
+    with pytest.raises(MissingDependencyError) as caught:
+        array(Scalar("BF16", b"\0\0"))
+    assert str(caught.value) == "NumPy has no bfloat16: pip install ml_dtypes"
+
+
+# --- JavaScript ---------------------------------------------------------------------------------------------------
+
+NODE = shutil.which("node")
+needs_node = pytest.mark.skipif(NODE is None, reason="node is not installed")
+DUMP = """
+import { open as openFile } from "node:fs/promises";
+import { open } from "READER";
+
+const plain = value => typeof value === "bigint" ? {big: String(value)} : Object.is(value, -0) ? {zero: "-0"}
+  : typeof value === "number" && !Number.isFinite(value) ? {number: String(value)} : value;
+const hex = data => Buffer.from(data.buffer, data.byteOffset, data.byteLength).toString("hex");
+async function shown(value) {
+  if (value instanceof Map) return {map: await Promise.all([...value].map(async pair => Promise.all(pair.map(shown))))};
+  if (ArrayBuffer.isView(value)) return {bytes: hex(value)};
+  if (Array.isArray(value)) return Promise.all(value.map(shown));
+  if (typeof value?.data === "function") return {...value, data: hex(await value.data())};
+  if (value !== null && typeof value === "object") {
+    return {object: await Promise.all(Object.entries(value).map(async ([key, item]) => [key, await shown(item)]))};
+  }
+  return plain(value);
+}
+const results = {};
+for (const path of JSON.parse(process.argv[2])) {
+  const file = await openFile(path);
+  const read = async (start, end) => {
+    const bytes = new Uint8Array(end - start);
+    const {bytesRead} = await file.read(bytes, 0, bytes.length, start);
+    if (bytesRead < bytes.length) throw new Error("R1: the file is too short");
+    return bytes.buffer;
+  };
+  try {
+    const {parameters, groups, globals} = await open(read);
+    results[path] = await shown({parameters, groups, globals});
+  } catch (error) {
+    results[path] = {error: error.message};
+  }
+  await file.close();
+}
+console.log(JSON.stringify(results));
+"""
+
+
+def javascript(script: str, folder: Path, *arguments: str) -> str:
+    (folder / "script.mjs").write_text(script)
+    assert NODE is not None
+    return subprocess.run(
+        [NODE, "script.mjs", *arguments], cwd=folder, check=True, capture_output=True, text=True, timeout=120
+    ).stdout
+
+
+def dumped(paths: list[Path], folder: Path) -> dict[str, Any]:
+    script = DUMP.replace("READER", (ROOT / "spec" / "reader.mjs").as_uri())
+    found: dict[str, Any] = json.loads(javascript(script, folder, json.dumps(list(map(str, paths)))))
+    return found
+
+
+def shown(value: Value) -> Any:
+    """A value as ``DUMP`` shows it. JavaScript has one type of number, and one of list."""
+    if isinstance(value, Slot):
+        data = bytes(value.tensor.bytes())
+        if value.tensor.dtype == "BF16":
+            data = widened(data)
+        return {
+            "dtype": value.tensor.dtype,
+            "shape": list(value.tensor.shape),
+            "role": value.role.value,
+            "data": data.hex(),
+        }
+    if isinstance(value, Scalar):
+        return scalar(value)
+    if isinstance(value, bytes):
+        return {"bytes": value.hex()}
+    if isinstance(value, (list, tuple)):
+        return [shown(item) for item in value]
+    if isinstance(value, Mapping):
+        if all(isinstance(key, str) and not key.startswith("$") for key in value):
+            return {"object": sorted([key, shown(item)] for key, item in value.items())}
+        return {"map": [[shown(key), shown(item)] for key, item in value.items()]}
+    if isinstance(value, int) and abs(value) > 2**53 - 1:
+        return {"big": str(value)}
+    return number(value) if isinstance(value, float) else value
+
+
+def number(value: float) -> Any:
+    if value != value or value in (float("inf"), float("-inf")):
+        return {"number": {"nan": "NaN", "inf": "Infinity", "-inf": "-Infinity"}[str(value)]}
+    return {"zero": "-0"} if str(value) == "-0.0" else value
+
+
+def widened(data: bytes) -> bytes:
+    return (np.frombuffer(data, "<u2").astype("<u4") << 16).tobytes()
+
+
+def scalar(value: Scalar) -> Any:
+    tensor = contiguous(value.dtype, (), Memory(value.data))
+    if value.dtype in ("F16", "BOOL") or value.dtype.startswith("F8"):
+        return int.from_bytes(value.data, "little")  # its bits
+    if value.dtype in ("I64", "U64"):
+        return {"big": str(value.item())}
+    if value.dtype == "BF16":
+        return number(float(np.frombuffer(widened(value.data), "<f4")[0]))
+    if value.dtype == "C64":
+        return {"bytes": value.data.hex()}
+    return number(float(tensor.numpy())) if value.dtype[0] == "F" else int(tensor.numpy())
+
+
+def ordered(value: Any) -> Any:
+    """Objects' members by name, and mappings as objects where they may be written so."""
+    if isinstance(value, dict):
+        if all(isinstance(key, str) and not key.startswith("$") for key, _ in value.get("map", [(0, 0)])):
+            value = {"object": value["map"]}
+        items = {key: ordered(inner) for key, inner in value.items()}
+        return {"object": sorted(items["object"])} if "object" in items else items
+    return [ordered(item) for item in value] if isinstance(value, list) else value
+
+
+@needs_node
+def test_javascript_reads_the_valid_vectors(tmp_path: Path) -> None:
+    found = dumped(VALID, tmp_path)
+    assert len(found) > 15
+    for path in VALID:
+        with container.open_state(path) as state:
+            members = dict(found[str(path)]["object"])
+            parameters = {name: dict(parameter["object"]) for name, parameter in members["parameters"]["map"]}
+            assert list(parameters) == list(state), path
+            for name, parameter in state.items():
+                assert ordered(parameters[name]["state"]) == ordered(shown(parameter.state)), (path, name)
+                assert parameters[name]["shape"] == list(parameter.shape)
+            for group, theirs in zip(state.groups, members["groups"], strict=True):
+                options = dict(theirs["object"])["options"]["map"]
+                assert [name for name, _ in options] == [name for name, _ in group.options]
+                assert ordered(options) == ordered([[name, shown(value)] for name, value in group.options])
+            assert ordered(members["globals"]) == ordered(shown(state.globals))
+
+
+@needs_node
+def test_javascript_refuses_what_is_damaged_or_not_understood(tmp_path: Path) -> None:
+    cases = {path.with_suffix(".safetensors"): json.loads(path.read_text(encoding="utf-8")) for path in INVALID}
+    cases = {path: case for path, case in cases.items() if path.is_file()}
+    found = dumped(list(cases), tmp_path)
+    refused = [case["rule"] for path, case in cases.items() if case["kind"] in ("digest", "unsupported")]
+    assert {"R9", "R11", "R13"} <= set(refused)
+    for path, case in cases.items():
+        if case["kind"] in ("digest", "unsupported") and case["rule"] != "R21":  # it compares no tensors
+            assert found[str(path)].get("error", "").startswith(f"{case['rule']}: "), path
+
+
+@needs_node
+def test_the_recipe_in_javascript(tmp_path: Path) -> None:
+    named(tmp_path / "optimizer.safetensors")
+    shutil.copy(ROOT / "spec" / "reader.mjs", tmp_path)
+    out = javascript(recipe("js", "JavaScript"), tmp_path)
+    assert out.splitlines() == [f"{name} 7 {values(1)[name].size}" for name in NAMES]
+    assert len((ROOT / "spec" / "reader.mjs").read_text(encoding="utf-8").splitlines()) <= 80
+
+
+# --- JAX and MLX --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.frameworks
+@pytest.mark.filterwarnings("ignore")
+def test_the_recipe_in_jax(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import jax
+    import optax
+
+    named(tmp_path / "optimizer.safetensors")
+    monkeypatch.chdir(tmp_path)
+    leaf = jax.numpy.zeros
+    params = {"layers": [{"q_proj": {"lora_a": leaf((6, 2)), "lora_b": leaf((2, 4))}} for _ in range(2)]}
+    tx = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(optax.linear_schedule(1e-3, 0.0, 10)))
+    space: dict[str, Any] = {"tx": tx, "params": params}
+    exec(recipe("python", "JAX"), space)
+    moments = space["opt_state"][1][0]
+    assert int(moments.count) == 7
+    assert moments.count.dtype == jax.numpy.int32
+    assert int(space["opt_state"][1][2].count) == 7  # the schedule's
+    for seed, tree in ((1, moments.mu), (2, moments.nu)):
+        for name, expected in values(seed).items():
+            _, _, _, layer, _, factor, _, _ = name.split(".")
+            found = tree["layers"][int(layer)]["q_proj"][factor.lower()]
+            assert np.asarray(found).tobytes() == np.ascontiguousarray(expected.T).tobytes()
+    updates, _ = jax.jit(tx.update)(params, space["opt_state"], params)
+    assert jax.tree.structure(updates) == jax.tree.structure(params)
+
+
+@pytest.mark.frameworks
+def test_the_recipe_in_mlx(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import mlx.core as mx
+    import mlx.optimizers
+    from mlx.utils import tree_flatten
+
+    named(tmp_path / "optimizer.safetensors")
+    monkeypatch.chdir(tmp_path)
+    params = {"layers": [{"q_proj": {"lora_a": mx.zeros((6, 2)), "lora_b": mx.zeros((2, 4))}} for _ in range(2)]}
+    optimizer = mlx.optimizers.Adam(1e-3, bias_correction=True)
+    optimizer.init(params)
+    exec(recipe("python", "MLX"), {"optimizer": optimizer})
+    flat = dict(tree_flatten(optimizer.state))
+    assert int(flat["step"]) == 7
+    assert np.array(flat["learning_rate"]) == np.float32(1e-3)
+    for seed, field in ((1, "m"), (2, "v")):
+        for name, expected in values(seed).items():
+            path = name.removeprefix("base_model.model.").removesuffix(".default.weight").replace("lora_A", "lora_a")
+            found = np.array(flat[f"{path.replace('lora_B', 'lora_b')}.{field}"])
+            assert found.tobytes() == np.ascontiguousarray(expected.T).tobytes()
+    optimizer.apply_gradients(params, params)
+    mx.eval(optimizer.state)
+    assert int(optimizer.step) == 8
