@@ -35,6 +35,8 @@ OPTIONS: Final[Mapping[str, Kind]] = {
     **dict.fromkeys(("name", "names", "param_names", "scaling_factors"), Kind.RUNTIME),
     # Prodigy and D-Adaptation
     **dict.fromkeys(("d", "d0", "d_max", "d_hat", "d_numerator", "d_denom", "numerator_weighted", "k"), Kind.STATE),
+    # apex and pytorch_optimizer count steps by group
+    "step": Kind.STATE,
     # schedule-free
     **dict.fromkeys(("weight_sum", "lr_max", "train_mode", "scheduled_lr"), Kind.STATE),
 }

@@ -44,6 +44,7 @@ from lora_state_format.torch.capture import (
     optimizers_of,
     with_weights,
 )
+from lora_state_format.torch.objects import flat, packed
 from lora_state_format.torch.tensors import dtype_of, from_torch, is_sharded, read_into, scalar_to_torch, to_torch
 
 __all__ = ["LoadReport", "apply", "load_optimizer", "plan", "save_optimizer"]
@@ -362,14 +363,15 @@ def _stage(binding: Binding, parameter: torch.Tensor, live: LiveOptimizer, ledge
     if binding.saved is None or binding.saved.state is None:
         return None
     group = live.members[binding.name]
-    row = live.known[live.groups[group].optimizer]
+    number = live.groups[group].optimizer
+    row, lineage = live.known[number], live.lineages[number] if live.lineages else ()
     on_device = bool(live.options[group].get("capturable") or live.options[group].get("fused"))
 
     def build(value: Value, path: tuple[Any, ...]) -> Any:
         if isinstance(value, Slot):
             return _tensor(value, binding, path, parameter, ledger)
         if isinstance(value, Mapping):
-            return {key: build(inner, (*path, key)) for key, inner in value.items()}
+            return packed({key: build(inner, (*path, key)) for key, inner in value.items()})
         if isinstance(value, (list, tuple)):
             return type(value)(build(inner, (*path, index)) for index, inner in enumerate(value))
         if path == ("step",) and isinstance(value, (int, float, Scalar)):
@@ -379,7 +381,7 @@ def _stage(binding: Binding, parameter: torch.Tensor, live: LiveOptimizer, ledge
             return scalar_to_torch(value).to("cpu" if host else parameter.device)
         return value
 
-    return {key: build(value, (key,)) for key, value in binding.saved.state.items()}
+    return {key: build(value, (key,)) for key, value in flat(binding.saved.state, lineage).items()}
 
 
 def _tensor(

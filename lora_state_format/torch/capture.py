@@ -38,6 +38,7 @@ from lora_state_format.model import (
 from lora_state_format.names import peft_key, split_adapter
 from lora_state_format.plan import SCALING
 from lora_state_format.state_dict import Leaf, Reader
+from lora_state_format.torch.objects import outside, unpacked
 from lora_state_format.torch.tensors import dtype_name, from_torch, is_sharded, refusal
 
 __all__ = [
@@ -335,6 +336,13 @@ def capture(
                     )
                 if left not in parameters:
                     add(left, found.state, {})
+        for path, kind in outside(found):
+            logger.warning(
+                "%s keeps a %s in its attribute %s, outside its state: it is not saved",
+                type(found).__name__,
+                kind,
+                path,
+            )
     for parameter in CARRIED.get(optimizers[0], ()):
         parameters.setdefault(parameter.name, parameter)
     return OptimizerState(
@@ -385,7 +393,8 @@ def _scalings(parameters: Iterable[Parameter], named: Named) -> Mapping[str, Val
 def _slots(
     reader: Reader, name: str, parameter: torch.Tensor, entry: Mapping[str, Any], options: Mapping[str, Any]
 ) -> Mapping[str, Value]:
-    for path, raw in walk(cast("Value", dict(entry))):
+    entry = unpacked(entry)
+    for path, raw in walk(cast("Value", entry)):
         if isinstance(raw, torch.Tensor) and (reason := refusal(raw)):
             raise UnrepresentableError(f"'{name}': slot '{'.'.join(map(str, path))}' is a tensor {reason}")
     slots = reader.slots(entry, options, (name,))

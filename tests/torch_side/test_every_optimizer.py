@@ -10,6 +10,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
+from importlib import import_module
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Final, cast
@@ -19,7 +20,7 @@ import torch
 from torch.testing._internal.common_optimizers import optim_db
 
 from lora_state_format import open_state
-from lora_state_format.errors import BindError
+from lora_state_format.errors import BindError, UnrepresentableError
 from lora_state_format.model import Scalar, Slot, walk
 from lora_state_format.options import Kind, kind_of
 from lora_state_format.torch import load_optimizer, save_optimizer
@@ -37,7 +38,10 @@ Found = Mapping[str, frozenset[str]]
 class Case:
     """An optimizer in one configuration, and what its step asks of parameters and gradients.
 
-    ``same_order`` rebuilds it over the same order. ``differentiable`` steps take no leaf that requires a gradient.
+    ``same_order`` rebuilds it over the same order; ``sums`` means that its step sums over all parameters, which rounds
+    by their order, so that it goes on over the same. ``differentiable`` steps take no leaf that requires a gradient.
+    ``decomposes`` means that it keeps matrices as LAPACK returned them, column by column; a file has rows, and products
+    round by the layout, so the run that goes on has rows from the save on, too.
     """
 
     build: Build
@@ -47,6 +51,8 @@ class Case:
     sparse: bool = False
     closure: bool = False
     same_order: bool = False
+    sums: bool = False
+    decomposes: bool = False
 
 
 def net(case: Case, names: Iterable[str]) -> torch.nn.Module:
@@ -91,6 +97,8 @@ def resumed(case: Case, path: Path) -> Found:
     for group in optimizer.param_groups:
         group["lr"] = group["lr"] * 0.5  # as a scheduler does
     save_optimizer(optimizer, model, path)
+    if case.decomposes:
+        in_rows(optimizer.state)
 
     other = net(case, names if case.same_order else sorted(names))
     other.load_state_dict(copy.deepcopy(model.state_dict()))
@@ -98,11 +106,25 @@ def resumed(case: Case, path: Path) -> Found:
     rebuilt = case.build(order if case.same_order else order[::-1])
     load_optimizer(rebuilt, other, path)
     same(state_of(model, optimizer), state_of(other, rebuilt))
+    if case.sums:
+        rebuilt = case.build([(name, dict(order)[name]) for name in names])
+        load_optimizer(rebuilt, other, path)
     for step in range(3, 8):
         advance(case, model, optimizer, step)
         advance(case, other, rebuilt, step)
     same(state_of(model, optimizer), state_of(other, rebuilt))
     return found(path)
+
+
+def in_rows(value: Any) -> Any:
+    """Lay out every tensor in a tree in C order, in place where the tree can be changed."""
+    if isinstance(value, torch.Tensor):
+        return value.contiguous()
+    if isinstance(value, list):
+        return [in_rows(item) for item in value]
+    held = value if isinstance(value, dict) else getattr(value, "__dict__", {})
+    held.update({key: in_rows(item) for key, item in held.items()})
+    return value
 
 
 def state_of(model: torch.nn.Module, optimizer: Any) -> dict[str, Any]:
@@ -155,6 +177,8 @@ def found(path: Path) -> Found:
         trees += [("state.*.", entry) for entry in cast("dict[str, Any]", state.globals.get("state", {})).values()]
         for head, tree in trees:
             for place, value in walk(tree):
+                if len(place) > 1 and not isinstance(value, (Slot, Scalar)):
+                    continue  # what an object needs beside its tensors
                 slot = head + ".".join("[]" if isinstance(part, int) else str(part) for part in place)
                 kinds.setdefault(slot.replace(".[]", "[]"), set()).add(kind(value))
     return {slot: frozenset(several) for slot, several in kinds.items()}
@@ -184,12 +208,12 @@ def row(title: str, configurations: int, slots: Found, resumes: str) -> str:
 def check_table(section: str, rows: Sequence[str]) -> None:
     """Compare a section's table with what the runs found, or with ``WRITE_TABLES=1`` write it."""
     head = ["| optimizer | runs | slots | resumes |", "|---|---|---|---|"]
-    made = "\n".join([*head, *rows])
+    made = "".join(f"{line}\n" for line in [*head, *rows])
     text = DOCS.read_text(encoding="utf-8")
-    before, _, rest = text.partition(f"<!-- {section} -->\n")
-    old, _, after = rest.partition("\n<!-- end -->")
+    before, start, rest = text.partition(f"<!-- {section} -->\n")
+    old, end, after = rest.partition("<!-- end -->\n")
     if os.environ.get("WRITE_TABLES"):
-        DOCS.write_text(f"{before}<!-- {section} -->\n{made}\n<!-- end -->{after}", encoding="utf-8")
+        DOCS.write_text(before + start + made + end + after, encoding="utf-8")
     else:
         assert old == made, f"{DOCS.name} is not what the runs find; it says how to write it anew"
 
@@ -294,3 +318,189 @@ def test_d_is_state_in_prodigy_and_an_option_in_adafactor(tmp_path: Path) -> Non
         "hint: options={'d': 'current'} keeps the live values, options={'d': 'saved'} makes them alike"
     )
     assert kind_of("d", ["lr", "d0", "d"]) is Kind.STATE
+
+
+# --- the others -----------------------------------------------------------------------------------------------------
+
+INDUCTOR = "ignore:.torch.jit.script_method. is deprecated:DeprecationWarning"
+LARGE = {"up": (64, 64), "gate": (64, 64), "bias": (64,), "idle": (4,)}
+"""bitsandbytes and torchao quantise moments of 4096 elements and more."""
+ADAPTERS = {"q_lora_A": (2, 6), "q_lora_B": (6, 2), "v_lora_A": (2, 6), "v_lora_B": (6, 2), "norm": (6,)}
+
+
+def parameters_of(named: list[tuple[str, torch.nn.Parameter]]) -> list[torch.nn.Parameter]:
+    return [parameter for _, parameter in named]
+
+
+def simple(path: str, **options: Any) -> Build:
+    module, _, name = path.rpartition(".")
+    return lambda named: getattr(import_module(module), name)(parameters_of(named), **options)
+
+
+def schedule_free(named: list[tuple[str, torch.nn.Parameter]]) -> Any:
+    optimizer = simple("schedulefree.AdamWScheduleFree", lr=1e-2, warmup_steps=4)(named)
+    optimizer.train()
+    return optimizer
+
+
+def galore(named: list[tuple[str, torch.nn.Parameter]]) -> Any:
+    from galore_torch import GaLoreAdamW
+
+    projected = [parameter for name, parameter in named if parameter.dim() == 2]
+    rest = [parameter for name, parameter in named if parameter.dim() != 2]
+    options = {"rank": 2, "update_proj_gap": 3, "scale": 0.25, "proj_type": "std"}
+    return GaLoreAdamW([{"params": projected, **options}, {"params": rest}], lr=1e-2, no_deprecation_warning=True)
+
+
+def lora_fa(named: list[tuple[str, torch.nn.Parameter]]) -> Any:
+    """As PEFT's create_lorafa_optimizer makes it; an A stands before its B."""
+    from peft.optimizers.lorafa import LoraFAOptimizer
+
+    modules = list(dict.fromkeys(name.partition("_")[0] for name, _ in named))
+    named = sorted(named, key=lambda item: (modules.index(item[0].partition("_")[0]), item[0]))
+    group = {
+        "params": parameters_of(named),
+        "names": [name for name, _ in named],
+        "scaling_factors": [2.0] * len(named),
+    }
+    return LoraFAOptimizer([group], lr=1e-2)
+
+
+OTHERS: Final[Mapping[str, Case]] = {
+    "bitsandbytes AdamW": Case(simple("bitsandbytes.optim.AdamW", lr=1e-2), LARGE),
+    "bitsandbytes AdamW8bit": Case(simple("bitsandbytes.optim.AdamW8bit", lr=1e-2), LARGE),
+    "bitsandbytes Lion8bit": Case(simple("bitsandbytes.optim.Lion8bit", lr=1e-2), LARGE),
+    "bitsandbytes AdEMAMix8bit": Case(simple("bitsandbytes.optim.AdEMAMix8bit", lr=1e-2), LARGE),
+    "torchao AdamW8bit": Case(simple("torchao.optim.AdamW8bit", lr=1e-2), LARGE),
+    "torchao AdamW4bit": Case(simple("torchao.optim.AdamW4bit", lr=1e-2), LARGE),
+    "torchao AdamWFp8": Case(simple("torchao.optim.AdamWFp8", lr=1e-2), LARGE),
+    "schedulefree AdamWScheduleFree": Case(schedule_free, ALL),
+    "prodigyopt Prodigy": Case(simple("prodigyopt.Prodigy", lr=1.0), ALL, sums=True),
+    "lion_pytorch Lion": Case(simple("lion_pytorch.Lion", lr=1e-2), ALL),
+    "transformers Adafactor": Case(
+        simple("transformers.optimization.Adafactor", lr=1e-2, relative_step=False, beta1=0.9), ALL
+    ),
+    "pytorch_optimizer SOAP": Case(
+        simple("pytorch_optimizer.SOAP", lr=1e-2, precondition_frequency=3), MATRICES, decomposes=True
+    ),
+    "galore_torch GaLoreAdamW": Case(galore, ALL, decomposes=True),
+    "peft LoraFAOptimizer": Case(lora_fa, ADAPTERS),
+}
+
+
+@cache
+def run_of(title: str) -> Found:
+    with TemporaryDirectory() as folder:
+        return resumed(OTHERS[title], Path(folder, "state.safetensors"))
+
+
+@pytest.mark.frameworks
+@pytest.mark.filterwarnings(INDUCTOR)
+@pytest.mark.parametrize("title", OTHERS)
+def test_the_others(title: str) -> None:
+    assert run_of(title)
+
+
+@pytest.mark.frameworks
+@pytest.mark.filterwarnings(INDUCTOR)
+def test_the_table_of_the_others() -> None:
+    rows = []
+    for title, case in OTHERS.items():
+        exact = "exactly, with matrices in rows" if case.decomposes else "exactly"
+        rows.append(row(title, 1, run_of(title), "exactly, its steps over the same order" if case.sums else exact))
+    check_table("others", rows)
+
+
+def trained(title: str) -> tuple[torch.nn.Module, Any]:
+    case = OTHERS[title]
+    model = net(case, case.shapes)
+    optimizer = case.build(list(model.named_parameters()))
+    for step in range(3):
+        advance(case, model, optimizer, step)
+    return model, optimizer
+
+
+@pytest.mark.frameworks
+@pytest.mark.filterwarnings(INDUCTOR)
+@pytest.mark.parametrize("layout", ["as written", "flat"])
+@pytest.mark.parametrize("title", [title for title in OTHERS if title.startswith(("bitsandbytes", "torchao"))])
+def test_their_own_checkpoints_load_into_them(title: str, layout: str, tmp_path: Path) -> None:
+    """bitsandbytes nests its slots since 0.49.2 and had them flat before; torchao's tensors are pickled objects."""
+    model, optimizer = trained(title)
+    written = optimizer.state_dict()
+    if layout == "flat":
+        inner = "__bnb_optimizer_quant_state__"
+        written["state"] = {key: {**slots, **slots.pop(inner, {})} for key, slots in written["state"].items()}
+    torch.save(written, tmp_path / "optimizer.pt")
+    rebuilt = OTHERS[title].build(list(model.named_parameters()))
+    load_optimizer(rebuilt, model, tmp_path / "optimizer.pt")
+    same(state_of(model, optimizer), state_of(model, rebuilt))
+
+
+# --- what cannot be kept --------------------------------------------------------------------------------------------
+
+
+class Holder:
+    """Something that no file holds."""
+
+
+def stepped() -> tuple[torch.nn.Module, torch.optim.Optimizer]:
+    case = case_of(INFOS["SGD"], {"momentum": 0.9})
+    model = net(case, ["up", "gate"])
+    optimizer = case.build(list(model.named_parameters()))
+    advance(case, model, optimizer, 0)
+    return model, optimizer
+
+
+def test_an_object_in_a_slot_is_refused_by_its_path(tmp_path: Path) -> None:
+    model, optimizer = stepped()
+    optimizer.state[model.get_parameter("gate")]["basis"] = {"left": [Holder()]}
+    with pytest.raises(UnrepresentableError) as caught:
+        save_optimizer(optimizer, model, tmp_path / "state.safetensors")
+    assert str(caught.value) == "gate.basis.left.0 is a value of type Holder, which has no form in a state"
+
+
+def test_state_outside_the_state_dict_is_warned_about_by_its_path(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    model, optimizer = stepped()
+    held: Any = optimizer
+    held.cache = {"norms": [torch.zeros(2)], "own": list(model.parameters())}
+    held.noise = torch.Generator()
+    held.inner = torch.optim.SGD(model.parameters(), lr=0.1)
+    save_optimizer(optimizer, model, tmp_path / "state.safetensors")
+    assert caplog.messages == [
+        "SGD keeps a torch.Tensor in its attribute cache.norms.0, outside its state: it is not saved",
+        "SGD keeps a torch._C.Generator in its attribute noise, outside its state: it is not saved",
+        "SGD keeps a torch.optim.sgd.SGD in its attribute inner, outside its state: it is not saved",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("tree", "message"),
+    [
+        (
+            {"torchao": "torchao.optim.subclass_2bit.OptimState2bit"},
+            (
+                "a tensor of class torchao.optim.subclass_2bit.OptimState2bit, which is none of OptimState8bit, "
+                "OptimState4bit, OptimStateFp8"
+            ),
+        ),
+        (
+            {"object": "os.PathLike"},
+            (
+                "an object of class os.PathLike, which is none of galore_torch.galore_projector.GaLoreProjector, "
+                "galore_torch.galore_projector_tensor.GaLoreProjectorTensor"
+            ),
+        ),
+    ],
+)
+def test_a_file_cannot_ask_for_another_class(tree: dict[str, Any], message: str, tmp_path: Path) -> None:
+    model, optimizer = stepped()
+    optimizer.state[model.get_parameter("gate")]["basis"] = tree
+    save_optimizer(optimizer, model, tmp_path / "state.safetensors")
+    before = state_of(model, optimizer)
+    with pytest.raises(UnrepresentableError) as caught:
+        load_optimizer(optimizer, model, tmp_path / "state.safetensors")
+    assert str(caught.value) == message
+    same(before, state_of(model, optimizer))
