@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -37,11 +38,12 @@ def with_named_state(
     ``load_state`` binds by name, with the ``policies`` of ``load_optimizer``, after it has loaded everything else. A
     folder without named state is loaded as accelerate does it, with a warning.
 
-    Raises ``OptionError`` for an accelerator that shards its optimizers (DeepSpeed, Megatron-LM, FSDP).
+    FSDP2's sharded optimizers are saved and loaded by all processes together. Raises ``OptionError`` for an accelerator
+    that shards in another way (DeepSpeed, Megatron-LM, FSDP1).
     """
     owner: Any = accelerator
     kind = str(getattr(owner.distributed_type, "value", owner.distributed_type))
-    if kind in ("DEEPSPEED", "MEGATRON_LM", "FSDP"):
+    if kind in ("DEEPSPEED", "MEGATRON_LM") or (kind == "FSDP" and not owner.is_fsdp2):
         raise OptionError(f"the optimizer is sharded by {kind}, which saves and loads it in its own way")
     save_state, load_state = owner.save_state, owner.load_state
 
@@ -50,42 +52,44 @@ def with_named_state(
             return models or prepared[0]
         return {f"model_{number}" if number else "model": model for number, model in enumerate(prepared)}
 
-    def save(*arguments: Any, **options: Any) -> Any:
-        optimizers = list(owner._optimizers)
-
-        def hook(prepared: list[Any], _: list[Any], folder: str) -> None:
-            if owner.is_main_process:
-                save_optimizer(optimizers, named(prepared), Path(folder, STATE), weights=weights)
-            if drop_legacy:
-                owner._optimizers.clear()
-
-        handle = owner.register_save_state_pre_hook(hook)
+    @contextmanager
+    def optimizers(hidden: bool) -> Iterator[list[Any]]:
+        """The prepared optimizers; accelerate does not see them meanwhile if they are hidden."""
+        found = list(owner._optimizers)
+        if hidden:
+            owner._optimizers.clear()
         try:
-            return save_state(*arguments, **options)
+            yield found
         finally:
-            handle.remove()
-            owner._optimizers[:] = optimizers
+            owner._optimizers[:] = found
+
+    def save(*arguments: Any, **options: Any) -> Any:
+        with optimizers(hidden=drop_legacy) as found:
+
+            def hook(_models: list[Any], _weights: list[Any], folder: str) -> None:
+                if owner.is_main_process or owner.distributed_type == "FSDP":
+                    save_optimizer(found, named(owner._models), Path(folder, STATE), weights=weights)
+
+            handle = owner.register_save_state_pre_hook(hook)
+            try:
+                return save_state(*arguments, **options)
+            finally:
+                handle.remove()
 
     def load(*arguments: Any, **options: Any) -> None:
-        optimizers = list(owner._optimizers)
-        path = Path()
-
-        def hook(_: list[Any], folder: str) -> None:
-            nonlocal path
-            path = Path(folder, STATE)
-            if is_state(path):
-                owner._optimizers.clear()  # else the order of optimizer.bin would decide, if it is there at all
-
-        handle = owner.register_load_state_pre_hook(hook)
-        try:
-            load_state(*arguments, **options)
-        finally:
-            handle.remove()
-            owner._optimizers[:] = optimizers
+        folders: list[str] = []
+        handle = owner.register_load_state_pre_hook(lambda _, folder: folders.append(folder))
+        with optimizers(hidden=True) as found:  # else the order in accelerate's own file would decide, if there is one
+            try:
+                load_state(*arguments, **options)
+            finally:
+                handle.remove()
+        path = Path(folders[0], STATE)
         if is_state(path):
-            load_optimizer(optimizers, named(owner._models), path, **policies)
+            load_optimizer(found, named(owner._models), path, **policies)
         else:
-            logger.warning("%s: no named state; accelerate loaded its optimizers by order", path.parent.parent)
+            logger.warning("%s: no named state; accelerate loads its optimizers by order", folders[0])
+            load_state(*arguments, **options)
 
     owner.save_state, owner.load_state = save, load
     return accelerator

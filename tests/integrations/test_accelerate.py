@@ -6,6 +6,7 @@ import logging
 import os
 import runpy
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Callable
@@ -19,7 +20,7 @@ import lora_state_format as lsf
 from lora_state_format.errors import BindError, OptionError
 from lora_state_format.integrations.accelerate import with_named_state
 
-pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+pytestmark = [pytest.mark.frameworks, pytest.mark.filterwarnings("ignore")]
 
 SCRIPT = Path(__file__).parent / "runs" / "accelerate_run.py"
 STATE = "training_state/optimizer.safetensors"
@@ -71,7 +72,7 @@ def test_a_folder_without_names_is_accelerates_own(
     loop["train"](loop["start"](drop_legacy=False), range(2), tmp_path)
     (tmp_path / "step-2" / STATE).unlink()
     assert same(loop["train"](loop["start"](tmp_path / "step-2"), range(2, 6)), whole)
-    assert f"{tmp_path / 'step-2'}: no named state; accelerate loaded its optimizers by order" in caplog.messages
+    assert f"{tmp_path / 'step-2'}: no named state; accelerate loads its optimizers by order" in caplog.messages
 
 
 def test_policies_and_what_does_not_fit(loop: dict[str, Any], tmp_path: Path) -> None:
@@ -170,6 +171,34 @@ def test_a_sharded_accelerator() -> None:
         assert str(caught.value) == "the optimizer is sharded by DEEPSPEED, which saves and loads it in its own way"
     finally:
         accelerator.state._reset_state(reset_partial_state=True)
+
+
+def test_sharded_by_fsdp2(tmp_path: Path) -> None:
+    script = SCRIPT.with_name("accelerate_fsdp_run.py")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, str(script), str(tmp_path)],
+            env={
+                **os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "MASTER_ADDR": "127.0.0.1",
+                "MASTER_PORT": port, "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2",
+            },
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in range(2)
+    ]  # fmt: skip
+    outputs = [rank.communicate(timeout=120)[0] for rank in ranks]
+    assert [rank.returncode for rank in ranks] == [0, 0], "\n".join(outputs)[-3000:]
+    assert all("resumed 8 local shards, all equal" in output for output in outputs)
+    assert not list((tmp_path / "step-2").glob("optimizer*"))
+    with lsf.open_state(tmp_path / "step-2" / STATE) as state:
+        assert {name: parameter["exp_avg"].shape for name, parameter in state.items()} == {
+            "0.weight": (7, 8), "0.bias": (7,), "1.weight": (3, 7), "1.bias": (3,),
+        }  # fmt: skip
 
 
 def test_killed_while_it_saves(loop: dict[str, Any], whole: dict[str, torch.Tensor], tmp_path: Path) -> None:
