@@ -9,7 +9,7 @@ import contextlib
 import io
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -89,6 +89,11 @@ def _printable(text: str) -> str:
     if text.isprintable():
         return text
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def _warn(warnings: Iterable[str]) -> None:
+    for warning in warnings:
+        click.echo(f"warning: {_printable(warning)}", err=True)
 
 
 def _say_json(members: Any) -> None:
@@ -193,8 +198,7 @@ def convert(source: Path, target: Path, layout: str | None, as_json: bool, **opt
         options["options"]["map"] = layout
     with _progress(f"converting {_printable(source.name)}") as progress:
         report = convert(source, target, progress=progress, **options)
-    for warning in report.warnings:
-        click.echo(f"warning: {_printable(warning)}", err=True)
+    _warn(report.warnings)
     if as_json:
         _say_json(report.to_json())
     else:
@@ -320,12 +324,13 @@ def export(
     source: Path, target: Path, slot: str, source_format: str | None, names: Path | None, as_json: bool, **options: Any
 ) -> None:
     """Write one slot of the checkpoint SOURCE into TARGET, a plain safetensors file keyed by parameter."""
-    from lora_state_format.conversion import read
+    from lora_state_format.conversion import beside_weights, read
     from lora_state_format.export import export
     from lora_state_format.report import SCHEMA_VERSION
 
     with read(source, source_format=source_format, names=names) as state:
         done = export(state, target, slot, **options)
+    _warn(beside_weights(target))
     if as_json:
         _say_json({"schema_version": SCHEMA_VERSION, "source": str(source), "slot": slot, **vars(done)})
     else:
@@ -349,12 +354,13 @@ def _rewrite(
     source: Path, target: Path, force: bool, as_json: bool, done: str, change: Callable[[OptimizerState], Edited]
 ) -> None:
     from lora_state_format.container import write
-    from lora_state_format.conversion import read
+    from lora_state_format.conversion import beside_weights, read
     from lora_state_format.report import SCHEMA_VERSION
 
     with read(source) as state:
         edited, changed = change(state)
         written = write(edited, target, force=force)
+    _warn(beside_weights(target))
     if as_json:
         members = {"source": str(source), "target": written.path, "changed": changed, "digest": written.digest}
         _say_json({"schema_version": SCHEMA_VERSION, **members})

@@ -168,7 +168,7 @@ def convert(
             paired=sum(parameter.weights is not None for parameter in state.parameters),
             digest=digest,
             notes=(*([str(decoded)] if decoded else []), *_notes(state)),
-            warnings=tuple(_warnings(target)),
+            warnings=tuple(beside_weights(target)),
         )
 
 
@@ -382,7 +382,8 @@ def _notes(state: OptimizerState) -> list[str]:
     return notes
 
 
-def _warnings(target: Path) -> list[str]:
+def beside_weights(target: Path) -> list[str]:
+    """A warning where a file would lie beside a model's weights, or nothing."""
     for beside in sorted(target.parent.glob("*.safetensors")):
         if beside != target and not container.is_state(beside):
             warning = (
