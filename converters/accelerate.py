@@ -14,7 +14,7 @@ from typing import Any, Final
 
 from lora_state_format import keyed, pickles
 from lora_state_format.errors import FileError, OptionError, RefusedError, TargetExistsError
-from lora_state_format.folders import Files, read_json, read_weights, reading
+from lora_state_format.folders import Files, read_json_object, read_weights, reading
 from lora_state_format.model import Checkpoint, OptimizerState, Tensor
 from lora_state_format.names import split_adapter
 from lora_state_format.registry import Match
@@ -62,7 +62,7 @@ def read(path: Path, options: Mapping[str, Any] | None = None) -> Checkpoint:
         found = [Found((place.name,), pickles.load(files[place], place).value) for place in places]
         weights = _weights(path, files, len(found))
         trainer = path / "trainer_state.json"
-        step = read_json(trainer).get("global_step") if trainer.is_file() else None
+        step = read_json_object(trainer).get("global_step") if trainer.is_file() else None
         state = from_state_dict(*found, origin={"format": NAME}, global_step=step, resources=(files,))
         configs = {name: path / name for name in ("adapter_config.json", "config.json") if (path / name).is_file()}
         return Checkpoint(keyed.named(state, weights=weights), weights, configs)

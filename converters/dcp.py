@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from lora_state_format import keyed
-from lora_state_format.dcp import METADATA, Folder, is_folder, open_folder, write_folder
+from lora_state_format.dcp import METADATA, Folder, is_folder, metadata, open_folder, write_folder
 from lora_state_format.errors import FileError
 from lora_state_format.model import Checkpoint, OptimizerState, Scalar, Tensor
 from lora_state_format.registry import Match
@@ -40,7 +40,7 @@ def _folders(path: Path) -> list[Path]:
     if not path.is_dir() or (path / "metadata.json").exists():  # metadata.json: Megatron
         return []
     candidates = [path] if is_folder(path) else sorted(folder for folder in path.iterdir() if is_folder(folder))
-    return [folder for folder in candidates if b"param_groups" in (folder / METADATA).read_bytes()]
+    return [folder for folder in candidates if b"param_groups" in metadata(folder)]
 
 
 def read(path: Path, options: Mapping[str, Any] | None = None) -> Checkpoint:
@@ -53,6 +53,8 @@ def read(path: Path, options: Mapping[str, Any] | None = None) -> Checkpoint:
     try:
         opened.extend(map(open_folder, (*places, *others)))
         found = [item for folder in opened[: len(places)] for item in _optimizers(folder)]
+        if not found:
+            raise FileError("no optimizer's state dict (state and param_groups) in it", path=path)
         for item in found:
             _check_steps(item)
         state = from_state_dict(*found, origin={"format": NAME}, resources=tuple(opened))

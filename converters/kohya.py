@@ -12,7 +12,7 @@ from typing import Final
 
 from lora_state_format import pickles
 from lora_state_format.errors import FileError
-from lora_state_format.folders import read_json, read_weights, reading
+from lora_state_format.folders import read_json_object, read_weights, reading
 from lora_state_format.model import Checkpoint
 from lora_state_format.registry import Match
 from lora_state_format.state_dict import from_state_dict
@@ -34,7 +34,7 @@ def read(path: Path) -> Checkpoint:
     if detect(path) is None:
         raise FileError(f"no {_OPTIMIZER} with {_STATE} beside it", path=path)
     with reading() as files:
-        step = read_json(path / _STATE).get("current_step")
+        step = read_json_object(path / _STATE).get("current_step")
         state = from_state_dict(
             pickles.load(files[path / _OPTIMIZER], path / _OPTIMIZER).value,
             origin={"format": NAME, "support": "from source only"},

@@ -16,7 +16,7 @@ from typing import Any, Final
 from lora_state_format import keyed, pickles
 from lora_state_format.dcp import METADATA, is_folder, open_folder
 from lora_state_format.errors import FileError, RefusedError
-from lora_state_format.folders import read_json
+from lora_state_format.folders import read_json_object
 from lora_state_format.model import Box, Checkpoint, Piece, Tensor
 from lora_state_format.registry import Match
 from lora_state_format.sources import File
@@ -42,7 +42,7 @@ def detect(path: Path) -> Match | None:
 def _folder(path: Path) -> Path | None:
     for folder in (path, path / "weights"):
         description = folder / "metadata.json"
-        if is_folder(folder) and description.is_file() and b"sharded_backend" in description.read_bytes():
+        if is_folder(folder) and description.is_file() and "sharded_backend" in read_json_object(description):
             return folder
     return None
 
@@ -53,7 +53,7 @@ def read(path: Path, options: Mapping[str, Any] | None = None) -> Checkpoint:
     place = _folder(path)
     if place is None:
         raise FileError("no .metadata with a metadata.json that names a sharded_backend", path=path)
-    backend = read_json(place / "metadata.json").get("sharded_backend")
+    backend = read_json_object(place / "metadata.json").get("sharded_backend")
     if backend != "torch_dist":
         raise RefusedError(f"sharded_backend {backend!r}; torch_dist is read", path=place / "metadata.json")
     folder = open_folder(place)

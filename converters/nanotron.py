@@ -15,7 +15,7 @@ from typing import Any, Final
 
 from lora_state_format import keyed, pickles
 from lora_state_format.errors import FileError, RefusedError
-from lora_state_format.folders import Files, read_json, reading
+from lora_state_format.folders import Files, read_json_object, reading
 from lora_state_format.model import Checkpoint, Flat, Piece, Tensor
 from lora_state_format.registry import Match
 from lora_state_format.state_dict import from_state_dict
@@ -44,7 +44,7 @@ def read(path: Path) -> Checkpoint:
     folder = _folder(path)
     if folder is None:
         raise FileError(f"no {_CONFIG} with rank files beside it", path=path)
-    config = read_json(folder / _CONFIG)
+    config = read_json_object(folder / _CONFIG)
     sizes = {key: int(value) for key, value in member(config, "parallelism", dict, folder / _CONFIG).items()}
     for kind in ("tp_size", "expert_parallel_size"):
         if sizes.get(kind, 1) > 1:

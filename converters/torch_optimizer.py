@@ -7,7 +7,6 @@ stable-baselines3, a zip whose members are such files themselves. torch is not i
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,6 +15,7 @@ from typing import Any, Final
 from lora_state_format import pickles
 from lora_state_format.container import read_header
 from lora_state_format.errors import FileError, OptionError, UnrepresentableError
+from lora_state_format.folders import read_json_object
 from lora_state_format.model import Checkpoint, OptimizerState, Tensor, Value
 from lora_state_format.registry import Match
 from lora_state_format.sources import File
@@ -142,7 +142,7 @@ def _state_dict(tree: Any) -> dict[str, Tensor]:
 def _weights(path: Path, files: list[File]) -> Mapping[str, Tensor]:
     """The tensors of a weights file by their own keys; of all files that an index names."""
     if path.suffix == ".json":
-        index = _json(path).get("weight_map")
+        index = read_json_object(path).get("weight_map")
         names = sorted(set(index.values())) if isinstance(index, dict) else []
         if not all(isinstance(name, str) and Path(name).name == name for name in names):
             raise FileError("its weight_map names files outside of its folder", path=path)
@@ -167,7 +167,7 @@ def _namesake(path: Path, files: list[File]) -> Mapping[str, Tensor]:
 
 
 def _global_step(tree: Any, beside: Mapping[str, Path]) -> int | None:
-    source = _json(beside[TRAINER]) if TRAINER in beside else tree
+    source = read_json_object(beside[TRAINER]) if TRAINER in beside else tree
     step = source.get("global_step") if isinstance(source, dict) else None
     return step if type(step) is int else None
 
@@ -178,17 +178,7 @@ def _origin(found: list[Found], beside: Mapping[str, Path]) -> dict[str, Value]:
     if len(found) == 1 and found[0].path:
         origin["place"] = found[0].where
     for name, package in (("adapter_config.json", "peft"), ("config.json", "transformers")):
-        version = _json(beside[name]).get(f"{package}_version") if name in beside else None
+        version = read_json_object(beside[name]).get(f"{package}_version") if name in beside else None
         if isinstance(version, str):
             origin[package] = version
     return origin
-
-
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_bytes())
-    except (ValueError, RecursionError) as error:
-        raise FileError(f"not JSON: {error}", path=path) from error
-    if not isinstance(value, dict):
-        raise FileError("not a JSON object", path=path)
-    return value

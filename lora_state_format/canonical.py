@@ -11,7 +11,7 @@ from typing import Any, Final
 
 from lora_state_format.errors import FileError
 
-__all__ = ["MAX_DEPTH", "MAX_VALUES", "dumps", "format_float", "loads"]
+__all__ = ["MAX_DEPTH", "MAX_VALUES", "check_size", "dumps", "format_float", "loads"]
 
 MAX_DEPTH: Final = 64
 """Arrays and objects inside each other, in one JSON text."""
@@ -115,7 +115,7 @@ def loads(text: str, *, path: object = None) -> Any:
             raise fail("JSON with the integer -0, which would lose its sign")
         return int(digits)
 
-    _check_size(text, fail)
+    check_size(text, fail)
     try:
         result = json.loads(
             text,
@@ -138,7 +138,7 @@ def loads(text: str, *, path: object = None) -> Any:
     return result
 
 
-def _check_size(text: str, fail: Callable[[str], FileError]) -> None:
+def check_size(text: str, fail: Callable[[str], FileError]) -> None:
     """Refuse what is nested too deep or has too many values, by its brackets and commas alone."""
     # Without escaped characters a quote begins or ends a string. Then strings go: the empty ones first, and where that
     # joins two neighbours, they go as one.

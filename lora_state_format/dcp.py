@@ -10,8 +10,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from math import prod
 from pathlib import Path, PurePosixPath
+from types import NoneType
 from typing import Any, Final
 
 from lora_state_format import pickles
@@ -24,9 +26,12 @@ from lora_state_format.sources import File, Range, Source
 from lora_state_format.torch_save import archive, dumps
 from lora_state_format.trees import member
 
-__all__ = ["METADATA", "Folder", "is_folder", "open_folder", "write_folder"]
+__all__ = ["METADATA", "Folder", "is_folder", "metadata", "open_folder", "write_folder"]
 
 METADATA: Final = ".metadata"
+MAX_DIMENSIONS: Final = 64
+MAX_COMPARED: Final = 1_000_000
+"""Pairs of a tensor's chunks that are compared; a grid of 64 by 64 has 130,000 that could overlap."""
 
 
 @dataclass(frozen=True)
@@ -43,6 +48,8 @@ class Folder:
             node = root
             for key in path[:-1]:
                 node = node.setdefault(key, {})
+                if not isinstance(node, dict):
+                    raise FileError(f"has a value on the way to the entry {'.'.join(map(str, path))}")
             node[path[-1]] = value
         return root
 
@@ -55,6 +62,14 @@ def is_folder(path: Path) -> bool:
     return (path / METADATA).is_file()
 
 
+def metadata(path: Path) -> bytes:
+    """The bytes of a folder's ``.metadata``. Raises ``FileError`` if they are more than a pickle may have."""
+    with File(path / METADATA) as file:
+        if file.size > pickles.MAX_PICKLE:
+            raise FileError(f"a pickle of {file.size} bytes; the limit is {pickles.MAX_PICKLE}", path=file.path)
+        return bytes(file.read(0, file.size))
+
+
 def open_folder(path: Path) -> Folder:
     """The folder's entries, lazily: tensors as byte ranges, other values as they were pickled.
 
@@ -64,16 +79,20 @@ def open_folder(path: Path) -> Folder:
     meta = path / METADATA
     if not meta.is_file():
         raise FileError("missing: without it nothing says what the other files hold", path=meta)
-    with File(meta) as file:
-        root = pickles.load_plain(bytes(file.read(0, file.size)), meta)
+    root = pickles.load_plain(metadata(path), meta)
     described = _state(root, "state_dict_metadata", dict, meta)
-    paths = _fields(root, meta).get("planner_data") or {}
+    paths = _fields(root, meta).get("planner_data")
+    if not isinstance(paths, (dict, NoneType)):
+        raise FileError(f"has a {type(paths).__name__} for its paths, where a dict is expected", path=meta)
+    paths = paths or {}
     files = Files()
     try:
         chunks = _chunks(_state(root, "storage_data", dict, meta), files, meta)
         entries = {}
         for key in [*(key for key in paths if key in described), *(key for key in described if key not in paths)]:
-            where = tuple(paths.get(key, (key,)))
+            where = paths.get(key, (key,))
+            if type(where) is not tuple or not where or not all(type(step) in (str, int) for step in where):
+                raise FileError(f"places '{key}' at {where!r}, which is no path", path=meta)
             if where in entries:
                 raise FileError(f"has two entries at {where}", path=meta)
             entries[where] = _entry(key, described[key], chunks.get(key, {}), meta)
@@ -147,6 +166,13 @@ def _fields(record: Any, path: object) -> Mapping[str, Any]:
     raise FileError(f"has a {type(record).__name__} where an object with fields is expected", path=path)
 
 
+def _naturals(sizes: Any, path: object) -> tuple[int, ...]:
+    """Sizes or offsets, one per axis."""
+    if type(sizes) in (list, tuple) and len(sizes) <= MAX_DIMENSIONS and all(type(n) is int and n >= 0 for n in sizes):
+        return tuple(sizes)
+    raise FileError(f"has {str(sizes)[:60]} where sizes are expected", path=path)
+
+
 def _state(record: Any, key: str, kind: Any, path: object) -> Any:
     return member(_fields(record, path), key, kind, path)
 
@@ -154,6 +180,7 @@ def _state(record: Any, key: str, kind: Any, path: object) -> Any:
 def _chunks(storage: Mapping[Any, Any], files: Files, path: Path) -> dict[str, dict[tuple[int, ...] | None, _Place]]:
     """Every chunk's place by the entry's key and the chunk's offsets."""
     found: dict[str, dict[tuple[int, ...] | None, _Place]] = {}
+    room: dict[Path, int] = {}
     for index, info in storage.items():
         key = _state(index, "fqn", str, path)
         offsets = _fields(index, path).get("offset")
@@ -168,7 +195,10 @@ def _chunks(storage: Mapping[Any, Any], files: Files, path: Path) -> dict[str, d
                 f"is cut short: {file.size} bytes, where .metadata places '{key}' at {start} to {start + length}",
                 path=file.path,
             )
-        where = tuple(offsets) if offsets is not None else None
+        room[file.path] = room.get(file.path, file.size) - length
+        if room[file.path] < 0:  # else a small file would unfold to any number of values
+            raise FileError(f"places more in {file.path.name} than its {file.size} bytes", path=path)
+        where = None if offsets is None else _naturals(offsets, path)
         if where in found.setdefault(key, {}):
             raise FileError(f"has two chunks of '{key}' at {where}", path=path)
         found[key][where] = _Place(key, file, start, length)
@@ -193,17 +223,17 @@ def _entry(key: str, described: Any, places: Mapping[tuple[int, ...] | None, _Pl
             raise FileError(f"has {len(places)} places for '{key}', which is one value", path=path)
         return places[None].value()
     dtype = _dtype(_state(described, "properties", Record, path), path)
-    shape = tuple(_state(described, "size", (list, tuple), path))
+    shape = _naturals(_state(described, "size", (list, tuple), path), path)
     pieces = []
     for chunk in _state(described, "chunks", list, path):
-        start, extent = tuple(_state(chunk, "offsets", tuple, path)), tuple(_state(chunk, "sizes", tuple, path))
+        start, extent = (_naturals(_state(chunk, name, tuple, path), path) for name in ("offsets", "sizes"))
+        if not len(start) == len(extent) == len(shape):
+            raise FileError(f"has a chunk of '{key}' with other axes than {list(shape)}", path=path)
         if not prod(extent):
             continue
         if start not in places:
             raise FileError(f"has no place for the chunk of '{key}' at {list(start)}", path=path)
-        if len(start) != len(shape) or any(
-            not 0 <= a <= a + n <= d for a, n, d in zip(start, extent, shape, strict=True)
-        ):
+        if any(a + n > d for a, n, d in zip(start, extent, shape, strict=True)):
             raise FileError(f"has a chunk {list(extent)} of '{key}' at {list(start)}, outside {list(shape)}", path=path)
         pieces.append(Piece(_Item(places[start], dtype, extent), 0, Box(start, extent)))
     held = sum(prod(piece.where.shape) for piece in pieces if isinstance(piece.where, Box))
@@ -222,16 +252,21 @@ def _dtype(properties: Record, path: object) -> str:
 
 
 def _overlap(boxes: Sequence[Box]) -> bool:
-    """Whether any two boxes share an element. Sweeps along the axis with the most different starts."""
+    """Whether any two boxes share an element, or would have to be compared more than ``MAX_COMPARED`` times to tell.
+
+    Sweeps along the axis with the most different starts.
+    """
     if len(boxes) < 2:
         return False
     axis = max(range(len(boxes[0].start)), key=lambda a: len({box.start[a] for box in boxes}))
     ordered = sorted(boxes, key=lambda box: box.start[axis])
+    compared = 0
     for i, box in enumerate(ordered):
-        for other in ordered[i + 1 :]:
+        for other in islice(ordered, i + 1, None):
             if other.start[axis] >= box.start[axis] + box.shape[axis]:
                 break
-            if all(
+            compared += 1
+            if compared > MAX_COMPARED or all(
                 a < b + m and b < a + n
                 for a, n, b, m in zip(box.start, box.shape, other.start, other.shape, strict=True)
             ):
@@ -274,14 +309,14 @@ def write_folder(entries: Mapping[tuple[Any, ...], Any], path: Path, *, force: b
                     state={"relative_path": _DATA, "offset": start, "length": position - start},
                 )
         ledger.check()
-        metadata = {
+        members = {
             "state_dict_metadata": described,
             "planner_data": paths,
             "storage_data": places,
             "storage_meta": None,
             "version": "1.0.0",
         }
-        (folder / METADATA).write_bytes(dumps(Record(_MODULE, "Metadata", state=metadata)))
+        (folder / METADATA).write_bytes(dumps(Record(_MODULE, "Metadata", state=members)))
 
 
 def _size(shape: Sequence[int]) -> Record:

@@ -16,15 +16,20 @@ from typing import Any, Final
 
 from lora_state_format import pickles
 from lora_state_format.atomic import sync_folder
+from lora_state_format.canonical import check_size
 from lora_state_format.container import read_header
 from lora_state_format.errors import FileError, TargetExistsError
 from lora_state_format.model import Tensor
 from lora_state_format.sources import File
 
-__all__ = ["Files", "PooledFile", "new_folder", "read_json", "read_weights", "reading"]
+__all__ = ["Files", "PooledFile", "new_folder", "read_json", "read_json_object", "read_weights", "reading"]
 
 MAX_OPEN: Final = 64
 """Files that are open at a time; a process may often hold no more than 1,024."""
+
+
+MAX_JSON: Final = 64 << 20
+"""Bytes of a JSON file beside a checkpoint; the log in a ``trainer_state.json`` has some 100 a step."""
 
 
 class Files:
@@ -102,11 +107,34 @@ def _moved(tensor: Tensor, source: PooledFile) -> Tensor:
 
 
 def read_json(path: Path) -> Any:
-    """The value of a JSON file. Raises ``FileError``."""
+    """The value of a JSON file as others write it, so ``NaN`` and keys that occur twice are taken.
+
+    Raises ``FileError``.
+    """
+
+    def fail(detail: str) -> FileError:
+        return FileError(detail, path=path)
+
+    with File(path) as file:
+        if file.size > MAX_JSON:
+            raise fail(f"JSON of {file.size} bytes, more than {MAX_JSON}")
+        data = file.read(0, file.size)
     try:
-        return json.loads(path.read_bytes())
-    except (ValueError, RecursionError) as error:
-        raise FileError(f"not JSON: {error}", path=path) from error
+        text = data.decode("utf-8-sig")
+        check_size(text, fail)
+        return json.loads(text)
+    except FileError:
+        raise
+    except ValueError as error:
+        raise fail(f"not JSON: {error}") from error
+
+
+def read_json_object(path: Path) -> dict[str, Any]:
+    """The members of a JSON file that holds one object. Raises ``FileError``."""
+    members = read_json(path)
+    if not isinstance(members, dict):
+        raise FileError("not a JSON object", path=path)
+    return members
 
 
 @contextlib.contextmanager

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from collections.abc import Mapping
@@ -14,6 +13,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from lora_state_format.errors import FileError, OptionError
+from lora_state_format.folders import read_json
 
 __all__ = ["FIELD", "MAPS", "Map", "Rule", "load"]
 
@@ -169,11 +169,11 @@ def load(name: str | os.PathLike[str]) -> Map:
     path = Path(name)
     if not path.is_file():
         raise OptionError(f"there is no map '{path}', nor a file of that name; maps: {', '.join(m.name for m in MAPS)}")
+    members = read_json(path)
     try:
-        members = json.loads(path.read_bytes())
         rules = tuple(_rule(rule) for rule in members["rules"])
         return Map(str(members["name"]), str(members.get("summary", "")), rules)
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
+    except (ValueError, KeyError, TypeError) as error:
         raise FileError(f"no map of names and layouts: {error}", path=path) from error
 
 

@@ -32,6 +32,9 @@ __all__ = [
     "without_wrappers",
 ]
 
+MAX_FILE: Final = 64 << 20
+"""Bytes of a file of names."""
+
 # --- wrappers -------------------------------------------------------------------------------------------------------
 
 WRAPPERS: Final = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
@@ -371,8 +374,11 @@ def read_names(path: str | os.PathLike[str]) -> list[str]:
 
     Raises ``ConversionError`` if there are none or one occurs twice.
     """
+    file = Path(path)
+    if file.exists() and (not file.is_file() or file.stat().st_size > MAX_FILE):
+        raise ConversionError(f"{file}: not a regular file of at most {MAX_FILE} bytes, so not a file of names")
     try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
+        lines = file.read_text(encoding="utf-8").splitlines()
     except UnicodeDecodeError as error:
         raise ConversionError(f"{os.fspath(path)}: not UTF-8, so not a file of names") from error
     seen: dict[str, int] = {}

@@ -832,7 +832,7 @@ def load_plain(data: bytes, path: object = None) -> Any:
     if len(data) > MAX_PICKLE:
         raise FileError(f"a pickle of {len(data)} bytes; the limit is {MAX_PICKLE}", path=path)
     with paused():
-        return _Machine(data, path, "the pickle").run()[0]
+        return _Machine(data, path, "the file").run()[0]
 
 
 def array(record: Record) -> Tensor | None:

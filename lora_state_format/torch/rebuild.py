@@ -6,7 +6,6 @@ after ``get_peft_model`` (a layer unfrozen, say) is in no config.
 
 from __future__ import annotations
 
-import json
 import os
 import warnings
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Final
 import torch
 
 from lora_state_format.errors import ConversionError, MissingDependencyError
+from lora_state_format.folders import read_json_object
 from lora_state_format.model import Parameter
 from lora_state_format.names import peft_key, split_adapter
 from lora_state_format.order import Described
@@ -47,8 +47,8 @@ def rebuild(folder: str | os.PathLike[str], adapter_config: str | os.PathLike[st
 
     They stand in ``named_parameters()`` order, frozen ones too; their dtypes are unknown. ``adapter_config`` is the
     adapter's configuration where it lies elsewhere. No weights are read, no code of the checkpoint is run, nothing is
-    fetched. Raises ``MissingDependencyError`` without transformers and peft, ``ConversionError`` for configs that these
-    do not know.
+    fetched. Raises ``MissingDependencyError`` without transformers and peft, ``FileError`` for a configuration that is
+    no JSON object, ``ConversionError`` for one that these do not know.
     """
     folder = Path(folder)
     adapter = Path(adapter_config) if adapter_config else folder / ADAPTER_CONFIG
@@ -59,7 +59,7 @@ def rebuild(folder: str | os.PathLike[str], adapter_config: str | os.PathLike[st
         raise MissingDependencyError(
             "names from configs need transformers and peft: pip install 'lora_state_format[peft]'"
         ) from error
-    members = _members(adapter) if adapter.exists() else None
+    members = read_json_object(adapter) if adapter.exists() else None
     if not (folder / CONFIG).exists():
         base = (members or {}).get("base_model_name_or_path")
         named = f" of the base model, {base}," if base else ""
@@ -104,16 +104,6 @@ def describe(model: Models) -> list[Described]:
             )
         )
     return result
-
-
-def _members(path: Path) -> dict[str, Any]:
-    try:
-        members = json.loads(path.read_bytes())
-    except ValueError as error:
-        raise ConversionError(f"{path}: not JSON: {error}") from error
-    if not isinstance(members, dict):
-        raise ConversionError(f"{path}: not a JSON object")
-    return members
 
 
 def _adapter(peft: Any, members: dict[str, Any]) -> PeftConfig:
