@@ -3,7 +3,8 @@
     python tests/bench/sharded.py [--gigabytes 0.75 3] [--rounds 9] [--folder /dev/shm]
 
 Needs the frameworks' environment and some four times the size in the folder, which should be in memory: ``cp`` does
-not wait for a disk, and we do. Every contender is a process of its own; ours and ``cp`` take turns, the others run once.
+not wait for a disk, and we do. Every contender is a process of its own; ours and ``cp`` take turns, the others run
+once.
 Files are laid out as DeepSpeed 0.19 lays them out; DCP's are written by torch on 2 ranks.
 """
 

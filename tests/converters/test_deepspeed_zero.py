@@ -44,6 +44,7 @@ def read(path: Path) -> OptimizerState:
     [
         *((2, case) for case in ("1-bf16", "2-bf16-robin", "2-fp32-frozen", "3-bf16-next", "3-bf16-sub")),
         (2, "1-bf16-accum-flat"),
+        (2, "2-bf16-elastic"),
         *((3, case) for case in ("1-bf16", "2-bf16-robin", "3-bf16-sub")),
     ],
 )
@@ -63,7 +64,9 @@ def test_it_holds_what_the_ranks_held(
         assert all(slot.role is Role.PARAM for parameter in state.parameters for _, slot in parameter.tensors())
         assert [group.count for group in state.groups] == ([5] if "flat" in case else [2, 3])
         assert state.global_step == 3
-        if "flat" not in case:
+        if "elastic" in case:  # DeepSpeed leaves the options out
+            assert [group.options for group in state.groups] == [(), ()]
+        elif "flat" not in case:
             assert [dict(group.options)["weight_decay"] for group in state.groups] == [0.1, 0.0]
             assert [dict(group.options)["lr"] for group in state.groups] == [1e-3, 2e-3]
 
@@ -125,6 +128,20 @@ def test_it_converts_to_one_file_with_the_weights_digests(
     with open_state(report.target) as state:
         saved = live_of(path)["saved"]
         assert_holds(state, {n: {slot: saved[n][slot] for slot in ("exp_avg", "exp_avg_sq")} for n in saved})
+
+
+def test_steps_that_a_group_counts_become_the_parameters(zero: Callable[[int, str], Path], tmp_path: Path) -> None:
+    """Apex's fused Adam, and DeepSpeed's until 0.10, kept ``step`` in the group, as an integer."""
+    folder = copied(zero(2, "1-bf16"), tmp_path)
+    for rank in range(2):
+        tree = torch.load(folder / optim_file(rank), weights_only=False)
+        base = tree["optimizer_state_dict"]["base_optimizer_state"]
+        for number, group in enumerate(base["param_groups"]):
+            group["step"] = int(base["state"][number].pop("step"))
+        torch.save(tree, folder / optim_file(rank))
+    with read(folder) as state:
+        assert {parameter["step"] for parameter in state.parameters} == {3}
+        assert not any("step" in dict(group.options) for group in state.groups)
 
 
 # --- what is refused ----------------------------------------------------------------------------------------------

@@ -735,6 +735,14 @@ def test_an_nnx_optimizer(tmp_path: Path) -> None:
     flax_msgpack.write(ours, tmp_path / "back", base=None, force=False)
     assert (tmp_path / "back").read_bytes() == path.read_bytes()
 
+    # Under PEFT's names, and back by the map that it was read with.
+    named = read(path, optimizer="adamw", map="flax_nnx_linear")
+    assert list(named)[-1] == "base_model.model.layers.10.lora_B.default.weight"
+    moment = named["base_model.model.layers.10.lora_B.default.weight"]["exp_avg"]
+    assert np.array_equal(moment.numpy(), np.asarray(moments["mu"]["layers"][10]["lora"]["lora_b"]).T)
+    flax_msgpack.write(named, tmp_path / "again", base=None, force=False)
+    assert (tmp_path / "again").read_bytes() == path.read_bytes()
+
 
 @pytest.mark.frameworks
 def test_a_stream_of_easylm(tmp_path: Path) -> None:

@@ -79,6 +79,8 @@ def build(case: str, *, universal: bool = False) -> Any:
         "steps_per_print": 1000,
         "checkpoint": {"load_universal": universal},
     }
+    if "elastic" in flags:
+        config["zero_optimization"]["elastic_checkpoint"] = True
     if int(stage) == 3:
         config["zero_optimization"]["sub_group_size"] = 20 if "sub" in flags else 10**9
     if dtype != "fp32":
