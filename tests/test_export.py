@@ -375,3 +375,16 @@ def test_the_command(saved: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert (members["schema_version"], members["tensors"], members["without"]) == (1, 2, [NEVER])
     assert run([*arguments[:3], "--force", "--slot", "nosuch"]) == 2
     assert capsys.readouterr().err.startswith("error: no parameter has a tensor in a slot 'nosuch'; there are: exp_avg")
+
+
+def test_a_target_beside_weights(saved: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = tmp_path / "adapter"
+    folder.mkdir()
+    assert run(["export", str(saved), str(folder / "adapter_model.safetensors"), "--slot", "exp_avg"]) == 0
+    assert capsys.readouterr().err == ""
+    assert run(["export", str(saved), str(folder / "second.safetensors"), "--slot", "exp_avg"]) == 0
+    assert capsys.readouterr().err.startswith(
+        f"warning: {folder / 'second.safetensors'} lies beside adapter_model.safetensors, and programs that serve a "
+    )
+    assert run(["strip", str(saved), str(folder / "third.safetensors"), "--slot", "exp_avg"]) == 0
+    assert capsys.readouterr().err.startswith(f"warning: {folder / 'third.safetensors'} lies beside ")
