@@ -27,11 +27,14 @@ import math
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import combinations
 from typing import TYPE_CHECKING, Any, Final, NamedTuple, TypeAlias
 
+from lora_state_format.errors import OptionError, UnrepresentableError
 from lora_state_format.model import Group, OptimizerState, Parameter, Scalar, Slot, Tensor, Value
+from lora_state_format.quantised import BITSANDBYTES, dequantize
 
 if TYPE_CHECKING:
     import numpy as np
@@ -69,7 +72,6 @@ _LAYER: Final = re.compile(r"(?P<stack>.*?)(?<![^.])(?P<number>\d+)(?P<rest>\..*
 _FIRST: Final = ("exp_avg", "momentum_buffer", "m", "mu", "state1")
 _SECOND: Final = ("exp_avg_sq", "v", "nu", "state2")
 _COPIES: Final = ("fp32", "z", "p0")
-_BITSANDBYTES: Final = "__bnb_optimizer_quant_state__"
 
 
 # --- what is compared -----------------------------------------------------------------------------------------------
@@ -206,6 +208,8 @@ def units_of(
     head_dim: int | None = None,
 ) -> tuple[list[Unit], list[Balance], list[str], list[str]]:
     """The units, what holds between them, the parameters about which there is nothing to say, and notes on why."""
+    with suppress(OptionError, UnrepresentableError):  # nothing is quantised, or has no one first moment
+        state = dequantize(state).state
     groups = [group for group in state.groups for _ in range(group.count)]
     # AdaLoRA's third factor breaks the identity of the other two.
     adaptive = {p.name.rpartition(".lora_E")[0] for p in state.parameters if ".lora_E" in p.name}
@@ -218,7 +222,7 @@ def units_of(
             silent.append(parameter.name)
             continue
         module, adapter, kind = _split(parameter.name)
-        if module in adaptive:
+        if module in adaptive or (kind in {A, B} and len(parameter.shape) < 2):
             module, adapter, kind = parameter.name, None, WEIGHT
         older = value_of(before or {}, parameter)
         found.setdefault((module, adapter), {})[kind] = (parameter, tensor, older, group)
@@ -339,7 +343,7 @@ def _part(
     if copy is not None:
         update = copy
     elif first is not None and not (kind == WEIGHT and older is None):
-        scale = np.sqrt(second) if second is not None else np.ones_like(first)
+        scale = np.sqrt(np.maximum(second, 0)) if second is not None else np.ones_like(first)
         update = np.clip(np.divide(first, scale, out=np.zeros_like(first), where=scale > 0), -10, 10)
         if second is not None:
             drift = update * _lag(group, slots.get("step"))
@@ -403,18 +407,10 @@ def _lag(group: Group, step: Value) -> float:
 
 def _slots(state: Mapping[str, Value]) -> dict[str, Value]:
     """First moment, second moment, master copy and step, by the names that optimizers give them."""
-    nested = state.get(_BITSANDBYTES)
-    flat: Mapping[str, Value] = {**state, **nested} if isinstance(nested, Mapping) else state
-
-    def pick(names: Sequence[str]) -> Value:
-        name = next((n for n in names if isinstance(flat.get(n), (Slot, Mapping))), None)
-        if name is None or not name.startswith("state"):
-            return flat[name] if name else None
-        number = name.removeprefix("state")
-        return {"codes": flat[name], "qmap": flat.get(f"qmap{number}"), "scale": flat.get(f"absmax{number}")}
-
-    found = {"first": pick(_FIRST), "second": pick(_SECOND), "copy": pick(_COPIES), "step": flat.get("step")}
-    return {key: value for key, value in found.items() if value is not None}
+    inner = state.get(BITSANDBYTES)
+    flat = {**state, **inner} if isinstance(inner, Mapping) else state
+    wanted = {"first": _FIRST, "second": _SECOND, "copy": _COPIES, "step": ("step",)}
+    return {what: flat[name] for what, names in wanted.items() for name in reversed(names) if name in flat}
 
 
 def _spans(count: int) -> list[tuple[int, int]]:
@@ -425,34 +421,15 @@ def _spans(count: int) -> list[tuple[int, int]]:
 
 
 def _numbers(value: Value, spans: Sequence[tuple[int, int]], shape: tuple[int, ...]) -> Array | None:
-    """A slot's values: a tensor of the parameter's shape, or 8-bit codes with their levels and scales."""
-    import numpy as np
-
-    if isinstance(value, Slot):
-        return _floats(value.tensor, spans) if value.tensor.shape == shape else None
-    if not isinstance(value, Mapping):
-        return None
-    codes, levels, scales = value.get("codes"), value.get("qmap"), value.get("scale")
-    if not isinstance(codes, Slot) or codes.tensor.shape != shape:
-        return None
-    if codes.tensor.dtype != "U8":
-        return _floats(codes.tensor, spans)
-    if not isinstance(levels, Slot) or not isinstance(scales, Slot):
-        return None
-    # The block size is not in the file. It is a power of two, and the last block may be cut.
-    block = 1 << (-(-codes.tensor.count // scales.tensor.count) - 1).bit_length()
-    where = np.concatenate([np.arange(start, start + length) for start, length in spans])
-    steps = np.concatenate([np.frombuffer(_bytes(codes.tensor, *span), np.uint8) for span in spans])
-    values: Array = _floats(levels.tensor)[steps] * _floats(scales.tensor)[where // block]
-    return values
+    """Runs of a slot's values, where it is a tensor of the parameter's shape."""
+    return _floats(value.tensor, spans) if isinstance(value, Slot) and value.tensor.shape == shape else None
 
 
-def _floats(tensor: Tensor, spans: Sequence[tuple[int, int]] | None = None) -> Array:
-    """A tensor's elements, or runs of them, as a flat float32 array. Dtypes that are no floats give zeros."""
+def _floats(tensor: Tensor, spans: Sequence[tuple[int, int]]) -> Array:
+    """Runs of a tensor's elements as a flat float32 array. Dtypes that are no floats give zeros."""
     import numpy as np
 
     types = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2"}
-    spans = spans or [(0, tensor.count)]
     if tensor.dtype not in types:
         return np.zeros(sum(length for _, length in spans), np.float32)
     raw = np.concatenate([np.frombuffer(_bytes(tensor, *span), types[tensor.dtype]) for span in spans])

@@ -30,6 +30,7 @@ from lora_state_format.model import (
     Value,
     contiguous,
 )
+from lora_state_format.quantised import BITSANDBYTES
 from lora_state_format.sources import Memory
 
 RNG = np.random.default_rng(0)
@@ -296,36 +297,37 @@ def test_a_layer_with_further_norms_has_no_balance_of_its_second() -> None:
 
 
 def test_eight_bit_moments() -> None:
-    """Codes, levels and scales, flat and nested; the last block is cut."""
-    levels = np.linspace(-1, 1, 256, dtype=np.float32)
+    """Decoded for the comparison, whether they stand flat or nested; small ones are in float32 anyway."""
+    levels, scales = np.linspace(-1, 1, 256, dtype=np.float32), np.array([2.0, 3.0, 5.0])
     codes = RNG.integers(0, 256, (10, 60))
-    scales = np.array([2.0, 3.0, 5.0])
+    expected = (levels[codes].ravel() * np.repeat(scales, 256)[:600]).reshape(10, 60)
     flat: dict[str, Value] = {
         "state1": slot(codes, "U8", Role.BLOCK), "qmap1": slot(levels), "absmax1": slot(scales, role=Role.BLOCK),
+        "state2": slot(codes, "U8", Role.BLOCK), "qmap2": slot(levels), "absmax2": slot(scales, role=Role.BLOCK),
     }  # fmt: skip
-    expected = (levels[codes].ravel() * np.repeat(scales, 256)[:600]).reshape(10, 60)
-    wrapped: dict[str, Value] = {"step": 1, "__bnb_optimizer_quant_state__": flat}
-    for entry in (flat, wrapped):
-        found = signals._numbers(signals._slots(entry)["first"], [(0, 600)], (10, 60))
-        assert found is not None
-        assert np.allclose(found.reshape(10, 60), expected)
-    nested: dict[str, Value] = {"codes": flat["state1"], "qmap": flat["qmap1"], "scale": flat["absmax1"]}
-    part = signals._numbers(nested, [(300, 8)], (10, 60))
-    assert part is not None
-    assert np.allclose(part, expected.ravel()[300:308])
-    assert signals._numbers({"codes": flat["state1"]}, [(0, 600)], (10, 60)) is None
-    assert signals._numbers(flat["state1"], [(0, 600)], (60, 10)) is None
-    small: dict[str, Value] = {"state1": slot(np.ones((2, 3))), "step": 4}  # fp32 where the parameter is small
-    plain = signals._numbers(signals._slots(small)["first"], [(0, 6)], (2, 3))
-    assert plain is not None
-    assert plain.tolist() == [1.0] * 6
+    small: dict[str, Value] = {"state1": slot(np.full((10, 60), 7.0)), "state2": slot(np.ones((10, 60)))}
+    names = {"model.a.lora_A.weight": flat, "model.b.lora_A.weight": small}
+    nested: dict[str, dict[str, Value]] = {name: {"step": 1, BITSANDBYTES: entry} for name, entry in names.items()}
+    for entries in (names, nested):
+        state = named(entries, dict.fromkeys(names, (10, 60)))
+        units, *_ = signals.units_of(state, {name: tensor(np.ones((10, 60))) for name in names})
+        assert np.allclose(units[0].parts["lora_A"].first, expected)
+        assert (units[1].parts["lora_A"].first == 7).all()
+
+
+def test_matrices_of_other_forms_are_parameters() -> None:
+    """What is called like LoRA's A or B and has one axis is no matrix of ranks."""
+    names = ["model.a.lora_A.weight", "model.a.lora_B.weight"]
+    state = named({name: {"exp_avg": slot(np.ones(4))} for name in names}, dict.fromkeys(names, (4,)))
+    assert weigh(state, {name: tensor(np.ones(4)) for name in names}).verdict == "inconclusive"
 
 
 @pytest.mark.parametrize("dtype", ["F64", "F32", "F16", "BF16"])
 def test_dtypes(dtype: str) -> None:
     values = np.array([[1.5, -2.0, 0.25]])
-    assert signals._floats(tensor(values, dtype)).tolist() == values.ravel().tolist()
-    assert signals._floats(tensor([1, 2], "U8")).tolist() == [0, 0]
+    assert signals._floats(tensor(values, dtype), [(0, 3)]).tolist() == values.ravel().tolist()
+    assert signals._floats(tensor(values, dtype), [(2, 1), (0, 1)]).tolist() == [0.25, 1.5]
+    assert signals._floats(tensor([1, 2], "U8"), [(0, 2)]).tolist() == [0, 0]
 
 
 def test_lag() -> None:
