@@ -12,7 +12,6 @@ from lora_state_format.model import Checkpoint, OptimizerState, Tensor
 from lora_state_format.optax_nodes import FIELDS, Tree, leaves
 from lora_state_format.registry import Match
 from lora_state_format.sources import File
-from lora_state_format.trees import check_options
 
 NAME: Final = "flax_msgpack"
 DESCRIPTION: Final = "flax's to_bytes of an optax state (opt_state.msgpack, a TrainState, nnx), or EasyLM's stream"
@@ -40,7 +39,6 @@ def read(path: Path, options: Mapping[str, Any] | None = None) -> Checkpoint:
     ``OptionError`` where the rule has to be said.
     """
     options = options or {}
-    check_options(options, OPTIONS, NAME)
     path = path / STATE if path.is_dir() else path
     beside = path.with_name(WEIGHTS)
     files = [File(path)]
@@ -69,7 +67,6 @@ def write(
     which but the optimizer's state is copied. Without one the optimizer is taken to be ``optax.NAME(learning_rate)``.
     """
     options = options or {}
-    check_options(options, OPTIONS, NAME)
     state = mapping.on_writing(state, options.get("map"), NAME)
     if base is None:
         flax.save(optax.to_tree(state, options=options), path, force=force)

@@ -28,7 +28,6 @@ from lora_state_format.model import (
 )
 from lora_state_format.registry import Match
 from lora_state_format.sources import File, Memory
-from lora_state_format.trees import check_options
 from lora_state_format.zips import Archive
 
 NAME: Final = "mlx"
@@ -91,7 +90,6 @@ def read(path: Path, options: Mapping[str, Any] | None = None) -> Checkpoint:
     be said: the rule, and of Adam and AdamW whether they correct the bias.
     """
     options = options or {}
-    check_options(options, OPTIONS, NAME)
     match = detect(path)
     path = match.path if match else path
     files = [File(path)]
@@ -200,7 +198,6 @@ def write(
     Raises ``UnrepresentableError`` for what MLX has no place for: steps that differ, more than one learning rate.
     """
     options = options or {}
-    check_options(options, OPTIONS, NAME)
     if base is not None:
         raise OptionError(f"{NAME} writes a whole file and takes nothing from another ({base})")
     state = mapping.on_writing(state, options.get("map"), NAME)

@@ -13,11 +13,11 @@ from typing import Any, Final
 from lora_state_format import mapping, optax
 from lora_state_format.errors import FileError, MissingDependencyError, RefusedError
 from lora_state_format.flax import DTYPES
-from lora_state_format.folders import read_json
+from lora_state_format.folders import read_json, read_json_object
 from lora_state_format.model import Checkpoint, Scalar, Tensor, contiguous, item_size
 from lora_state_format.optax_nodes import FIELDS, Keys, Tree, leaves
 from lora_state_format.registry import Match
-from lora_state_format.trees import check_options, member
+from lora_state_format.trees import member
 
 NAME: Final = "orbax"
 DESCRIPTION: Final = (
@@ -65,7 +65,6 @@ def read(path: Path, options: Mapping[str, Any] | None = None) -> Checkpoint:
     Raises ``MissingDependencyError`` without tensorstore, and what ``optax.from_tree`` raises.
     """
     options = options or {}
-    check_options(options, OPTIONS, NAME)
     folder = _item(path)
     if folder is None:
         raise FileError(f"no {METADATA} that lists an optimizer's state", path=path)
@@ -109,7 +108,7 @@ class _Store:
             ) from error
         self._tensorstore: Any = tensorstore
         self._folder = folder
-        metadata = read_json(folder / METADATA)
+        metadata = read_json_object(folder / METADATA)
         self._ocdbt = (folder / "manifest.ocdbt").exists()
         self._driver = "zarr3" if metadata.get("use_zarr3") else "zarr"
         self._held: tuple[Any, memoryview] | None = None

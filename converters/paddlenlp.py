@@ -20,7 +20,7 @@ from typing import Any, Final
 from lora_state_format import algorithms, mapping, plain
 from lora_state_format.algorithms import HYPERPARAMETERS, OPTIMIZER, Layout
 from lora_state_format.errors import FileError, OptionError, RefusedError, UnrepresentableError
-from lora_state_format.folders import Files, new_folder, read_json, read_weights, reading
+from lora_state_format.folders import Files, new_folder, read_json, read_json_object, read_weights, reading
 from lora_state_format.model import (
     Checkpoint,
     Group,
@@ -34,7 +34,6 @@ from lora_state_format.model import (
 )
 from lora_state_format.registry import Match
 from lora_state_format.sources import Memory
-from lora_state_format.trees import check_options
 
 NAME: Final = "paddlenlp"
 DESCRIPTION: Final = "a unified checkpoint of PaddleNLP: optimizer-*.safetensors and optimizer.safetensors.index.json"
@@ -77,7 +76,6 @@ def read(path: Path, options: Mapping[str, Any] | None = None) -> Checkpoint:
     Raises ``RefusedError`` for compressed and unmerged checkpoints, ``FileError`` where steps and powers disagree.
     """
     options = options or {}
-    check_options(options, OPTIONS, NAME)
     index = path / INDEX if path.is_dir() else path
     with reading() as files:
         tensors = _indexed(index, files)
@@ -127,7 +125,7 @@ def _state(
     trainer = index.with_name(TRAINER)
     stated = algorithms.stated_step(options) if "step" in options else None
     if stated is None and trainer.is_file():
-        stated = read_json(trainer).get("global_step")
+        stated = read_json_object(trainer).get("global_step")
     betas = tuple(options["betas"]) if "betas" in options else None
     parameters, algorithm, counts = [], None, set()
     for name, held in slots.items():
@@ -219,7 +217,6 @@ def write(
     Raises ``UnrepresentableError`` for what the layout has no place for, and for Adam without betas.
     """
     options = options or {}
-    check_options(options, OPTIONS, NAME)
     if base is not None:
         raise OptionError(f"{NAME} writes a whole folder and takes nothing from another ({base})")
     state = mapping.on_writing(state, options.get("map"), NAME)
