@@ -13,14 +13,15 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 from math import prod
 from pathlib import Path
 from typing import Any, Final
 
 from lora_state_format import keyed, pickles
 from lora_state_format.errors import FileError, RefusedError
-from lora_state_format.folders import Files, PooledFile
-from lora_state_format.model import Checkpoint, Flat, Piece, Run, Scalar, Tensor, item_size
+from lora_state_format.folders import PooledFile, reading
+from lora_state_format.model import Checkpoint, Flat, Piece, Run, Scalar, Tensor, Value, item_size
 from lora_state_format.pickles import Record
 from lora_state_format.registry import Match
 from lora_state_format.state_dict import from_state_dict
@@ -80,17 +81,29 @@ def read(path: Path, options: Mapping[str, Any] | None = None) -> Checkpoint:
     folder = _tag_folder(path)
     if folder is None:
         raise FileError("no ZeRO optimizer files (zero_pp_rank_*_optim_states.pt)", path=path)
-    files = Files()
-    try:
+    with reading() as files:
         ranks = [_rank(files[file]) for file in _rank_files(folder)]
         model_file = folder / f"{'zero_pp_rank_0_' if ranks[0].stage == 3 else ''}mp_rank_00_model_states.pt"
         if not model_file.exists():
             raise FileError("missing: it has the parameters' names and shapes", path=model_file)
         model = pickles.load(files[model_file], model_file).value
-        return _checkpoint(ranks, model, model_file, folder, bool(options.get("masters")), files)
-    except BaseException:
-        files.close()
-        raise
+        shapes = member(model, "param_shapes", list, model_file)
+        _check_agreement(ranks)
+        _check_model(model, shapes, ranks, model_file)
+        named = [member(shapes, number, dict, model_file) for number in range(len(shapes))]
+        state = from_state_dict(
+            _state_dict(ranks, named, model_file, bool(options.get("masters"))),
+            origin=_origin(ranks, model),
+            global_step=step if isinstance(step := model.get("global_steps"), int) else None,
+            resources=(files,),
+        )
+        shape_of = {name: shape for group in named for name, shape in group.items()}
+        module = model.get("module")
+        weights = {k: v for k, v in module.items() if isinstance(v, Tensor)} if isinstance(module, dict) else {}
+        return Checkpoint(
+            keyed.named(state, shapes=shape_of, weights=weights, tied=_tied(model)),
+            weights={name: tensor for name, tensor in weights.items() if tensor.shape == shape_of.get(name)},
+        )
 
 
 def _rank_files(folder: Path) -> list[Path]:
@@ -152,69 +165,60 @@ def _rank(file: PooledFile) -> _Rank:
     )
 
 
-def _checkpoint(
-    ranks: Sequence[_Rank], model: Any, model_file: Path, folder: Path, masters: bool, files: Files
-) -> Checkpoint:
-    first = ranks[0]
-    _check_agreement(ranks)
-    for partitions in first.partitions:
+def _check_model(model: Mapping[str, Any], shapes: list[Any], ranks: Sequence[_Rank], path: Path) -> None:
+    """The model's file and the ranks' agree on how many ranks and groups there were."""
+    for partitions in ranks[0].partitions:
         if partitions != len(ranks):
             raise FileError(
-                f"says the state was cut over {partitions} ranks; there are {len(ranks)} files", path=first.path
+                f"says the state was cut over {partitions} ranks; there are {len(ranks)} files", path=ranks[0].path
             )
-    world = model.get("dp_world_size") if isinstance(model, dict) else None
+    world = model.get("dp_world_size")
     if world not in (None, len(ranks)):
-        raise FileError(f"says there were {world} ranks; there are optimizer files of {len(ranks)}", path=model_file)
-    shapes = member(model, "param_shapes", list, model_file)
-    if len(shapes) != len(first.states):
-        raise FileError(
-            f"names {len(shapes)} groups of parameters; the ranks hold {len(first.states)}", path=model_file
-        )
+        raise FileError(f"says there were {world} ranks; there are optimizer files of {len(ranks)}", path=path)
+    if len(shapes) != len(ranks[0].states):
+        raise FileError(f"names {len(shapes)} groups of parameters; the ranks hold {len(ranks[0].states)}", path=path)
 
+
+def _state_dict(
+    ranks: Sequence[_Rank], named: Sequence[Mapping[str, Any]], model_file: Path, masters: bool
+) -> dict[str, Any]:
+    """The state dict that one rank would have had, with names for ids."""
+    first = ranks[0]
     entries: dict[str, dict[str, Any]] = {}
-    members: list[list[str]] = []
-    for number, named in enumerate(shapes):
-        named = member(shapes, number, dict, model_file)
-        flat, other = _split(ranks, number, masters)
+    for number, shapes in enumerate(named):
+        flat, common = _split(ranks, number, masters)
         cut = _cut_stage3 if first.stage == 3 else _cut_stage12
-        for name, slots in cut(ranks, number, named, flat, folder):
+        for name, slots in cut(ranks, number, shapes, flat, model_file.parent):
             if name in entries:
                 raise FileError(f"names parameter '{name}' twice", path=model_file)
-            entries[name] = {**other, **slots}
-        members.append(list(named))
-
+            entries[name] = {**common, **slots}
+    members = [list(shapes) for shapes in named]
     groups = []
     for group in first.options:
-        names = [
-            name
-            for number in member(group, "params", list, first.path)
-            for name in member(members, number, list, first.path)
-        ]
+        numbers = member(group, "params", list, first.path)
+        names = [name for number in numbers for name in member(members, number, list, first.path)]
         # Apex's and older fused optimizers count steps by group.
         if "step" in group and not any("step" in entries[name] for name in names):
             for name in names:
                 entries[name] = {"step": group["step"], **entries[name]}
-        groups.append(
-            {**{key: value for key, value in group.items() if key not in ("params", "step")}, "params": names}
-        )
+        options = {key: value for key, value in group.items() if key not in ("params", "step")}
+        groups.append({**options, "params": names})
+    return {"state": entries, "param_groups": groups}
 
-    weights = {k: v for k, v in (model.get("module") or {}).items() if isinstance(v, Tensor)}
-    shape_of = {name: shape for named in shapes for name, shape in named.items()}
+
+def _origin(ranks: Sequence[_Rank], model: Mapping[str, Any]) -> dict[str, Value]:
+    version = model.get("ds_version")
+    origin: dict[str, Value] = {"format": NAME, "stage": ranks[0].stage, "ranks": len(ranks)}
+    return {**origin, "deepspeed": version} if isinstance(version, str) else origin
+
+
+def _tied(model: Mapping[str, Any]) -> dict[str, tuple[str, ...]]:
+    """Other names of a parameter, by the name that its state stands under."""
     tied: dict[str, tuple[str, ...]] = {}
-    for alias, holder in (model.get("shared_params") or {}).items():
+    shared = model.get("shared_params")
+    for alias, holder in shared.items() if isinstance(shared, dict) else ():
         tied[holder] = (*tied.get(holder, ()), alias)
-    origin = {"format": NAME, "stage": first.stage, "ranks": len(ranks), "deepspeed": model.get("ds_version")}
-    step = model.get("global_steps")
-    positional = from_state_dict(
-        {"state": entries, "param_groups": groups},
-        origin={key: value for key, value in origin.items() if value is not None},
-        global_step=step if isinstance(step, int) else None,
-        resources=(files,),
-    )
-    return Checkpoint(
-        keyed.named(positional, shapes=shape_of, weights=weights, tied=tied),
-        weights={name: tensor for name, tensor in weights.items() if tensor.shape == shape_of.get(name)},
-    )
+    return tied
 
 
 def _check_agreement(ranks: Sequence[_Rank]) -> None:
@@ -229,11 +233,11 @@ def _check_agreement(ranks: Sequence[_Rank]) -> None:
             raise FileError(
                 f"has {len(rank.states)} groups, where {first.path.name} has {len(first.states)}", path=rank.path
             )
-        mine = [*_plain(first.states), *_plain(first.options)]
-        for (key, ours), (other, theirs) in zip(mine, [*_plain(rank.states), *_plain(rank.options)], strict=True):
-            if (key, ours) != (other, theirs):
+        mine, other = ([*_plain(r.states), *_plain(r.options)] for r in (first, rank))
+        for (key, ours), (found, theirs) in zip_longest(mine, other, fillvalue=("nothing", None)):
+            if (key, ours) != (found, theirs):
                 raise FileError(
-                    f"'{other}' is {theirs!r}, where {first.path.name} has {ours!r}: files of different steps",
+                    f"'{found}' is {theirs!r}, where {first.path.name} has {ours!r}: files of different steps",
                     path=rank.path,
                 )
 
