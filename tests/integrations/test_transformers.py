@@ -277,20 +277,40 @@ def test_a_sharded_trainer(loop: dict[str, Any], tmp_path: Path) -> None:
 # --- crashes ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("call", "count"), [("pwrite", "2"), ("fsync", "1")])
-def test_killed_while_it_saves(loop: dict[str, Any], plain: Path, tmp_path: Path, call: str, count: str) -> None:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, str(SCRIPT), str(tmp_path), call, count]
-    result = subprocess.run(command, env=environment, capture_output=True, check=False)
-    assert result.returncode == -signal.SIGKILL, result.stderr.decode()
-    assert (tmp_path / "checkpoint-4" / "training_state").is_dir()
-    assert not (tmp_path / "checkpoint-4" / STATE).exists()
-    found = last_checkpoint(tmp_path)
-    assert found == str(tmp_path / "checkpoint-2")
-    with_named_state(loop["make"](tmp_path), drop_legacy=True).train(resume_from_checkpoint=found)
-    assert same_end(tmp_path, plain)
-    assert last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-6")
-    left = {path.name for path in (tmp_path / "checkpoint-4" / "training_state").iterdir()}
+KILLS = {"while it writes": ("pwrite", "2"), "before it commits": ("fsync", "1")}
+"""When -> the function of ``os`` at whose call the process dies, and at which of them."""
+
+
+@pytest.fixture(scope="module")
+def killed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """The folders of runs that were killed while they saved checkpoint-4."""
+    folders = {when: tmp_path_factory.mktemp("killed") for when in KILLS}
+    runs = [
+        subprocess.Popen(
+            [sys.executable, str(SCRIPT), str(folders[when]), *at],
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for when, at in KILLS.items()
+    ]
+    outputs = [run.communicate()[0] for run in runs]
+    assert [run.returncode for run in runs] == [-signal.SIGKILL] * len(runs), "\n".join(outputs)
+    return folders
+
+
+@pytest.mark.parametrize("when", KILLS)
+def test_killed_while_it_saves(loop: dict[str, Any], plain: Path, killed: dict[str, Path], when: str) -> None:
+    folder = killed[when]
+    assert (folder / "checkpoint-4" / "training_state").is_dir()
+    assert not (folder / "checkpoint-4" / STATE).exists()
+    found = last_checkpoint(folder)
+    assert found == str(folder / "checkpoint-2")
+    with_named_state(loop["make"](folder), drop_legacy=True).train(resume_from_checkpoint=found)
+    assert same_end(folder, plain)
+    assert last_checkpoint(folder) == str(folder / "checkpoint-6")
+    left = {path.name for path in (folder / "checkpoint-4" / "training_state").iterdir()}
     assert left == {"optimizer.safetensors"}
 
 
