@@ -25,7 +25,7 @@ T = TypeVar("T")
 SAVE: Final = "_save_optimizer_and_scheduler"
 LOAD: Final = "_load_optimizer_and_scheduler"
 METHODS: Final[Mapping[str, list[str]]] = {SAVE: ["output_dir"], LOAD: ["checkpoint"]}
-"""The Trainer's own methods that are wrapped, and their arguments: as in transformers 4.48 to 5.23."""
+"""The Trainer's own methods that are wrapped, and their arguments, as they are in transformers 5.23."""
 
 SCHEDULER: Final = "scheduler.pt"
 
@@ -107,6 +107,8 @@ def _fitted(saved: dict[str, Any], scheduler: Any) -> dict[str, Any]:
 
     What a scheduler keeps for each group comes from the groups, into which the saved values have been loaded by name.
     """
+    if "base_lrs" not in saved:  # ReduceLROnPlateau knows rates by the groups alone
+        return saved
     groups = scheduler.optimizer.param_groups
     count = len(saved["base_lrs"])
     fitted = dict(saved)

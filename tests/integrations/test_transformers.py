@@ -110,6 +110,16 @@ def test_rotation_the_best_model_accumulation_and_mixed_precision(loop: dict[str
     assert same_end(tmp_path / "resumed", tmp_path / "whole")
 
 
+def test_it_is_there_before_anything_is_pushed(loop: dict[str, Any], tmp_path: Path) -> None:
+    trainer = with_named_state(loop["make"](tmp_path, max_steps=2))
+    pushed: list[bool] = []
+    trainer.args.push_to_hub = True
+    trainer._push_from_checkpoint = lambda folder: pushed.append(lsf.verify(Path(folder, STATE)).ok)
+    trainer.push_to_hub = lambda **_: None
+    trainer.train()
+    assert pushed == [True]
+
+
 # --- resuming -----------------------------------------------------------------------------------------------------
 
 
@@ -140,6 +150,20 @@ def test_a_checkpoint_of_a_plain_trainer_is_resumed_by_order(
     with_named_state(loop["make"](tmp_path)).train(resume_from_checkpoint=str(plain / "checkpoint-2"))
     assert same_end(tmp_path, plain)
     assert any("Order alone is no proof" in message for message in caplog.messages)
+
+
+def test_a_schedule_that_watches_the_loss(loop: dict[str, Any], tmp_path: Path) -> None:
+    options = {
+        "lr_scheduler_type": "reduce_lr_on_plateau",
+        "lr_scheduler_kwargs": {"patience": 0, "threshold": 10.0},  # lower the rate at every evaluation
+        "eval_strategy": "steps",
+        "eval_steps": 1,
+    }
+    with_named_state(loop["make"](tmp_path / "whole", **options), drop_legacy=True).train()
+    resumed = with_named_state(loop["make"](tmp_path / "resumed", **options), drop_legacy=True)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-2"))
+    assert same_end(tmp_path / "resumed", tmp_path / "whole")
+    assert resumed.optimizer.param_groups[0]["lr"] < 1e-5
 
 
 def test_other_groups(loop: dict[str, Any], named: Path, tmp_path: Path) -> None:
