@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -11,7 +10,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
 from lora_state_format import container, order, quantised, registry
-from lora_state_format.errors import ConversionError, FileError, MissingNamesError, OptionError, TargetExistsError
+from lora_state_format.errors import ConversionError, MissingNamesError, OptionError, TargetExistsError
+from lora_state_format.evidence import head_size
+from lora_state_format.folders import read_json_object
 from lora_state_format.manifest import ALGORITHM
 from lora_state_format.model import Checkpoint, Digest, Naming, OptimizerState, Parameter, PositionalState, Tensor
 from lora_state_format.names import adapter_parameters, peft_key, read_names
@@ -190,7 +191,9 @@ def belongs(path: str | os.PathLike[str], weights: str | os.PathLike[str]) -> tu
         pairing = paired(state, checkpoint.weights)
         settled = state.naming.rule is None and pairing.matching == len(state)
         compared = pairing.matching + len(pairing.differing) > 0
-        return (pairing if compared else None), (None if settled else weigh(state, checkpoint.weights))
+        head_dim = head_size(_config(checkpoint, CONFIG) or {})
+        evidence = None if settled else weigh(state, checkpoint.weights, head_dim=head_dim)
+        return (pairing if compared else None), evidence
 
 
 def _options(options: Mapping[str, Any], converter: Converter) -> dict[str, Mapping[str, Any]]:
@@ -276,8 +279,15 @@ def _named(names: Sequence[str] | Path | None, checkpoint: Checkpoint, path: Pat
             "which parameter a position means; pass --names (names=) with a file of names in optimizer order, the "
             "adapter file, or a folder with config.json and adapter_config.json"
         )
-    weights = checkpoint.weights or None
-    return replace(checkpoint, state=order.decide(state, parameters, rule=rule, weights=weights, source=source))
+    named = order.decide(
+        state,
+        parameters,
+        rule=rule,
+        weights=checkpoint.weights or None,
+        head_dim=head_size(_config(checkpoint, CONFIG) or {}),
+        source=source,
+    )
+    return replace(checkpoint, state=named)
 
 
 def _listed(state: PositionalState, names: Sequence[str], checkpoint: Checkpoint) -> list[Parameter]:
@@ -319,18 +329,10 @@ def _rebuilt(folder: Path, checkpoint: Checkpoint) -> Sequence[order.Described]:
     return rebuild(folder, None if (folder / ADAPTER_CONFIG).exists() else checkpoint.configs.get(ADAPTER_CONFIG))
 
 
-def _config(checkpoint: Checkpoint) -> Mapping[str, Any] | None:
-    """The parsed ``adapter_config.json``, if there is one."""
-    path = checkpoint.configs.get(ADAPTER_CONFIG)
-    if path is None:
-        return None
-    try:
-        config = json.loads(path.read_bytes())
-    except ValueError as error:
-        raise FileError(f"not JSON: {error}", path=path) from error
-    if not isinstance(config, dict):
-        raise FileError("not a JSON object", path=path)
-    return config
+def _config(checkpoint: Checkpoint, name: str = ADAPTER_CONFIG) -> Mapping[str, Any] | None:
+    """The parsed configuration file of that name, if there is one."""
+    path = checkpoint.configs.get(name)
+    return None if path is None else read_json_object(path)
 
 
 # --- writing and the report ---------------------------------------------------------------------------------------
