@@ -426,16 +426,15 @@ def _numbers(value: Value, spans: Sequence[tuple[int, int]], shape: tuple[int, .
 
 
 def _floats(tensor: Tensor, spans: Sequence[tuple[int, int]]) -> Array:
-    """Runs of a tensor's elements as a flat float32 array. Dtypes that are no floats give zeros."""
+    """Runs of a tensor's elements as a flat float32 array. What is no finite number counts as 0."""
     import numpy as np
 
     types = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2"}
     if tensor.dtype not in types:
         return np.zeros(sum(length for _, length in spans), np.float32)
     raw = np.concatenate([np.frombuffer(_bytes(tensor, *span), types[tensor.dtype]) for span in spans])
-    if tensor.dtype == "BF16":
-        return (raw.astype(np.uint32) << 16).view(np.float32)
-    return raw.astype(np.float32)
+    values = (raw.astype(np.uint32) << 16).view(np.float32) if tensor.dtype == "BF16" else raw.astype(np.float32)
+    return np.nan_to_num(values, copy=False, posinf=0.0, neginf=0.0)
 
 
 def _bytes(tensor: Tensor, start: int, length: int) -> bytearray:

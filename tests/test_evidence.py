@@ -330,6 +330,17 @@ def test_dtypes(dtype: str) -> None:
     assert signals._floats(tensor([1, 2], "U8"), [(0, 2)]).tolist() == [0, 0]
 
 
+def test_a_moment_that_is_no_number() -> None:
+    """One parameter that ran away takes nothing from the others."""
+    state, weights = lora(6)
+    entries = {p.name: p.state for p in state.parameters}
+    broken = next(iter(entries))
+    entries[broken] = {"exp_avg": slot(np.full((6, 16), np.nan))}
+    found = weigh(named(entries, {p.name: p.shape for p in state.parameters}), weights)
+    assert found.silent == (broken,)
+    assert found.pairs.undecided == 0
+
+
 def test_lag() -> None:
     """The mean age of the gradients in Adam's first moment, times what one step moves."""
     group, slow = Group(0, ADAM, 1), Group(0, (("lr", 1e-3), ("betas", (0.0, 0.99))), 1)

@@ -14,7 +14,7 @@ import transformers
 from peft import IA3Config, LNTuningConfig, LoraConfig, PeftConfig, PromptTuningConfig, VeraConfig, get_peft_model
 from transformers import Trainer
 
-from lora_state_format.errors import ConversionError, MissingDependencyError
+from lora_state_format.errors import ConversionError, FileError, MissingDependencyError
 from lora_state_format.model import Group, Optimizer, PositionalState
 from lora_state_format.order import candidates
 from lora_state_format.torch.rebuild import describe, rebuild
@@ -207,9 +207,9 @@ def test_errors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     adapter.write_text(json.dumps({"peft_type": "NEWEST"}))
     assert message() == failed + "adapters of type 'NEWEST' are not known"
     adapter.write_text("{")
-    assert message().startswith(f"{adapter}: not JSON: ")
+    assert message(FileError).startswith(f"{adapter}: not JSON: ")
     adapter.write_text("[]")
-    assert message() == f"{adapter}: not a JSON object"
+    assert message(FileError) == f"{adapter}: not a JSON object"
     adapter.unlink()
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "nosuch"}))
     assert message().startswith(failed)
