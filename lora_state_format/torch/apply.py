@@ -15,7 +15,7 @@ import torch
 from lora_state_format import container, order, registry
 from lora_state_format import plan as planning
 from lora_state_format.crc import Ledger
-from lora_state_format.errors import BindError, ConversionError, OptionError
+from lora_state_format.errors import BindError, CaptureError, ConversionError, OptionError
 from lora_state_format.live import LiveOptimizer, LiveParameter
 from lora_state_format.manifest import ALGORITHM
 from lora_state_format.model import (
@@ -37,13 +37,16 @@ from lora_state_format.torch.background import BackgroundSave, settle, start
 from lora_state_format.torch.capture import (
     CARRIED,
     Models,
+    Named,
     Optimizers,
     capture,
+    capture_with,
     describe,
     named_tensors,
     optimizers_of,
     with_weights,
 )
+from lora_state_format.torch.fsdp1 import Part, full_state, parts_of, run_of, whole_weights
 from lora_state_format.torch.objects import flat, packed
 from lora_state_format.torch.tensors import dtype_of, from_torch, is_sharded, read_into, scalar_to_torch, to_torch
 
@@ -147,16 +150,18 @@ def save_optimizer(
     step is run, and gradients may be there.
 
     The optimizer of a sharded model (DTensors: FSDP2, tensor parallel) is saved by all ranks together: call this on
-    every one. One tensor at a time is brought together for rank 0, which writes. If a rank fails, all raise.
+    every one. One tensor at a time is brought together for rank 0, which writes. If a rank fails, all raise. Of FSDP1
+    (``FullyShardedDataParallel`` with ``use_orig_params=True``) the whole state is brought together on rank 0.
 
     With ``background=True`` the state is copied into the host's memory and written behind the run; what is returned
     has ``wait()``. The save before, if it is still being written, is waited for, and its error raised here.
     """
     path = Path(path)
-    if _is_sharded(optimizer):
+    if sharding := _sharding(optimizer, model):
         if background:
             raise OptionError("background=True: the state of a sharded model is brought together while it is written")
-        return _save_together(optimizer, model, path, weights, extra, global_step, max_shard_size, force)
+        save = _save_together if sharding == "DTensor" else _save_whole
+        return save(optimizer, model, path, weights, extra, global_step, max_shard_size, force)
 
     def captured() -> Callable[[], container.Written]:
         state = capture(optimizer, model, weights=weights, extra=extra, global_step=global_step, copy=background)
@@ -169,9 +174,12 @@ def save_optimizer(
     return captured()()
 
 
-def _is_sharded(optimizer: Optimizers) -> bool:
+def _sharding(optimizer: Optimizers, model: Models) -> Literal["DTensor", "FSDP1"] | None:
     groups = (group for found in optimizers_of(optimizer) for group in found.param_groups)
-    return any(is_sharded(parameter) for group in groups for parameter in group["params"])
+    if any(is_sharded(parameter) for group in groups for parameter in group["params"]):
+        return "DTensor"
+    modules = model.values() if isinstance(model, Mapping) else [model]
+    return "FSDP1" if any(map(parts_of, modules)) else None
 
 
 def _save_together(
@@ -202,10 +210,39 @@ def _save_together(
     return from_first(written)
 
 
+def _save_whole(
+    optimizer: Optimizers,
+    model: Models,
+    path: Path,
+    weights: bool,
+    extra: Mapping[str, Any] | None,
+    global_step: int | None,
+    max_shard_size: int | None,
+    force: bool,
+) -> container.Written:
+    """Rank 0 writes what FSDP1 brings together in its memory."""
+    from lora_state_format.torch.distributed import agreement, from_first
+
+    optimizers = optimizers_of(optimizer)
+    if isinstance(model, Mapping) or len(optimizers) > 1:
+        raise CaptureError("FullyShardedDataParallel is saved for one model and one optimizer at a time")
+    entries = full_state(optimizers[0], model)
+    written = None
+    with agreement(True) as agree, whole_weights(model) if weights else contextlib.nullcontext():
+        if torch.distributed.get_rank() == 0:
+            state = capture_with(entries, optimizer, model, weights=False, extra=extra, global_step=global_step)
+            if weights:
+                state = with_weights(state, model, copy=True)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            written = container.write(state, path, force=force, max_shard_size=max_shard_size)
+        agree()
+    return from_first(written)
+
+
 @contextlib.contextmanager
-def _agreed(optimizer: Optimizers) -> Iterator[Callable[[], None]]:
+def _agreed(optimizer: Optimizers, model: Models) -> Iterator[Callable[[], None]]:
     """What is called before anything changes: of a sharded model it returns when every rank is there."""
-    if not _is_sharded(optimizer):
+    if _sharding(optimizer, model) is None:
         yield lambda: None
         return
     from lora_state_format.torch.distributed import agreement
@@ -238,7 +275,7 @@ def load_optimizer(
     Raises ``BindError`` that names everything that does not fit, ``DigestError`` and ``FileError`` for damaged bytes,
     ``RankError`` if another rank raised something, and what opening the path raises. The optimizer is then as it was.
     """
-    with _agreed(optimizer) as agree, _open(Path(path), live := describe(optimizer, model), model) as state:
+    with _agreed(optimizer, model) as agree, _open(Path(path), live := describe(optimizer, model), model) as state:
         loading = planning.plan(
             state,
             live,
@@ -328,9 +365,9 @@ def apply(
     ``DigestError`` or ``FileError`` for damaged bytes; the optimizer is then as it was.
     """
     loading.check()
-    tensors, optimizers = named_tensors(model).tensors, optimizers_of(optimizer)
-    ledger = Ledger()
-    staged = [(binding, _stage(binding, tensors[binding.name], loading.live, ledger)) for binding in loading.bindings]
+    named, optimizers = named_tensors(model), optimizers_of(optimizer)
+    tensors, ledger = named.tensors, Ledger()
+    staged = [(binding, _stage(binding, named, loading.live, ledger)) for binding in loading.bindings]
     carried = tuple(_kept(parameter) for parameter in loading.carried)
     loose = _loose(loading.state.globals, len(optimizers))
     ledger.check()
@@ -358,10 +395,12 @@ def apply(
     return _report(loading, matching, differing)
 
 
-def _stage(binding: Binding, parameter: torch.Tensor, live: LiveOptimizer, ledger: Ledger) -> dict[str, Any] | None:
+def _stage(binding: Binding, named: Named, live: LiveOptimizer, ledger: Ledger) -> dict[str, Any] | None:
     """A parameter's new slots, read and checked; ``None`` for none."""
-    if binding.saved is None or binding.saved.state is None:
+    part = named.parts.get(binding.name)
+    if binding.saved is None or binding.saved.state is None or (part and not part.count):
         return None
+    parameter = named.tensors[binding.name]
     group = live.members[binding.name]
     number = live.groups[group].optimizer
     row, lineage = live.known[number], live.lineages[number] if live.lineages else ()
@@ -369,7 +408,7 @@ def _stage(binding: Binding, parameter: torch.Tensor, live: LiveOptimizer, ledge
 
     def build(value: Value, path: tuple[Any, ...]) -> Any:
         if isinstance(value, Slot):
-            return _tensor(value, binding, path, parameter, ledger)
+            return _tensor(value, binding, path, parameter, part, ledger)
         if isinstance(value, Mapping):
             return packed({key: build(inner, (*path, key)) for key, inner in value.items()})
         if isinstance(value, (list, tuple)):
@@ -385,7 +424,12 @@ def _stage(binding: Binding, parameter: torch.Tensor, live: LiveOptimizer, ledge
 
 
 def _tensor(
-    slot: Slot, binding: Binding, path: tuple[Any, ...], parameter: torch.Tensor, ledger: Ledger
+    slot: Slot,
+    binding: Binding,
+    path: tuple[Any, ...],
+    parameter: torch.Tensor,
+    part: Part | None,
+    ledger: Ledger,
 ) -> torch.Tensor:
     """A slot's tensor, where the parameter is; what is shaped like the parameter has its layout too."""
     tensor = slot.tensor
@@ -393,8 +437,8 @@ def _tensor(
     like = slot.role in (Role.PARAM, Role.ROW, Role.COL)
     dtype = dtype_of(binding.dtype) if binding.dtype and like and saved.is_floating_point else saved
     where = f"'{binding.name}': slot '{'.'.join(map(str, path))}'"
-    if is_sharded(parameter):
-        return _shard(slot, dtype, binding, parameter, where)
+    if part or is_sharded(parameter):
+        return _shard(slot, dtype, binding, parameter, part, where)
     if binding.resize:
         old = torch.empty(tensor.shape, dtype=saved)
         read_into(tensor, old, ledger=ledger, where=where)
@@ -409,15 +453,20 @@ def _tensor(
     return out
 
 
-def _shard(slot: Slot, dtype: torch.dtype, binding: Binding, parameter: torch.Tensor, where: str) -> torch.Tensor:
+def _shard(
+    slot: Slot, dtype: torch.dtype, binding: Binding, parameter: torch.Tensor, part: Part | None, where: str
+) -> torch.Tensor:
     """This rank's part of a slot, placed as the parameter is."""
-    from lora_state_format.torch.distributed import read_shard
-
     if slot.role is not Role.PARAM or binding.resize:
         what = "it has another shape" if binding.resize else f"its role is {slot.role.value}, not param"
         raise BindError(f"{where} cannot follow a sharded parameter: {what}")
     out = torch.empty_like(parameter, dtype=dtype, requires_grad=False)
-    read_shard(slot.tensor, out, where)  # type: ignore[arg-type]
+    if part:
+        read_into(run_of(slot.tensor, part), out, where=where)
+    else:
+        from lora_state_format.torch.distributed import read_shard
+
+        read_shard(slot.tensor, out, where)  # type: ignore[arg-type]
     return out
 
 

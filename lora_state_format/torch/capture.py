@@ -38,6 +38,7 @@ from lora_state_format.model import (
 from lora_state_format.names import peft_key, split_adapter
 from lora_state_format.plan import SCALING
 from lora_state_format.state_dict import Leaf, Reader
+from lora_state_format.torch.fsdp1 import Part, parts_of
 from lora_state_format.torch.objects import outside, unpacked
 from lora_state_format.torch.tensors import dtype_name, from_torch, is_sharded, refusal
 
@@ -47,6 +48,7 @@ __all__ = [
     "Named",
     "Optimizers",
     "capture",
+    "capture_with",
     "describe",
     "named_tensors",
     "optimizers_of",
@@ -86,7 +88,8 @@ class Named:
     """The parameters of a model. ``tensors`` has each once, under its first name; ``tied`` has the other names.
 
     ``names`` has the first names by ``id(tensor)``, ``owners`` the class of the module that has the parameter,
-    ``scaling`` what LoRA layers multiply the products of their parameters with.
+    ``scaling`` what LoRA layers multiply the products of their parameters with, ``parts`` what FSDP1 has left of those
+    that it has cut up.
     """
 
     tensors: dict[str, torch.Tensor]
@@ -94,6 +97,11 @@ class Named:
     names: dict[int, str]
     owners: dict[str, type]
     scaling: dict[str, float]
+    parts: dict[str, Part]
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """The shape of the whole parameter."""
+        return self.parts[name].shape if name in self.parts else tuple(self.tensors[name].shape)
 
 
 def named_tensors(model: Models) -> Named:
@@ -115,7 +123,9 @@ def named_tensors(model: Models) -> Named:
                 scaling[name] = scale
         else:
             tied[first] = (*tied.get(first, ()), name)
-    return Named(tensors, tied, names, owners, scaling)
+    modules = model.values() if isinstance(model, Mapping) else [model]
+    parts = {names[key]: part for module in modules for key, part in parts_of(module).items() if key in names}
+    return Named(tensors, tied, names, owners, scaling, parts)
 
 
 def _named(model: Models) -> Iterator[tuple[str, torch.Tensor, type, float | None]]:
@@ -185,11 +195,11 @@ def describe(optimizer: Optimizers, model: Models) -> LiveOptimizer:
     parameters = {
         name: LiveParameter(
             name,
-            tuple(tensor.shape),
+            named.shape(name),
             dtype_name(tensor.dtype) or str(tensor.dtype),
             tensor.requires_grad,
             named.tied.get(name, ()),
-            None if is_sharded(tensor) else _digester(tensor),
+            None if is_sharded(tensor) or name in named.parts else _digester(tensor),
             named.scaling.get(name),
         )
         for name, tensor in named.tensors.items()
@@ -309,15 +319,33 @@ def capture(
     Raises ``CaptureError`` if the optimizer holds parameters that the model does not have, and
     ``UnrepresentableError`` for a value that no file can hold, naming the parameter and the slot.
     """
+    return capture_with(None, optimizer, model, weights=weights, extra=extra, global_step=global_step, copy=copy)
+
+
+def capture_with(
+    entries: Mapping[str, Mapping[str, Any]] | None,
+    optimizer: Optimizers,
+    model: Models,
+    *,
+    weights: bool,
+    extra: Mapping[str, Any] | None,
+    global_step: int | None,
+    copy: bool = False,
+) -> OptimizerState:
+    """As ``capture``; ``entries`` are the slots of whole parameters by name where the optimizer has only parts."""
     named, optimizers = named_tensors(model), optimizers_of(optimizer)
+    if named.parts and entries is None:
+        raise CaptureError(
+            "FSDP has cut the parameters up: call save_optimizer on every rank, which brings them together"
+        )
     reader = Reader(cast("Leaf", _copied if copy else as_leaf))
     groups: list[Group] = []
     parameters: dict[str, Parameter] = {}
 
     def add(name: str, state: Mapping[torch.Tensor, Mapping[str, Any]], options: Mapping[str, Any]) -> None:
         tensor = named.tensors[name]
-        entry = state.get(tensor)
-        slots = None if entry is None else _slots(reader, name, tensor, entry, options)
+        entry = state.get(tensor) if entries is None else entries.get(name)
+        slots = None if entry is None else _slots(reader, name, named, entry, options)
         parameters[name] = _parameter(name, tensor, named, slots, weights)
 
     for place, (number, group, names) in enumerate(_groups(optimizers, named)):
@@ -357,10 +385,17 @@ def capture(
     )
 
 
-def with_weights(state: OptimizerState, model: Models) -> OptimizerState:
-    """The state with a digest of each parameter's own bytes, as they are in the model."""
+def with_weights(state: OptimizerState, model: Models, *, copy: bool = False) -> OptimizerState:
+    """The state with a digest of each parameter's own bytes, as they are in the model.
+
+    With ``copy`` each is copied for that: memory that NumPy has seen can no longer be resized, as FSDP1 does with its.
+    """
     tensors = named_tensors(model).tensors
-    parameters = (replace(p, weights=_digest(tensors[p.name])) if p.name in tensors else p for p in state.parameters)
+
+    def digest(tensor: torch.Tensor) -> Digest:
+        return _digest(tensor.detach().clone() if copy else tensor)
+
+    parameters = (replace(p, weights=digest(tensors[p.name])) if p.name in tensors else p for p in state.parameters)
     return replace(state, parameters=tuple(parameters))
 
 
@@ -370,7 +405,7 @@ def _parameter(
     parts, key = split_adapter(name), peft_key(name)
     return Parameter(
         name=name,
-        shape=tuple(tensor.shape),
+        shape=named.shape(name),
         state=slots,
         dtype=dtype_name(tensor.dtype),
         adapter=parts[1] if parts else None,
@@ -391,14 +426,21 @@ def _scalings(parameters: Iterable[Parameter], named: Named) -> Mapping[str, Val
 
 
 def _slots(
-    reader: Reader, name: str, parameter: torch.Tensor, entry: Mapping[str, Any], options: Mapping[str, Any]
+    reader: Reader, name: str, named: Named, entry: Mapping[str, Any], options: Mapping[str, Any]
 ) -> Mapping[str, Value]:
     entry = unpacked(entry)
     for path, raw in walk(cast("Value", entry)):
         if isinstance(raw, torch.Tensor) and (reason := refusal(raw)):
             raise UnrepresentableError(f"'{name}': slot '{'.'.join(map(str, path))}' is a tensor {reason}")
     slots = reader.slots(entry, options, (name,))
-    return {key: _fitted(value, tuple(parameter.shape)) for key, value in slots.items()}
+    fitted = {key: _fitted(value, named.shape(name)) for key, value in slots.items()}
+    for path, slot in walk(fitted) if name in named.parts else ():
+        if isinstance(slot, Slot) and slot.role is not Role.PARAM:
+            raise UnrepresentableError(
+                f"'{name}': slot '{'.'.join(map(str, path))}' has role {slot.role.value}, and FSDP brings only slots "
+                "of the parameter's own elements together"
+            )
+    return fitted
 
 
 def _fitted(value: Any, shape: tuple[int, ...]) -> Any:

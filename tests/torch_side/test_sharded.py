@@ -15,7 +15,7 @@ import pytest
 Said = dict[tuple[str, int], list[dict[str, Any]]]
 
 CASES = {
-    2: "save,columns,replicas,refused-save,missing-file,disagree",
+    2: "save,columns,replicas,fsdp1,refused-save,missing-file,disagree",
     1: "load",
     3: "load",
     4: "load,hybrid,tensor-parallel",
@@ -84,6 +84,37 @@ def test_replicas_have_one_writer_and_load_on_every_rank(said: Said) -> None:
         assert rank["equal"]
         assert rank["report"] == "restored 5/5 parameters, 2 slots each, step 3; weights match 5/5"
         assert rank["same bytes"]
+
+
+def test_fsdp1_loads_what_fsdp2_saved_and_saves_the_same(said: Said) -> None:
+    for rank in said["fsdp1", 2]:
+        assert rank["report"] == "restored 5/5 parameters, 2 slots each, step 3"
+        assert rank["read"] <= 1.05 * rank["share"]
+        assert rank["written"] == ["fsdp1.safetensors"]
+        assert rank["equal"]
+        assert rank["continued"]
+
+
+def test_fsdp1_before_the_first_step_is_saved_as_it_is(said: Said) -> None:
+    for rank in said["fsdp1", 2]:
+        assert rank["fresh"] == [None] * 5
+        assert rank["left alone"]
+
+
+def test_what_fsdp1_does_not_allow_is_refused(said: Said) -> None:
+    nameless = (
+        "CaptureError: FullyShardedDataParallel with use_orig_params=False makes one flat parameter of many, and their "
+        "optimizer's state has no names; wrap the model with use_orig_params=True"
+    )
+    for rank in said["fsdp1", 2]:
+        assert (rank["flat save"], rank["flat load"]) == (nameless, nameless)
+        assert rank["capture"] == (
+            "CaptureError: FSDP has cut the parameters up: call save_optimizer on every rank, which brings them "
+            "together"
+        )
+        assert rank["refused"] == (
+            "BindError: 'up.weight': slot 'col_var' cannot follow a sharded parameter: its role is col, not param"
+        )
 
 
 def test_a_rank_that_cannot_write_stops_all(said: Said, folder: Path) -> None:

@@ -1,9 +1,9 @@
 """One rank of a run with sharded parameters, on the CPU with gloo.
 
 Usage: sharded_run.py OUT RANK WORLD PORT CASE[,CASE..]
-Cases: save, load, columns, hybrid, tensor-parallel, replicas, refused-save, missing-file, disagree. Rank r writes what
-it has to say as JSON to OUT/CASE.WORLD.r.json; ``save`` writes OUT/weights.pt, OUT/state.safetensors and, three steps
-later, OUT/final.pt.
+Cases: save, load, columns, hybrid, tensor-parallel, replicas, fsdp1, refused-save, missing-file, disagree. Rank r
+writes what it has to say as JSON to OUT/CASE.WORLD.r.json; ``save`` writes OUT/weights.pt, OUT/state.safetensors and,
+three steps later, OUT/final.pt.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
 from torch import nn  # noqa: E402
 from torch.distributed.device_mesh import init_device_mesh  # noqa: E402
-from torch.distributed.fsdp import fully_shard  # noqa: E402
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard  # noqa: E402
 from torch.distributed.tensor import DTensor, Replicate, Shard  # noqa: E402
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module  # noqa: E402
 
 from lora_state_format import open_state  # noqa: E402
-from lora_state_format.model import Tensor  # noqa: E402
+from lora_state_format.model import Slot, Tensor  # noqa: E402
 from lora_state_format.sources import File  # noqa: E402
-from lora_state_format.torch import load_optimizer, save_optimizer  # noqa: E402
+from lora_state_format.torch import capture, load_optimizer, save_optimizer  # noqa: E402
 
 
 class Net(nn.Module):
@@ -74,7 +74,7 @@ def build(case: str, weights: dict[str, torch.Tensor] | None = None) -> tuple[Ne
     return net, torch.optim.AdamW(reversed(list(net.parameters())), lr=0.01, foreach=False)
 
 
-def train(net: Net, optimizer: torch.optim.Optimizer, first: int, last: int) -> None:
+def train(net: nn.Module, optimizer: torch.optim.Optimizer, first: int, last: int) -> None:
     """The same batch on every rank, so that the mean of the gradients is the gradient."""
     for step in range(first, last):
         x = torch.randn(16, 256, generator=torch.Generator().manual_seed(step))
@@ -123,6 +123,58 @@ def counted() -> list[int]:
     return total
 
 
+def cut_up(weights: dict[str, torch.Tensor], **options: Any) -> tuple[nn.Module, torch.optim.Optimizer]:
+    """FSDP1 inside FSDP1, built from whole weights; the optimizer has another order and two groups."""
+    net: Any = Net()
+    net.load_state_dict(weights)
+    net.up = FullyShardedDataParallel(net.up, device_id=torch.device("cpu"), **options)
+    model = FullyShardedDataParallel(net, device_id=torch.device("cpu"), **options)
+    parameters = list(model.parameters())[::-1]
+    groups: list[dict[str, Any]] = [{"params": parameters[:2]}, {"params": parameters[2:]}]
+    return model, torch.optim.AdamW(groups, lr=0.01, foreach=False)
+
+
+def run_fsdp1(path: Path) -> dict[str, Any]:
+    """Load what FSDP2 has saved, save that again, go on; load into what was cut up differently."""
+    weights = torch.load(out / "weights.pt", weights_only=True)
+    model, optimizer = cut_up(weights, use_orig_params=True)
+    total = counted()
+    report = load_optimizer(optimizer, model, path)
+    header = int.from_bytes(path.read_bytes()[:8], "little") + 8
+    held = [value for slots in optimizer.state.values() for value in slots.values() if value.dim()]
+    result: dict[str, Any] = {
+        "report": report.line(), "read": total[0] - header, "share": sum(v.numel() * v.element_size() for v in held),
+    }  # fmt: skip
+    written = save_optimizer(optimizer, model, out / "fsdp1.safetensors", global_step=3)
+    result["written"] = [Path(name).name for name in written.files]
+    with open_state(path) as saved, open_state(out / "fsdp1.safetensors") as again:
+        result["equal"] = saved.keys() == again.keys() and all(
+            read(saved[name].state) == read(again[name].state) and saved[name].weights == again[name].weights
+            for name in saved
+        )
+    train(model, optimizer, 3, 6)
+    with FullyShardedDataParallel.summon_full_params(model):
+        final = torch.load(out / "final.pt", weights_only=True)
+        own = {name.replace("_fsdp_wrapped_module.", ""): p.detach() for name, p in model.named_parameters()}
+        result["continued"] = all(torch.equal(final[name], own[name]) for name in final)
+    fresh, untouched = cut_up(weights, use_orig_params=True)
+    save_optimizer(untouched, fresh, out / "fresh.safetensors")
+    with open_state(out / "fresh.safetensors") as state:
+        result["fresh"] = [parameter.state for parameter in state.values()]
+    result["left alone"] = len(untouched.state) == 0
+    flat, unnamed = cut_up(weights, use_orig_params=False)
+    result["flat save"] = failed(lambda: save_optimizer(unnamed, flat, out / "flat.safetensors"))
+    result["flat load"] = failed(lambda: load_optimizer(unnamed, flat, path))
+    result["capture"] = failed(lambda: capture(optimizer, model))
+    factored = torch.optim.Adafactor(model.parameters())
+    result["refused"] = failed(lambda: load_optimizer(factored, model, out / "factored.safetensors"))
+    return result
+
+
+def read(state: Any) -> dict[str, Any]:
+    return {name: value.tensor.torch().tolist() if isinstance(value, Slot) else value for name, value in state.items()}
+
+
 def failed(action: Any) -> str:
     try:
         action()
@@ -145,6 +197,14 @@ def run(case: str) -> dict[str, Any]:
             torch.save(stepped, out / "final.pt")
         dist.barrier()
         return {"written": [Path(name).name for name in written.files], "tensors": written.tensors}
+    if case == "fsdp1":
+        if rank == 0:
+            plain = Net()
+            factored = torch.optim.Adafactor(plain.parameters())
+            train(plain, factored, 0, 1)
+            save_optimizer(factored, plain, out / "factored.safetensors")
+        dist.barrier()
+        return run_fsdp1(path)
     net, optimizer = build(case, torch.load(out / "weights.pt", weights_only=True))
     if case == "replicas":
         replica = nn.parallel.DistributedDataParallel(net)
