@@ -18,7 +18,7 @@ from lora_state_format.dcp import METADATA, Folder, is_folder, metadata, open_fo
 from lora_state_format.errors import FileError
 from lora_state_format.model import Checkpoint, OptimizerState, Scalar, Tensor
 from lora_state_format.registry import Match
-from lora_state_format.state_dict import Found, from_state_dict
+from lora_state_format.state_dict import Found, from_state_dict, is_state_dict
 
 NAME: Final = "dcp"
 DESCRIPTION: Final = "a torch.distributed.checkpoint folder (FSDP, torchtitan, ...): .metadata and *.distcp files"
@@ -91,9 +91,11 @@ def _optimizers(folder: Folder) -> Iterator[Found]:
 
 
 def _nested(node: Mapping[Any, Any]) -> dict[str, Any]:
-    groups = _lists(node["param_groups"])
-    state = {key: _lists(slots) for key, slots in node.get("state", {}).items()}
-    listed = {identity for group in groups if isinstance(group, dict) for identity in group.get("params", ())}
+    groups, state = _lists(node["param_groups"]), node.get("state", {})
+    if not is_state_dict({"state": state, "param_groups": groups}):
+        raise FileError("holds param_groups that are no list of dicts with params, or a state that is no dict")
+    state = {key: _lists(slots) for key, slots in state.items()}
+    listed = {identity for group in groups for identity in group["params"] if type(identity) is int}
     # The path of an entry is of strings, also where a state dict's ids are numbers.
     state = {int(key) if str(key).isdecimal() and int(key) in listed else key: slots for key, slots in state.items()}
     return {"state": state, "param_groups": groups}

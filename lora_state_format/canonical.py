@@ -9,6 +9,7 @@ from collections.abc import Callable
 from json.encoder import encode_basestring
 from typing import Any, Final
 
+from lora_state_format.collector import paused
 from lora_state_format.errors import FileError
 
 __all__ = ["MAX_DEPTH", "MAX_VALUES", "check_size", "dumps", "format_float", "loads"]
@@ -16,7 +17,7 @@ __all__ = ["MAX_DEPTH", "MAX_VALUES", "check_size", "dumps", "format_float", "lo
 MAX_DEPTH: Final = 64
 """Arrays and objects inside each other, in one JSON text."""
 
-MAX_VALUES: Final = 1 << 22
+MAX_VALUES: Final = 1 << 21
 """Commas and opening brackets in one JSON text, strings aside: what bounds the memory that parsing takes."""
 
 # All that is neither structure nor the quote of a string.
@@ -117,14 +118,15 @@ def loads(text: str, *, path: object = None) -> Any:
 
     check_size(text, fail)
     try:
-        result = json.loads(
-            text,
-            object_pairs_hook=pairs,
-            parse_constant=constant,
-            parse_float=number,
-            # A call for every integer takes half of the time.
-            parse_int=integer if "-0" in text else None,
-        )
+        with paused():
+            result = json.loads(
+                text,
+                object_pairs_hook=pairs,
+                parse_constant=constant,
+                parse_float=number,
+                # A call for every integer takes half of the time.
+                parse_int=integer if "-0" in text else None,
+            )
         if re.search(r"\\u[dD][89a-fA-F]", text):
             json.dumps(result, ensure_ascii=False).encode()
     except FileError:

@@ -26,7 +26,7 @@ never at the text.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 if TYPE_CHECKING:
     from lora_state_format.plan import LoadPlan
@@ -52,6 +52,10 @@ __all__ = [
 ]
 
 
+MAX_DETAIL: Final = 2000
+"""Characters of a message about a file's bytes."""
+
+
 class StateFormatError(Exception):
     """Root of the tree. ``exit_code`` is what the command line ends with."""
 
@@ -73,7 +77,9 @@ class FileError(StateFormatError, ValueError):
 
 
 def _located(detail: str, path: object, rule: str | None) -> str:
-    """A message with the file in front and the rule behind."""
+    """A message with the file in front and the rule behind. A name in it may be as long as a file."""
+    if len(detail) > MAX_DETAIL:
+        detail = f"{detail[: MAX_DETAIL // 2]} ... {detail[-MAX_DETAIL // 2 :]}"
     return f"{'' if path is None else f'{path}: '}{detail}{'' if rule is None else f' [{rule}]'}"
 
 

@@ -42,7 +42,7 @@ def parse(data: bytes, utf8_rule: str) -> Any:
     try:
         structure = re.sub(TEXT, "", data.decode(), flags=re.DOTALL)
         depth = max(accumulate(1 if bracket in "[{" else -1 for bracket in re.findall(r"[][{}]", structure)), default=0)
-        check(depth <= 64 and sum(map(structure.count, ",[{")) <= 1 << 22, "R3", "nested too deep, or too many values")
+        check(depth <= 64 and sum(map(structure.count, ",[{")) <= 1 << 21, "R3", "nested too deep, or too many values")
         check(not re.search(r"-0(?![0-9.eE])|NaN|Infinity", structure), "R3", "a number that is none")
         value = json.loads(data)
         text = json.dumps(value, ensure_ascii=False, allow_nan=False).encode()  # fails for 1e999 and a lone surrogate
