@@ -444,7 +444,7 @@ def write(
             _stream(layout, file, ledger, progress)
         ledger.check()
         for resource in state.resources:
-            if isinstance(resource, File):
+            if hasattr(resource, "check_unchanged"):
                 resource.check_unchanged()
         if len(layouts) == 1:
             return _commit_file(path, layouts[0], files[0], force)

@@ -53,6 +53,9 @@ class Folder:
             node[path[-1]] = value
         return root
 
+    def check_unchanged(self) -> None:
+        self.files.check_unchanged()
+
     def close(self) -> None:
         self.files.close()
 

@@ -49,10 +49,17 @@ class Files:
         file = self._open.get(path)
         if file is None:
             file = self._open[path] = File(path)
+            if path in self._files:
+                self._files[path].check_unchanged()
             if len(self._open) > MAX_OPEN:
                 self._open.popitem(last=False)[1].close()
         self._open.move_to_end(path)
         return file
+
+    def check_unchanged(self) -> None:
+        """Raise ``FileError`` if a file's size or modification time is no longer what it was at first."""
+        for file in self._files.values():
+            file.check_unchanged()
 
     def close(self) -> None:
         for file in self._open.values():
@@ -83,10 +90,12 @@ class PooledFile:
         self.size = files.opened(path).size
 
     def readinto(self, offset: int, out: memoryview) -> None:
+        self._files.opened(self.path).readinto(offset, out)
+
+    def check_unchanged(self) -> None:
         now = self.path.stat()
         if (now.st_size, now.st_mtime_ns) != (self._known.st_size, self._known.st_mtime_ns):
             raise FileError("changed while it was read", path=self.path)
-        self._files.opened(self.path).readinto(offset, out)
 
     def view(self, offset: int, size: int) -> memoryview | None:
         return None

@@ -32,7 +32,6 @@ from lora_state_format.model import (
 from lora_state_format.names import Rename, peft_key
 from lora_state_format.optimizers import Known
 from lora_state_format.plan import RESIZABLE, Binding, LoadPlan
-from lora_state_format.sources import File
 from lora_state_format.torch.background import BackgroundSave, settle, start
 from lora_state_format.torch.capture import (
     CARRIED,
@@ -372,7 +371,7 @@ def apply(
     loose = _loose(loading.state.globals, len(optimizers))
     ledger.check()
     for resource in loading.state.resources:
-        if isinstance(resource, File):
+        if hasattr(resource, "check_unchanged"):
             resource.check_unchanged()
     matching, differing = _compare(loading)
     agree()

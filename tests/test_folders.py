@@ -1,0 +1,63 @@
+"""Any number of files to read, few of them open; folders that appear whole or not at all."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from lora_state_format.errors import FileError
+from lora_state_format.folders import MAX_OPEN, Files, new_folder
+
+
+def test_more_files_than_may_be_open(tmp_path: Path) -> None:
+    files = Files()
+    paths = [tmp_path / str(number) for number in range(MAX_OPEN + 40)]
+    for number, path in enumerate(paths):
+        path.write_bytes(bytes([number]) * 3)
+    before = len(list(Path("/proc/self/fd").iterdir()))
+    for _ in range(2):
+        for number, path in enumerate(paths):
+            out = bytearray(2)
+            files[path].readinto(1, memoryview(out))
+            assert out == bytes([number]) * 2
+    assert len(list(Path("/proc/self/fd").iterdir())) - before == MAX_OPEN
+    files.close()
+    assert len(list(Path("/proc/self/fd").iterdir())) == before
+
+
+def test_a_file_that_changes_is_noticed(tmp_path: Path) -> None:
+    files = Files()
+    changed = tmp_path / "x"
+    changed.write_bytes(b"one")
+    out = memoryview(bytearray(3))
+    files[changed].readinto(0, out)
+    files.check_unchanged()
+    changed.write_bytes(b"another")
+    with pytest.raises(FileError) as at_the_end:
+        files.check_unchanged()
+    assert str(at_the_end.value) == f"{changed}: changed while it was read"
+    files.close()
+    with pytest.raises(FileError):  # and when it is opened again
+        files[changed].readinto(0, out)
+
+
+def test_a_new_folder_vanishes_when_its_writing_fails(tmp_path: Path) -> None:
+    target = tmp_path / "target"
+    with pytest.raises(ZeroDivisionError), new_folder(target, force=False, replaceable=()):
+        raise ZeroDivisionError
+    assert os.listdir(tmp_path) == []  # noqa: PTH208
+
+
+def test_an_old_folder_stays_until_the_new_one_is_whole(tmp_path: Path) -> None:
+    target = tmp_path / "target"
+    with new_folder(target, force=False, replaceable=("x",)) as folder:
+        (folder / "x").write_bytes(b"old")
+    with pytest.raises(ZeroDivisionError), new_folder(target, force=True, replaceable=("x",)):
+        raise ZeroDivisionError
+    assert (target / "x").read_bytes() == b"old"
+    with new_folder(target, force=True, replaceable=("x",)) as folder:
+        (folder / "x").write_bytes(b"new")
+    assert (target / "x").read_bytes() == b"new"
+    assert [path.name for path in tmp_path.iterdir()] == ["target"]
