@@ -1,8 +1,8 @@
 """Optimizer state keyed by parameter name, in safetensors.
 
 ``convert`` makes a file out of a checkpoint, ``open_state`` opens one, ``read`` reads any known format, ``write`` and
-``verify`` do what they say; ``errors`` holds what they raise. Saving and loading in a training loop is in
-``lora_state_format.torch``. Names are imported when they are first used.
+``verify`` do what they say, ``diff`` compares two states; ``errors`` holds what they raise. Saving and loading in a
+training loop is in ``lora_state_format.torch``. Names are imported when they are first used.
 """
 
 from __future__ import annotations
@@ -14,11 +14,13 @@ if TYPE_CHECKING:
     from lora_state_format import errors
     from lora_state_format.container import open_state, verify, write
     from lora_state_format.conversion import convert, read
+    from lora_state_format.difference import diff
 
-__all__ = ["convert", "errors", "open_state", "read", "verify", "write"]
+__all__ = ["convert", "diff", "errors", "open_state", "read", "verify", "write"]
 
 _HOMES = {
     "convert": "lora_state_format.conversion",
+    "diff": "lora_state_format.difference",
     "open_state": "lora_state_format.container",
     "read": "lora_state_format.conversion",
     "verify": "lora_state_format.container",

@@ -285,6 +285,26 @@ def verify(path: Path, weights: Path | None, as_json: bool) -> int:
 
 
 @commands.command()
+@click.argument("first", type=PATH)
+@click.argument("second", type=PATH)
+@_json
+def diff(first: Path, second: Path, as_json: bool) -> int:
+    """Compare two checkpoints by name, bit for bit."""
+    from lora_state_format.conversion import read
+    from lora_state_format.difference import diff
+    from lora_state_format.report import SCHEMA_VERSION
+
+    with read(first) as one, read(second) as two:
+        found = diff(one, two)
+    if as_json:
+        members = {name: getattr(found, name) for name in ("run", "removed", "added", "slots", "moved")}
+        _say_json({"schema_version": SCHEMA_VERSION, "same": not found, **members})
+    else:
+        _say(*str(found).split("\n"))
+    return FINDING if found else 0
+
+
+@commands.command()
 @click.argument("path", type=PATH)
 @click.option("--model", type=PATH, required=True, help="A folder with config.json and, for an adapter, its config.")
 @_json

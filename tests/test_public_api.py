@@ -13,7 +13,7 @@ from lora_state_format import cli
 
 
 def test_names_of_the_package() -> None:
-    assert lora_state_format.__all__ == ["convert", "errors", "open_state", "read", "verify", "write"]
+    assert lora_state_format.__all__ == ["convert", "diff", "errors", "open_state", "read", "verify", "write"]
     assert dir(lora_state_format) == lora_state_format.__all__
     for name in lora_state_format.__all__:
         assert getattr(lora_state_format, name).__doc__, name
@@ -56,11 +56,13 @@ def test_commands_and_their_options() -> None:
         for name, command in cli.commands.commands.items()
     }
     assert found == {
+        "check": ["--json", "--model", "path"],
         "convert": [
             "--base", "--dequantize", "--dry-run", "--force", "--from", "--json", "--map", "--names", "--optimizer",
             "--option", "--rule", "--to", "source", "target",
         ],
         "demo": [],
+        "diff": ["--json", "first", "second"],
         "edit": ["--force", "--group", "--json", "--set", "source", "target"],
         "export": [
             "--eps", "--force", "--from", "--inverse-root", "--json", "--keys", "--names", "--slot", "--unbiased",

@@ -1,0 +1,91 @@
+"""What differs between two states."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+import lora_state_format as lsf
+from lora_state_format.cli import run
+from lora_state_format.container import write
+from lora_state_format.model import (
+    Group,
+    Naming,
+    Optimizer,
+    OptimizerState,
+    Parameter,
+    Role,
+    Scalar,
+    Slot,
+    contiguous,
+)
+from lora_state_format.sources import Memory
+
+ONE, TWO = Scalar("F32", b"\0\0\x80\x3f"), Scalar("F32", b"\0\0\x00\x40")
+
+
+def moment(data: bytes) -> Slot:
+    return Slot(contiguous("U8", (4,), Memory(data)), Role.PARAM)
+
+
+def state() -> OptimizerState:
+    parameters = (
+        Parameter("a", (4,), {"step": ONE, "exp_avg": moment(b"abcd")}),
+        Parameter("b", (4,), {"step": ONE, "exp_avg": moment(b"efgh")}),
+        Parameter("c", (4,), None),
+    )
+    groups = (Group(0, (("lr", 0.1), ("betas", (0.9, 0.999))), 3),)
+    return OptimizerState((Optimizer("torch.optim.adam.Adam"),), groups, parameters, Naming("model"), global_step=1)
+
+
+def test_a_state_is_the_same_as_its_file_s(tmp_path: Path) -> None:
+    write(state(), tmp_path / "a.safetensors")
+    with lsf.open_state(tmp_path / "a.safetensors") as stored:
+        found = lsf.diff(state(), stored)
+        assert not found
+        assert str(found) == "the same state"
+
+
+def test_every_difference_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    a, b, c = state().parameters
+    other = replace(
+        state(),
+        optimizers=(Optimizer("torch.optim.adamw.AdamW"),),
+        groups=(Group(0, (("lr", 0.2), ("betas", (0.9, 0.99)), ("eps", 1e-8)), 3),),
+        parameters=(
+            replace(b, state={"step": TWO, "exp_avg": moment(b"efgi")}),
+            replace(c, name="d"),
+            replace(a, state=None),
+        ),
+        global_step=2,
+        extra={"note": "x"},
+    )
+    text = (
+        "optimizers: torch.optim.adam.Adam and torch.optim.adamw.AdamW\n"
+        "group 0: betas.1: 0.999 and 0.99\n"
+        "group 0: eps: only in the second\n"
+        "group 0: lr: 0.1 and 0.2\n"
+        "step: 1 and 2\n"
+        "extra: note: only in the second\n"
+        "only in the first (1):\n"
+        "  c\n"
+        "only in the second (1):\n"
+        "  d\n"
+        "the parameters stand in another order\n"
+        "different (5):\n"
+        "  a: never stepped in the second\n"
+        "  a: exp_avg: only in the first\n"
+        "  a: step: only in the first\n"
+        "  b: exp_avg: a tensor U8 [4] (cc107591) and a tensor U8 [4] (a00cd026)\n"
+        "  b: step: 1.0 and 2.0"
+    )
+    write(state(), tmp_path / "a.safetensors")
+    write(other, tmp_path / "b.safetensors")
+    assert run(["diff", str(tmp_path / "a.safetensors"), str(tmp_path / "b.safetensors")]) == 1
+    printed = capsys.readouterr().out
+    assert printed == f"{lsf.diff(state(), other)}\n"
+    assert printed == text + "\n"
+    assert run(["diff", str(tmp_path / "a.safetensors"), str(tmp_path / "a.safetensors"), "--json"]) == 0
+    assert '"same": true' in capsys.readouterr().out
