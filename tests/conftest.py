@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 # A time limit for each example fails on a busy machine and says nothing.
 settings.register_profile("tests", deadline=None)
+settings.register_profile("long", deadline=None, max_examples=10_000)  # pytest --hypothesis-profile long
 settings.load_profile("tests")
 
 
@@ -108,3 +109,9 @@ def load_module() -> Callable[[Path], ModuleType]:
 def spec_reader(load_module: Callable[[Path], ModuleType]) -> ModuleType:
     """``spec/reader.py``, the reader that shares no code with the package."""
     return load_module(Path(__file__).parent.parent / "spec" / "reader.py")
+
+
+@pytest.fixture(scope="session")
+def plain_states(load_module: Callable[[Path], ModuleType]) -> ModuleType:
+    """``plain_states.py``: what a state holds as plain values, to compare."""
+    return load_module(Path(__file__).with_name("plain_states.py"))
