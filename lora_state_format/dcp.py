@@ -59,6 +59,12 @@ class Folder:
     def close(self) -> None:
         self.files.close()
 
+    def __enter__(self) -> Folder:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
 
 def is_folder(path: Path) -> bool:
     """Whether a path is a folder that DCP wrote."""

@@ -66,6 +66,12 @@ class Files:
             file.close()
         self._open.clear()
 
+    def __enter__(self) -> Files:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
 
 @contextlib.contextmanager
 def reading() -> Iterator[Files]:

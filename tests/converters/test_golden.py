@@ -12,6 +12,7 @@ import torch
 from lora_state_format.converters import composer, lerobot, olmo, torchtune
 
 from lora_state_format import registry
+from lora_state_format.cli import run
 from lora_state_format.conversion import convert, read
 from lora_state_format.errors import RefusedError, TargetExistsError, UnrepresentableError
 from lora_state_format.model import OptimizerState, PositionalState
@@ -43,6 +44,36 @@ def equal(a: Any, b: Any) -> bool:
     if isinstance(a, (list, tuple)):
         return len(a) == len(b) and all(map(equal, a, b))
     return bool(a == b)
+
+
+@pytest.mark.parametrize(
+    ("path", "name"),
+    [
+        ("lerobot/files/000003", "lerobot"),
+        ("lerobot/files/several", "lerobot"),
+        ("composer/files/ep1-ba3-rank0.pt", "composer"),
+        ("torchtune/files/epoch_0", "torchtune"),
+        ("torchtune/files/in_backward", "torchtune"),
+        ("olmo/files", "olmo"),
+    ],
+)
+def test_inspect_says_what_it_is(path: str, name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["inspect", str(GOLDEN / path)]) == 0
+    assert capsys.readouterr().out.startswith(f"{GOLDEN / path} ({name})\n")
+
+
+def test_from_one_framework_to_others_on_the_command_line(tmp_path: Path, assert_holds: Any) -> None:
+    """torchtune to a DCP folder, to FSDP's full file, to our own: every hop keeps all of the state."""
+    hops = [str(tmp_path / name) for name in ("dcp", "accelerate", "optimizer.safetensors")]
+    source = str(GOLDEN / "torchtune" / "files" / "epoch_0")
+    assert run(["convert", source, hops[0], "--to", "dcp", "--option", "key=optim"]) == 0
+    assert run(["convert", hops[0], hops[1], "--to", "accelerate", "--option", "fsdp"]) == 0
+    assert run(["convert", hops[1], hops[2]]) == 0
+    for path in hops:
+        assert run(["inspect", path]) == 0
+        with read(path) as state:
+            assert_holds(state, expected("torchtune")["one"])
+            assert dict(state.groups[0].options)["betas"] == (0.9, 0.999)
 
 
 # --- LeRobot ------------------------------------------------------------------------------------------------------
