@@ -61,7 +61,7 @@ CHUNK: Final = 1 << 20
 """Bytes moved at a time."""
 
 GATHER_SPAN: Final = 1 << 24
-"""Bytes of a source that gathering a strided tensor may hold at a time."""
+"""Bytes of a source, and of the tensor, that gathering a strided tensor may hold at a time."""
 
 GATHER_RUN: Final = 256
 """Runs of so many bytes are read one by one; shorter ones with what lies between them."""
@@ -210,6 +210,9 @@ class Tensor:
         """All bytes in order. Each chunk is valid until the next one is asked for; ``buffer`` is reused if given."""
         if buffer is None:
             buffer = memoryview(bytearray(min(CHUNK, self.size)))
+        if self._scattered and self.size > len(buffer) > 0:
+            yield from self._blocks(len(buffer))
+            return
         for offset in range(0, self.size, max(len(buffer), 1)):
             size = min(len(buffer), self.size - offset)
             chunk = self.view(offset, size)
@@ -217,6 +220,21 @@ class Tensor:
                 chunk = buffer[:size]
                 self.readinto(offset, chunk)
             yield chunk
+
+    @property
+    def _scattered(self) -> bool:
+        """Whether what stands together in it is far apart in its source, as in a transpose."""
+        width = item_size(self.dtype)
+        boxes = ((p.where, p.strides) for p in self.pieces if isinstance(p.where, Box) and p.strides is not None)
+        return any(_run(where.shape, strides) * width < GATHER_RUN for where, strides in boxes)
+
+    def _blocks(self, size: int) -> Iterator[memoryview]:
+        """All bytes in chunks of ``size``, cut from larger blocks: gathering little costs as much as gathering much."""
+        block = memoryview(bytearray(min(GATHER_SPAN, self.size)))
+        for start in range(0, self.size, len(block)):
+            part = block[: self.size - start]
+            self.readinto(start, part)
+            yield from (part[offset : offset + size] for offset in range(0, len(part), size))
 
     def bytes(self) -> bytearray:
         """All bytes at once."""

@@ -554,6 +554,20 @@ def test_every_rule_moves_every_element_once_and_back(shape: list[int], merge: s
     assert np.array_equal(back["a.w"]["exp_avg"].numpy(), array)
 
 
+@pytest.mark.parametrize(
+    ("shape", "chunk"), [((40, 50), 64), ((40, 50), 100), ((3, 700), 64), ((700, 3), 1000), ((7, 9), 4096)]
+)
+def test_what_is_far_apart_is_gathered_in_blocks(
+    monkeypatch: pytest.MonkeyPatch, shape: tuple[int, int], chunk: int
+) -> None:
+    """A transpose reads its source a block at a time, whatever the chunks."""
+    monkeypatch.setattr("lora_state_format.model.GATHER_SPAN", 1000)
+    whole = filled(*shape)
+    turned = tensor(whole).permute((1, 0))
+    assert b"".join(map(bytes, turned.chunks(memoryview(bytearray(chunk))))) == whole.T.tobytes()
+    assert b"".join(map(bytes, turned.chunks())) == whole.T.tobytes()
+
+
 def test_weights_follow_their_parameters() -> None:
     weights = {"layers.0.attn.q_proj.w_lora_a": tensor(A), "layers.0.attn.q_proj.w": tensor(A), "stacked": tensor(A)}
     found = mapping.apply_to_weights(weights, load("tunix"))
