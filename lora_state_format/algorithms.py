@@ -287,9 +287,9 @@ def parameter_of(
 ) -> Parameter:
     """A parameter with its state as the algorithm's class keeps it; without, where all is as before the first step.
 
-    ``values`` are its slots by their usual names, ``weight`` is the parameter itself, if it is known. Slots that are not
-    shaped as the parameter come with its ``shape``. Raises ``FileError`` for shapes that disagree, ``OptionError`` if
-    the class counts steps and nobody did.
+    ``values`` are its slots by their usual names, ``weight`` is the parameter itself, if it is known. Slots that are
+    not shaped as the parameter come with its ``shape``. Raises ``FileError`` for shapes that disagree, ``OptionError``
+    if the class counts steps and nobody did.
     """
     first = next(iter(values.values()))
     shapes = [shape] if shape is not None else [shape_of(leaf) for leaf in values.values()]

@@ -13,7 +13,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 PACKAGE = "lora_state_format"
 
-CHAIN = ["errors", "sources", "model", "crc", "canonical", "manifest", "atomic", "container"]
+CHAIN = ["errors", "sources", "model", "crc", "collector", "canonical", "manifest", "atomic", "container"]
 """Each of these imports only those before it."""
 
 PURE = ["names", "order", "plan"]
