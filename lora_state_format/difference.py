@@ -4,16 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 
+from lora_state_format.canonical import dumps
 from lora_state_format.container import hash_tensor
-from lora_state_format.manifest import ALGORITHM
-from lora_state_format.model import OptimizerState, Parameter, Scalar, Slot, Tensor, Value, walk
+from lora_state_format.manifest import ALGORITHM, encode_value
+from lora_state_format.model import OptimizerState, Parameter, Scalar, Slot, Tensor, Value
 
 __all__ = ["Difference", "diff"]
 
-SHOWN = 10
+SHOWN: Final = 10
 """Lines that a difference prints of each kind before it only counts."""
+
+WIDTH: Final = 100
+"""Characters of a value that are shown."""
+
+NUMBERS: Final = {"BOOL", "U8", "I8", "U16", "I16", "U32", "I32", "U64", "I64", "F16", "BF16", "F32", "F64"}
+"""Dtypes whose scalars are shown as numbers."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +64,8 @@ def diff(a: OptimizerState, b: OptimizerState) -> Difference:
     """Compare two states bit for bit: optimizers, groups and options, parameters, slots, and the rest of a state.
 
     Tensors are compared by the digests that their files state, which ``verify`` proves, and read where one has none.
-    Where names came from (``naming``) and what wrote the state (``origin``) make no difference.
+    Where names came from (``naming``), what wrote the state (``origin``), and digests of weights that only one of them
+    has make no difference. Types do: 1, 1.0 and true are three values, a tuple is no list.
     """
     first, second = set(a), set(b)
     common = [name for name in a if name in second]
@@ -79,12 +87,15 @@ def _run(a: OptimizerState, b: OptimizerState) -> Iterator[str]:
         for number, (one, two) in enumerate(zip(a.groups, b.groups, strict=True)):
             if (one.optimizer, one.name, one.count) != (two.optimizer, two.name, two.count):
                 yield f"group {number}: of {one.count} and {two.count} parameters, or another name or optimizer"
-            for path, values in _leaves(dict(one.options), dict(two.options)):
+            options = dict(one.options), dict(two.options)
+            if [*options[0]] != [*options[1]] and options[0].keys() == options[1].keys():
+                yield f"group {number}: its options stand in another order"
+            for path, values in _values(*options):
                 yield f"group {number}: {path}: {values}"
     if a.global_step != b.global_step:
         yield f"step: {a.global_step} and {b.global_step}"
     for what in ("globals", "extra", "extensions", "unknown"):
-        for path, values in _leaves(getattr(a, what), getattr(b, what)):
+        for path, values in _values(getattr(a, what), getattr(b, what)):
             yield f"{what}: {path}: {values}"
 
 
@@ -97,29 +108,44 @@ def _parameter(a: Parameter, b: Parameter) -> Iterator[str]:
         yield f"{a.name}: {a.dtype} {list(a.shape)} and {b.dtype} {list(b.shape)}"
     if (a.state is None) != (b.state is None):
         yield f"{a.name}: never stepped in the {'first' if a.state is None else 'second'}"
-    for path, values in _leaves(a.state or {}, b.state or {}):
+    for what in ("adapter", "tied", "keys", "original_id"):
+        if getattr(a, what) != getattr(b, what):
+            yield f"{a.name}: {what}: {_text(getattr(a, what))} and {_text(getattr(b, what))}"
+    for path, values in _values(a.state or {}, b.state or {}):
         yield f"{a.name}: {path}: {values}"
     if a.weights and b.weights and a.weights != b.weights:
         yield f"{a.name}: saved beside other weights"
 
 
-def _leaves(a: Mapping[str, Value], b: Mapping[str, Value]) -> Iterator[tuple[str, str]]:
-    """The leaves that two trees do not have alike, and how they differ."""
-    one, two = dict(walk(a)), dict(walk(b))
-    for path in sorted({*one, *two}, key=str):
-        name = ".".join(map(str, path))
-        if path not in one or path not in two:
-            yield name, f"only in the {'first' if path in one else 'second'}"
-        elif not _same(one[path], two[path]):
-            yield name, f"{_text(one[path])} and {_text(two[path])}"
+def _values(a: Value, b: Value, path: tuple[str, ...] = ()) -> Iterator[tuple[str, str]]:
+    """The places where two values differ, and how."""
+    if isinstance(a, Mapping) and isinstance(b, Mapping):
+        one, two = ({_key(key): key for key in value} for value in (a, b))
+        for text in sorted({*one, *two}):
+            place = (*path, str(one.get(text, two.get(text))))
+            if text in one and text in two:
+                yield from _values(a[one[text]], b[two[text]], place)
+            else:
+                yield ".".join(place), f"only in the {'first' if text in one else 'second'}"
+    elif isinstance(a, (list, tuple)) and isinstance(b, (list, tuple)) and (type(a), len(a)) == (type(b), len(b)):
+        for index, (left, right) in enumerate(zip(a, b, strict=True)):
+            yield from _values(left, right, (*path, str(index)))
+    elif isinstance(a, Slot) and isinstance(b, Slot) and _same_bytes(a.tensor, b.tensor):
+        if a.role is not b.role:
+            yield ".".join(path), f"role {a.role.value} and {b.role.value}"
+    elif not _same(a, b):
+        yield ".".join(path), f"{_text(a)} and {_text(b)}"
+
+
+def _key(key: Any) -> str:
+    """A mapping's key as the format writes it: 1, 1.0 and "1" are three."""
+    return dumps(encode_value(key, "a key", None))
 
 
 def _same(a: Any, b: Any) -> bool:
-    if isinstance(a, Slot) and isinstance(b, Slot):
-        return a.role is b.role and _same_bytes(a.tensor, b.tensor)
     if isinstance(a, float) and isinstance(b, float):
         return a.hex() == b.hex()
-    return type(a) is type(b) and bool(a == b)
+    return type(a) is type(b) and not isinstance(a, Slot) and bool(a == b)
 
 
 def _same_bytes(a: Tensor, b: Tensor) -> bool:
@@ -136,4 +162,5 @@ def _digest(tensor: Tensor) -> str:
 def _text(value: Any) -> str:
     if isinstance(value, Slot):
         return f"a tensor {value.tensor.dtype} {list(value.tensor.shape)} ({_digest(value.tensor)[:8]})"
-    return repr(value.item()) if isinstance(value, Scalar) and value.dtype != "C64" else repr(value)
+    text = repr(value.item()) if isinstance(value, Scalar) and value.dtype in NUMBERS else repr(value)
+    return text if len(text) <= WIDTH else f"{text[:WIDTH]}..."

@@ -19,6 +19,7 @@ from lora_state_format.model import (
     Role,
     Scalar,
     Slot,
+    Value,
     contiguous,
 )
 from lora_state_format.sources import Memory
@@ -89,3 +90,45 @@ def test_every_difference_is_named(tmp_path: Path, capsys: pytest.CaptureFixture
     assert printed == text + "\n"
     assert run(["diff", str(tmp_path / "a.safetensors"), str(tmp_path / "a.safetensors"), "--json"]) == 0
     assert '"same": true' in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("one", "two", "lines"),
+    [
+        (1, 1.0, ("extra: v: 1 and 1.0",)),
+        (1, True, ("extra: v: 1 and True",)),
+        (0.0, -0.0, ("extra: v: 0.0 and -0.0",)),
+        ((1,), [1], ("extra: v: (1,) and [1]",)),
+        ([1], [1, 2], ("extra: v: [1] and [1, 2]",)),
+        ({}, [], ("extra: v: {} and []",)),
+        ({"a": {}}, {}, ("extra: v.a: only in the first",)),
+        ({1: "x"}, {"1": "x"}, ("extra: v.1: only in the second", "extra: v.1: only in the first")),
+        ({1: [0, 5]}, {1: [0, 6]}, ("extra: v.1.1: 5 and 6",)),
+        (float("nan"), float("nan"), ()),
+        (ONE, TWO, ("extra: v: 1.0 and 2.0",)),
+        (Scalar("F8_E4M3", b"a"), 1, ("extra: v: Scalar(dtype='F8_E4M3', data=b'a') and 1",)),
+        ("x" * 200, "", (f"extra: v: '{'x' * 99}... and ''",)),
+    ],
+    ids=repr,
+)
+def test_values_differ_by_type_too(one: Value, two: Value, lines: tuple[str, ...]) -> None:
+    found = lsf.diff(replace(state(), extra={"v": one}), replace(state(), extra={"v": two}))
+    assert found.run == lines
+
+
+def test_what_is_said_of_a_parameter(tmp_path: Path) -> None:
+    a, *others = state().parameters
+    slots = dict(a.state or {})
+    role = replace(a, state={**slots, "exp_avg": replace(slots["exp_avg"], role=Role.OPAQUE)})  # type: ignore[type-var]
+    for other, line in (
+        (replace(a, adapter="x"), "a: adapter: None and 'x'"),
+        (replace(a, tied=("z",)), "a: tied: () and ('z',)"),
+        (replace(a, keys={"peft": "y"}), "a: keys: {} and {'peft': 'y'}"),
+        (replace(a, original_id=7), "a: original_id: None and 7"),
+        (replace(a, dtype="F32"), "a: None [4] and F32 [4]"),
+        (role, "a: exp_avg: role param and opaque"),
+    ):
+        assert lsf.diff(state(), replace(state(), parameters=(other, *others))).slots == (line,)
+    (group,) = state().groups
+    turned = replace(group, options=group.options[::-1])
+    assert lsf.diff(state(), replace(state(), groups=(turned,))).run == ("group 0: its options stand in another order",)
