@@ -9,7 +9,6 @@ from collections.abc import Callable
 from json.encoder import encode_basestring
 from typing import Any, Final
 
-from lora_state_format.collector import paused
 from lora_state_format.errors import FileError
 
 __all__ = ["MAX_DEPTH", "MAX_VALUES", "check_size", "dumps", "format_float", "loads"]
@@ -118,15 +117,14 @@ def loads(text: str, *, path: object = None) -> Any:
 
     check_size(text, fail)
     try:
-        with paused():
-            result = json.loads(
-                text,
-                object_pairs_hook=pairs,
-                parse_constant=constant,
-                parse_float=number,
-                # A call for every integer takes half of the time.
-                parse_int=integer if "-0" in text else None,
-            )
+        result = json.loads(
+            text,
+            object_pairs_hook=pairs,
+            parse_constant=constant,
+            parse_float=number,
+            # A call for every integer takes half of the time.
+            parse_int=integer if "-0" in text else None,
+        )
         if re.search(r"\\u[dD][89a-fA-F]", text):
             json.dumps(result, ensure_ascii=False).encode()
     except FileError:

@@ -167,7 +167,8 @@ def _parse(raw: bytes, file: File, *, foreign: bool = False) -> Header:
         raise fail(f"the header is not UTF-8 at byte {8 + error.start}", "R2") from None
     if not text.startswith("{") or not text.rstrip(" ").endswith("}"):
         raise fail("the header is not one JSON object from its first byte on, padded with spaces", "R2")
-    members = loads(text, path=file.path)
+    with _without_gc():
+        members = loads(text, path=file.path)
     metadata = members.pop("__metadata__", {})
     if metadata is None and foreign:
         metadata = {}
