@@ -18,7 +18,7 @@ from lora_state_format.state_dict import Found, from_state_dict
 from lora_state_format.trees import member
 
 NAME: Final = "composer"
-DESCRIPTION: Final = "a Composer checkpoint file: state.optimizers beside rank_zero_seed"
+DESCRIPTION: Final = "a Composer checkpoint file: state.optimizers beside rank_zero_seed, or state._optimizers"
 
 
 def detect(path: Path) -> Match | None:
@@ -26,8 +26,10 @@ def detect(path: Path) -> Match | None:
         return None
     with File(path) as file:
         try:
-            if pickles.mentions(file, b"rank_zero_seed") and pickles.mentions(file, b"optimizers"):
-                return Match("a torch.save file whose pickle mentions optimizers and rank_zero_seed", path)
+            # In early 2022 the keys were the attributes' names.
+            for words in ((b"optimizers", b"rank_zero_seed"), (b"_optimizers", b"_is_model_ddp_wrapped")):
+                if all(pickles.mentions(file, word) for word in words):
+                    return Match(f"a torch.save file whose pickle mentions {b' and '.join(words).decode()}", path)
         except FileError:
             pass
     return None
@@ -41,7 +43,7 @@ def read(path: Path) -> Checkpoint:
         if not optimizers:
             raise FileError("state.optimizers is empty", path=path)
         found = [Found(("state", key, name), member(optimizers, name, dict, path)) for name in optimizers]
-        model = tree.get("model")
+        model = tree.get("model", tree.get("_model"))
         weights = {k: v for k, v in model.items() if isinstance(v, Tensor)} if isinstance(model, dict) else {}
         state = from_state_dict(
             *found, origin={"format": NAME, **_versions(tree)}, global_step=_batches(tree), resources=(files,)

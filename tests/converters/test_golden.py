@@ -147,6 +147,17 @@ def test_composer(assert_holds: Any) -> None:
     assert isinstance(composer.read(path).state, OptimizerState)
 
 
+def test_an_old_public_composer_file_is_positional() -> None:
+    path = GOLDEN.parents[2] / "shared" / "wild" / "composer-momentum-none" / "ep1.pt"
+    if not path.exists():
+        pytest.skip("no public checkpoints beside the project")
+    assert registry.detect(path)[0].NAME == "composer"
+    state = composer.read(path).state
+    assert isinstance(state, PositionalState)
+    assert state.origin == {"format": "composer"}
+    assert all(slots == {"momentum_buffer": None} for slots in state.entries.values())
+
+
 # --- torchtune ----------------------------------------------------------------------------------------------------
 
 
