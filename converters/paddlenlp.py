@@ -34,6 +34,7 @@ from lora_state_format.model import (
 )
 from lora_state_format.registry import Match
 from lora_state_format.sources import Memory
+from lora_state_format.trees import member
 
 NAME: Final = "paddlenlp"
 DESCRIPTION: Final = "a unified checkpoint of PaddleNLP: optimizer-*.safetensors and optimizer.safetensors.index.json"
@@ -125,8 +126,8 @@ def _state(
     trainer = index.with_name(TRAINER)
     stated = algorithms.stated_step(options) if "step" in options else None
     if stated is None and trainer.is_file():
-        stated = read_json_object(trainer).get("global_step")
-    betas = tuple(options["betas"]) if "betas" in options else None
+        stated = member(read_json_object(trainer), "global_step", int, trainer)
+    betas = _betas(options["betas"]) if "betas" in options else None
     parameters, algorithm, counts = [], None, set()
     for name, held in slots.items():
         fields = {field: tensor for field, tensor in held.items() if field not in (*POWERS, MASTER)}
@@ -229,6 +230,8 @@ def write(
     layout = algorithms.layout_of(replace(state, parameters=tuple(bare)), algorithm, LAYOUTS)
     tensors: dict[str, Tensor] = {}
     counts: set[int] = set()
+    powers = len(layout.fields) == 2
+    betas = () if not powers else _betas(options["betas"]) if "betas" in options else _stored_betas(state)
     for parameter in bare:
         values = algorithms.values_of(parameter, algorithm, layout)
         for field, slot in layout.fields.items():
@@ -236,10 +239,10 @@ def write(
             if not isinstance(tensor, Tensor):
                 raise UnrepresentableError(f"'{parameter.name}' has no tensor '{slot}', which the target keeps")
             tensors[f"{parameter.name}/{field}"] = tensor
-        if len(layout.fields) == 2:
+        if powers:
             count = algorithms.steps([parameter]) or 0
             counts.add(count)
-            for field, beta in zip(POWERS, _betas(state, options), strict=True):
+            for field, beta in zip(POWERS, betas, strict=True):
                 power = struct.pack("<f", next(islice(_power(beta), count, None)))
                 tensors[f"{parameter.name}/{field}"] = contiguous("F32", (1,), Memory(power))
     with new_folder(path, force=force, replaceable=("optimizer*", "master_weights*", TRAINER)) as folder:
@@ -251,14 +254,19 @@ def write(
             (folder / TRAINER).write_text(json.dumps({"global_step": step}))
 
 
-def _betas(state: OptimizerState, options: Mapping[str, Any]) -> tuple[float, ...]:
-    found = {dict(group.options).get("betas") for group in state.groups if group.count}
-    betas = options.get("betas", found.pop() if len(found) == 1 else None)
-    if not isinstance(betas, (tuple, list)) or len(betas) != 2:
+def _stored_betas(state: OptimizerState) -> tuple[float, ...]:
+    found = [dict(group.options).get("betas") for group in state.groups if group.count]
+    if not found or found[0] is None or any(betas != found[0] for betas in found):
         raise UnrepresentableError(
             "the target keeps powers of betas, and the groups have none, or not the same: say --option betas=(b1,b2)"
         )
-    return tuple(betas)
+    return _betas(found[0])
+
+
+def _betas(value: Any) -> tuple[float, ...]:
+    if not isinstance(value, (list, tuple)) or len(value) != 2 or not all(isinstance(beta, float) for beta in value):
+        raise OptionError(f"betas={value!r} is not two numbers")
+    return tuple(value)
 
 
 def _write_set(folder: Path, name: str, index: str, tensors: Mapping[str, Tensor], masters: bool) -> None:

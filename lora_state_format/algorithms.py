@@ -235,8 +235,12 @@ def group_options(algorithm: Algorithm, options: Mapping[str, Any]) -> tuple[tup
     for name in options:
         if name in HYPERPARAMETERS and name not in algorithm.options:
             raise OptionError(f"{algorithm.name} has no option '{name}'; it has: {', '.join(algorithm.options)}")
-    stated = [(name, options[name]) for name in algorithm.options if name in options]
-    return tuple((name, tuple(value) if isinstance(value, list) else value) for name, value in stated)
+    stated: dict[str, Any] = {name: options[name] for name in algorithm.options if name in options}
+    for name, value in stated.items():
+        numbers = value if isinstance(value, (list, tuple)) else [value]
+        if not numbers or not all(number is None or isinstance(number, (int, float)) for number in numbers):
+            raise OptionError(f"{name}={value!r} is no number, nor several")
+    return tuple((name, tuple(value) if isinstance(value, list) else value) for name, value in stated.items())
 
 
 def stated_step(options: Mapping[str, Any]) -> int:
@@ -265,6 +269,8 @@ def steps(parameters: Iterable[Parameter]) -> int | None:
     for parameter in parameters:
         step = 0 if parameter.state is None else parameter.state.get("step")
         count = step.item() if isinstance(step, Scalar) else step
+        if isinstance(count, float) and not count.is_integer():
+            raise UnrepresentableError(f"'{parameter.name}' took {count} steps, which is no number of steps")
         if isinstance(count, (int, float)):
             found.setdefault(int(count), parameter.name)
     if len(found) > 1:
@@ -317,9 +323,14 @@ def values_of(parameter: Parameter, algorithm: Algorithm, layout: Layout) -> dic
     if parameter.state is None:
         return dict.fromkeys(layout.fields.values(), zeros(parameter))
     held = _slots(parameter, algorithm)
-    found = {slot: held.get(algorithm.spelled.get(slot, slot)) for slot in layout.fields.values()}
-    values = {slot: value.tensor if isinstance(value, Slot) else value for slot, value in found.items()}
-    return {slot: value for slot, value in values.items() if isinstance(value, (Tensor, Scalar))}
+    values: dict[str, Tensor | Scalar] = {}
+    for slot in layout.fields.values():
+        value = held.get(algorithm.spelled.get(slot, slot))
+        if isinstance(value, Slot):
+            values[slot] = value.tensor
+        elif isinstance(value, Scalar):
+            values[slot] = value
+    return values
 
 
 def _slots(parameter: Parameter, algorithm: Algorithm) -> dict[str, Value]:

@@ -267,6 +267,7 @@ def test_what_the_caller_has_to_say(tmp_path: Path) -> None:
                 "adam_uncorrected, adamw_uncorrected, adamax, sgd, lion, adagrad, adadelta, rmsprop, adafactor"
             ),
         ),
+        ({"optimizer": "adam", "betas": ["x"]}, "betas=['x'] is no number, nor several"),
         ({"optimizer": "adam", "momentum": 0.9}, "adam has no option 'momentum'; it has: lr, betas, eps, weight_decay"),
     ):
         with pytest.raises(OptionError) as caught:
@@ -423,6 +424,11 @@ def test_what_optax_has_no_place_for(tmp_path: Path) -> None:
             state_of(one, Parameter("b", (2,), None, "F32")),
             UnrepresentableError,
             "'a' took 3 steps and 'b' took 0, where the target counts them once for all",
+        ),
+        (
+            state_of(Parameter("a", (2,), moments(Scalar("F32", np.float32("nan").tobytes())))),
+            UnrepresentableError,
+            "'a' took nan steps, which is no number of steps",
         ),
         (
             state_of(Parameter("b", (2,), None)),

@@ -243,6 +243,12 @@ def test_what_the_layout_has_no_place_for(tmp_path: Path) -> None:
     assert str(caught.value) == (
         "the target keeps powers of betas, and the groups have none, or not the same: say --option betas=(b1,b2)"
     )
+    with pytest.raises(OptionError, match=r"^betas=0\.9 is not two numbers$"):
+        read(tmp_path / "a", betas=0.9)
+    (tmp_path / "a" / "trainer_state.json").write_text('{"global_step": "x"}')
+    with pytest.raises(FileError) as step:
+        read(tmp_path / "a")
+    assert str(step.value) == f"{tmp_path / 'a' / 'trainer_state.json'}: 'global_step' is a str, where int is expected"
     with pytest.raises(OptionError) as refused:
         paddlenlp.write(state, tmp_path / "b", base=tmp_path / "a", force=False)
     assert str(refused.value) == f"paddlenlp writes a whole folder and takes nothing from another ({tmp_path / 'a'})"
