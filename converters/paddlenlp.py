@@ -1,8 +1,7 @@
 """Unified checkpoints of PaddleNLP and PaddleFormers: ``optimizer-*.safetensors`` with an index, keyed by parameter.
 
-Keys are ``<parameter>/<accumulator>``. Neither steps nor options are in the files, but the powers of Adam's betas are:
-after t steps ``beta1_pow_acc_0`` is the float32 product of t + 1 factors beta1. So a step that ``trainer_state.json``
-states is checked bit for bit, and betas that nobody states are found and checked in the same way. The layout is that of
+Keys are ``<parameter>/<accumulator>``. Neither steps nor options are in the files, but the powers of Adam's betas are,
+by which the step in ``trainer_state.json`` is checked (``powers``). The layout is that of
 ``paddlenlp/trainer/unified_checkpoint``.
 """
 
@@ -10,10 +9,8 @@ from __future__ import annotations
 
 import json
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
-from functools import cache
-from itertools import islice
 from pathlib import Path
 from typing import Any, Final
 
@@ -32,6 +29,7 @@ from lora_state_format.model import (
     Tensor,
     contiguous,
 )
+from lora_state_format.powers import counted, power
 from lora_state_format.registry import Match
 from lora_state_format.sources import Memory
 from lora_state_format.trees import member
@@ -57,8 +55,6 @@ MASTERS: Final = "master_weights.safetensors.index.json"
 WEIGHTS: Final = ("peft_model.safetensors.index.json", "model.safetensors.index.json")
 TRAINER: Final = "trainer_state.json"
 MASTER: Final = "master_param"
-MAX_STEPS: Final = 1_000_000
-"""Steps up to which a step is looked for by the powers alone."""
 
 
 def detect(path: Path) -> Match | None:
@@ -136,7 +132,7 @@ def _state(
         powers = [struct.unpack("<f", held[field].bytes())[0] for field in POWERS if field in held]
         count = stated
         if powers:
-            count, betas = _counted(tuple(powers), betas, stated, where)
+            count, betas = counted(tuple(powers), betas, stated, where)
         counts.add(count)
         values = {slot: fields[field] for field, slot in layout.fields.items()}
         parameter = algorithms.parameter_of(name, values, algorithm, count, weight=weights.get(name), path=index)
@@ -156,55 +152,6 @@ def _state(
         global_step=counts.pop() if len(counts) == 1 else None,
         resources=(files,),
     )
-
-
-# --- steps and powers ---------------------------------------------------------------------------------------------
-
-
-def _power(beta: float) -> Iterator[float]:
-    """What Paddle keeps after 0, 1, 2, ... steps, in float32."""
-    factor = power = _f32(beta)
-    while True:
-        yield power
-        power = _f32(power * factor)
-
-
-def _f32(number: float) -> float:
-    """The nearest float32. The product of two of them is exact as a Python float, so it is rounded only once."""
-    return float(struct.unpack("<f", struct.pack("<f", number))[0])
-
-
-TINY: Final = 2.0**-126
-"""Below the least normal float32 powers are all taken for equal: some devices flush them to zero."""
-
-
-def _same(one: float, other: float) -> bool:
-    return one == other or max(one, other) < TINY
-
-
-@cache
-def _counted(
-    powers: tuple[float, ...], betas: tuple[float, ...] | None, stated: int | None, where: str
-) -> tuple[int, tuple[float, ...] | None]:
-    """Steps and betas that give these powers; the betas as they were stated, or as found if all of them can be."""
-    if stated is None:
-        if betas is None:
-            raise OptionError(f"{where}: neither steps nor betas are known: say --option step=N, or betas=...")
-        for count, now in enumerate(zip(*map(_power, betas), strict=True)):
-            if now[-1] < TINY or count > MAX_STEPS:
-                break
-            if all(map(_same, now, powers)):
-                return count, betas
-        raise FileError(f"{where} has the powers {list(powers)}, to which no number of steps with betas {betas} leads")
-    found = [None if power < TINY else round(power ** (1 / (stated + 1)), 6) for power in powers]
-    for power, beta in zip(powers, betas or found, strict=True):
-        expected = power if beta is None else next(islice(_power(beta), stated, None))
-        if not _same(power, expected):
-            raise FileError(
-                f"{where} has the powers {list(powers)}, which are not those of betas {betas or found} after {stated} "
-                "steps: the files are of different steps, or the betas are others (say --option betas=...)"
-            )
-    return stated, betas or (tuple(beta for beta in found if beta is not None) if None not in found else None)
 
 
 # --- writing ------------------------------------------------------------------------------------------------------
@@ -243,8 +190,8 @@ def write(
             count = algorithms.steps([parameter]) or 0
             counts.add(count)
             for field, beta in zip(POWERS, betas, strict=True):
-                power = struct.pack("<f", next(islice(_power(beta), count, None)))
-                tensors[f"{parameter.name}/{field}"] = contiguous("F32", (1,), Memory(power))
+                product = struct.pack("<f", power(beta, count))
+                tensors[f"{parameter.name}/{field}"] = contiguous("F32", (1,), Memory(product))
     with new_folder(path, force=force, replaceable=("optimizer*", "master_weights*", TRAINER)) as folder:
         _write_set(folder, "optimizer", INDEX, tensors, bool(masters))
         if masters:
@@ -264,8 +211,9 @@ def _stored_betas(state: OptimizerState) -> tuple[float, ...]:
 
 
 def _betas(value: Any) -> tuple[float, ...]:
-    if not isinstance(value, (list, tuple)) or len(value) != 2 or not all(isinstance(beta, float) for beta in value):
-        raise OptionError(f"betas={value!r} is not two numbers")
+    numbers = value if isinstance(value, (list, tuple)) and len(value) == 2 else (None,)
+    if not all(isinstance(beta, (int, float)) and 0 <= beta < 1 for beta in numbers):
+        raise OptionError(f"betas={value!r} is not two numbers from 0 to 1")
     return tuple(value)
 
 

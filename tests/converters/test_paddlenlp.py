@@ -117,7 +117,7 @@ def test_steps_that_disagree(tmp_path: Path) -> None:
             {},
             FileError,
             (
-                f"{where} has the powers {powers}, which are not those of betas [0.919166, 0.9992] after 4 steps: the "
+                f"{where} has the powers {powers}, which are not those of betas (0.919166, 0.9992) after 4 steps: the "
                 "files are of different steps, or the betas are others (say --option betas=...)"
             ),
         ),
@@ -137,6 +137,12 @@ def test_steps_that_disagree(tmp_path: Path) -> None:
     with pytest.raises(OptionError) as unknown:
         read(folder)
     assert str(unknown.value) == f"{where}: neither steps nor betas are known: say --option step=N, or betas=..."
+    for value in (-0.5, float("nan"), 2.0):
+        odd = {**adam(3), "q.lora_A/beta1_pow_acc_0": np.array([value], np.float32)}
+        with pytest.raises(FileError, match=r"after 3 steps, which are none, or beyond what is checked$"):
+            read(checkpoint(tmp_path / "odd", odd, step=3))
+    with pytest.raises(FileError, match=r" after 1000001 steps, which are none, or beyond what is checked$"):
+        read(checkpoint(tmp_path / "odd", adam(3), step=1_000_001))
     with pytest.raises(FileError) as none:
         read(folder, betas=[0.9, 0.9])
     assert str(none.value) == (
@@ -243,7 +249,7 @@ def test_what_the_layout_has_no_place_for(tmp_path: Path) -> None:
     assert str(caught.value) == (
         "the target keeps powers of betas, and the groups have none, or not the same: say --option betas=(b1,b2)"
     )
-    with pytest.raises(OptionError, match=r"^betas=0\.9 is not two numbers$"):
+    with pytest.raises(OptionError, match=r"^betas=0\.9 is not two numbers from 0 to 1$"):
         read(tmp_path / "a", betas=0.9)
     (tmp_path / "a" / "trainer_state.json").write_text('{"global_step": "x"}')
     with pytest.raises(FileError) as step:
