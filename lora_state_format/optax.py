@@ -89,7 +89,8 @@ def from_tree(
     groups, parameters, class_path = [], [], None
     for node in nodes:
         algorithm, layout = choose(options.get("optimizer"), LAYOUTS, node.held, f"{path}: {node.where}")
-        stated = group_options(algorithm, {**node.injected, **options})
+        held = {name: value for name, value in node.injected.items() if name in algorithm.options}
+        stated = group_options(algorithm, {**held, **options})
         for name, value in stated:
             if value != node.injected.get(name, value):
                 raise OptionError(f"{path} holds {name}={node.injected[name]!r}, not {value!r}")

@@ -59,6 +59,7 @@ FIELDS: Final = frozenset().union(*NODES, *REFUSED_NODES, *WRAPPERS)
 """Every key that may stand at the root of a tree, positions in a tuple aside."""
 INJECTED: Final[Mapping[str, str]] = {
     "learning_rate": "lr", "eps": "eps", "weight_decay": "weight_decay", "momentum": "momentum", "rho": "rho",
+    "decay": "alpha",
 }  # fmt: skip
 """What ``inject_hyperparams`` keeps in the state, and torch's names for it."""
 

@@ -529,6 +529,8 @@ def optimizers() -> dict[str, tuple[str, Make]]:
         "adafactor": ("adafactor", lambda lr: optax.adafactor(lr, min_dim_size_to_factor=4)),
         "chain": ("adamw", lambda lr: optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(lr))),
         "inject": ("adamw", lambda lr: optax.inject_hyperparams(optax.adamw)(lr)),
+        "inject sgd": ("sgd", lambda lr: optax.inject_hyperparams(optax.sgd)(lr, momentum=0.9)),
+        "inject rmsprop": ("rmsprop", lambda lr: optax.inject_hyperparams(optax.rmsprop)(lr, decay=0.5)),
         "multi steps": ("adam", lambda lr: optax.MultiSteps(optax.adam(lr), 2)),
         "apply if finite": ("adam", lambda lr: optax.apply_if_finite(optax.adam(lr), 3)),
         "masked": ("adam", lambda lr: optax.masked(optax.adam(lr), {**dict.fromkeys(SHAPES, True), "a": False})),
@@ -543,8 +545,9 @@ def optimizers() -> dict[str, tuple[str, Make]]:
 
 
 OPTAX = [
-    "adam", "adamw", "schedule", "bf16 mu", "sgd", "sgd with decay", "lion", "adagrad", "adadelta", "rmsprop",
-    "centered", "adamax", "adafactor", "chain", "inject", "multi steps", "apply if finite", "masked", "multi transform",
+    "adam", "adamw", "schedule", "bf16 mu", "sgd", "sgd with decay", "lion",
+    "adagrad", "adadelta", "rmsprop", "centered", "adamax", "adafactor", "chain",
+    "inject", "inject sgd", "inject rmsprop", "multi steps", "apply if finite", "masked", "multi transform",
 ]  # fmt: skip
 
 
@@ -592,6 +595,10 @@ def test_it_holds_what_flax_reads_and_comes_back_byte_for_byte(tmp_path: Path, n
         field = next((key for key in keys if key in fields), None)
         if field and isinstance(leaf, np.ndarray):
             found[field, ".".join(keys[keys.index(field) + 1 :])] = leaf
+    if name.startswith("inject"):
+        kept = {"inject sgd": ("momentum", 0.9), "inject rmsprop": ("alpha", 0.5)}.get(name, ("eps", 1e-8))
+        assert dict(ours.groups[0].options)[kept[0]] == pytest.approx(kept[1])
+        assert dict(ours.groups[0].options)["lr"] == float(np.float32(1e-2))
     layout = next(x for x in LAYOUTS if x.rule == rule and set(x.fields) >= {field for field, _ in found})
     for (field, parameter), array in found.items():
         value = ours[parameter][layout.fields[field]]
