@@ -5,8 +5,8 @@ cd "$(dirname "$0")"
 venv=${VENV:-$(mktemp -d)}
 [ -x "$venv/bin/python" ] && [ -n "${VENV:-}" ] || {
     python3.11 -m venv "$venv"
-    "$venv/bin/pip" install --quiet torch==2.13.0 "numpy<2.3" omegaconf boto3
-    "$venv/bin/pip" install --quiet --no-deps mosaicml==0.32.1 torchmetrics lightning_utilities mosaicml-cli mcli coolname psutil importlib_metadata zipp lazy_importer py-cpuinfo requests urllib3 idna certifi charset_normalizer tqdm packaging pillow python-dateutil six pyyaml
+    "$venv/bin/pip" install --quiet torch==2.13.0 "numpy<2.3" omegaconf boto3 torchmetrics coolname psutil importlib_metadata py-cpuinfo requests tqdm pillow
+    "$venv/bin/pip" install --quiet --no-deps mosaicml==0.32.1 mcli lazy_importer
 }
 cat > "$("$venv/bin/python" -c 'import site; print(site.getsitepackages()[0])')/torchvision.py" <<'EOF'
 """Stands in for torchvision, which is imported and not used."""

@@ -5,8 +5,8 @@ cd "$(dirname "$0")"
 venv=${VENV:-$(mktemp -d)}
 [ -x "$venv/bin/python" ] && [ -n "${VENV:-}" ] || {
     python3.11 -m venv "$venv"
-    "$venv/bin/pip" install --quiet torch==2.13.0 safetensors numpy pyarrow pandas
-    "$venv/bin/pip" install --quiet --no-deps lerobot==0.4.4 draccus mergedeep typing_inspect mypy_extensions datasets multiprocess dill xxhash huggingface_hub pyyaml requests accelerate imageio pillow psutil packaging toml typing_extensions httpx2 httpcore2 truststore h11 urllib3 idna certifi tqdm pyyaml-include
+    "$venv/bin/pip" install --quiet torch==2.13.0 draccus datasets safetensors accelerate imageio pillow
+    "$venv/bin/pip" install --quiet --no-deps lerobot==0.4.4
 }
 cat > "$("$venv/bin/python" -c 'import site; print(site.getsitepackages()[0])')/torchvision.py" <<'EOF'
 """Stands in for torchvision, which is imported and not used."""
