@@ -35,28 +35,27 @@ class TemporaryFile:
                 fcntl.flock(self._descriptor, fcntl.LOCK_EX)
 
     def write(self, position: int, data: bytes | memoryview) -> None:
-        data = memoryview(data)
-        while len(data):
-            with self._named():
+        try:
+            while len(data):
                 count = os.pwrite(self._descriptor, data, position)
-            data, position = data[count:], position + count
+                data, position = memoryview(data)[count:], position + count
+        except OSError as error:
+            raise self._named(error) from None
 
     def finish(self, header: bytes) -> None:
         """Write the first bytes last, and wait until everything is on the disk."""
         self.write(0, header)
-        with self._named():
+        try:
             os.fsync(self._descriptor)
+        except OSError as error:
+            raise self._named(error) from None
 
     def commit(self, target: Path) -> None:
         self.path.replace(target)
         sync_folder(target.parent)
 
-    @contextlib.contextmanager
-    def _named(self) -> Iterator[None]:
-        try:
-            yield
-        except OSError as error:
-            raise OSError(error.errno, error.strerror, os.fspath(self._target)) from None
+    def _named(self, error: OSError) -> OSError:
+        return OSError(error.errno, error.strerror, os.fspath(self._target))
 
     def __enter__(self) -> TemporaryFile:
         return self

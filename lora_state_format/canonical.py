@@ -19,6 +19,9 @@ MAX_DEPTH: Final = 64
 MAX_VALUES: Final = 1 << 21
 """Commas and opening brackets in one JSON text, strings aside: what bounds the memory that parsing takes."""
 
+ENCODER: Final = json.JSONEncoder(ensure_ascii=False, allow_nan=False, sort_keys=True, separators=(",", ":"))
+EXPONENT: Final = re.compile(r"[\[:,]-?[0-9](?:\.[0-9]+)?e")
+
 # All that is neither structure nor the quote of a string.
 FILLING: Final = bytes(set(range(256)) - set(b'[]{},"'))
 
@@ -28,36 +31,15 @@ FILLING: Final = bytes(set(range(256)) - set(b'[]{},"'))
 
 def dumps(value: Any) -> str:
     """Canonical JSON (W1 to W3): keys sorted by code point, no spaces, only the needed escapes, ECMAScript's floats."""
-    out: list[str] = []
-    _dump(value, out.append)
-    return "".join(out)
-
-
-def _dump(value: Any, put: Callable[[str], None]) -> None:
-    if isinstance(value, str):
-        put(encode_basestring(value))
-    elif value is None or isinstance(value, bool):
-        put({None: "null", True: "true", False: "false"}[value])
-    elif isinstance(value, int):
-        put(str(value))
-    elif isinstance(value, float):
-        put(format_float(value))
-    elif isinstance(value, dict):
-        separator = "{"
-        for key in sorted(value):
-            put(separator)
-            put(encode_basestring(key))
-            put(":")
-            _dump(value[key], put)
-            separator = ","
-        put("}" if value else "{}")
-    else:
-        separator = "["
-        for item in value:
-            put(separator)
-            _dump(item, put)
-            separator = ","
-        put("]" if value else "[]")
+    if isinstance(value, float):
+        return format_float(value)
+    text = ENCODER.encode(value)
+    # The encoder is right but for floats with an exponent, so only what holds one is put together here.
+    if isinstance(value, str) or not EXPONENT.search(text):
+        return text
+    if isinstance(value, dict):
+        return "{" + ",".join(f"{encode_basestring(key)}:{dumps(value[key])}" for key in sorted(value)) + "}"
+    return "[" + ",".join(map(dumps, value)) + "]"
 
 
 def format_float(value: float) -> str:

@@ -6,7 +6,6 @@ The text is ``spec/format.md``; the comments cite its rules. One chunk of memory
 from __future__ import annotations
 
 import contextlib
-import gc
 import hashlib
 import math
 import os
@@ -21,7 +20,8 @@ from typing import Any, Final, NamedTuple
 import xxhash
 
 from lora_state_format.atomic import TemporaryFile, locked, sync_folder
-from lora_state_format.canonical import dumps, loads
+from lora_state_format.canonical import MAX_VALUES, dumps, loads
+from lora_state_format.collector import paused
 from lora_state_format.crc import Ledger
 from lora_state_format.errors import DigestError, FileError, OptionError, TargetExistsError, UnrepresentableError
 from lora_state_format.manifest import (
@@ -37,7 +37,7 @@ from lora_state_format.manifest import (
     decode_digests,
     encode,
 )
-from lora_state_format.model import BITS, CHUNK, Digest, OptimizerState, Parameter, Slot, Tensor, contiguous, walk
+from lora_state_format.model import BITS, CHUNK, Digest, OptimizerState, Parameter, Slot, Tensor, Value, contiguous
 from lora_state_format.sources import File
 
 __all__ = [
@@ -167,7 +167,7 @@ def _parse(raw: bytes, file: File, *, foreign: bool = False) -> Header:
         raise fail(f"the header is not UTF-8 at byte {8 + error.start}", "R2") from None
     if not text.startswith("{") or not text.rstrip(" ").endswith("}"):
         raise fail("the header is not one JSON object from its first byte on, padded with spaces", "R2")
-    with _without_gc():
+    with paused():
         members = loads(text, path=file.path)
     metadata = members.pop("__metadata__", {})
     if metadata is None and foreign:
@@ -287,7 +287,7 @@ def _open(path: Path) -> tuple[OptimizerState, list[_Opened]]:
     while True:
         before = _version(path)
         try:
-            with _without_gc():
+            with paused():
                 index = _find_index(path)
                 if index is not None:
                     return _open_set(index)
@@ -309,18 +309,6 @@ def _version(path: Path) -> list[tuple[int, int] | None]:
         return found.st_ino, found.st_mtime_ns
 
     return [version(path), version(_index(path))]
-
-
-@contextlib.contextmanager
-def _without_gc() -> Iterator[None]:
-    """No cycle collections while very many objects are made, none of them garbage: they would take half of the time."""
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
 
 
 def _open_single(path: Path) -> tuple[OptimizerState, list[_Opened]]:
@@ -436,7 +424,7 @@ def write(
     """
     path = Path(path)
     _check_target(path, force)
-    with _without_gc():
+    with paused():
         layouts = [_layout(manifest) for manifest in _manifests(state, max_shard_size)]
     with contextlib.ExitStack() as stack:
         ledger = Ledger()
@@ -498,7 +486,7 @@ def _layout(manifest: Manifest) -> _Layout:
     entries = []
     position = 0
     for key, tensor in tensors:
-        if tensor.count * BITS[tensor.dtype] % 8 or _too_many(tensor.shape):
+        if tensor.count * BITS[tensor.dtype] % 8 or _too_many(tensor.shape) or len(tensor.shape) > MAX_DIMENSIONS:
             raise UnrepresentableError(
                 f"tensor {key!r} of type {tensor.dtype} and shape {list(tensor.shape)}: not whole bytes, or too large"
             )
@@ -530,10 +518,11 @@ def _header(layout: _Layout, identity: str = ZERO) -> bytes:
     except UnicodeEncodeError:
         raise UnrepresentableError("the state holds a string with a lone surrogate, which is no text") from None
     header += b" " * (-(8 + len(header)) % ALIGNMENT)
-    if len(header) > MAX_HEADER:
+    values = sum(map(header.count, (b",", b"[", b"{")))  # those in strings too: what R3 counts is at most this
+    if len(header) > MAX_HEADER or values > MAX_VALUES:
         raise UnrepresentableError(
-            f"a header of {len(header)} bytes, more than {MAX_HEADER}: extra, globals, or the values of one parameter "
-            "are too large; keep large data in tensors"
+            f"a header of {len(header)} bytes and {values} values, more than {MAX_HEADER} or {MAX_VALUES}: extra, "
+            "globals, or the values of one parameter are too large; keep large data in tensors"
         )
     return len(header).to_bytes(8, "little") + header
 
@@ -632,11 +621,19 @@ def _bounds(state: OptimizerState, max_size: int | None) -> list[tuple[int, int]
 
 def _cost(parameter: Parameter) -> tuple[int, int]:
     """Bytes of tensors, and bytes of header within some percent: the name stands there once, and once per tensor."""
-    leaves = [leaf for _, leaf in walk(parameter.state or {})]
-    sizes = [leaf.tensor.size for leaf in leaves if isinstance(leaf, Slot)]
     texts = [parameter.name, *parameter.tied, *parameter.keys, *parameter.keys.values()]
-    values = sum(2 * len(leaf) for leaf in leaves if isinstance(leaf, (str, bytes)))
-    return sum(sizes), 160 + values + sum(len(text) + 8 for text in texts) + len(sizes) * (len(parameter.name) + 160)
+    size, header = 0, 160 + sum(len(text) + 8 for text in texts)
+    values: list[Value] = [*(parameter.state or {}).values()]
+    for value in values:  # which grows
+        if isinstance(value, Slot):
+            size, header = size + value.tensor.size, header + len(parameter.name) + 160
+        elif isinstance(value, (str, bytes)):
+            header += 2 * len(value)
+        elif isinstance(value, Mapping):
+            values += value.values()
+        elif isinstance(value, (list, tuple)):
+            values += value
+    return size, header
 
 
 def _part(state: OptimizerState, first: int, last: int) -> OptimizerState:

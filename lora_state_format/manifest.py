@@ -128,9 +128,11 @@ def encode_value(value: Value, place: str, tensors: dict[str, Slot] | None, path
             raise refuse("a string with a lone surrogate")
         return value
     if isinstance(value, int) and kind is int:
+        if -MAX_INT <= value <= MAX_INT:
+            return value
         if abs(value) >= 10**MAX_DIGITS:
             raise refuse(f"an integer of more than {MAX_DIGITS} digits")
-        return value if -MAX_INT <= value <= MAX_INT else {"$int": str(value)}
+        return {"$int": str(value)}
     if isinstance(value, float) and kind is float:
         return value if math.isfinite(value) else {"$float": "nan" if value != value else f"{value}"}
     if isinstance(value, bytes):
@@ -152,17 +154,18 @@ def encode_value(value: Value, place: str, tensors: dict[str, Slot] | None, path
         for key in value:
             if not _is_key(key):
                 raise refuse(f"the key {key!r}")
+            if type(key) is str and not _is_text(key):
+                raise refuse("a string with a lone surrogate")
         if all(type(key) is str and not key.startswith("$") for key in value):
-            return {
-                encode_value(key, place, None, path): encode_value(value[key], place, tensors, (*path, key))
-                for key in sorted(value)
-            }
+            return {key: encode_value(value[key], place, tensors, (*path, key)) for key in sorted(value)}
         keys = sorted(((encode_value(key, place, None, path), key) for key in value), key=lambda pair: dumps(pair[0]))
         return {"$dict": [[text, encode_value(value[key], place, tensors, (*path, key))] for text, key in keys]}
     raise refuse(f"a {kind.__module__}.{kind.__qualname__}")
 
 
 def _is_text(value: str) -> bool:
+    if value.isascii():
+        return True
     try:
         value.encode()
     except UnicodeEncodeError:
@@ -687,6 +690,8 @@ def _claim(
             raise reader.fail(f"tensor {key!r} is in the manifest, not in the header", "R17")
         claimed.add(key)
         shape = stored[key].shape
+        if shape == parameter != () and role is Role.PARAM:
+            continue
         if not shape:
             raise reader.fail(f"tensor {key!r} has no axis: it had to be a $scalar", "R18")
         if parameter is not None and not fits(role, shape, parameter):
@@ -720,13 +725,13 @@ def _decode_weights(reader: _Reader, members: dict[str, Any]) -> Sequence[Digest
     pattern = _pattern(algorithm)
     result: list[Digest | None] = []
     for item in values:
-        match item:
-            case None:
-                result.append(None)
-            case [str(dtype), str(digits)] if dtype in BITS and pattern.fullmatch(digits):
-                result.append(Digest(algorithm, dtype, digits))
-            case _:
-                raise reader.fail(f"weights.values holds {_show(item)}, expected null or a dtype and a digest", "R19")
+        if item is None:
+            result.append(None)
+            continue
+        texts = type(item) is list and [*map(type, item)] == [str, str]
+        if not texts or item[0] not in BITS or not pattern.fullmatch(item[1]):
+            raise reader.fail(f"weights.values holds {_show(item)}, expected null or a dtype and a digest", "R19")
+        result.append(Digest(algorithm, *item))
     return result
 
 

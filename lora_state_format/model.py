@@ -139,7 +139,7 @@ class Tensor:
         """Elements."""
         return math.prod(self.shape)
 
-    @cached_property
+    @property
     def size(self) -> int:
         """Bytes."""
         return self.count * BITS[self.dtype] // 8

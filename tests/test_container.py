@@ -344,9 +344,14 @@ def test_what_does_not_fit(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UnrepresentableError) as caught:
         write(make(), path)
     assert str(caught.value) == (
-        "a header of 2040 bytes, more than 1000: extra, globals, or the values of one parameter are too large; keep "
-        "large data in tensors"
+        "a header of 2040 bytes and 143 values, more than 1000 or 2097152: extra, globals, or the values of one "
+        "parameter are too large; keep large data in tensors"
     )
+    monkeypatch.undo()
+    monkeypatch.setattr(container, "MAX_VALUES", 100)
+    with pytest.raises(UnrepresentableError) as caught:
+        write(make(), path)
+    assert str(caught.value).startswith("a header of 2040 bytes and 143 values, more than 33554432 or 100: ")
     monkeypatch.undo()
     monkeypatch.setattr(container, "MAX_INDEX", 100)
     with pytest.raises(UnrepresentableError) as caught:
