@@ -47,7 +47,15 @@ from lora_state_format.torch.capture import (
 )
 from lora_state_format.torch.fsdp1 import Part, full_state, parts_of, run_of, whole_weights
 from lora_state_format.torch.objects import flat, packed
-from lora_state_format.torch.tensors import dtype_of, from_torch, is_sharded, read_into, scalar_to_torch, to_torch
+from lora_state_format.torch.tensors import (
+    dtype_of,
+    from_torch,
+    is_sharded,
+    read_into,
+    refusal,
+    scalar_to_torch,
+    to_torch,
+)
 
 __all__ = ["LoadReport", "apply", "load_optimizer", "plan", "save_optimizer"]
 
@@ -300,19 +308,21 @@ def _open(path: Path, live: LiveOptimizer, model: Models) -> OptimizerState:
     checkpoint = registry.detect(path)[0].read(path)
     if not isinstance(checkpoint.state, PositionalState):
         return checkpoint.state
-    owners = named_tensors(model).owners
+    named = named_tensors(model)
     parameters = [
         order.Described(
             _beside(p, checkpoint.weights),
             p.requires_grad,
-            tuple(kind.__name__ for kind in owners[p.name].__mro__[:-1]),
+            tuple(kind.__name__ for kind in named.owners[p.name].__mro__[:-1]),
         )
         for p in live.parameters.values()
     ]
+    own = {name: from_torch(tensor) for name, tensor in named.tensors.items() if refusal(tensor) is None}
+    where = "beside it" if checkpoint.weights else "of the live model"
     state = order.decide(
         checkpoint.state,
         parameters,
-        weights=checkpoint.weights or None,
+        weights=checkpoint.weights or own,
         live=[group.parameters for group in live.groups],
         source="model",
     )
@@ -321,7 +331,7 @@ def _open(path: Path, live: LiveOptimizer, model: Models) -> OptimizerState:
     verdict = evidence.get("verdict")
     if verdict == "contradicted":
         raise ConversionError(
-            f"{path}: its parameters do not stand in the order of the live optimizer, say the weights beside it\n"
+            f"{path}: its parameters do not stand in the order of the live optimizer, say the weights {where}\n"
             "hint: give it names first, with convert(path, 'optimizer.safetensors'), and load that file"
         )
     logger.warning(
@@ -331,7 +341,7 @@ def _open(path: Path, live: LiveOptimizer, model: Models) -> OptimizerState:
         len(state),
         "optimizer" if state.naming.rule == order.LIVE else f"model (rule '{state.naming.rule}')",
         details["interchangeable"],
-        f"; the order was weighed against the weights beside it: {verdict}" if verdict else "",
+        f"; the order was weighed against the weights {where}: {verdict}" if verdict else "",
     )
     return state
 

@@ -521,6 +521,17 @@ def test_trainers_checkpoint_as_it_lies_there(founding: Founding, caplog: pytest
     assert verdict in ("confirmed", "partly")
 
 
+def test_without_weights_beside_it_the_live_models_are_asked(
+    founding: Founding, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = Path(shutil.copy(founding.path / "optimizer.pt", tmp_path))
+    optimizer = torch.optim.AdamW([p for p in founding.model.parameters() if p.requires_grad])
+    load_optimizer(optimizer, founding.model, path)
+    said, _, verdict = caplog.messages[-1].rpartition(": ")
+    assert said.endswith("; the order was weighed against the weights of the live model")
+    assert verdict in ("confirmed", "partly")
+
+
 def test_an_optimizer_over_all_730_parameters_is_told_what_is_wrong(founding: Founding) -> None:
     optimizer = torch.optim.AdamW(founding.model.parameters())
     with pytest.raises(BindError) as caught:
