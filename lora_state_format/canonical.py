@@ -11,7 +11,7 @@ from typing import Any, Final
 
 from lora_state_format.errors import FileError
 
-__all__ = ["MAX_DEPTH", "MAX_VALUES", "check_size", "dumps", "format_float", "loads"]
+__all__ = ["MAX_DEPTH", "MAX_VALUES", "check_size", "dumps", "format_float", "loads", "most_values"]
 
 MAX_DEPTH: Final = 64
 """Arrays and objects inside each other, in one JSON text."""
@@ -31,11 +31,13 @@ FILLING: Final = bytes(set(range(256)) - set(b'[]{},"'))
 
 def dumps(value: Any) -> str:
     """Canonical JSON (W1 to W3): keys sorted by code point, no spaces, only the needed escapes, ECMAScript's floats."""
+    if isinstance(value, str):
+        return encode_basestring(value)
     if isinstance(value, float):
         return format_float(value)
     text = ENCODER.encode(value)
     # The encoder is right but for floats with an exponent, so only what holds one is put together here.
-    if isinstance(value, str) or not EXPONENT.search(text):
+    if not EXPONENT.search(text):
         return text
     if isinstance(value, dict):
         return "{" + ",".join(f"{encode_basestring(key)}:{dumps(value[key])}" for key in sorted(value)) + "}"
@@ -67,8 +69,12 @@ def format_float(value: float) -> str:
 # --- reading ------------------------------------------------------------------------------------------------------
 
 
-def loads(text: str, *, path: object = None) -> Any:
-    """Strict JSON (R3). Raises ``FileError``; nothing is built before nesting and number of values are known."""
+def loads(text: str, *, path: object = None, shallow: bool = False) -> Any:
+    """Strict JSON (R3). Raises ``FileError``; nothing is built before nesting and number of values are known.
+
+    ``shallow`` says that the caller refuses what is nested more than a few levels deep: then it is not looked for here,
+    which takes as long as the parsing.
+    """
 
     def fail(detail: str) -> FileError:
         return FileError(detail, path=path, rule="R3")
@@ -97,7 +103,8 @@ def loads(text: str, *, path: object = None) -> Any:
             raise fail("JSON with the integer -0, which would lose its sign")
         return int(digits)
 
-    check_size(text, fail)
+    if not shallow or most_values(text.encode("utf-8", "surrogatepass")) > MAX_VALUES:
+        check_size(text, fail)
     try:
         result = json.loads(
             text,
@@ -105,12 +112,14 @@ def loads(text: str, *, path: object = None) -> Any:
             parse_constant=constant,
             parse_float=number,
             # A call for every integer takes half of the time.
-            parse_int=integer if "-0" in text else None,
+            parse_int=integer if re.search("-0", text) else None,
         )
         if re.search(r"\\u[dD][89a-fA-F]", text):
             json.dumps(result, ensure_ascii=False).encode()
     except FileError:
         raise
+    except RecursionError:
+        raise fail(f"JSON nested deeper than {MAX_DEPTH} levels") from None
     except UnicodeEncodeError:
         raise fail("JSON with a lone surrogate") from None
     except json.JSONDecodeError as error:
@@ -120,11 +129,18 @@ def loads(text: str, *, path: object = None) -> Any:
     return result
 
 
+def most_values(text: bytes) -> int:
+    """What R3 counts, and the same characters inside strings."""
+    return len(text) - len(text.translate(None, b",[{"))
+
+
 def check_size(text: str, fail: Callable[[str], FileError]) -> None:
     """Refuse what is nested too deep or has too many values, by its brackets and commas alone."""
     # Without escaped characters a quote begins or ends a string. Then strings go: the empty ones first, and where that
     # joins two neighbours, they go as one.
-    structure = text.encode("utf-8", "surrogatepass").replace(b"\\\\", b"").replace(b'\\"', b"")
+    structure = text.encode("utf-8", "surrogatepass")
+    if b"\\" in structure:
+        structure = structure.replace(b"\\\\", b"").replace(b'\\"', b"")
     structure = re.sub(rb'"[^"]*"', b"", structure.translate(None, FILLING).replace(b'""', b""))
     values = structure.count(b",") + structure.count(b"[") + structure.count(b"{")
     if values > MAX_VALUES:

@@ -18,4 +18,7 @@ def paused() -> Iterator[None]:
         yield
     finally:
         if enabled:
+            if not gc.get_freeze_count():  # nobody's own
+                gc.freeze()  # what was made counts as old,
+                gc.unfreeze()  # so that the next collection of the young does not look at all of it
             gc.enable()

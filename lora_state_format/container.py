@@ -15,12 +15,12 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import accumulate, pairwise
 from pathlib import Path
-from typing import Any, Final, NamedTuple
+from typing import Any, Final, NamedTuple, TypeAlias
 
 import xxhash
 
 from lora_state_format.atomic import TemporaryFile, locked, sync_folder
-from lora_state_format.canonical import MAX_VALUES, dumps, loads
+from lora_state_format.canonical import MAX_VALUES, dumps, loads, most_values
 from lora_state_format.collector import paused
 from lora_state_format.crc import Ledger
 from lora_state_format.errors import DigestError, FileError, OptionError, TargetExistsError, UnrepresentableError
@@ -72,6 +72,10 @@ METADATA: Final = "optimizer_state"
 PREFIX: Final = b'{"__metadata__":{"' + METADATA.encode() + b'":"{\\"digest\\":\\"'
 """What the header of every file begins with (R7); the digest's 32 digits follow."""
 INDEX_PREFIX: Final = b'{"metadata":{"format":"' + FORMAT.encode() + b'"'
+
+
+Raw: TypeAlias = "bytes | bytearray"
+"""The length and the header."""
 
 
 class Entry(NamedTuple):
@@ -141,7 +145,7 @@ def read_header(file: File, *, foreign: bool = False) -> Header:
     return _parse(_raw_header(file), file, foreign=foreign)
 
 
-def _raw_header(file: File) -> bytes:
+def _raw_header(file: File) -> Raw:
     """The length and the header (R1)."""
 
     def fail(detail: str) -> FileError:
@@ -154,21 +158,21 @@ def _raw_header(file: File) -> bytes:
         raise fail(f"claims a header of {length} bytes, more than {MAX_HEADER}: not a safetensors file, or a huge one")
     if 8 + length > file.size:
         raise fail(f"claims a header of {length} bytes and holds {file.size - 8} behind the length")
-    return bytes(file.read(0, 8 + length))
+    return file.read(0, 8 + length)
 
 
-def _parse(raw: bytes, file: File, *, foreign: bool = False) -> Header:
+def _parse(raw: Raw, file: File, *, foreign: bool = False) -> Header:
     def fail(detail: str, rule: str) -> FileError:
         return FileError(detail, path=file.path, rule=rule)
 
     try:
-        text = raw[8:].decode()
+        text = str(memoryview(raw)[8:], "utf-8")
     except UnicodeDecodeError as error:
         raise fail(f"the header is not UTF-8 at byte {8 + error.start}", "R2") from None
-    if not text.startswith("{") or not text.rstrip(" ").endswith("}"):
+    if not text.startswith("{") or raw[raw.rfind(b"}") + 1 :].strip(b" "):
         raise fail("the header is not one JSON object from its first byte on, padded with spaces", "R2")
     with paused():
-        members = loads(text, path=file.path)
+        members = loads(text, path=file.path, shallow=True)
     metadata = members.pop("__metadata__", {})
     if metadata is None and foreign:
         metadata = {}
@@ -176,7 +180,7 @@ def _parse(raw: bytes, file: File, *, foreign: bool = False) -> Header:
         raise fail("__metadata__ is not a mapping of strings", "R4")
     entries = {}
     position, room = 0, file.size - len(raw)
-    for entry in sorted(_entries(members, fail)):
+    for entry in sorted(_entry(name, item, fail) for name, item in members.items()):
         if entry.begin != position:
             raise fail(
                 f"tensor {entry.name!r} begins at byte {entry.begin} of the data, where {position} was expected", "R6"
@@ -190,16 +194,16 @@ def _parse(raw: bytes, file: File, *, foreign: bool = False) -> Header:
     return Header(metadata, entries, len(raw), file)
 
 
-def _entries(members: dict[str, Any], fail: Callable[[str, str], FileError]) -> Iterator[Entry]:
-    for name, item in members.items():
-        if not _is_entry(item):
-            raise fail(f"tensor {name!r} is described by {dumps(item)[:100]!r}", "R4")
-        dtype, shape, (begin, end) = item["dtype"], item["shape"], item["data_offsets"]
-        if len(shape) > MAX_DIMENSIONS or _too_many(shape):
-            raise fail(f"tensor {name!r} has the shape {dumps(shape)[:100]}, beyond the limits", "R4")
-        if math.prod(shape) * BITS[dtype] != (end - begin) * 8:
-            raise fail(f"tensor {name!r} of type {dtype} and shape {shape} holds {end - begin} bytes", "R5")
-        yield Entry(begin, end, name, dtype, tuple(shape))
+def _entry(name: str, item: Any, fail: Callable[[str, str], FileError]) -> Entry:
+    """A tensor as the header describes it (R4, R5)."""
+    if not _is_entry(item):
+        raise fail(f"tensor {name!r} is described by {dumps(item)[:100]!r}", "R4")
+    dtype, shape, (begin, end) = item["dtype"], item["shape"], item["data_offsets"]
+    if len(shape) > MAX_DIMENSIONS or _too_many(shape):
+        raise fail(f"tensor {name!r} has the shape {dumps(shape)[:100]}, beyond the limits", "R4")
+    if math.prod(shape) * BITS[dtype] != (end - begin) * 8:
+        raise fail(f"tensor {name!r} of type {dtype} and shape {shape} holds {end - begin} bytes", "R5")
+    return Entry(begin, end, name, dtype, tuple(shape))
 
 
 def _is_entry(item: Any) -> bool:
@@ -217,19 +221,22 @@ def _too_many(shape: Sequence[int]) -> bool:
     return 0 in shape and math.prod(filter(None, shape)) > MAX_ELEMENTS
 
 
-def _is_ours(raw: bytes) -> bool:
+def _is_ours(raw: Raw) -> bool:
     return raw.startswith(PREFIX, 8) and HEX.fullmatch(_stated(raw)) is not None
 
 
-def _stated(raw: bytes) -> str:
+def _stated(raw: Raw) -> str:
     """The digest that a header states."""
     return raw[8 + len(PREFIX) :][:32].decode("ascii", "replace")
 
 
-def _digest(raw: bytes) -> str:
+def _digest(raw: Raw) -> str:
     """BLAKE2b-128 of the length and the header, the digest's own digits as zeros (R9)."""
-    start = 8 + len(PREFIX)
-    return hashlib.blake2b(raw[:start] + ZERO.encode() + raw[start + 32 :], digest_size=16).hexdigest()
+    start, view = 8 + len(PREFIX), memoryview(raw)
+    hasher = hashlib.blake2b(view[:start], digest_size=16)
+    hasher.update(ZERO.encode())
+    hasher.update(view[start + 32 :])
+    return hasher.hexdigest()
 
 
 # --- opening ------------------------------------------------------------------------------------------------------
@@ -345,7 +352,7 @@ def _open_file(path: Path) -> _Opened:
     return _Opened(state, shard, stored, _stated(raw), content)
 
 
-def _members(raw: bytes, header: Header, path: object) -> dict[str, Any]:
+def _members(raw: Raw, header: Header, path: object) -> dict[str, Any]:
     """The manifest's members, after the checks of the one metadata member that holds them (R7, R8)."""
     if METADATA not in header.metadata:
         raise FileError(f"a safetensors file without '{METADATA}': not named optimizer state", path=path, rule="R7")
@@ -490,9 +497,9 @@ def _layout(manifest: Manifest) -> _Layout:
             raise UnrepresentableError(
                 f"tensor {key!r} of type {tensor.dtype} and shape {list(tensor.shape)}: not whole bytes, or too large"
             )
-        end = position + tensor.size
+        end, shape = position + tensor.size, ",".join(map(str, tensor.shape))
         entries.append(
-            f',{dumps(key)}:{{"dtype":"{tensor.dtype}","shape":{dumps(tensor.shape)},"data_offsets":[{position},{end}]}}'
+            f',{dumps(key)}:{{"dtype":"{tensor.dtype}","shape":[{shape}],"data_offsets":[{position},{end}]}}'
         )
         position = end
     layout = _Layout(
@@ -518,7 +525,7 @@ def _header(layout: _Layout, identity: str = ZERO) -> bytes:
     except UnicodeEncodeError:
         raise UnrepresentableError("the state holds a string with a lone surrogate, which is no text") from None
     header += b" " * (-(8 + len(header)) % ALIGNMENT)
-    values = sum(map(header.count, (b",", b"[", b"{")))  # those in strings too: what R3 counts is at most this
+    values = most_values(header)
     if len(header) > MAX_HEADER or values > MAX_VALUES:
         raise UnrepresentableError(
             f"a header of {len(header)} bytes and {values} values, more than {MAX_HEADER} or {MAX_VALUES}: extra, "
@@ -734,7 +741,7 @@ def _read_index(index: Path) -> dict[str, Any]:
             text = file.read(0, file.size).decode()
         except UnicodeDecodeError as error:
             raise fail(f"not UTF-8 at byte {error.start}") from None
-    members: dict[str, Any] = loads(text, path=index)
+    members: dict[str, Any] = loads(text, path=index, shallow=True)
     match members:
         case {
             "metadata": {"format": str(name), "set": str(), "total_size": int()} as metadata,

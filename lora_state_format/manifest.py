@@ -82,7 +82,7 @@ MEMBERS: Final[Mapping[str, Mapping[str, tuple[type, ...]]]] = {
     "digests": {"algorithm": (str,), "values": (list,)},
     "set": {"id": (str,), "index": (int,), "count": (int,), "positions": (list,)},
 }  # fmt: skip
-"""The members that version 1.0 knows, object by object, with their types; integers are natural numbers (R12)."""
+"""The members that version 1.0 knows, object by object, with their types (R12); integers are natural numbers."""
 
 REQUIRED: Final[Mapping[str, frozenset[str]]] = {
     "manifest": frozenset({"format", "version", "optimizers", "groups", "parameters", "states", "naming", "digests"}),
@@ -502,15 +502,19 @@ class _Reader:
         Only a newer minor version may have members that version 1.0 does not know. Those of the manifest itself are
         kept, with the version, to be written back; those of objects inside it are listed: a rewriter would lose them.
         """
-
         top = self._unknown(manifest, "manifest", "manifest", strict)
         nested: set[str] = set()
         for kind in ("naming", "weights", "digests", "set"):
             if kind in manifest:
                 nested |= self._unknown(manifest[kind], kind, kind, strict)
         for kind in ("optimizers", "groups", "parameters"):
+            forms: set[Any] = set()  # of objects that were found right: most parameters are alike
             for index, item in enumerate(manifest[kind]):
-                nested |= self._unknown(item, kind, f"{kind}[{index}]", strict)
+                form = (*item, *map(type, item.values())) if type(item) is dict else None
+                if form not in forms:
+                    nested |= self._unknown(item, kind, f"{kind}[{index}]", strict)
+                    forms.add(form)
+        self.natural(manifest.get("global_step", 0), "manifest.global_step")
         unknown: dict[str, Any] = {key: manifest[key] for key in top}
         if nested:
             unknown[NESTED] = sorted(nested)
@@ -523,25 +527,22 @@ class _Reader:
         types = MEMBERS[kind]
         for key, value in item.items():
             allowed = types.get(key)
-            if allowed and (type(value) not in allowed or (type(value) is int and not 0 <= value <= MAX_INT)):
+            if allowed and type(value) not in allowed:
                 names = " or ".join(TYPES[kind] for kind in allowed)
                 raise self.fail(f"{where}.{key} is {_show(value)}, expected {names}", "R12")
         if not item.keys() >= REQUIRED[kind]:
             raise self.fail(f"{where} lacks the member {min(REQUIRED[kind] - item.keys())!r}", "R12")
+        if item.keys() <= types.keys():
+            return set()
         unknown = item.keys() - types.keys()
-        if unknown and strict:
+        if strict:
             raise self.fail(f"{where} has the unknown member {min(unknown)!r}", "R12")
         return {f"{kind}.{key}" for key in unknown} if kind != "manifest" else unknown
 
-    def naturals(self, values: list[Any], where: str) -> tuple[int, ...]:
-        if not ({*map(type, values)} <= {int} and min(values, default=0) >= 0 and max(values, default=0) <= MAX_INT):
-            raise self.fail(f"{where} is {_show(values)}, expected natural numbers", "R12")
-        return tuple(values)
-
-    def strings(self, values: Iterable[Any], where: str) -> tuple[str, ...]:
-        if not {*map(type, values)} <= {str}:
-            raise self.fail(f"{where} is {_show(list(values))}, expected strings", "R12")
-        return tuple(values)
+    def natural(self, value: int, where: str) -> int:
+        if not 0 <= value <= MAX_INT:
+            raise self.fail(f"{where} is {value}, expected a natural number", "R12")
+        return value
 
     def value(self, value: Any, where: str) -> Value:
         return decode_value(value, lambda detail: self.fail(f"{where} holds {detail}", "R22"), None)
@@ -576,7 +577,12 @@ def _decode_groups(reader: _Reader, members: dict[str, Any], parameters: int) ->
             if not isinstance(pair, list) or len(pair) != 2 or not isinstance(pair[0], str):
                 raise reader.fail(f"{where}.options holds {_show(pair)}, expected pairs of a name and a value", "R12")
             options.append((pair[0], reader.value(pair[1], f"{where}.options {pair[0]!r}")))
-        group = Group(item["optimizer"], tuple(options), item["count"], item.get("name"))
+        group = Group(
+            optimizer=reader.natural(item["optimizer"], f"{where}.optimizer"),
+            options=tuple(options),
+            count=reader.natural(item["count"], f"{where}.count"),
+            name=item.get("name"),
+        )
         if len({key for key, _ in options}) != len(options):
             raise reader.fail(f"{where}.options names an option twice", "R15")
         if group.optimizer >= optimizers:
@@ -597,47 +603,59 @@ def _decode_parameters(
     layouts = [_layout(reader, f"states[{index}]", tree) for index, tree in enumerate(trees)]
     weights = _decode_weights(reader, members)
     parameters = []
-    claimed: set[str] = set()
     for index, (item, digest) in enumerate(zip(members["parameters"], weights, strict=True)):
-        name, number, dtype = item["name"], item["state"], item.get("dtype")
-        shape = reader.naturals(item["shape"], f"parameters[{index}].shape")
-        if len(shape) > MAX_DIMENSIONS:
-            raise reader.fail(f"parameters[{index}].shape has {len(shape)} axes, more than {MAX_DIMENSIONS}", "R12")
-        if dtype is not None and dtype not in BITS:
-            raise reader.fail(f"parameters[{index}].dtype is {_show(dtype)}, which is no dtype", "R12")
+        _check_parameter(reader, item, index)
+        name, number, shape = item["name"], item["state"], tuple(item["shape"])
         state: Mapping[str, Value] | None = None
         if number is not None:
-            if number >= len(trees):
+            if not 0 <= number < len(trees):
+                reader.natural(number, f"parameters[{index}].state")
                 raise reader.fail(f"parameters[{index}].state is {number}, the table holds {len(trees)}", "R16")
-            _claim(reader, name, layouts[number], shape, stored, claimed)
+            _check_tensors(reader, name, layouts[number], shape, stored)
             state = SlotTree(name, trees[number], tensor)
         parameters.append(
             Parameter(
-                name=name,
-                shape=shape,
-                state=state,
-                dtype=dtype,
+                name,
+                shape,
+                state,
+                dtype=item.get("dtype"),
                 adapter=item.get("adapter"),
-                tied=reader.strings(item["tied"], f"parameters[{index}].tied") if "tied" in item else (),
-                keys=_decode_keys(reader, item["keys"], index) if "keys" in item else {},
+                tied=tuple(item["tied"]) if "tied" in item else (),
+                keys=item.get("keys", {}),
                 weights=digest,
                 original_id=_decode_id(reader, item["id"], index) if "id" in item else None,
             )
         )
-    _claim(reader, GLOBALS, _layout(reader, "manifest.globals", members.get("globals", {})), None, stored, claimed)
-    if len(claimed) != len(stored):
-        key = next(key for key in stored if key not in claimed)
-        raise reader.fail(f"tensor {key!r} is in the header, not in the manifest", "R17")
+    shared = _layout(reader, "manifest.globals", members.get("globals", {}))
+    _check_tensors(reader, GLOBALS, shared, None, stored)
     check_names(parameters, path=reader.path)
+    # Names and labels differ, so no tensor was found twice, and a count tells whether all were found.
+    owners = [(item["name"], layouts[item["state"]]) for item in members["parameters"] if item["state"] is not None]
+    if len(shared) + sum(len(layout) for _, layout in owners) != len(stored):
+        named = {tensor_key(owner, label) for owner, layout in [*owners, (GLOBALS, shared)] for label, _ in layout}
+        key = next(key for key in stored if key not in named)
+        raise reader.fail(f"tensor {key!r} is in the header, not in the manifest", "R17")
     return tuple(parameters)
 
 
-def _decode_keys(reader: _Reader, value: dict[str, Any], index: int) -> dict[str, str]:
-    reader.strings(value.values(), f"parameters[{index}].keys")
-    return value
+def _check_parameter(reader: _Reader, item: dict[str, Any], index: int) -> None:
+    """R12: what stands inside the members of a parameter."""
+    shape = item["shape"]
+    if not ({*map(type, shape)} <= {int} and (not shape or (min(shape) >= 0 and max(shape) <= MAX_INT))):
+        raise reader.fail(f"parameters[{index}].shape is {_show(shape)}, expected natural numbers", "R12")
+    if len(shape) > MAX_DIMENSIONS:
+        raise reader.fail(f"parameters[{index}].shape has {len(shape)} axes, more than {MAX_DIMENSIONS}", "R12")
+    if "dtype" in item and item["dtype"] not in BITS:
+        raise reader.fail(f"parameters[{index}].dtype is {_show(item['dtype'])}, which is no dtype", "R12")
+    if "keys" in item and not {*map(type, item["keys"].values())} <= {str}:
+        raise reader.fail(f"parameters[{index}].keys is {_show(item['keys'])}, expected strings", "R12")
+    if "tied" in item and not {*map(type, item["tied"])} <= {str}:
+        raise reader.fail(f"parameters[{index}].tied is {_show(item['tied'])}, expected strings", "R12")
 
 
 def _decode_id(reader: _Reader, value: Any, index: int) -> int | str:
+    if type(value) is int:
+        return reader.natural(value, f"parameters[{index}].id")
     identity = reader.value(value, f"parameters[{index}].id")
     if not isinstance(identity, (int, str)):
         raise reader.fail(f"parameters[{index}].id is {_show(value)}, expected an integer or a string", "R12")
@@ -675,20 +693,18 @@ def _layout(reader: _Reader, where: str, tree: Any) -> list[tuple[str, Role]]:
     return labels
 
 
-def _claim(
+def _check_tensors(
     reader: _Reader,
     owner: str,
     layout: list[tuple[str, Role]],
     parameter: tuple[int, ...] | None,
     stored: Mapping[str, Shaped],
-    claimed: set[str],
 ) -> None:
     """R17, R18: the header has the tensor of each label, in a shape that its role allows."""
     for label, role in layout:
         key = tensor_key(owner, label)
         if key not in stored:
             raise reader.fail(f"tensor {key!r} is in the manifest, not in the header", "R17")
-        claimed.add(key)
         shape = stored[key].shape
         if shape == parameter != () and role is Role.PARAM:
             continue
@@ -745,7 +761,12 @@ def _decode_set(reader: _Reader, members: dict[str, Any], parameters: int) -> Sh
     if "set" not in members:
         return None
     item = members["set"]
-    shard = ShardOf(item["id"], item["index"], item["count"], tuple(item["positions"]))
+    shard = ShardOf(
+        id=item["id"],
+        index=reader.natural(item["index"], "set.index"),
+        count=reader.natural(item["count"], "set.count"),
+        positions=tuple(item["positions"]),
+    )
     if not HEX.fullmatch(shard.id):
         raise reader.fail(f"set.id is {_show(shard.id)}, expected 32 hex digits", "R23")
     if not 1 <= shard.index <= shard.count:
