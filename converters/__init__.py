@@ -25,6 +25,7 @@ then add one row to ``registry.BUILT_IN``, one to the table in ``README.md``, an
 framework wrote. Naming, checks, reports, the command line and the API come by themselves.
 
 A converter imports the core by absolute names and never another converter; the core reaches it through the registry
-only. A foreign pickle is read by ``lora_state_format.pickles``, which runs nothing. A package of its own registers a
-converter under the entry-point group ``lora_state_format.converters`` instead.
+only. ``lora_state_format.foreign`` reads what other software writes; a pickle is read by its ``pickles``, which runs
+nothing. A package of its own registers a converter under the entry-point group ``lora_state_format.converters``
+instead.
 """

@@ -12,14 +12,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
 
-from lora_state_format import keyed, pickles
 from lora_state_format.errors import FileError, OptionError, RefusedError, TargetExistsError
-from lora_state_format.folders import Files, read_json_object, read_weights, reading
+from lora_state_format.foreign import keyed, pickles
+from lora_state_format.foreign.folders import Files, read_json_object, read_weights, reading
+from lora_state_format.foreign.state_dict import Found, from_state_dict, to_state_dict
+from lora_state_format.foreign.torch_save import save
 from lora_state_format.model import Checkpoint, OptimizerState, Tensor
 from lora_state_format.names import split_adapter
 from lora_state_format.registry import Match
-from lora_state_format.state_dict import Found, from_state_dict, to_state_dict
-from lora_state_format.torch_save import save
 
 NAME: Final = "accelerate"
 DESCRIPTION: Final = "a folder of accelerate's save_state, or of FSDP's full state dict: optimizer.bin, optimizer_1.bin"

@@ -13,12 +13,12 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Final
 
-from lora_state_format import keyed
-from lora_state_format.dcp import METADATA, Folder, is_folder, metadata, open_folder, write_folder
 from lora_state_format.errors import FileError
+from lora_state_format.foreign import keyed
+from lora_state_format.foreign.dcp import METADATA, Folder, is_folder, metadata, open_folder, write_folder
+from lora_state_format.foreign.state_dict import Found, from_state_dict, is_state_dict
 from lora_state_format.model import Checkpoint, OptimizerState, Scalar, Tensor
 from lora_state_format.registry import Match
-from lora_state_format.state_dict import Found, from_state_dict, is_state_dict
 
 NAME: Final = "dcp"
 DESCRIPTION: Final = "a torch.distributed.checkpoint folder (FSDP, torchtitan, ...): .metadata and *.distcp files"

@@ -15,15 +15,15 @@ from math import prod
 from pathlib import Path
 from typing import Any, Final
 
-from lora_state_format import keyed, pickles
 from lora_state_format.errors import FileError, OptionError, UnrepresentableError
-from lora_state_format.folders import Files, new_folder
+from lora_state_format.foreign import keyed, pickles
+from lora_state_format.foreign.folders import Files, new_folder
+from lora_state_format.foreign.pickles import Record
+from lora_state_format.foreign.state_dict import from_state_dict
+from lora_state_format.foreign.torch_save import save
+from lora_state_format.foreign.trees import member
 from lora_state_format.model import Box, Checkpoint, OptimizerState, Piece, Run, Scalar, Slot, Tensor, Value
-from lora_state_format.pickles import Record
 from lora_state_format.registry import Match
-from lora_state_format.state_dict import from_state_dict
-from lora_state_format.torch_save import save
-from lora_state_format.trees import member
 
 NAME: Final = "deepspeed_universal"
 DESCRIPTION: Final = "a DeepSpeed universal checkpoint: zero/<parameter>/exp_avg.pt and zero/optimizer_state.pt"

@@ -18,14 +18,14 @@ from math import prod
 from pathlib import Path
 from typing import Any, Final
 
-from lora_state_format import keyed, pickles
 from lora_state_format.errors import FileError, RefusedError
-from lora_state_format.folders import PooledFile, reading
+from lora_state_format.foreign import keyed, pickles
+from lora_state_format.foreign.folders import PooledFile, reading
+from lora_state_format.foreign.pickles import Record
+from lora_state_format.foreign.state_dict import from_state_dict
+from lora_state_format.foreign.trees import member
 from lora_state_format.model import Checkpoint, Flat, Piece, Run, Scalar, Tensor, Value, item_size
-from lora_state_format.pickles import Record
 from lora_state_format.registry import Match
-from lora_state_format.state_dict import from_state_dict
-from lora_state_format.trees import member
 
 NAME: Final = "deepspeed_zero"
 DESCRIPTION: Final = "a DeepSpeed ZeRO folder: one zero_pp_rank_*_optim_states.pt per rank, or a 'latest' that names it"

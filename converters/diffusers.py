@@ -9,12 +9,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Final
 
-from lora_state_format import pickles
 from lora_state_format.errors import FileError
-from lora_state_format.folders import read_weights, reading
+from lora_state_format.foreign import pickles
+from lora_state_format.foreign.folders import read_weights, reading
+from lora_state_format.foreign.state_dict import from_state_dict
 from lora_state_format.model import Checkpoint
 from lora_state_format.registry import Match
-from lora_state_format.state_dict import from_state_dict
 
 NAME: Final = "diffusers"
 DESCRIPTION: Final = "a checkpoint of diffusers' LoRA scripts: optimizer.bin beside pytorch_lora_weights.safetensors"

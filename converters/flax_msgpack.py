@@ -7,9 +7,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
 
-from lora_state_format import flax, mapping, optax
+from lora_state_format import mapping
+from lora_state_format.foreign import flax, optax
+from lora_state_format.foreign.optax_nodes import FIELDS, Tree, leaves
 from lora_state_format.model import Checkpoint, OptimizerState, Tensor
-from lora_state_format.optax_nodes import FIELDS, Tree, leaves
 from lora_state_format.registry import Match
 from lora_state_format.sources import File
 

@@ -10,12 +10,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Final
 
-from lora_state_format import pickles
 from lora_state_format.errors import FileError
-from lora_state_format.folders import read_json_object, read_weights, reading
+from lora_state_format.foreign import pickles
+from lora_state_format.foreign.folders import read_json_object, read_weights, reading
+from lora_state_format.foreign.state_dict import from_state_dict
 from lora_state_format.model import Checkpoint
 from lora_state_format.registry import Match
-from lora_state_format.state_dict import from_state_dict
 
 NAME: Final = "kohya"
 DESCRIPTION: Final = "a state folder of kohya's sd-scripts: optimizer.bin beside train_state.json (from source only)"

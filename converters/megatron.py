@@ -13,14 +13,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
-from lora_state_format import keyed, pickles
-from lora_state_format.dcp import METADATA, is_folder, open_folder
 from lora_state_format.errors import FileError, RefusedError
-from lora_state_format.folders import read_json_object
+from lora_state_format.foreign import keyed, pickles
+from lora_state_format.foreign.dcp import METADATA, is_folder, open_folder
+from lora_state_format.foreign.folders import read_json_object
+from lora_state_format.foreign.state_dict import from_state_dict
 from lora_state_format.model import Box, Checkpoint, Piece, Tensor
 from lora_state_format.registry import Match
 from lora_state_format.sources import File
-from lora_state_format.state_dict import from_state_dict
 
 NAME: Final = "megatron"
 DESCRIPTION: Final = "a Megatron-core or NeMo torch_dist checkpoint: metadata.json beside .metadata (from source only)"

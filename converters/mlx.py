@@ -11,10 +11,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
 
-from lora_state_format import algorithms, mapping, plain
+from lora_state_format import algorithms, mapping
 from lora_state_format.algorithms import HYPERPARAMETERS, OPTIMIZER, Algorithm, Layout
 from lora_state_format.container import Entry, Header, read_header
 from lora_state_format.errors import FileError, OptionError, RefusedError, UnrepresentableError
+from lora_state_format.foreign import plain
+from lora_state_format.foreign.zips import Archive
 from lora_state_format.model import (
     Checkpoint,
     Group,
@@ -28,7 +30,6 @@ from lora_state_format.model import (
 )
 from lora_state_format.registry import Match
 from lora_state_format.sources import File, Memory
-from lora_state_format.zips import Archive
 
 NAME: Final = "mlx"
 DESCRIPTION: Final = "MLX's optimizer.state in safetensors (unsloth, mflux): step, learning_rate, <parameter>.<slot>"

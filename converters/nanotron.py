@@ -13,13 +13,13 @@ from math import prod
 from pathlib import Path
 from typing import Any, Final
 
-from lora_state_format import keyed, pickles
 from lora_state_format.errors import FileError, RefusedError
-from lora_state_format.folders import Files, read_json_object, reading
+from lora_state_format.foreign import keyed, pickles
+from lora_state_format.foreign.folders import Files, read_json_object, reading
+from lora_state_format.foreign.state_dict import from_state_dict
+from lora_state_format.foreign.trees import member
 from lora_state_format.model import Checkpoint, Flat, Piece, Tensor
 from lora_state_format.registry import Match
-from lora_state_format.state_dict import from_state_dict
-from lora_state_format.trees import member
 
 NAME: Final = "nanotron"
 DESCRIPTION: Final = "nanotron's optimizer folder: optimizer_config.json beside optimizer_pp-*.pt (from source only)"

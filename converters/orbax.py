@@ -10,14 +10,15 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Final
 
-from lora_state_format import mapping, optax
+from lora_state_format import mapping
 from lora_state_format.errors import FileError, MissingDependencyError, RefusedError
-from lora_state_format.flax import DTYPES
-from lora_state_format.folders import read_json, read_json_object
+from lora_state_format.foreign import optax
+from lora_state_format.foreign.flax import DTYPES
+from lora_state_format.foreign.folders import read_json, read_json_object
+from lora_state_format.foreign.optax_nodes import FIELDS, Keys, Tree, leaves
+from lora_state_format.foreign.trees import member
 from lora_state_format.model import Checkpoint, Scalar, Tensor, contiguous, item_size
-from lora_state_format.optax_nodes import FIELDS, Keys, Tree, leaves
 from lora_state_format.registry import Match
-from lora_state_format.trees import member
 
 NAME: Final = "orbax"
 DESCRIPTION: Final = (

@@ -14,10 +14,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
 
-from lora_state_format import algorithms, mapping, plain
+from lora_state_format import algorithms, mapping
 from lora_state_format.algorithms import HYPERPARAMETERS, OPTIMIZER, Layout
 from lora_state_format.errors import FileError, OptionError, RefusedError, UnrepresentableError
-from lora_state_format.folders import Files, new_folder, read_json, read_json_object, read_weights, reading
+from lora_state_format.foreign import plain
+from lora_state_format.foreign.folders import Files, new_folder, read_json, read_json_object, read_weights, reading
+from lora_state_format.foreign.powers import counted, power
+from lora_state_format.foreign.trees import member
 from lora_state_format.model import (
     Checkpoint,
     Group,
@@ -29,10 +32,8 @@ from lora_state_format.model import (
     Tensor,
     contiguous,
 )
-from lora_state_format.powers import counted, power
 from lora_state_format.registry import Match
 from lora_state_format.sources import Memory
-from lora_state_format.trees import member
 
 NAME: Final = "paddlenlp"
 DESCRIPTION: Final = "a unified checkpoint of PaddleNLP: optimizer-*.safetensors and optimizer.safetensors.index.json"

@@ -17,9 +17,9 @@ from dataclasses import dataclass, field
 from typing import Any, Final
 
 from lora_state_format.errors import FileError, OptionError, UnrepresentableError
+from lora_state_format.foreign.state_dict import role_of
 from lora_state_format.model import Box, OptimizerState, Parameter, Piece, Scalar, Slot, Tensor, Value, item_size
 from lora_state_format.sources import Memory
-from lora_state_format.state_dict import role_of
 
 __all__ = [
     "ALGORITHMS",

@@ -9,10 +9,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
-from lora_state_format import container, order, quantised, registry
+from lora_state_format import container, order, registry
 from lora_state_format.errors import ConversionError, MissingNamesError, OptionError, TargetExistsError
 from lora_state_format.evidence import head_size
-from lora_state_format.folders import read_json_object
+from lora_state_format.foreign import quantised
+from lora_state_format.foreign.folders import read_json_object
 from lora_state_format.manifest import ALGORITHM
 from lora_state_format.model import Checkpoint, Digest, Naming, OptimizerState, Parameter, PositionalState, Tensor
 from lora_state_format.names import adapter_parameters, peft_key, read_names

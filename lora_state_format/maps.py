@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from lora_state_format.errors import FileError, OptionError
-from lora_state_format.folders import read_json
+from lora_state_format.foreign.folders import read_json
 
 __all__ = ["FIELD", "MAPS", "Map", "Rule", "load"]
 

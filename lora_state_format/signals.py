@@ -33,8 +33,8 @@ from itertools import combinations
 from typing import TYPE_CHECKING, Any, Final, NamedTuple, TypeAlias
 
 from lora_state_format.errors import OptionError, UnrepresentableError
+from lora_state_format.foreign.quantised import BITSANDBYTES, dequantize
 from lora_state_format.model import Group, OptimizerState, Parameter, Scalar, Slot, Tensor, Value
-from lora_state_format.quantised import BITSANDBYTES, dequantize
 
 if TYPE_CHECKING:
     import numpy as np

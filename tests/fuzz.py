@@ -29,13 +29,14 @@ from typing import Any, Final
 from lora_state_format.converters import dcp as dcp_converter
 from lora_state_format.converters import flax_msgpack, torch_optimizer
 
-from lora_state_format import container, dcp, flax, pickles, torch_save
+from lora_state_format import container
 from lora_state_format.crc import Ledger
 from lora_state_format.errors import FileError, StateFormatError
+from lora_state_format.foreign import dcp, flax, pickles, torch_save
+from lora_state_format.foreign.pickles import Global, Record
+from lora_state_format.foreign.zips import Archive
 from lora_state_format.model import Checkpoint, Naming, Parameter, PositionalState, Scalar, Tensor, contiguous
-from lora_state_format.pickles import Global, Record
 from lora_state_format.sources import Memory
-from lora_state_format.zips import Archive
 
 HERE: Final = Path(__file__).parent
 VECTORS: Final = HERE.parent / "spec" / "vectors"

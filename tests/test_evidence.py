@@ -16,6 +16,7 @@ import pytest
 from lora_state_format import signals
 from lora_state_format.container import hash_tensor
 from lora_state_format.evidence import Evidence, Exchanges, Pairing, head_size, paired, weigh
+from lora_state_format.foreign.quantised import BITSANDBYTES
 from lora_state_format.manifest import ALGORITHM
 from lora_state_format.model import (
     Digest,
@@ -30,7 +31,6 @@ from lora_state_format.model import (
     Value,
     contiguous,
 )
-from lora_state_format.quantised import BITSANDBYTES
 from lora_state_format.sources import Memory
 
 RNG = np.random.default_rng(0)

@@ -19,12 +19,13 @@ from typing import Any, Final
 
 import pytest
 
-from lora_state_format import container, dcp, flax, registry, torch_save
+from lora_state_format import container, registry
 from lora_state_format.cli import run
 from lora_state_format.crc import Ledger
 from lora_state_format.errors import DigestError, FileError, RefusedError, UnknownFormatError, UnsupportedVersionError
+from lora_state_format.foreign import dcp, flax, torch_save
+from lora_state_format.foreign.pickles import MAX_PICKLE, Record, load_plain
 from lora_state_format.model import Group, Naming, Optimizer, OptimizerState, Parameter, Role, Slot, Tensor, contiguous
-from lora_state_format.pickles import MAX_PICKLE, Record, load_plain
 from lora_state_format.sources import Memory
 
 VECTORS: Final = Path(__file__).parent.parent / "spec" / "vectors"

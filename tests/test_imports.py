@@ -19,7 +19,7 @@ CHAIN = ["errors", "sources", "model", "crc", "collector", "canonical", "manifes
 PURE = ["names", "order", "plan"]
 """These know values and shapes, no files."""
 
-FILES = {"atomic", "cli", "container", "conversion", "converters", "manifest", "pickles", "registry", "sources", "zips"}
+FILES = {"atomic", "cli", "container", "conversion", "converters", "foreign", "manifest", "registry", "sources"}
 
 HEAVY = {
     "accelerate", "bitsandbytes", "deepspeed", "flax", "jax", "lightning", "mlx", "numpy", "optax", "orbax", "paddle",
@@ -77,6 +77,11 @@ def test_the_chain_runs_one_way(name: str) -> None:
 @pytest.mark.parametrize("name", PURE)
 def test_pure_modules_know_no_files(name: str) -> None:
     assert not own(imported(MODULES[name], late=True)) & FILES
+
+
+@pytest.mark.parametrize("name", [name for name in MODULES if name.startswith("foreign.")])
+def test_what_knows_foreign_bytes_knows_nothing_of_conversions(name: str) -> None:
+    assert own(imported(MODULES[name], late=True)) <= {*CHAIN, "algorithms", "foreign", "names"}
 
 
 @pytest.mark.parametrize("name", MODULES)

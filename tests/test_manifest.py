@@ -26,6 +26,7 @@ from lora_state_format.errors import (
     UnrepresentableError,
     UnsupportedVersionError,
 )
+from lora_state_format.foreign.state_dict import role_of
 from lora_state_format.manifest import ShardOf, decode_value, encode, encode_value, fits
 from lora_state_format.model import (
     Digest,
@@ -42,7 +43,6 @@ from lora_state_format.model import (
 )
 from lora_state_format.names import without_wrappers
 from lora_state_format.sources import Memory
-from lora_state_format.state_dict import role_of
 
 VECTORS: Final = Path(__file__).parent.parent / "spec" / "vectors"
 

@@ -17,6 +17,7 @@ from lora_state_format import mapping
 from lora_state_format.cli import run
 from lora_state_format.container import open_state, write
 from lora_state_format.errors import ConversionError, FileError, OptionError, StateFormatError, UnrepresentableError
+from lora_state_format.foreign.plain import save
 from lora_state_format.maps import MAPS, Map, Rule, load
 from lora_state_format.model import (
     Group,
@@ -31,7 +32,6 @@ from lora_state_format.model import (
     Value,
     contiguous,
 )
-from lora_state_format.plain import save
 from lora_state_format.sources import Memory
 
 Array = "np.ndarray[Any, Any]"
@@ -232,7 +232,7 @@ def test_linen_computes_what_torch_does() -> None:
     import jax
     import torch
 
-    from lora_state_format.optax_nodes import leaves
+    from lora_state_format.foreign.optax_nodes import leaves
 
     x, picture, words = filled(2, 3), filled(1, 5, 5, 2), np.array([1, 3])
     cases: list[tuple[Any, torch.nn.Module, np.ndarray[Any, Any]]] = [
@@ -510,7 +510,7 @@ def test_on_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str])
 
 
 def test_an_order_that_is_not_torchs_gives_no_positions(tmp_path: Path) -> None:
-    from lora_state_format.state_dict import to_state_dict
+    from lora_state_format.foreign.state_dict import to_state_dict
 
     state = replace(state_of({"b.kernel": A}), naming=Naming("checkpoint", details={"order": "unknown"}))
     known = mapping.apply(replace(state_of({f"{PATH}.lora_a": A}), naming=state.naming), load("flax_nnx"))

@@ -11,8 +11,8 @@ from typing import Any, Final
 import pytest
 from lora_state_format.converters import mlx, paddlenlp
 
-from lora_state_format import optax
 from lora_state_format.algorithms import REFUSED, Layout
+from lora_state_format.foreign import optax
 from lora_state_format.maps import MAPS, Rule
 
 ROOT: Final = Path(__file__).parent.parent

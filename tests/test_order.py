@@ -12,14 +12,15 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 import lora_state_format as lsf
-from lora_state_format import pickles, registry
+from lora_state_format import registry
 from lora_state_format.container import read_header
 from lora_state_format.errors import AmbiguousOrderError, ConversionError, OptionError
+from lora_state_format.foreign import pickles
+from lora_state_format.foreign.state_dict import from_state_dict
 from lora_state_format.model import Group, Optimizer, Parameter, PositionalState, Role, Slot, Value, contiguous
 from lora_state_format.names import adapter_parameters
 from lora_state_format.order import RULES, Described, candidates, decide, interchangeable, side_by_side
 from lora_state_format.sources import File, Memory
-from lora_state_format.state_dict import from_state_dict
 
 if TYPE_CHECKING:
     import torch

@@ -26,12 +26,12 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from lora_state_format import pickles
 from lora_state_format.errors import FileError
+from lora_state_format.foreign import pickles
+from lora_state_format.foreign.pickles import Global, NumpyScalar, Pickled, Record
+from lora_state_format.foreign.zips import Archive
 from lora_state_format.model import Tensor
-from lora_state_format.pickles import Global, NumpyScalar, Pickled, Record
 from lora_state_format.sources import File, Memory, Range
-from lora_state_format.zips import Archive
 
 WILD = Path(__file__).parents[2] / "shared" / "wild"
 DTYPES = [
@@ -387,7 +387,8 @@ def test_hostile_files_take_little_memory(tmp_path: Path) -> None:
     subprocess.run([sys.executable, str(hostile.__file__), tmp_path], check=True)
     script = """
 import json, pathlib, re, sys
-from lora_state_format import errors, pickles, sources
+from lora_state_format import errors, sources
+from lora_state_format.foreign import pickles
 peaks = {}
 for path in sorted(pathlib.Path(sys.argv[1]).iterdir()):
     try:

@@ -14,8 +14,8 @@ from lora_state_format.converters import torch_optimizer
 from lora_state_format.container import open_state, write
 from lora_state_format.conversion import convert
 from lora_state_format.errors import OptionError, UnrepresentableError
+from lora_state_format.foreign.quantised import _bound, dequantize
 from lora_state_format.model import Naming, OptimizerState, Parameter, PositionalState, Role
-from lora_state_format.quantised import _bound, dequantize
 
 pytestmark = [pytest.mark.frameworks, pytest.mark.filterwarnings("ignore")]
 

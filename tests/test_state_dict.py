@@ -11,12 +11,12 @@ import pytest
 import torch
 import transformers
 
-from lora_state_format import pickles, torch_save
 from lora_state_format.crc import Ledger
 from lora_state_format.errors import FileError, UnrepresentableError
+from lora_state_format.foreign import pickles, torch_save
+from lora_state_format.foreign.state_dict import Found, find, from_state_dict, is_state_dict, role_of, to_state_dict
 from lora_state_format.model import Naming, Parameter, Role, Scalar, Slot, Tensor, contiguous
 from lora_state_format.sources import Memory
-from lora_state_format.state_dict import Found, find, from_state_dict, is_state_dict, role_of, to_state_dict
 
 Build = Callable[[Any], torch.optim.Optimizer]
 OPTIMIZERS: dict[str, Build] = {

@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 import torch
 
-from lora_state_format import pickles
 from lora_state_format.errors import TargetExistsError, UnrepresentableError
+from lora_state_format.foreign import pickles
+from lora_state_format.foreign.torch_save import _STORAGES, _UNTYPED, _directory, save
 from lora_state_format.model import Scalar, contiguous, item_size
 from lora_state_format.sources import File, Memory
-from lora_state_format.torch_save import _STORAGES, _UNTYPED, _directory, save
 
 TENSORS = {
     dtype: contiguous(dtype, (2, 3), Memory(bytes(i % 2 for i in range(6 * item_size(dtype)))))

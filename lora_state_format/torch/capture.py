@@ -19,6 +19,7 @@ import torch
 
 from lora_state_format.container import hash_tensor
 from lora_state_format.errors import CaptureError, UnrepresentableError
+from lora_state_format.foreign.state_dict import Leaf, Reader
 from lora_state_format.live import LiveGroup, LiveOptimizer, LiveParameter
 from lora_state_format.manifest import ALGORITHM
 from lora_state_format.model import (
@@ -37,7 +38,6 @@ from lora_state_format.model import (
 )
 from lora_state_format.names import peft_key, split_adapter
 from lora_state_format.plan import SCALING
-from lora_state_format.state_dict import Leaf, Reader
 from lora_state_format.torch.fsdp1 import Part, parts_of
 from lora_state_format.torch.objects import outside, unpacked
 from lora_state_format.torch.tensors import dtype_name, from_torch, is_sharded, refusal

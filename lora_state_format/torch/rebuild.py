@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Final
 import torch
 
 from lora_state_format.errors import ConversionError, MissingDependencyError
-from lora_state_format.folders import read_json_object
+from lora_state_format.foreign.folders import read_json_object
 from lora_state_format.model import Parameter
 from lora_state_format.names import peft_key, split_adapter
 from lora_state_format.order import Described

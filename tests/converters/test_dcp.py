@@ -15,8 +15,8 @@ from lora_state_format.converters import dcp
 from lora_state_format import registry
 from lora_state_format.container import open_state
 from lora_state_format.conversion import convert
-from lora_state_format.dcp import open_folder, write_folder
 from lora_state_format.errors import FileError, RefusedError, TargetExistsError, UnrepresentableError
+from lora_state_format.foreign.dcp import open_folder, write_folder
 from lora_state_format.model import OptimizerState, PositionalState, Role
 
 pytestmark = pytest.mark.filterwarnings("ignore")

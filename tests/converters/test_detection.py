@@ -11,8 +11,8 @@ import torch
 from lora_state_format.converters import torch_optimizer
 
 from lora_state_format import registry
-from lora_state_format.dcp import write_folder
 from lora_state_format.errors import AmbiguousFormatError, UnknownFormatError
+from lora_state_format.foreign.dcp import write_folder
 from lora_state_format.report import NOTHING_HELD, describe
 
 

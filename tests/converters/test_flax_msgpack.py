@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from lora_state_format.converters import flax_msgpack
 
-from lora_state_format import container, flax, optax_nodes, registry
+from lora_state_format import container, registry
 from lora_state_format.errors import (
     ConversionError,
     FileError,
@@ -23,6 +23,8 @@ from lora_state_format.errors import (
     TargetExistsError,
     UnrepresentableError,
 )
+from lora_state_format.foreign import flax, optax_nodes
+from lora_state_format.foreign.optax import CHAINS, LAYOUTS
 from lora_state_format.model import (
     Group,
     Naming,
@@ -35,7 +37,6 @@ from lora_state_format.model import (
     Tensor,
     contiguous,
 )
-from lora_state_format.optax import CHAINS, LAYOUTS
 from lora_state_format.sources import File, Memory
 
 
@@ -707,7 +708,7 @@ def test_arrays_above_the_limit_come_in_chunks(tmp_path: Path, monkeypatch: pyte
     import flax.serialization
 
     monkeypatch.setattr(flax.serialization, "MAX_CHUNK_SIZE", 32)
-    monkeypatch.setattr("lora_state_format.flax.MAX_PLAIN", 32)
+    monkeypatch.setattr("lora_state_format.foreign.flax.MAX_PLAIN", 32)
     _, _, state = trained(optimizers()["adam"][1])
     path = tmp_path / "opt_state.msgpack"
     path.write_bytes(flax.serialization.to_bytes(state))

@@ -13,8 +13,8 @@ from safetensors.torch import save_file
 
 from lora_state_format import registry
 from lora_state_format.conversion import convert, read
-from lora_state_format.dcp import write_folder
 from lora_state_format.errors import FileError, MissingNamesError, RefusedError
+from lora_state_format.foreign.dcp import write_folder
 from lora_state_format.model import OptimizerState, contiguous
 from lora_state_format.sources import Memory
 

@@ -15,8 +15,8 @@ from lora_state_format import registry
 from lora_state_format.cli import run
 from lora_state_format.conversion import convert, read
 from lora_state_format.errors import RefusedError, TargetExistsError, UnrepresentableError
+from lora_state_format.foreign.state_dict import to_state_dict
 from lora_state_format.model import OptimizerState, PositionalState
-from lora_state_format.state_dict import to_state_dict
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 

@@ -13,6 +13,7 @@ from lora_state_format.converters import mlx
 
 from lora_state_format import container, registry
 from lora_state_format.errors import ConversionError, FileError, OptionError, RefusedError, UnrepresentableError
+from lora_state_format.foreign.plain import header
 from lora_state_format.model import (
     Checkpoint,
     Group,
@@ -25,7 +26,6 @@ from lora_state_format.model import (
     Slot,
     contiguous,
 )
-from lora_state_format.plain import header
 from lora_state_format.sources import Memory
 
 

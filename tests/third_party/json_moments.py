@@ -6,11 +6,11 @@ import json
 import struct
 from pathlib import Path
 
-from lora_state_format.keyed import named
+from lora_state_format.foreign.keyed import named
+from lora_state_format.foreign.state_dict import from_state_dict
 from lora_state_format.model import Checkpoint, Tensor, contiguous
 from lora_state_format.registry import Match
 from lora_state_format.sources import Memory
-from lora_state_format.state_dict import from_state_dict
 
 NAME = "json_moments"
 DESCRIPTION = "Adam's moments in a file that ends in .moments.json"

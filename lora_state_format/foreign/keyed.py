@@ -6,9 +6,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+from lora_state_format.foreign.state_dict import to_state_dict
 from lora_state_format.model import Naming, OptimizerState, Parameter, PositionalState, Tensor
 from lora_state_format.names import peft_key, split_adapter, without_wrappers
-from lora_state_format.state_dict import to_state_dict
 
 __all__ = ["by_name", "named", "names_of"]
 

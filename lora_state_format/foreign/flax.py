@@ -19,8 +19,8 @@ from typing import Any, Final
 from lora_state_format.atomic import TemporaryFile
 from lora_state_format.crc import Ledger
 from lora_state_format.errors import FileError, RefusedError, TargetExistsError, UnrepresentableError
+from lora_state_format.foreign.optax_nodes import Tree
 from lora_state_format.model import CHUNK, Flat, Piece, Scalar, Tensor, contiguous, item_size
-from lora_state_format.optax_nodes import Tree
 from lora_state_format.sources import File
 
 __all__ = ["first_key", "load", "packed", "save"]

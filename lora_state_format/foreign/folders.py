@@ -14,11 +14,11 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any, Final
 
-from lora_state_format import pickles
 from lora_state_format.atomic import sync_folder
 from lora_state_format.canonical import check_size
 from lora_state_format.container import read_header
 from lora_state_format.errors import FileError, TargetExistsError
+from lora_state_format.foreign import pickles
 from lora_state_format.model import Tensor
 from lora_state_format.sources import File
 

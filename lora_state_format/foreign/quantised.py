@@ -16,8 +16,8 @@ from math import prod
 from typing import TYPE_CHECKING, Any, Final
 
 from lora_state_format.errors import OptionError, UnrepresentableError
+from lora_state_format.foreign.pickles import DTYPES, Global, Record
 from lora_state_format.model import OptimizerState, Parameter, Role, Scalar, Slot, Tensor, Value, c_strides, contiguous
-from lora_state_format.pickles import DTYPES, Global, Record
 
 if TYPE_CHECKING:
     import numpy as np

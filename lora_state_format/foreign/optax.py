@@ -23,6 +23,7 @@ from lora_state_format.algorithms import (
     zeros,
 )
 from lora_state_format.errors import ConversionError, FileError, OptionError, RefusedError, UnrepresentableError
+from lora_state_format.foreign.optax_nodes import Keys, Leaf, Node, Tree, counters, nested, relative, survey
 from lora_state_format.model import (
     Group,
     Naming,
@@ -34,7 +35,6 @@ from lora_state_format.model import (
     Value,
     item_size,
 )
-from lora_state_format.optax_nodes import Keys, Leaf, Node, Tree, counters, nested, relative, survey
 
 __all__ = ["LAYOUTS", "OPTIONS", "from_tree", "to_tree"]
 

@@ -15,8 +15,8 @@ from typing import Any, Final
 from lora_state_format.atomic import TemporaryFile
 from lora_state_format.crc import Ledger, crc32
 from lora_state_format.errors import TargetExistsError, UnrepresentableError
+from lora_state_format.foreign.pickles import Global, Record
 from lora_state_format.model import CHUNK, Scalar, Slot, Tensor, c_strides, contiguous
-from lora_state_format.pickles import Global, Record
 from lora_state_format.sources import Memory
 
 __all__ = ["archive", "dumps", "save"]

@@ -19,9 +19,9 @@ from typing import Any, Final
 from lora_state_format.collector import paused
 from lora_state_format.crc import crc32
 from lora_state_format.errors import FileError, RefusedError
+from lora_state_format.foreign.zips import Archive
 from lora_state_format.model import Box, Piece, Tensor, c_strides, contiguous, item_size
 from lora_state_format.sources import File, Memory, Range, Source
-from lora_state_format.zips import Archive
 
 __all__ = [
     "DTYPES",

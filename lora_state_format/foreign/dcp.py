@@ -16,15 +16,15 @@ from pathlib import Path, PurePosixPath
 from types import NoneType
 from typing import Any, Final
 
-from lora_state_format import pickles
 from lora_state_format.crc import Ledger
 from lora_state_format.errors import FileError, RefusedError, UnrepresentableError
-from lora_state_format.folders import Files, PooledFile, new_folder
+from lora_state_format.foreign import pickles
+from lora_state_format.foreign.folders import Files, PooledFile, new_folder
+from lora_state_format.foreign.pickles import Global, Record
+from lora_state_format.foreign.torch_save import archive, dumps
+from lora_state_format.foreign.trees import member
 from lora_state_format.model import Box, Piece, Scalar, Tensor, item_size
-from lora_state_format.pickles import Global, Record
 from lora_state_format.sources import File, Range, Source
-from lora_state_format.torch_save import archive, dumps
-from lora_state_format.trees import member
 
 __all__ = ["METADATA", "Folder", "is_folder", "metadata", "open_folder", "write_folder"]
 

@@ -19,6 +19,8 @@ from typing import Any, Final, TypeAlias
 from lora_state_format.collector import paused
 from lora_state_format.crc import crc32
 from lora_state_format.errors import FileError, UnrepresentableError
+from lora_state_format.foreign.pickles import Global, NumpyScalar, Record, array
+from lora_state_format.foreign.quantised import TORCHAO, pack_torchao, unpack_torchao
 from lora_state_format.model import (
     Group,
     Optimizer,
@@ -30,8 +32,6 @@ from lora_state_format.model import (
     Tensor,
     Value,
 )
-from lora_state_format.pickles import Global, NumpyScalar, Record, array
-from lora_state_format.quantised import TORCHAO, pack_torchao, unpack_torchao
 
 __all__ = [
     "Found",
