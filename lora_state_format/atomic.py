@@ -6,15 +6,10 @@ import contextlib
 import fcntl
 import os
 import re
-import secrets
-import shutil
 from collections.abc import Iterator
-from fnmatch import fnmatch
 from pathlib import Path
 
-from lora_state_format.errors import TargetExistsError
-
-__all__ = ["TemporaryFile", "locked", "new_folder", "sync_folder"]
+__all__ = ["TemporaryFile", "locked", "sync_folder"]
 
 
 class TemporaryFile:
@@ -28,7 +23,7 @@ class TemporaryFile:
         self._target = target
         with locked(target.parent):  # else another writer could sweep the file between its making and its locking
             _sweep(target)
-            self.path = target.with_name(f".{target.name}.{secrets.token_hex(8)}.tmp")
+            self.path = target.with_name(f".{target.name}.{os.urandom(8).hex()}.tmp")
             # 0o666: the umask decides, as for any file that a program makes.
             self._descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
             with contextlib.suppress(OSError):  # a file system without locks: left-overs stay
@@ -101,35 +96,3 @@ def locked(folder: Path) -> Iterator[None]:
         yield
     finally:
         os.close(descriptor)
-
-
-@contextlib.contextmanager
-def new_folder(target: Path, *, force: bool, replaceable: tuple[str, ...]) -> Iterator[Path]:
-    """A folder beside ``target`` that becomes it where the block ends well, and vanishes where it does not.
-
-    Raises ``TargetExistsError`` if the target exists and ``force`` is not given, or if it holds an entry whose name
-    fits none of the patterns ``replaceable``: what this program did not write, it does not delete.
-    """
-    if target.exists():
-        if not force:
-            raise TargetExistsError(f"{target} exists; pass force=True (--force) to replace it")
-        foreign = sorted(e.name for e in target.iterdir() if not any(fnmatch(e.name, p) for p in replaceable))
-        if foreign:
-            raise TargetExistsError(f"{target} holds other files too ({', '.join(foreign[:3])}); choose another folder")
-    token = secrets.token_hex(8)
-    folder = target.with_name(f".{target.name}.{token}.tmp")
-    folder.mkdir()
-    try:
-        yield folder
-        sync_folder(folder)
-        if target.exists():
-            old = target.with_name(f".{target.name}.{token}.old")
-            target.rename(old)
-            folder.rename(target)
-            shutil.rmtree(old)
-        else:
-            folder.rename(target)
-        sync_folder(target.parent)
-    except BaseException:
-        shutil.rmtree(folder, ignore_errors=True)
-        raise

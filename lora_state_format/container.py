@@ -88,6 +88,14 @@ class Entry(NamedTuple):
     shape: tuple[int, ...]
 
 
+class Spec(NamedTuple):
+    """What many tensors have in common; ``bits`` are those of all elements."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    bits: int
+
+
 @dataclass(frozen=True)
 class Header:
     """A safetensors header: its metadata, its tensors by key in data order, its ``size`` with the length in front."""
@@ -179,8 +187,9 @@ def _parse(raw: Raw, file: File, *, foreign: bool = False) -> Header:
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise fail("__metadata__ is not a mapping of strings", "R4")
     entries = {}
+    seen: dict[str, Spec] = {}
     position, room = 0, file.size - len(raw)
-    for entry in sorted(_entry(name, item, fail) for name, item in members.items()):
+    for entry in sorted(_entry(name, item, seen, fail) for name, item in members.items()):
         if entry.begin != position:
             raise fail(
                 f"tensor {entry.name!r} begins at byte {entry.begin} of the data, where {position} was expected", "R6"
@@ -194,26 +203,26 @@ def _parse(raw: Raw, file: File, *, foreign: bool = False) -> Header:
     return Header(metadata, entries, len(raw), file)
 
 
-def _entry(name: str, item: Any, fail: Callable[[str, str], FileError]) -> Entry:
-    """A tensor as the header describes it (R4, R5)."""
-    if not _is_entry(item):
+def _entry(name: str, item: Any, seen: dict[str, Spec], fail: Callable[[str, str], FileError]) -> Entry:
+    """A tensor as the header describes it (R4, R5). ``seen`` has the types and shapes that were found good."""
+    try:
+        dtype, shape, (begin, end) = item["dtype"], item["shape"], item["data_offsets"]
+    except (KeyError, TypeError, ValueError):
+        dtype = shape = begin = end = None
+    alike = repr((dtype, shape))
+    if alike not in seen:
+        plain = type(dtype) is str and type(shape) is list and {int, *map(type, shape)} == {int}
+        if not plain or dtype not in BITS or min(shape, default=0) < 0:
+            raise fail(f"tensor {name!r} is described by {dumps(item)[:100]!r}", "R4")
+        if len(shape) > MAX_DIMENSIONS or _too_many(shape):
+            raise fail(f"tensor {name!r} has the shape {dumps(shape)[:100]}, beyond the limits", "R4")
+        seen[alike] = Spec(dtype, tuple(shape), math.prod(shape) * BITS[dtype])
+    spec = seen[alike]
+    if len(item) != 3 or not type(begin) is type(end) is int or min(begin, end) < 0:
         raise fail(f"tensor {name!r} is described by {dumps(item)[:100]!r}", "R4")
-    dtype, shape, (begin, end) = item["dtype"], item["shape"], item["data_offsets"]
-    if len(shape) > MAX_DIMENSIONS or _too_many(shape):
-        raise fail(f"tensor {name!r} has the shape {dumps(shape)[:100]}, beyond the limits", "R4")
-    if math.prod(shape) * BITS[dtype] != (end - begin) * 8:
+    if spec.bits != (end - begin) * 8:
         raise fail(f"tensor {name!r} of type {dtype} and shape {shape} holds {end - begin} bytes", "R5")
-    return Entry(begin, end, name, dtype, tuple(shape))
-
-
-def _is_entry(item: Any) -> bool:
-    if type(item) is not dict or item.keys() != {"dtype", "shape", "data_offsets"}:
-        return False
-    dtype, shape, offsets = item["dtype"], item["shape"], item["data_offsets"]
-    if (type(dtype), type(shape), type(offsets)) != (str, list, list) or dtype not in BITS or len(offsets) != 2:
-        return False
-    numbers = shape + offsets
-    return {*map(type, numbers)} == {int} and min(numbers) >= 0
+    return Entry(begin, end, name, spec.dtype, spec.shape)
 
 
 def _too_many(shape: Sequence[int]) -> bool:
@@ -242,8 +251,7 @@ def _digest(raw: Raw) -> str:
 # --- opening ------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class _Stored:
+class _Stored(NamedTuple):
     """The tensors of one file, and their digests by key."""
 
     header: Header
@@ -254,8 +262,7 @@ class _Stored:
         return self.header.tensor(key, Digest(self.algorithm, self.header.entries[key].dtype, self.digests[key]))
 
 
-@dataclass(frozen=True)
-class _Opened:
+class _Opened(NamedTuple):
     """One file: what it holds, its place in a set, and what the set's checks need.
 
     ``digest`` is the one that the header states; ``content`` is taken with the set's id as zeros.
@@ -453,8 +460,7 @@ def in_file_order(state: OptimizerState, max_shard_size: int | None = None) -> I
         yield from _layout(manifest).tensors
 
 
-@dataclass(frozen=True)
-class _Layout:
+class _Layout(NamedTuple):
     """A file before its digests are known: the text of its manifest, and the tensors in data order (W5).
 
     ``members`` are the manifest's without ``digests``, each as canonical JSON; ``entries`` is the header's text behind
@@ -510,7 +516,7 @@ def _layout(manifest: Manifest) -> _Layout:
         header_size=0,
         data_size=position,
     )
-    return replace(layout, header_size=len(_header(layout)))
+    return layout._replace(header_size=len(_header(layout)))
 
 
 def _header(layout: _Layout, identity: str = ZERO) -> bytes:

@@ -11,7 +11,7 @@ import math
 import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Final, Protocol, TypeAlias
+from typing import Any, Final, NamedTuple, Protocol, TypeAlias
 
 from lora_state_format.canonical import dumps
 from lora_state_format.errors import FileError, RefusedError, UnrepresentableError, UnsupportedVersionError
@@ -260,8 +260,7 @@ class ShardOf:
     positions: tuple[int, ...]
 
 
-@dataclass(frozen=True)
-class Manifest:
+class Manifest(NamedTuple):
     """A state as JSON-able members, and the tensors it names, parameter by parameter, in manifest order.
 
     ``tensors`` maps a tensor key to its slot; ``members`` lacks ``digests`` until the tensors' bytes have been seen.
@@ -603,9 +602,14 @@ def _decode_parameters(
     layouts = [_layout(reader, f"states[{index}]", tree) for index, tree in enumerate(trees)]
     weights = _decode_weights(reader, members)
     parameters = []
+    shapes: dict[str, tuple[int, ...]] = {}
     for index, (item, digest) in enumerate(zip(members["parameters"], weights, strict=True)):
         _check_parameter(reader, item, index)
-        name, number, shape = item["name"], item["state"], tuple(item["shape"])
+        alike = repr(item["shape"])
+        shape = shapes.get(alike)
+        if shape is None:
+            shape = shapes[alike] = _decode_shape(reader, item["shape"], index)
+        name, number = item["name"], item["state"]
         state: Mapping[str, Value] | None = None
         if number is not None:
             if not 0 <= number < len(trees):
@@ -640,17 +644,20 @@ def _decode_parameters(
 
 def _check_parameter(reader: _Reader, item: dict[str, Any], index: int) -> None:
     """R12: what stands inside the members of a parameter."""
-    shape = item["shape"]
-    if not ({*map(type, shape)} <= {int} and (not shape or (min(shape) >= 0 and max(shape) <= MAX_INT))):
-        raise reader.fail(f"parameters[{index}].shape is {_show(shape)}, expected natural numbers", "R12")
-    if len(shape) > MAX_DIMENSIONS:
-        raise reader.fail(f"parameters[{index}].shape has {len(shape)} axes, more than {MAX_DIMENSIONS}", "R12")
     if "dtype" in item and item["dtype"] not in BITS:
         raise reader.fail(f"parameters[{index}].dtype is {_show(item['dtype'])}, which is no dtype", "R12")
     if "keys" in item and not {*map(type, item["keys"].values())} <= {str}:
         raise reader.fail(f"parameters[{index}].keys is {_show(item['keys'])}, expected strings", "R12")
     if "tied" in item and not {*map(type, item["tied"])} <= {str}:
         raise reader.fail(f"parameters[{index}].tied is {_show(item['tied'])}, expected strings", "R12")
+
+
+def _decode_shape(reader: _Reader, shape: list[Any], index: int) -> tuple[int, ...]:
+    if not ({*map(type, shape)} <= {int} and (not shape or (min(shape) >= 0 and max(shape) <= MAX_INT))):
+        raise reader.fail(f"parameters[{index}].shape is {_show(shape)}, expected natural numbers", "R12")
+    if len(shape) > MAX_DIMENSIONS:
+        raise reader.fail(f"parameters[{index}].shape has {len(shape)} axes, more than {MAX_DIMENSIONS}", "R12")
+    return tuple(shape)
 
 
 def _decode_id(reader: _Reader, value: Any, index: int) -> int | str:
