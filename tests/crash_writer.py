@@ -5,20 +5,27 @@ state in another layout, and is killed at its first operation on files, at its s
 end. After each death the path has to mean the old state or the new one, whole, and a further write has to leave nothing
 behind. Prints how many deaths there were, and after how many the new state was the one.
 
-``python crash_writer.py forever FOLDER LAYOUT``: writes states 0, 1, 2 and so on, printing each when it is done.
+``python crash_writer.py random DEATHS [SEED]``: children replace a state by another one, in each of four ways, and are
+killed at random moments until so many have died of each. After each death the path has to hold every byte of the old
+state or of the new one, and a further replacement has to leave nothing else behind. Prints a line for each way.
 """
 
 from __future__ import annotations
 
 import os
+import random
 import shutil
 import signal
+import statistics
 import sys
+import tempfile
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Final
 
-from lora_state_format import container
+from lora_state_format import cli, container
+from lora_state_format.errors import StateFormatError
 from lora_state_format.model import Group, Naming, Optimizer, OptimizerState, Parameter, Role, Slot, contiguous
 from lora_state_format.sources import Memory
 
@@ -106,16 +113,115 @@ def every(folder: Path, before: str, after: str) -> None:
     print(deaths, new)  # noqa: T201
 
 
-def forever(folder: Path, layout: str) -> None:
-    number = 0
-    while True:
-        container.write(state(number, 50_000), folder / NAME, force=True, max_shard_size=LAYOUTS[layout] and 200_000)
-        print(number, flush=True)  # noqa: T201
-        number += 1
+# --- random moments -----------------------------------------------------------------------------------------------
+
+ELEMENTS: Final = 50_000
+
+Job = Callable[[Path, int], object]
+"""Makes one of two states the one at a path, whatever was there."""
+
+
+def jobs(folder: Path) -> dict[str, Job]:
+    """The four ways. ``folder`` takes two files of ``torch.save``, for conversions to start from."""
+    import torch
+
+    from lora_state_format.torch import save_optimizer
+
+    torch.set_num_threads(1)
+    runs = []
+    for number in range(2):
+        model = torch.nn.ParameterDict({name: torch.nn.Parameter(torch.ones(ELEMENTS)) for name in "abcd"})
+        optimizer = torch.optim.AdamW(model.parameters())
+        for parameter in model.parameters():
+            parameter.grad = torch.full((ELEMENTS,), 1.0 + number)
+        optimizer.step()
+        torch.save(optimizer.state_dict(), folder / f"{number}.pt")
+        runs.append((optimizer, model))
+    names = folder / "names.txt"
+    names.write_text("a\nb\nc\nd\n")
+
+    def convert(path: Path, number: int) -> None:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        assert cli.run(["convert", str(folder / f"{number}.pt"), str(path), "--names", str(names), "--force"]) == 0
+
+    def write(path: Path, number: int) -> None:
+        container.write(state(number, ELEMENTS), path, force=True)
+
+    def shards(path: Path, number: int) -> None:
+        save_optimizer(*runs[number], path, max_shard_size=2 * 4 * ELEMENTS)
+
+    def background(path: Path, number: int) -> None:
+        save_optimizer(*runs[number], path, background=True).wait()
+
+    return {"convert": convert, "write": write, "shards": shards, "background": background}
+
+
+def lives(job: Job, path: Path, number: int, seconds: float | None = None) -> bool:
+    """Whether a child that does a job is through with it before it is killed, if it is."""
+    child = os.fork()
+    if child == 0:
+        try:
+            job(path, number)
+        except BaseException:
+            sys.excepthook(*sys.exc_info())
+            os._exit(1)
+        os._exit(0)
+    if seconds is not None:
+        time.sleep(seconds)
+        os.kill(child, signal.SIGKILL)
+    _, status = os.waitpid(child, 0)
+    assert os.WIFSIGNALED(status) or os.WEXITSTATUS(status) == 0
+    return os.WIFEXITED(status)
+
+
+def kill(job: Job, folder: Path, deaths: int, moments: random.Random) -> dict[str, int]:
+    """How many deaths left the old state and how many the new one; how many neither; how many runs left litter."""
+    path, references, seconds = folder / NAME, [], []
+    for number in (0, 1, 0, 1, 0):
+        start = time.monotonic()
+        lives(job, path, number)
+        seconds.append(time.monotonic() - start)
+        references.append(files(folder))
+    assert references[0] == references[2] != references[1] == references[3]
+    counts = {"killed": 0, "old": 0, "new": 0, "lost": 0, "litter": 0}
+    while counts["killed"] < deaths:
+        dead = not lives(job, path, 1, moments.uniform(0, statistics.median(seconds)))
+        found = which(path, references[:2])
+        counts["killed"] += dead
+        counts["lost"] += found is None or (not dead and found != 1)
+        if dead and found is not None:
+            counts["new" if found else "old"] += 1
+        lives(job, path, 0)
+        counts["litter"] += files(folder) != references[0]
+    return counts
+
+
+def which(path: Path, references: list[dict[str, bytes]]) -> int | None:
+    """Which of the states a path means, if every byte of it is there."""
+    try:
+        if not container.verify(path).ok:
+            return None
+    except (StateFormatError, OSError):
+        return None
+    found = files(path.parent)
+    same = (number for number, reference in enumerate(references) if reference.items() <= found.items())
+    return next(same, None)
+
+
+def at_random(deaths: int, seed: str) -> bool:
+    failed = False
+    with tempfile.TemporaryDirectory() as temporary:
+        for name, job in jobs(Path(temporary)).items():
+            folder = Path(temporary, name)
+            folder.mkdir()
+            counts = kill(job, folder, deaths, random.Random(seed + name))
+            print(f"{name}:", ", ".join(f"{count} {what}" for what, count in counts.items()), flush=True)  # noqa: T201
+            failed = failed or counts["lost"] + counts["litter"] > 0
+    return failed
 
 
 if __name__ == "__main__":
     if sys.argv[1] == "every":
         every(Path(sys.argv[2]), sys.argv[3], sys.argv[4])
     else:
-        forever(Path(sys.argv[2]), sys.argv[3])
+        sys.exit(at_random(int(sys.argv[2]), "".join(sys.argv[3:])))

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import errno
 import os
-import random
+import re
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -46,24 +45,14 @@ def test_a_death_at_any_operation(before: str, after: str, tmp_path: Path) -> No
     assert 0 < new < deaths
 
 
-@pytest.mark.parametrize("layout", ["file", "set"])
-def test_deaths_at_random_moments(layout: str, tmp_path: Path, writer: ModuleType) -> None:
-    """Ten of each; every new writer meets what the last one left."""
-    moments = random.Random(layout)
-    path = tmp_path / NAME
-    for _ in range(10):
-        with subprocess.Popen(
-            [sys.executable, SCRIPT, "forever", tmp_path, layout], stdout=subprocess.PIPE, text=True
-        ) as process:
-            assert process.stdout is not None
-            process.stdout.readline()
-            time.sleep(moments.uniform(0, 0.05))
-            process.kill()
-            done = [int(line) for line in process.stdout.read().split()]
-        last = max(done, default=0)
-        assert writer.number_at(path) in (last, last + 1)
-    container.write(writer.state(7), path, force=True)
-    assert [file.name for file in tmp_path.iterdir()] == [NAME]
+def test_deaths_at_random_moments() -> None:
+    """Five of each way to write; ``make crashes`` has 200."""
+    pytest.importorskip("torch")
+    done = subprocess.run([sys.executable, SCRIPT, "random", "5"], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = re.findall(r"(\w+): 5 killed, (\d) old, (\d) new, 0 lost, 0 litter\n", done.stdout)
+    assert [name for name, _, _ in found] == ["convert", "write", "shards", "background"]
+    assert all(int(old) + int(new) == 5 for _, old, new in found)
 
 
 def run(code: str, *arguments: Any) -> subprocess.CompletedProcess[str]:
