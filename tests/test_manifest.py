@@ -123,7 +123,7 @@ def test_json_in_other_forms_is_read(value: Any, indent: int) -> None:
         ("[1e999]", "JSON with the number 1e999, which no float holds [R3]"),
         ("[-0]", "JSON with the integer -0, which would lose its sign [R3]"),
         ('["\\ud800"]', "JSON with a lone surrogate [R3]"),
-        ("[1,]", "not JSON: Expecting value at character 3 [R3]"),
+        ("[1 2]", "not JSON: Expecting ',' delimiter at character 3 [R3]"),
         ("", "not JSON: Expecting value at character 0 [R3]"),
         ("[" * 65 + "]" * 65, "JSON nested deeper than 64 levels [R3]"),
         ('{"a":' * 65 + "1" + "}" * 65, "JSON nested deeper than 64 levels [R3]"),

@@ -215,7 +215,7 @@ def test_other_objects_are_inert() -> None:
     }
     found = read(saved).value
     assert (found["namespace"].name, found["namespace"].state) == ("Namespace", {"lr": 0.1})
-    assert (found["path"].name, found["path"].args) == ("PurePosixPath", ("a", "b"))
+    assert (found["path"].name, "/".join(found["path"].args)) == ("PurePosixPath", "a/b")
     assert found["date"].name == "date"
     assert found["default"] == {1: [2]}
     assert str(found["dtype"]) == "torch.float32"
@@ -317,7 +317,7 @@ def test_an_archive_beyond_4_gib(tmp_path: Path) -> None:
 def test_nothing_is_imported_that_could_run_a_pickle(tmp_path: Path) -> None:
     torch.save({"x": torch.ones(2), "n": np.float64(1.0)}, tmp_path / "x.pt")
     script = (
-        "import sys; from lora_state_format import pickles, sources\n"
+        "import sys; from lora_state_format import sources; from lora_state_format.foreign import pickles\n"
         f"pickles.load(sources.File({str(tmp_path / 'x.pt')!r}))\n"
         "print([name for name in ('torch', 'pickle', '_pickle', 'numpy') if name in sys.modules])"
     )

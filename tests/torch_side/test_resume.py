@@ -273,6 +273,7 @@ RUNS: dict[str, Run] = {
 }
 
 
+@pytest.mark.filterwarnings("ignore:Guards may run slower on Python 3.13.0:RuntimeWarning")
 @pytest.mark.parametrize("name", RUNS)
 def test_a_run_resumes_bit_for_bit_in_reverse_order(name: str, tmp_path: Path) -> None:
     run = RUNS[name]
