@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import struct
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from enum import Enum
@@ -45,6 +45,7 @@ __all__ = [
     "Tensor",
     "Value",
     "contiguous",
+    "is_tiling",
     "item_size",
     "walk",
 ]
@@ -65,6 +66,12 @@ GATHER_SPAN: Final = 1 << 24
 
 GATHER_RUN: Final = 256
 """Runs of so many bytes are read one by one; shorter ones with what lies between them."""
+
+MAX_CUT_AXES: Final = 4
+"""Axes along which the boxes of one tensor may be cut; a mesh of devices cuts one or two."""
+
+MAX_CORNERS: Final = 1 << 20
+"""Corners of all boxes of one tensor, 2 to the power of the axes that are cut for each: of 262,144 boxes in a plane."""
 
 
 def item_size(dtype: str) -> int:
@@ -196,6 +203,12 @@ class Tensor:
             size = min(run.size - within, len(out))
             run.source.readinto(run.offset + within, out[:size])
             out, offset, index = out[size:], offset + size, index + 1
+
+    @cached_property
+    def _sorted(self) -> list[_Sorted]:
+        """The pieces, which are boxes, in order along each axis of the tensor that they cut."""
+        boxes = [piece.where for piece in self.pieces if isinstance(piece.where, Box)]
+        return [_sort(self.pieces, axis) for axis in _cut_axes(boxes, self.shape)]
 
     @cached_property
     def _run_ends(self) -> list[int]:
@@ -385,18 +398,47 @@ def _extent(piece: Piece, shape: tuple[int, ...]) -> tuple[Any, int]:
     return sum(start * stride for start, stride in zip(where.start, c_strides(shape), strict=True)), count
 
 
+def is_tiling(boxes: Sequence[Box], shape: tuple[int, ...]) -> bool:
+    """Whether boxes inside a tensor of this shape have each of its elements exactly once; linear in their number.
+
+    They do if and only if their indicator functions add up to the whole's. So do then the differences along all axes,
+    which are not zero at a box's corners alone, with signs in turn: the corners of all have to cancel the whole's.
+    ``False`` too beyond ``MAX_CUT_AXES`` or ``MAX_CORNERS``.
+    """
+    boxes = [box for box in boxes if 0 not in box.shape]
+    if 0 in shape:
+        return not boxes
+    axes = _cut_axes(boxes, shape)
+    if len(axes) > MAX_CUT_AXES or len(boxes) << len(axes) > MAX_CORNERS:
+        return False
+    strides = c_strides([size + 1 for size in shape])
+    counts: dict[int, int] = {}
+    for box, weight in [(Box((0,) * len(shape), shape), -1), *((box, 1) for box in boxes)]:
+        corners = [(0, weight)]
+        for axis in axes:
+            first, last = box.start[axis], box.start[axis] + box.shape[axis]
+            corners = [
+                (place + at * strides[axis], sign * edge)
+                for place, edge in corners
+                for at, sign in ((first, 1), (last, -1))
+            ]
+        for place, sign in corners:
+            counts[place] = counts.get(place, 0) + sign
+    return not any(counts.values())
+
+
+def _cut_axes(boxes: Sequence[Box], shape: tuple[int, ...]) -> list[int]:
+    """The axes along which boxes are not as long as the tensor."""
+    return [axis for axis, size in enumerate(shape) if any(box.shape[axis] != size for box in boxes)]
+
+
 def _check_disjoint(tensor: Tensor) -> None:
     """Raise ``FileError`` for pieces that share elements, or are of two kinds; all are inside the tensor."""
-    boxes = [piece.where for piece in tensor.pieces if isinstance(piece.where, Box) and 0 not in piece.where.shape]
-    boxes.sort(key=lambda box: box.start)
-    if any(isinstance(piece.where, Flat) for piece in tensor.pieces):
+    boxes = [piece.where for piece in tensor.pieces if isinstance(piece.where, Box)]
+    if len(boxes) < len(tensor.pieces):
         raise FileError(f"boxes and flat pieces in one tensor of shape {list(tensor.shape)}")
-    for index, box in enumerate(boxes):
-        for other in boxes[index + 1 :]:
-            if other.start[0] >= box.start[0] + box.shape[0]:
-                break
-            if _intersection(box, other):
-                raise FileError(f"{box} and {other} share elements of a tensor of shape {list(tensor.shape)}")
+    if not is_tiling(boxes, tensor.shape):
+        raise FileError(f"{len(boxes)} boxes that do not make up a tensor of shape {list(tensor.shape)}")
 
 
 def _fill(tensor: Tensor, first: int, last: int, out: memoryview) -> None:
@@ -404,8 +446,41 @@ def _fill(tensor: Tensor, first: int, last: int, out: memoryview) -> None:
     width = item_size(tensor.dtype)
     for position, box in _boxes(tensor.shape, first, last):
         part = out[(position - first) * width :][: math.prod(box.shape) * width]
-        for piece in tensor.pieces:
+        candidates = [_meeting(index, box) for index in tensor._sorted]
+        for piece in min(candidates, key=len, default=tensor.pieces):
             _fill_box(piece, box, width, part)
+
+
+@dataclass(frozen=True, slots=True)
+class _Sorted:
+    """Pieces by where they start along an axis; ``reach`` is how far the pieces up to each one go."""
+
+    axis: int
+    pieces: tuple[Piece, ...]
+    starts: tuple[int, ...]
+    reach: tuple[int, ...]
+
+
+def _sort(pieces: Sequence[Piece], axis: int) -> _Sorted:
+    bounds = []
+    for number, piece in enumerate(pieces):
+        assert isinstance(piece.where, Box)
+        start = piece.where.start[axis]
+        bounds.append((start, number, start + piece.where.shape[axis]))
+    bounds.sort()
+    return _Sorted(
+        axis,
+        tuple(pieces[number] for _, number, _ in bounds),
+        tuple(start for start, _, _ in bounds),
+        tuple(accumulate((end for _, _, end in bounds), max)),
+    )
+
+
+def _meeting(index: _Sorted, box: Box) -> Sequence[Piece]:
+    """The pieces that can share elements with a box, as far as the one axis tells."""
+    start = box.start[index.axis]
+    first = bisect_right(index.reach, start)
+    return index.pieces[first : bisect_left(index.starts, start + box.shape[index.axis])]
 
 
 def _boxes(shape: tuple[int, ...], first: int, last: int) -> Iterator[tuple[int, Box]]:

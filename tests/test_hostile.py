@@ -332,16 +332,14 @@ def repeated(members: dict[str, Any]) -> None:
 
 
 def entangled(members: dict[str, Any]) -> None:
-    """3,000 chunks that make up a tensor, most of which could overlap, as far as any one axis tells."""
-    columns = 1500
-    above = [((0, n), (n + 1, 1)) for n in range(columns)]
-    below = [((n + 1, n), (columns - n, 1)) for n in range(columns)]
+    """5,000 columns, each of which could overlap any other as far as the rows tell; one is there twice, one is not."""
+    columns = 5_000
     places, (_, info) = members["storage_data"], place("", "__0_0.distcp", 0, 0)
-    places.clear()
-    for start, _ in above + below:
+    boxes = [((0, min(n, columns - 2)), (2, 1)) for n in range(columns)]
+    for start, _ in boxes[1:-1]:  # the first one has a place
         places[Record(METADATA, "MetadataIndex", state={"fqn": "optim.state.w.exp_avg", "offset": start})] = info
-    chunks = [Record(METADATA, "ChunkStorageMetadata", state={"offsets": a, "sizes": b}) for a, b in above + below]
-    resized(members, size=(columns + 1, columns), chunks=chunks)
+    chunks = [Record(METADATA, "ChunkStorageMetadata", state={"offsets": a, "sizes": b}) for a, b in boxes]
+    resized(members, size=(2, columns), chunks=chunks)
 
 
 def resized(members: dict[str, Any], **sizes: Any) -> None:
@@ -361,7 +359,7 @@ CHECKPOINTS: Final[dict[str, tuple[Callable[[dict[str, Any]], None], type[FileEr
     "behind the end": (lambda m: moved(m, length=1 << 62), FileError, "is cut short"),
     "in front of the start": (lambda m: moved(m, offset=-1), FileError, "is cut short"),
     "one item a thousand times": (repeated, FileError, "places more in __0_0.distcp than its"),
-    "chunks in each other's way": (entangled, FileError, "that do not make up [1501, 1500]"),
+    "chunks in each other's way": (entangled, FileError, "that do not make up [2, 5000]"),
     "2 to the 124 elements": (lambda m: resized(m, size=(1 << 62, 1 << 62)), FileError, "that do not make up"),
     "sizes of text": (lambda m: resized(m, size=(ODD,)), FileError, "where sizes are expected"),
     "a thousand axes": (lambda m: resized(m, size=(1,) * 1000), FileError, "where sizes are expected"),

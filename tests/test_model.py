@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import struct
+import time
 from collections.abc import Callable
-from itertools import pairwise
+from itertools import pairwise, product
 from typing import Any
 
 import numpy as np
@@ -32,6 +34,7 @@ from lora_state_format.model import (
     Tensor,
     Value,
     contiguous,
+    is_tiling,
     item_size,
     walk,
 )
@@ -195,10 +198,7 @@ def test_runs_are_found_where_elements_lie_in_order() -> None:
         ([Box((0,), (4,))], "Box(start=(0,), shape=(4,)) with strides None in a tensor of shape [2, 2]"),
         (
             [Box((0, 0), (2, 1)), Box((0, 0), (2, 1))],
-            (
-                "Box(start=(0, 0), shape=(2, 1)) and Box(start=(0, 0), shape=(2, 1)) share elements of a tensor of "
-                "shape [2, 2]"
-            ),
+            "2 boxes that do not make up a tensor of shape [2, 2]",
         ),
         ([Box((0, 0), (2, 1)), Flat(0, 2)], "boxes and flat pieces in one tensor of shape [2, 2]"),
     ],
@@ -208,6 +208,69 @@ def test_pieces_that_do_not_make_a_tensor(pieces: list[Box | Flat], message: str
     with pytest.raises(FileError) as caught:
         tensor.bytes()
     assert str(caught.value) == message
+
+
+def slices(box: Box) -> tuple[slice, ...]:
+    return tuple(slice(start, start + size) for start, size in zip(box.start, box.shape, strict=True))
+
+
+@st.composite
+def layouts(draw: st.DrawFn) -> tuple[tuple[int, ...], list[Box]]:
+    """A shape, and boxes in it: cut and cut again, so that they are no grid, perhaps with one in place of another."""
+    shape = tuple(draw(st.lists(st.integers(0, 4), max_size=3)))
+    boxes = [Box((0,) * len(shape), shape)]
+    for axis in draw(st.lists(st.integers(0, len(shape) - 1), max_size=6)) if shape else ():
+        box = boxes.pop(draw(st.integers(0, len(boxes) - 1)))
+        at = draw(st.integers(0, box.shape[axis]))
+        for start, size in ((0, at), (at, box.shape[axis] - at)):
+            moved = (*box.start[:axis], box.start[axis] + start, *box.start[axis + 1 :])
+            boxes.append(Box(moved, (*box.shape[:axis], size, *box.shape[axis + 1 :])))
+    if draw(st.booleans()):
+        boxes[draw(st.integers(0, len(boxes) - 1))] = draw(st.sampled_from(boxes))
+    return shape, boxes
+
+
+@given(layouts())
+def test_boxes_make_up_a_tensor_or_they_do_not(layout: tuple[tuple[int, ...], list[Box]]) -> None:
+    shape, boxes = layout
+    covered = np.zeros(shape, dtype=int)
+    for box in boxes:
+        covered[slices(box)] += 1
+    assert is_tiling(boxes, shape) == bool((covered == 1).all())
+
+
+PINWHEEL = [Box((0, 0), (1, 2)), Box((0, 2), (2, 1)), Box((2, 1), (1, 2)), Box((1, 0), (2, 1)), Box((1, 1), (1, 1))]
+"""No straight cut goes through it."""
+
+
+def test_a_tensor_that_no_cut_goes_through() -> None:
+    array = np.arange(9, dtype=np.int16).reshape(3, 3)
+    pieces = tuple(Piece(Memory(array[slices(box)].tobytes()), 0, box) for box in PINWHEEL)
+    assert Tensor("I16", (3, 3), pieces).bytes() == array.tobytes()
+    assert not is_tiling(PINWHEEL[1:], (3, 3))
+
+
+def test_boxes_beyond_the_limits(monkeypatch: pytest.MonkeyPatch) -> None:
+    cube = [Box(start, (1,) * 5) for start in product((0, 1), repeat=5)]
+    assert not is_tiling(cube, (2,) * 5)
+    assert is_tiling([Box((*box.start, 0), (*box.shape, 9)) for box in cube[::2]], (2, 2, 2, 2, 1, 9))
+    monkeypatch.setattr(model, "MAX_CORNERS", 16)
+    row = [Box((n,), (1,)) for n in range(9)]
+    assert not is_tiling(row, (9,))
+    assert is_tiling(row[:-1], (8,))
+
+
+@pytest.mark.parametrize(("rows", "columns"), [(1, 5_000), (100, 100)])
+def test_thousands_of_pieces(rows: int, columns: int) -> None:
+    """What is compared grows with the pieces that a chunk meets, not with all pieces, let alone with their pairs."""
+    shape = (10 * rows, columns)
+    array = np.arange(math.prod(shape), dtype=np.float32).reshape(shape)
+    boxes = [Box((10 * row, column), (10, 1)) for row in range(rows) for column in range(columns)]
+    pieces = tuple(Piece(Memory(array[slices(box)].tobytes()), 0, box) for box in boxes)
+    start = time.process_time()
+    chunks = Tensor("F32", shape, pieces).chunks(memoryview(bytearray(4 * columns)))
+    assert b"".join(map(bytes, chunks)) == array.tobytes()
+    assert time.process_time() - start < 5
 
 
 def test_strides_that_are_not_a_layout() -> None:

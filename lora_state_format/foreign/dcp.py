@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import islice
 from math import prod
 from pathlib import Path, PurePosixPath
 from types import NoneType
@@ -23,15 +22,13 @@ from lora_state_format.foreign.folders import Files, PooledFile, new_folder
 from lora_state_format.foreign.pickles import Global, Record
 from lora_state_format.foreign.torch_save import archive, dumps
 from lora_state_format.foreign.trees import member
-from lora_state_format.model import Box, Piece, Scalar, Tensor, item_size
+from lora_state_format.model import Box, Piece, Scalar, Tensor, is_tiling, item_size
 from lora_state_format.sources import File, Range, Source
 
 __all__ = ["METADATA", "Folder", "is_folder", "metadata", "open_folder", "write_folder"]
 
 METADATA: Final = ".metadata"
 MAX_DIMENSIONS: Final = 64
-MAX_COMPARED: Final = 1_000_000
-"""Pairs of a tensor's chunks that are compared; a grid of 64 by 64 has 130,000 that could overlap."""
 
 
 @dataclass(frozen=True)
@@ -189,7 +186,8 @@ def _state(record: Any, key: str, kind: Any, path: object) -> Any:
 def _chunks(storage: Mapping[Any, Any], files: Files, path: Path) -> dict[str, dict[tuple[int, ...] | None, _Place]]:
     """Every chunk's place by the entry's key and the chunk's offsets."""
     found: dict[str, dict[tuple[int, ...] | None, _Place]] = {}
-    room: dict[Path, int] = {}
+    opened: dict[str, PooledFile] = {}
+    room: dict[PooledFile, int] = {}
     for index, info in storage.items():
         key = _state(index, "fqn", str, path)
         offsets = _fields(index, path).get("offset")
@@ -198,14 +196,17 @@ def _chunks(storage: Mapping[Any, Any], files: Files, path: Path) -> dict[str, d
                 f"'{key}' is stored transformed ({_fields(info, path)['transform_descriptors']})", path=path
             )
         start, length = _state(info, "offset", int, path), _state(info, "length", int, path)
-        file = _file(_state(info, "relative_path", str, path), files, path)
+        name = _state(info, "relative_path", str, path)
+        if name not in opened:
+            opened[name] = _file(name, files, path)
+        file = opened[name]
         if start < 0 or length < 0 or start + length > file.size:
             raise FileError(
                 f"is cut short: {file.size} bytes, where .metadata places '{key}' at {start} to {start + length}",
                 path=file.path,
             )
-        room[file.path] = room.get(file.path, file.size) - length
-        if room[file.path] < 0:  # else a small file would unfold to any number of values
+        room[file] = room.get(file, file.size) - length
+        if room[file] < 0:  # else a small file would unfold to any number of values
             raise FileError(f"places more in {file.path.name} than its {file.size} bytes", path=path)
         where = None if offsets is None else _naturals(offsets, path)
         if where in found.setdefault(key, {}):
@@ -245,8 +246,7 @@ def _entry(key: str, described: Any, places: Mapping[tuple[int, ...] | None, _Pl
         if any(a + n > d for a, n, d in zip(start, extent, shape, strict=True)):
             raise FileError(f"has a chunk {list(extent)} of '{key}' at {list(start)}, outside {list(shape)}", path=path)
         pieces.append(Piece(_Item(places[start], dtype, extent), 0, Box(start, extent)))
-    held = sum(prod(piece.where.shape) for piece in pieces if isinstance(piece.where, Box))
-    if held != prod(shape) or _overlap([piece.where for piece in pieces if isinstance(piece.where, Box)]):
+    if not is_tiling([piece.where for piece in pieces if isinstance(piece.where, Box)], shape):
         raise FileError(f"has chunks of '{key}' that do not make up {list(shape)}", path=path)
     return Tensor(dtype, shape, tuple(pieces))
 
@@ -258,29 +258,6 @@ def _dtype(properties: Record, path: object) -> str:
     if name is None:
         raise RefusedError(f"a tensor of type {dtype}", path=path)
     return name
-
-
-def _overlap(boxes: Sequence[Box]) -> bool:
-    """Whether any two boxes share an element, or would have to be compared more than ``MAX_COMPARED`` times to tell.
-
-    Sweeps along the axis with the most different starts.
-    """
-    if len(boxes) < 2:
-        return False
-    axis = max(range(len(boxes[0].start)), key=lambda a: len({box.start[a] for box in boxes}))
-    ordered = sorted(boxes, key=lambda box: box.start[axis])
-    compared = 0
-    for i, box in enumerate(ordered):
-        for other in islice(ordered, i + 1, None):
-            if other.start[axis] >= box.start[axis] + box.shape[axis]:
-                break
-            compared += 1
-            if compared > MAX_COMPARED or all(
-                a < b + m and b < a + n
-                for a, n, b, m in zip(box.start, box.shape, other.start, other.shape, strict=True)
-            ):
-                return True
-    return False
 
 
 # --- writing ------------------------------------------------------------------------------------------------------
