@@ -8,6 +8,7 @@ checkpoint folder) its ids are names. The file names are those of ``accelerate/c
 from __future__ import annotations
 
 import re
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
@@ -91,7 +92,13 @@ def write(
     for target in targets:
         if target.exists() and not force:
             raise TargetExistsError(f"{target} exists; pass force=True (--force) to replace it")
+    new = not path.exists()
     path.mkdir(parents=True, exist_ok=True)
-    for index, target in enumerate(targets):
-        tree = keyed.by_name(state, index) if chosen.get("fsdp") else to_state_dict(state, index)
-        save(tree, target, force=force)
+    try:
+        for index, target in enumerate(targets):
+            tree = keyed.by_name(state, index) if chosen.get("fsdp") else to_state_dict(state, index)
+            save(tree, target, force=force)
+    except BaseException:
+        if new:
+            shutil.rmtree(path)
+        raise

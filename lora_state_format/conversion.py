@@ -10,12 +10,22 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
 from lora_state_format import container, order, registry
-from lora_state_format.errors import ConversionError, MissingNamesError, OptionError, TargetExistsError
+from lora_state_format.errors import ConversionError, DigestError, MissingNamesError, OptionError, TargetExistsError
 from lora_state_format.evidence import head_size
 from lora_state_format.foreign import quantised
 from lora_state_format.foreign.folders import read_json_object
 from lora_state_format.manifest import ALGORITHM
-from lora_state_format.model import Checkpoint, Digest, Naming, OptimizerState, Parameter, PositionalState, Tensor
+from lora_state_format.model import (
+    Checkpoint,
+    Digest,
+    Naming,
+    OptimizerState,
+    Parameter,
+    PositionalState,
+    Slot,
+    Tensor,
+    walk,
+)
 from lora_state_format.names import adapter_parameters, peft_key, read_names
 from lora_state_format.report import NOTHING_HELD, SCHEMA_VERSION, describe_naming, naming_json, tensors
 from lora_state_format.sources import File
@@ -135,7 +145,8 @@ def convert(
     written and their total. Where the parameters' own weights were found, their digests are kept, so that loading can
     tell whether weights and state belong together.
 
-    Raises what ``read`` raises, ``TargetExistsError``, and ``UnrepresentableError`` for what the target cannot hold.
+    Raises what ``read`` raises, ``DigestError`` for a named source that is damaged, ``TargetExistsError``, and
+    ``UnrepresentableError`` for what the target cannot hold.
     """
     source, target = Path(source), Path(target)
     if target.is_dir() and target_format == registry.NAMED:
@@ -147,8 +158,11 @@ def convert(
     options = options or {}
     registry.check_options(options, converter, writer)
     state, weights = _read(converter, source, names, rule, optimizer, options)
-    decoded = quantised.dequantize(state) if dequantize else None
-    with _paired(decoded.state if decoded else state, weights) as state:
+    with state:
+        if not dry_run and (dequantize or target_format != registry.NAMED):
+            _check_digests(state)  # ``container.write`` does so itself with what it copies
+        decoded = quantised.dequantize(state) if dequantize else None
+        state = _paired(decoded.state if decoded else state, weights)
         sizes = [tensor.size for tensor in tensors(state)]
         digest = None
         if not dry_run:
@@ -372,6 +386,22 @@ def _write(
             progress(done, total)
 
     return container.write(state, target, force=force, progress=advance).digest
+
+
+def _check_digests(state: OptimizerState) -> None:
+    """Raise ``DigestError`` for a tensor that is not what its file's digest says, before a format without digests, or
+    a decoded value, takes the damage on."""
+    trees = [*((parameter.name, parameter.state or {}) for parameter in state.parameters), ("globals", state.globals)]
+    for name, tree in trees:
+        for path, leaf in walk(tree):
+            if not isinstance(leaf, Slot) or leaf.tensor.digest is None:
+                continue
+            stated = leaf.tensor.digest
+            if stated.algorithm == ALGORITHM and stated.hex != container.hash_tensor(leaf.tensor):
+                key = "/".join(map(str, (name, *path)))
+                raise DigestError(
+                    f"tensor {key!r} does not match the digest in the file that it comes from", rule="R21"
+                )
 
 
 def _notes(state: OptimizerState) -> list[str]:

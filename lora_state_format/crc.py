@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Protocol
 
 from lora_state_format.errors import FileError
 from lora_state_format.model import CHUNK, Tensor
-from lora_state_format.sources import Source
+from lora_state_format.sources import Range, Source
 
 if TYPE_CHECKING:
 
@@ -27,8 +27,12 @@ else:
 __all__ = ["Ledger", "crc32"]
 
 
+class _Changeable(Protocol):
+    def check_unchanged(self) -> None: ...
+
+
 class Ledger:
-    """Checks the CRC-32 that sources state about themselves while their bytes stream by.
+    """Checks the CRC-32 that sources state about themselves while their bytes stream by, and that no file changes.
 
     What streamed past is kept as (offset, size, crc) per source and combined at the end; only bytes that no tensor
     covers, or that were gathered, are read once more.
@@ -36,6 +40,7 @@ class Ledger:
 
     def __init__(self) -> None:
         self._seen: dict[int, tuple[Source, list[tuple[int, int, int]]]] = {}
+        self._files: dict[int, _Changeable] = {}
 
     def chunks(self, tensor: Tensor, buffer: memoryview) -> Iterator[memoryview]:
         if tensor.runs is None:
@@ -63,12 +68,20 @@ class Ledger:
             for piece in source.pieces:
                 self._note(piece.source)
             return None
+        root: Any = source
+        while isinstance(root, Range):
+            root = root.source
+        if hasattr(root, "check_unchanged"):
+            self._files[id(root)] = root
         if source.crc32 is None:
             return None
         return self._seen.setdefault(id(source), (source, []))[1]
 
     def check(self) -> None:
-        """Raise ``FileError`` for the first source whose bytes do not have the CRC that it states."""
+        """Raise ``FileError`` for a file that changed while it was read, and for a source whose bytes do not have the
+        CRC that it states."""
+        for file in self._files.values():
+            file.check_unchanged()
         buffer = memoryview(bytearray(CHUNK))
         for source, parts in self._seen.values():
             if _combined_crc(source, sorted(parts), buffer) != source.crc32:

@@ -36,7 +36,7 @@ LAYOUTS: Final[dict[str, int | None]] = {"file": None, "set": 70, "other-set": 1
 def state(number: int, elements: int = 8) -> OptimizerState:
     data = Memory(bytes([number % 256]) * elements * 4)
     slot = Slot(contiguous("F32", (elements,), data), Role.PARAM)
-    parameters = tuple(Parameter(name, (elements,), {"m": slot}) for name in "abcd")
+    parameters = tuple(Parameter(name, (elements,), {"exp_avg": slot}) for name in "abcd")
     return OptimizerState((Optimizer(),), (Group(0, (), 4),), parameters, Naming("model"), extra={"number": number})
 
 
@@ -48,7 +48,7 @@ def number_at(path: Path) -> int:
         number = found.extra["number"]
         assert isinstance(number, int)
         for parameter in found.parameters:
-            assert set(parameter["m"].bytes()) == {number % 256}
+            assert set(parameter["exp_avg"].bytes()) == {number % 256}
         assert len(found) == 4
     return number
 

@@ -11,6 +11,7 @@ import lora_state_format as lsf
 from lora_state_format.conversion import ConversionReport, belongs, convert, read
 from lora_state_format.errors import (
     ConversionError,
+    DigestError,
     FileError,
     MissingNamesError,
     OptionError,
@@ -409,3 +410,19 @@ def test_a_format_that_is_not_there(founding: Founding, tmp_path: Path) -> None:
         convert(founding.path, tmp_path / "a", target_format="nosuch")
     with pytest.raises(OptionError, match=r"^no converter 'nosuch'; there are: "):
         read(founding.path, source_format="nosuch")
+
+
+@pytest.mark.parametrize("target", ["named", "torch_optimizer", "dcp", "mlx", "flax_msgpack", "deepspeed_universal"])
+def test_damage_is_not_carried_on(target: str, tmp_path: Path) -> None:
+    """Most formats have no digests: what is wrong in a named file must not become what is right there."""
+    source = tmp_path / "a.safetensors"
+    raw = bytearray(Path(__file__).parents[1].joinpath("spec/vectors/valid/example.safetensors").read_bytes())
+    raw[-1] ^= 1
+    source.write_bytes(raw)
+    with pytest.raises(DigestError) as caught:
+        convert(source, tmp_path / "b", target_format=target)
+    assert str(caught.value) == (
+        "tensor 'base_model.model.model.layers.0.self_attn.q_proj.lora_A.default.weight/exp_avg_sq' does not match the "
+        "digest in the file that it comes from [R21]"
+    )
+    assert [found.name for found in tmp_path.iterdir()] == ["a.safetensors"]

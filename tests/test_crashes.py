@@ -15,10 +15,12 @@ from typing import Any, Final
 
 import pytest
 
-from lora_state_format import container
+from lora_state_format import cli, container
+from lora_state_format.sources import File
 
 SCRIPT: Final = Path(__file__).with_name("crash_writer.py")
 NAME: Final = "optimizer.safetensors"
+FORMATS: Final = {"named": "a.safetensors", "torch_optimizer": "a.pt", "dcp": "a", "accelerate": "b"}
 
 
 @pytest.fixture(scope="session")
@@ -80,6 +82,100 @@ def test_a_full_disk(layout: str, tmp_path: Path, writer: ModuleType) -> None:
     assert (done.stdout, done.stderr) == (f"{errno.EFBIG} {path} OSError\n", "")
     assert writer.number_at(path) == 0
     assert [file.name for file in tmp_path.iterdir()] == [NAME]
+
+
+@pytest.mark.parametrize("to", FORMATS)
+def test_a_full_disk_for_a_conversion(to: str, tmp_path: Path, writer: ModuleType) -> None:
+    container.write(writer.state(0, 50_000), tmp_path / NAME)
+    done = run(
+        "import resource\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))\n"
+        "from lora_state_format.cli import run\n"
+        "sys.exit(run(['convert', *sys.argv[1:]]))\n",
+        tmp_path / NAME,
+        tmp_path / "target",
+        "--to",
+        to,
+    )
+    assert (done.returncode, done.stdout) == (3, "")
+    assert re.fullmatch(r"error: .*File too large\n", done.stderr)
+    assert [file.name for file in tmp_path.iterdir()] == [NAME]
+
+
+# --- sources that do not stay as they are -------------------------------------------------------------------------
+
+
+def flip(file: Path) -> None:
+    """Change one bit of the last byte."""
+    with file.open("r+b") as opened:
+        opened.seek(-1, os.SEEK_END)
+        last = opened.read(1)[0]
+        opened.seek(-1, os.SEEK_END)
+        opened.write(bytes([last ^ 1]))
+
+
+def shorten(file: Path) -> None:
+    os.truncate(file, file.stat().st_size // 2)
+
+
+EVENTS: Final[dict[str, Callable[[Path], None]]] = {"flip": flip, "shorten": shorten, "vanish": Path.unlink}
+DONE: Final = [
+    (source, to)
+    for source in ("named", "set", "torch_optimizer", "dcp")
+    for to in (*FORMATS, "export", "rename")
+    if (source, to) != ("torch_optimizer", "rename")  # which has no names
+]
+
+
+@pytest.fixture
+def source(tmp_path: Path, writer: ModuleType, request: pytest.FixtureRequest) -> tuple[list[str], Path]:
+    """What to convert, with options, and the file that its bytes are in."""
+    path, name = tmp_path / FORMATS["named"], request.param
+    # More than is read at a time: 4 MiB for each of four parameters, and no options that a format could miss.
+    container.write(writer.state(1, 1 << 20), path, max_shard_size=1 << 22 if name == "set" else None)
+    if name == "set":
+        return [str(tmp_path / "a.safetensors.index.json")], max(tmp_path.glob("*-of-*"))
+    if name == "named":
+        return [str(path)], path
+    target = tmp_path / FORMATS[name]
+    assert cli.run(["convert", str(path), str(target), "--to", name]) == 0
+    path.unlink()
+    names = tmp_path / "names.txt"
+    names.write_text("a\nb\nc\nd\n")
+    file = target if target.is_file() else max(target.iterdir(), key=lambda found: found.stat().st_size)
+    return [str(target), *([] if name == "dcp" else ["--names", str(names)])], file
+
+
+@pytest.mark.parametrize("event", EVENTS)
+@pytest.mark.parametrize(("source", "to"), DONE, indirect=["source"])
+def test_a_source_that_changes_while_it_is_read(
+    source: tuple[list[str], Path], to: str, event: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (path, *options), file = source
+    before, target = set(tmp_path.rglob("*")), tmp_path / "target"
+    read, done = File.readinto, False
+
+    def readinto(opened: File, offset: int, out: memoryview) -> None:
+        nonlocal done
+        read(opened, offset, out)
+        if not done and len(out) == 1 << 20:
+            EVENTS[event](file)
+            done = True
+
+    monkeypatch.setattr(File, "readinto", readinto)
+    match to:
+        case "export":
+            code = cli.run(["export", path, str(target), "--slot", "exp_avg", *options])
+        case "rename":
+            code = cli.run(["rename", path, str(target), "--rule", "a", "e"])
+        case _:
+            code = cli.run(["convert", path, str(target), "--to", to, *options])
+    assert done
+    if event == "vanish" and code == 0:  # what is open can be read to its end
+        assert sum(found.stat().st_size for found in {*tmp_path.rglob("*")} - before) >= 1 << 24
+    else:
+        assert code == 3 or (event == "flip" and code == 1)  # the digest, where it is compared first
+        assert set(tmp_path.rglob("*")) <= before
 
 
 def test_a_folder_that_may_not_be_written(writer: ModuleType) -> None:

@@ -149,6 +149,10 @@ class _Item:
     def view(self, offset: int, size: int) -> memoryview | None:
         return None
 
+    def check_unchanged(self) -> None:
+        """Raise ``FileError`` if the file is no longer what it was when it was opened."""
+        self.place.file.check_unchanged()
+
     def _source(self) -> Source:
         """The archive's member, which states a CRC, where it holds exactly the tensor in C order; else the tensor."""
         if self._opened is None:
