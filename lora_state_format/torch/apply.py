@@ -6,6 +6,7 @@ import contextlib
 import logging
 import os
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final, Literal, cast, overload
@@ -376,14 +377,16 @@ def apply(
     loading.check()
     named, optimizers = named_tensors(model), optimizers_of(optimizer)
     tensors, ledger = named.tensors, Ledger()
-    staged = [(binding, _stage(binding, named, loading.live, ledger)) for binding in loading.bindings]
-    carried = tuple(_kept(parameter) for parameter in loading.carried)
+    with ThreadPoolExecutor(1) as beside:
+        comparing = beside.submit(_compare, loading)  # in the time that reading waits for bytes
+        staged = [(binding, _stage(binding, named, loading.live, ledger)) for binding in loading.bindings]
+        carried = tuple(_kept(parameter) for parameter in loading.carried)
     loose = _loose(loading.state.globals, len(optimizers))
     ledger.check()
     for resource in loading.state.resources:
         if hasattr(resource, "check_unchanged"):
             resource.check_unchanged()
-    matching, differing = _compare(loading)
+    matching, differing = comparing.result()
     agree()
 
     for binding, slots in staged:
