@@ -25,7 +25,7 @@ MAX_NAME: Final = 1024
 """Bytes of a member's name."""
 
 READ_AHEAD: Final = 4096
-"""Bytes read at a time where members begin: those of small tensors stand close together."""
+"""Bytes read at a time at the end, and where members begin: those of small tensors stand close together."""
 
 LOCAL: Final = struct.Struct("<4s5H3L2H")
 CENTRAL: Final = struct.Struct("<4s6H3L5H2L")
@@ -62,6 +62,7 @@ class Archive(Mapping[str, Member]):
     def __init__(self, source: Source, path: object = None) -> None:
         self._source = source
         self.path = path
+        self._ahead_from, self._ahead = 0, bytearray()
         count, size, start = self._directory()
         self._entries = self._members(count, start, size)
         # A member has to end before the next one starts, and the last one before the directory does.
@@ -75,7 +76,6 @@ class Archive(Mapping[str, Member]):
         # torch can be told not to compute checksums; all of them are zero then.
         self._has_crc = any(crc for _, _, crc, _ in self._entries.values())
         self._opened: dict[str, Member] = {}
-        self._ahead_from, self._ahead = 0, bytearray()
 
     def __getitem__(self, name: str) -> Member:
         if name not in self._opened:
@@ -111,14 +111,16 @@ class Archive(Mapping[str, Member]):
 
     def _directory(self) -> tuple[int, int, int]:
         """Members, size and offset of the central directory, from the records at the end of the archive."""
-        tail_size = min(self._source.size, END.size + 0xFFFF)
-        tail_start = self._source.size - tail_size
-        tail = self._read(tail_start, tail_size)
-        at = tail.rfind(b"PK\5\6", 0, max(tail_size - END.size, 0) + 4)
-        if at < 0:
+        for tail_size in (READ_AHEAD, END.size + 0xFFFF):  # which is as long as a comment can make it
+            self._ahead_from = max(self._source.size - tail_size, 0)
+            self._ahead = self._read(self._ahead_from, self._source.size - self._ahead_from)
+            at = self._ahead.rfind(b"PK\5\6", 0, max(len(self._ahead) - END.size, 0) + 4)
+            if at >= 0:
+                break
+        else:
             raise self._error("the zip archive has no directory at its end: the file is cut short")
-        _, disk, first_disk, _, count, size, start, comment = END.unpack_from(tail, at)
-        end = tail_start + at
+        _, disk, first_disk, _, count, size, start, comment = END.unpack_from(self._ahead, at)
+        end = self._ahead_from + at
         if end + END.size + comment != self._source.size:
             raise self._error(f"{self._source.size - end - END.size} bytes follow the zip archive's end record")
         if disk or first_disk:
@@ -188,19 +190,23 @@ class Archive(Mapping[str, Member]):
             yield value
 
     def _read_near(self, start: int, size: int) -> bytearray:
-        if not self._ahead_from <= start <= start + size <= self._ahead_from + len(self._ahead):
-            self._ahead_from, self._ahead = (
-                start,
-                self._read(start, max(size, min(READ_AHEAD, self._source.size - start))),
-            )
-        return self._ahead[start - self._ahead_from : start - self._ahead_from + size]
+        """The same, and what follows is read too and kept."""
+        if not self._kept(start, size):
+            self._ahead = self._read(start, max(size, min(READ_AHEAD, self._source.size - start)))
+            self._ahead_from = start
+        return self._read(start, size)
 
     def _read(self, start: int, size: int) -> bytearray:
+        if self._kept(start, size):
+            return self._ahead[start - self._ahead_from : start - self._ahead_from + size]
         if start < 0 or start + size > self._source.size:
             raise self._error(f"the zip archive points at byte {start + size}; the file ends at {self._source.size}")
         buffer = bytearray(size)
         self._source.readinto(start, memoryview(buffer))
         return buffer
+
+    def _kept(self, start: int, size: int) -> bool:
+        return self._ahead_from <= start <= start + size <= self._ahead_from + len(self._ahead)
 
     def _error(self, detail: str) -> FileError:
         return FileError(detail, path=self.path)
