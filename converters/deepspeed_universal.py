@@ -71,8 +71,10 @@ def _read(folder: Path, files: Files, masters: bool) -> Checkpoint:
     entries: dict[str, dict[str, Any]] = {}
     sizes: dict[str, tuple[int, ...]] = {}
     for number, names in enumerate(shapes):
+        held = {name: dict(_slots(folder / "zero" / name, shape, files)) for name, shape in names.items()}
+        _check_alike(held, folder / "zero")
         for name, shape in names.items():
-            slots = dict(_slots(folder / "zero" / name, shape, files))
+            slots = held[name]
             master = slots.pop(MASTER, None)
             sizes[name] = next((s.shape for s in (*slots.values(), master) if isinstance(s, Tensor) and s.shape), shape)
             if not slots:  # only a weight: it never got a gradient
@@ -151,6 +153,28 @@ def _slots(folder: Path, shape: tuple[int, ...], files: Files) -> Iterator[tuple
         if isinstance(value, Tensor) and value.shape and len(value.shape) == 1 and len(shape) != 1:
             value = _shaped(value, shape, path)
         yield path.stem, value
+
+
+def _check_alike(group: Mapping[str, Mapping[str, Any]], folder: Path) -> None:
+    """Raise ``FileError`` for parameters of a group with other slots or another step than the first of them has.
+
+    The group was one flat tensor per slot, with one step: such files are missing, or of another checkpoint.
+    """
+    stepped = {name: slots for name, slots in group.items() if slots.keys() - {MASTER}}
+    first, expected = next(iter(stepped.items()), ("", {}))
+    for name, slots in stepped.items():
+        for slot in expected.keys() ^ slots.keys():
+            lacking, having = (first, name) if slot in slots else (name, first)
+            raise FileError(f"missing: '{having}' has this slot", path=folder / lacking / f"{slot}.pt")
+        ours, theirs = (_number(step) if isinstance(step := s.get("step"), Tensor) else step for s in (expected, slots))
+        if ours != theirs:
+            raise FileError(
+                f"is {theirs!r}, where '{first}' has {ours!r}: files of different steps", path=folder / name / "step.pt"
+            )
+
+
+def _number(tensor: Tensor) -> Any:
+    return Scalar(tensor.dtype, bytes(tensor.bytes())).item()
 
 
 def _shaped(tensor: Tensor, shape: tuple[int, ...], path: Path) -> Tensor:

@@ -14,7 +14,7 @@ from lora_state_format.converters import torch_optimizer
 from lora_state_format.container import open_state, write
 from lora_state_format.conversion import convert
 from lora_state_format.errors import OptionError, UnrepresentableError
-from lora_state_format.foreign.quantised import _bound, dequantize
+from lora_state_format.foreign.quantised import _bound, _e4m3, dequantize
 from lora_state_format.model import Naming, OptimizerState, Parameter, PositionalState, Role
 
 pytestmark = [pytest.mark.frameworks, pytest.mark.filterwarnings("ignore")]
@@ -88,6 +88,24 @@ def test_the_bound_holds_and_is_nearly_reached(signed: bool) -> None:
     largest = values.reshape(-1, 256).abs().amax(1).repeat_interleave(256)
     error = (bnb.dequantize_blockwise(codes, how) - values).abs() / largest
     bound = _bound(table.numpy())
+    assert 0.9 * bound < error.max().item() <= bound
+
+
+@pytest.mark.parametrize("kind", ["8bit", "4bit", "Fp8"])
+@pytest.mark.parametrize("signed", [True, False])
+def test_the_bound_holds_for_torchao_too(kind: str, signed: bool) -> None:
+    import torchao.optim.subclass_4bit
+    import torchao.optim.subclass_8bit
+    import torchao.optim.subclass_fp8
+
+    modules = {"8bit": "subclass_8bit", "4bit": "subclass_4bit", "Fp8": "subclass_fp8"}
+    tensor_class = getattr(getattr(torchao.optim, modules[kind]), f"OptimState{kind}")
+    values = torch.linspace(-1.0 if signed else 0.0, 1.0, 1 << 16)
+    quantised = tensor_class.zeros(values.shape, *(() if kind == "Fp8" else (signed,)), block_size=256)
+    quantised.copy_(values)
+    largest = values.reshape(-1, 256).abs().amax(1).repeat_interleave(256)
+    error = (quantised.dequantize() - values).abs() / largest
+    bound = _bound(_e4m3() if kind == "Fp8" else quantised.qmap.numpy())
     assert 0.9 * bound < error.max().item() <= bound
 
 

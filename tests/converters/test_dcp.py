@@ -170,6 +170,21 @@ def test_a_truncated_rank_file_is_named(fsdp: Callable[[str], Path], tmp_path: P
     assert str(error.value).startswith(f"{cut}: is cut short: {cut.stat().st_size} bytes, where .metadata places '")
 
 
+def test_files_of_another_number_of_ranks_are_refused(fsdp: Callable[[str], Path], tmp_path: Path) -> None:
+    """The list of three ranks beside the files of two, and a file of three ranks beside the list of two."""
+    folder = copied(fsdp("nested"), tmp_path)
+    shutil.copy(fsdp("three") / ".metadata", folder)
+    with pytest.raises(FileError) as fewer:
+        dcp.read(folder)
+    assert str(fewer.value).startswith(f"{folder / '__'}")
+    folder = copied(fsdp("nested"), tmp_path / "more")
+    shutil.copy(fsdp("three") / "__1_0.distcp", folder)
+    with pytest.raises(FileError) as more:
+        convert(folder, tmp_path / "optimizer.safetensors")
+    assert str(more.value).startswith(f"{folder / '__1_0.distcp'}: ")
+    assert not (tmp_path / "optimizer.safetensors").exists()
+
+
 def test_files_of_two_steps_are_refused(fsdp: Callable[[str], Path], tmp_path: Path) -> None:
     """As far as it can be told: where more than one file holds steps, which takes three ranks."""
     folder = copied(fsdp("three"), tmp_path)

@@ -134,3 +134,24 @@ def test_damaged_folders_are_refused_by_name(universal: Callable[[str], Path], t
     with pytest.raises(FileError) as missing:
         deepspeed_universal.read(folder)
     assert str(missing.value) == f"{slot.parent}: missing: the model's file names a parameter of this name"
+
+
+def test_files_of_two_steps_are_refused(universal: Callable[[str], Path], tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(universal("1-bf16"), tmp_path / "copy"))
+    step = folder / "zero" / "norm.bias" / "step.pt"
+    held = torch.load(step)
+    torch.save(held + 3, step)
+    with pytest.raises(FileError) as mixed:
+        deepspeed_universal.read(folder)
+    assert str(mixed.value) == f"{step}: is 6.0, where 'norm.weight' has 3.0: files of different steps"
+
+
+@pytest.mark.parametrize("name", ["norm.weight", "norm.bias"])
+def test_a_missing_slot_is_named(universal: Callable[[str], Path], tmp_path: Path, name: str) -> None:
+    folder = Path(shutil.copytree(universal("1-bf16"), tmp_path / "copy"))
+    slot = folder / "zero" / name / "exp_avg_sq.pt"
+    slot.unlink()
+    with pytest.raises(FileError) as missing:
+        deepspeed_universal.read(folder)
+    other = "norm.bias" if name == "norm.weight" else "norm.weight"
+    assert str(missing.value) == f"{slot}: missing: '{other}' has this slot"

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -115,7 +117,12 @@ def test_lightning_resumes_from_what_is_written(run: Any, tmp_path: Path) -> Non
     again.fit(resumed, ckpt_path=tmp_path / "written.ckpt")
     written = torch.load(tmp_path / "written.ckpt", weights_only=True)
     original = torch.load(path, weights_only=True)
-    assert written.keys() == original.keys()
+    zeros = torch.load(tmp_path / "zeros.ckpt", weights_only=True)
+    assert list(written) == list(zeros)
+    for key in zeros.keys() - {"optimizer_states", "state_dict"}:
+        assert written[key] == zeros[key], key
+    for name, weight in zeros["state_dict"].items():
+        assert torch.equal(written["state_dict"][name], weight)
     for ours, theirs, live in zip(
         written["optimizer_states"], original["optimizer_states"], again.optimizers, strict=True
     ):
@@ -124,6 +131,28 @@ def test_lightning_resumes_from_what_is_written(run: Any, tmp_path: Path) -> Non
             for slot, value in slots.items():
                 assert torch.equal(ours["state"][identity][slot], value)
                 assert torch.equal(live.state_dict()["state"][identity][slot], value)
+
+
+def test_callbacks_that_are_keyed_by_their_classes(run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lightning before 1.5 wrote them so, and ``weights_only`` refuses it; it is read, and written back the same."""
+    path, _, ran, _ = run
+    module = ModuleType("pytorch_lightning.callbacks.model_checkpoint")
+    kind = type("ModelCheckpoint", (), {"__module__": module.__name__})
+    module.ModelCheckpoint = kind  # type: ignore[attr-defined]
+    for name in ("pytorch_lightning", "pytorch_lightning.callbacks"):
+        monkeypatch.setitem(sys.modules, name, ModuleType(name))
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    tree = torch.load(path, weights_only=True)
+    torch.save({**tree, "callbacks": {kind: {"best_model_score": torch.ones(2)}}}, tmp_path / "old.ckpt")
+
+    names = [f"p{number}" for number in range(sum(len(g["params"]) for o in ran.optimizers for g in o.param_groups))]
+    with read(tmp_path / "old.ckpt", names=names) as state:
+        lightning.write(state, tmp_path / "written.ckpt", base=tmp_path / "old.ckpt", force=False)
+    written = torch.load(tmp_path / "written.ckpt", weights_only=False)
+    assert torch.equal(written["callbacks"][kind]["best_model_score"], torch.ones(2))
+    for ours, theirs in zip(written["optimizer_states"], tree["optimizer_states"], strict=True):
+        assert ours["param_groups"] == theirs["param_groups"]
+        assert ours["state"].keys() == theirs["state"].keys()
 
 
 def test_it_needs_a_base_with_as_many_optimizers(run: Any, tmp_path: Path) -> None:
