@@ -14,6 +14,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final, Literal, TypeAlias
 
+from lora_state_format.collector import paused
 from lora_state_format.errors import BindError, ConversionError, OptionError
 from lora_state_format.live import LiveGroup, LiveOptimizer, LiveParameter, Problem
 from lora_state_format.model import OptimizerState, Parameter, Role, Slot, Value
@@ -147,6 +148,7 @@ class LoadPlan:
         return "\n".join(lines)
 
 
+@paused()
 def plan(
     state: OptimizerState,
     live: LiveOptimizer,
