@@ -2,18 +2,28 @@
 
 Names, shapes, trainability and module classes are exact for the versions that are installed. What a run changed by hand
 after ``get_peft_model`` (a layer unfrozen, say) is in no config.
+
+Configs are files from strangers, and these libraries trust them further than that: one may name code to import or to
+fetch, weights to load, a billion layers, a pattern that takes for ever. None of it gets that far.
 """
 
 from __future__ import annotations
 
+import contextlib
+import json
 import os
+import re
+import signal
+import tempfile
+import threading
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 import torch
 
-from lora_state_format.errors import ConversionError, MissingDependencyError
+from lora_state_format.errors import ConversionError, FileError, MissingDependencyError
 from lora_state_format.foreign.folders import read_json_object
 from lora_state_format.model import Parameter
 from lora_state_format.names import peft_key, split_adapter
@@ -38,8 +48,27 @@ HEADS: Final = {
 }
 """PEFT's task types, and the class of transformers that has the head for it."""
 
-UNNEEDED: Final = {"inference_mode": False, "init_lora_weights": True, "prompt_tuning_init": "RANDOM"}
-"""Members of an adapter's configuration that would freeze it, or ask for weights or a tokenizer to start it from."""
+UNNEEDED: Final = {
+    "inference_mode": False,
+    "init_lora_weights": True,
+    "megatron_config": None,
+    "prompt_tuning_init": "RANDOM",
+}
+"""Members of an adapter's configuration that would freeze it, ask for weights or a tokenizer to start it from, or name
+a module to import."""
+
+LOADING: Final = ("SHADOW", "XLORA")
+"""Adapters that are made of other checkpoints."""
+
+CODE: Final = ("auto_map", "configuration_files", "_attn_implementation", "attn_implementation")
+"""Members of a model's configuration, or of one within it, that name code or other files; no shape depends on them."""
+
+MANY: Final = re.compile("layer|label|expert|depth|num_blocks")
+MAX_MANY: Final = 1 << 14
+"""What is built one by one, and of which a model has this many at most."""
+
+MAX_SECONDS: Final = 120
+"""Of processor time: 80 layers with adapters take one, 3,000 experts that are modules of their own eleven."""
 
 
 def rebuild(folder: str | os.PathLike[str], adapter_config: str | os.PathLike[str] | None = None) -> list[Described]:
@@ -47,12 +76,14 @@ def rebuild(folder: str | os.PathLike[str], adapter_config: str | os.PathLike[st
 
     They stand in ``named_parameters()`` order, frozen ones too; their dtypes are unknown. ``adapter_config`` is the
     adapter's configuration where it lies elsewhere. No weights are read, no code of the checkpoint is run, nothing is
-    fetched. Raises ``MissingDependencyError`` without transformers and peft, ``FileError`` for a configuration that is
-    no JSON object, ``ConversionError`` for one that these do not know.
+    fetched; ``MAX_SECONDS`` are the limit, where this is the main thread. Raises ``MissingDependencyError`` without
+    transformers and peft, ``FileError`` for a configuration that is no JSON object or describes too much,
+    ``ConversionError`` for one that these do not know.
     """
     folder = Path(folder)
     adapter = Path(adapter_config) if adapter_config else folder / ADAPTER_CONFIG
     try:
+        import huggingface_hub.constants
         import peft
         import transformers
     except ImportError as error:
@@ -64,18 +95,17 @@ def rebuild(folder: str | os.PathLike[str], adapter_config: str | os.PathLike[st
         base = (members or {}).get("base_model_name_or_path")
         named = f" of the base model, {base}," if base else ""
         raise ConversionError(f"{folder}: has no {CONFIG}; put that{named} beside {ADAPTER_CONFIG}")
-    with warnings.catch_warnings():
+    described = _bare(read_json_object(folder / CONFIG), folder / CONFIG)
+    with warnings.catch_warnings(), _replaced(huggingface_hub.constants, "HF_HUB_OFFLINE", True):
         warnings.simplefilter("ignore")
         try:
-            config = transformers.AutoConfig.from_pretrained(
-                str(folder), trust_remote_code=False, local_files_only=True, attn_implementation="eager"
-            )
-            tuned = None if members is None else _adapter(peft, members)
-            with torch.device("meta"):
+            with _limited(MAX_SECONDS), torch.device("meta"):
+                config = _model_config(transformers, described)
+                tuned = None if members is None else _adapter(peft, members)
                 model = _class(transformers, config, tuned)(config)
                 if tuned is not None:
                     model = peft.get_peft_model(model, tuned, low_cpu_mem_usage=True)
-        except (ValueError, TypeError, KeyError, AttributeError, NotImplementedError, RuntimeError) as error:
+        except (Exception, _TooLongError) as error:  # these libraries raise what they like
             raise ConversionError(
                 f"{folder}: transformers {transformers.__version__} and peft {peft.__version__} cannot build a model "
                 f"from its configs: {error}"
@@ -106,10 +136,68 @@ def describe(model: Models) -> list[Described]:
     return result
 
 
+def _bare(value: Any, path: Path) -> Any:
+    """A configuration without what names code. Raises ``FileError`` for more of something than a model has."""
+    if isinstance(value, list):
+        return [_bare(item, path) for item in value]
+    if not isinstance(value, dict):
+        return value
+    for key, item in value.items():
+        if isinstance(item, int) and item > MAX_MANY and MANY.search(key):
+            raise FileError(f"'{key}' is {item}, more than {MAX_MANY}", path=path)
+    return {key: _bare(item, path) for key, item in value.items() if key not in CODE}
+
+
+class _TooLongError(BaseException):
+    """Not an ``Exception``: what is being interrupted must not take it for one of its own."""
+
+
+@contextlib.contextmanager
+def _limited(seconds: float) -> Iterator[None]:
+    """Raise ``_TooLongError`` in a block that takes more processor time; only in the main thread, which has signals."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(*_: object) -> None:
+        raise _TooLongError(f"it takes more than {seconds} s")
+
+    before = signal.signal(signal.SIGVTALRM, stop)
+    signal.setitimer(signal.ITIMER_VIRTUAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_VIRTUAL, 0)
+        signal.signal(signal.SIGVTALRM, before)
+
+
+@contextlib.contextmanager
+def _replaced(holder: Any, name: str, value: Any) -> Iterator[None]:
+    before = getattr(holder, name)
+    setattr(holder, name, value)
+    try:
+        yield
+    finally:
+        setattr(holder, name, before)
+
+
+def _model_config(transformers: Any, described: dict[str, Any]) -> Any:
+    """The model's configuration, from a folder that holds nothing else."""
+    if "model_type" not in described:
+        raise ValueError(f"{CONFIG} has no model_type")
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder, CONFIG).write_text(json.dumps(described))
+        return transformers.AutoConfig.from_pretrained(
+            folder, trust_remote_code=False, local_files_only=True, attn_implementation="eager"
+        )
+
+
 def _adapter(peft: Any, members: dict[str, Any]) -> PeftConfig:
     """The adapter's configuration, made to train and to start from nothing."""
     if members.get("peft_type") not in peft.PEFT_TYPE_TO_CONFIG_MAPPING:
         raise ValueError(f"adapters of type {members.get('peft_type')!r} are not known")
+    if members["peft_type"] in LOADING:
+        raise ValueError(f"an adapter of type {members['peft_type']} is made of other checkpoints, which are not read")
     needed = {**members, **{key: value for key, value in UNNEEDED.items() if key in members}}
     config: PeftConfig = peft.PeftConfig.from_peft_type(**needed)
     return config

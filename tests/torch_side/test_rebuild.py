@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -219,12 +218,95 @@ def test_errors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     )
 
 
-def test_a_checkpoints_code_is_not_run(tmp_path: Path) -> None:
-    """``auto_map`` names code of the folder; it stays unread, whether the model type is known or not."""
-    members = {"model_type": "nosuch", "architectures": ["Mine"], "auto_map": {"AutoConfig": "mine.Config"}}
-    (tmp_path / "config.json").write_text(json.dumps(members))
-    (tmp_path / "mine.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
-    with pytest.raises(ConversionError):
+TINY = {"model_type": "qwen2", **SIZES, "architectures": ["Qwen2ForCausalLM"]}
+LORA = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": 4, "target_modules": ["q_proj"]}
+
+
+def hostile(folder: Path, config: dict[str, Any], adapter: dict[str, Any] | None = None) -> Path:
+    """A folder of configs beside a module that tells when it is imported."""
+    (folder / "config.json").write_text(json.dumps(config))
+    if adapter is not None:
+        (folder / "adapter_config.json").write_text(json.dumps(adapter))
+    (folder / "mine.py").write_text(f"open({str(folder / 'ran')!r}, 'w')")
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("config", "adapter"),
+    [
+        ({"model_type": "nosuch", "architectures": ["Mine"], "auto_map": {"AutoConfig": "mine.Config"}}, None),
+        ({**TINY, "model_type": "t5", "auto_map": {"AutoModelForCausalLM": "mine.Model"}}, LORA),
+        (TINY, {**LORA, "auto_mapping": {"base_model_class": "Mine", "parent_library": "mine"}, "task_type": "MINE"}),
+        (TINY, {**LORA, "peft_type": "XLORA", "adapters": {"0": "."}}),
+        (TINY, {**LORA, "peft_type": "SHADOW", "shadow_model": "."}),
+        ({"model_type": "dpt", "architectures": ["DPTForDepthEstimation"], "use_pretrained_backbone": True,
+          "backbone": "some/where"}, None),
+    ],
+    ids=range(6),
+)  # fmt: skip
+def test_a_config_that_needs_code_or_other_files_is_refused(
+    config: dict[str, Any], adapter: dict[str, Any] | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = hostile(tmp_path, config, adapter)
+    before = sorted(folder.rglob("*"))
+    monkeypatch.syspath_prepend(str(folder))
+    # Whoever asks, at a terminal too, whether to run a checkpoint's code gets no answer.
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("it asks"))
+    with pytest.raises(ConversionError, match="cannot build a model from its configs"):
+        rebuild(folder)
+    assert sorted(folder.rglob("*")) == before
+
+
+@pytest.mark.parametrize(
+    "members",
+    [
+        {"auto_map": {"AutoConfig": "mine.Config", "AutoModelForCausalLM": "mine.Model"}},
+        {"auto_map": 3},
+        {"configuration_files": ["config.4.0.0.json"]},
+        {"_attn_implementation": "kernels-community/flash-attn"},
+        {"attn_implementation": "some/where"},
+    ],
+    ids=range(5),
+)
+def test_what_names_code_changes_nothing(members: dict[str, Any], tmp_path: Path) -> None:
+    expected = rebuild(hostile(tmp_path, TINY, LORA))
+    found = rebuild(hostile(tmp_path, {**TINY, **members}, {**LORA, "megatron_config": {}, "megatron_core": "mine"}))
+    assert found == expected
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize(
+    "members", [{"num_hidden_layers": 10**9}, {"num_labels": 10**9}, {"text_config": {"num_experts": 16385}}], ids=str
+)
+def test_counts_that_no_model_has(members: dict[str, Any], tmp_path: Path) -> None:
+    config = hostile(tmp_path, {**TINY, **members}) / "config.json"
+    ((key, count),) = members.get("text_config", members).items()
+    with pytest.raises(FileError) as caught:
         rebuild(tmp_path)
-    shutil.rmtree(tmp_path / "__pycache__", ignore_errors=True)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["config.json", "mine.py"]
+    assert str(caught.value) == f"{config}: '{key}' is {count}, more than 16384"
+
+
+@pytest.mark.parametrize(
+    "members",
+    [{"target_modules": "(([a-z0-9_.])+)+!"}, {"layer_replication": [[0, 2]] * 100_000}],
+    ids=["re", "copies"],
+)
+def test_what_takes_for_ever_is_stopped(
+    members: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lora_state_format.torch.rebuild.MAX_SECONDS", 1)
+    rebuild(hostile(tmp_path, TINY, LORA))
+    with pytest.raises(ConversionError, match="cannot build a model from its configs: it takes more than 1 s"):
+        rebuild(hostile(tmp_path, TINY, {**LORA, **members}))
+
+
+@pytest.mark.parametrize(
+    "members",
+    [{"hidden_size": 10**400}, {"hidden_size": "x"}, {"num_attention_heads": 0}, {"num_hidden_layers": -1},
+     {"model_type": []}, {"architectures": [1]}, {"architectures": ["pipeline"]}, {"rope_parameters": 3},
+     {"hidden_act": "os.system"}, {"dtype": "load"}, {"experts_implementation": "kernels-community/x"}],
+    ids=str,
+)  # fmt: skip
+def test_what_these_libraries_raise_is_said_in_words(members: dict[str, Any], tmp_path: Path) -> None:
+    with pytest.raises(ConversionError, match="cannot build a model from its configs"):
+        rebuild(hostile(tmp_path, {**TINY, **members}))
