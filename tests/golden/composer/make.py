@@ -35,7 +35,7 @@ optimizer = torch.optim.AdamW(
 data = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(torch.randn(12, 7), torch.randn(12, 3)), batch_size=4)
 trainer = Trainer(
     model=model, train_dataloader=data, max_duration="1ep", optimizers=optimizer, device="cpu", save_folder=str(out),
-    save_interval="1ep", run_name="golden", progress_bar=False,
+    save_interval="1ep", run_name="golden", progress_bar=False, seed=0,
 )
 trainer.fit()
 names = {id(p): n for n, p in model.named_parameters()}

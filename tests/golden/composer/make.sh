@@ -1,51 +1,7 @@
 #!/bin/bash
-# Makes the files beside this script anew, in an environment of its own.
-set -euo pipefail
-cd "$(dirname "$0")"
-venv=${VENV:-$(mktemp -d)}
-[ -x "$venv/bin/python" ] && [ -n "${VENV:-}" ] || {
-    python3.11 -m venv "$venv"
-    "$venv/bin/pip" install --quiet torch==2.13.0 "numpy<2.3" omegaconf boto3 torchmetrics coolname psutil importlib_metadata py-cpuinfo requests tqdm pillow
-    "$venv/bin/pip" install --quiet --no-deps mosaicml==0.32.1 mcli lazy_importer
-}
-cat > "$("$venv/bin/python" -c 'import site; print(site.getsitepackages()[0])')/torchvision.py" <<'EOF'
-"""Stands in for torchvision, which is imported and not used."""
-import sys, types
-
-__path__ = []
-__version__ = "0.0"
-
-
-class Module(types.ModuleType):
-    __path__ = []
-
-    def __getattr__(self, name):
-        if name.startswith("__"):
-            raise AttributeError(name)
-        return type(name, (), {})
-
-
-class Finder:
-    def find_spec(self, name, path=None, target=None):
-        from importlib.machinery import ModuleSpec
-
-        return ModuleSpec(name, self, is_package=True) if name.startswith("torchvision.") else None
-
-    def create_module(self, spec):
-        return Module(spec.name)
-
-    def exec_module(self, module):
-        pass
-
-
-sys.meta_path.insert(0, Finder())
-
-
-def __getattr__(name):
-    if name.startswith("__"):
-        raise AttributeError(name)
-    return Module("torchvision." + name)
-EOF
-rm -rf files
-OMP_NUM_THREADS=1 "$venv/bin/python" -W ignore make.py files
-"$venv/bin/pip" list --format=freeze | grep -iE '^(torch|mosaicml|numpy|torchmetrics)==' > versions.txt
+# Makes the files beside this script anew, with Composer 0.32.1 on torch 2.13.0, of which it wants one before 2.7.1.
+source "$(dirname "$0")/../environment.sh"
+install torch==2.13.0 "numpy<2.3" omegaconf boto3 torchmetrics coolname psutil importlib_metadata py-cpuinfo requests \
+    tqdm pillow
+install --no-deps mosaicml==0.32.1 mcli lazy_importer
+make "torch|mosaicml|numpy|torchmetrics"
