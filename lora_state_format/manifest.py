@@ -103,7 +103,7 @@ NESTED: Final = "$nested"
 """Where ``OptimizerState.unknown`` lists members that cannot be kept."""
 
 Fail: TypeAlias = "Callable[[str], FileError]"
-MakeSlot: TypeAlias = "Callable[[str, Role], Slot]"
+MakeSlot: TypeAlias = "Callable[[str, Role], Value]"
 
 
 # --- typed values -------------------------------------------------------------------------------------------------
@@ -378,37 +378,56 @@ def _encode_weights(parameters: Iterable[Parameter]) -> dict[str, Any] | None:
 # --- a state from a manifest --------------------------------------------------------------------------------------
 
 
+class _Blank(NamedTuple):
+    """A slot of a tree that many parameters share: it has no tensor yet."""
+
+    label: str
+    role: Role
+
+
+class _Tree(NamedTuple):
+    """A slot tree, decoded and checked, and the labels and roles in it."""
+
+    value: dict[str, Value]
+    labels: list[tuple[str, Role]]
+
+
 class SlotTree(Mapping[str, Value]):
-    """A parameter's slots, decoded from the shared tree when they are first asked for. The tree has been checked."""
+    """A parameter's slots: those of the shared tree, each made for this parameter when it is first asked for."""
 
-    __slots__ = ("_made", "_owner", "_tensor", "_tree")
+    __slots__ = ("_made", "_owner", "_shared", "_tensor")
 
-    def __init__(self, owner: str, tree: Any, tensor: Callable[[str], Tensor]) -> None:
+    def __init__(self, owner: str, shared: dict[str, Value], tensor: Callable[[str], Tensor]) -> None:
         self._owner = owner
-        self._tree = tree
+        self._shared = shared
         self._tensor = tensor
-        self._made: dict[str, Value] | None = None
+        self._made: dict[str, Value] = {}
 
-    def _get(self) -> dict[str, Value]:
-        if self._made is None:
-            made = decode_value(
-                self._tree, FileError, lambda label, role: Slot(self._tensor(tensor_key(self._owner, label)), role)
-            )
-            assert isinstance(made, dict)
-            self._made = made
-        return self._made
+    def _own(self, value: Value) -> Value:
+        if isinstance(value, _Blank):
+            return Slot(self._tensor(tensor_key(self._owner, value.label)), value.role)
+        if isinstance(value, dict):
+            return {key: self._own(item) for key, item in value.items()}
+        if isinstance(value, (list, tuple)):
+            return type(value)(map(self._own, value))
+        return value
 
     def __getitem__(self, key: str) -> Value:
-        return self._get()[key]
+        if key not in self._made:
+            self._made[key] = self._own(self._shared[key])
+        return self._made[key]
+
+    def __contains__(self, key: object) -> bool:
+        return key in self._shared
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._get())
+        return iter(self._shared)
 
     def __len__(self) -> int:
-        return len(self._get())
+        return len(self._shared)
 
     def __repr__(self) -> str:
-        return repr(self._get())
+        return repr(dict(self))
 
 
 class Shaped(Protocol):
@@ -436,13 +455,14 @@ def decode(
     minor = reader.version(members)
     unknown = reader.members(members, strict=minor <= VERSION[1])
     naming = members["naming"]
-    parameters = _decode_parameters(reader, members, stored, tensor)
+    shared = _tree(reader, "manifest.globals", members.get("globals", {}))
+    parameters = _decode_parameters(reader, members, shared.labels, stored, tensor)
     state = OptimizerState(
         optimizers=tuple(Optimizer(item["class"], item.get("id")) for item in members["optimizers"]),
         groups=_decode_groups(reader, members, len(parameters)),
         parameters=parameters,
         naming=Naming(naming["source"], naming.get("rule"), reader.mapping(naming, "details", "naming")),
-        globals=SlotTree(GLOBALS, members.get("globals", {}), tensor),
+        globals=SlotTree(GLOBALS, shared.value, tensor),
         origin=reader.mapping(members, "origin"),
         extra=reader.mapping(members, "extra"),
         extensions=_decode_extensions(reader, members),
@@ -596,12 +616,16 @@ def _decode_groups(reader: _Reader, members: dict[str, Any], parameters: int) ->
 
 
 def _decode_parameters(
-    reader: _Reader, members: dict[str, Any], stored: Mapping[str, Shaped], tensor: Callable[[str], Tensor]
+    reader: _Reader,
+    members: dict[str, Any],
+    shared: list[tuple[str, Role]],
+    stored: Mapping[str, Shaped],
+    tensor: Callable[[str], Tensor],
 ) -> tuple[Parameter, ...]:
-    trees = members["states"]
-    layouts = [_layout(reader, f"states[{index}]", tree) for index, tree in enumerate(trees)]
+    trees = [_tree(reader, f"states[{index}]", tree) for index, tree in enumerate(members["states"])]
     weights = _decode_weights(reader, members)
     parameters = []
+    owners = [(GLOBALS, shared)]
     shapes: dict[str, tuple[int, ...]] = {}
     for index, (item, digest) in enumerate(zip(members["parameters"], weights, strict=True)):
         _check_parameter(reader, item, index)
@@ -615,8 +639,9 @@ def _decode_parameters(
             if not 0 <= number < len(trees):
                 reader.natural(number, f"parameters[{index}].state")
                 raise reader.fail(f"parameters[{index}].state is {number}, the table holds {len(trees)}", "R16")
-            _check_tensors(reader, name, layouts[number], shape, stored)
-            state = SlotTree(name, trees[number], tensor)
+            owners.append((name, trees[number].labels))
+            _check_tensors(reader, *owners[-1], shape, stored)
+            state = SlotTree(name, trees[number].value, tensor)
         parameters.append(
             Parameter(
                 name,
@@ -630,13 +655,11 @@ def _decode_parameters(
                 original_id=_decode_id(reader, item["id"], index) if "id" in item else None,
             )
         )
-    shared = _layout(reader, "manifest.globals", members.get("globals", {}))
     _check_tensors(reader, GLOBALS, shared, None, stored)
     check_names(parameters, path=reader.path)
     # Names and labels differ, so no tensor was found twice, and a count tells whether all were found.
-    owners = [(item["name"], layouts[item["state"]]) for item in members["parameters"] if item["state"] is not None]
-    if len(shared) + sum(len(layout) for _, layout in owners) != len(stored):
-        named = {tensor_key(owner, label) for owner, layout in [*owners, (GLOBALS, shared)] for label, _ in layout}
+    if sum(len(labels) for _, labels in owners) != len(stored):
+        named = {tensor_key(owner, label) for owner, labels in owners for label, _ in labels}
         key = next(key for key in stored if key not in named)
         raise reader.fail(f"tensor {key!r} is in the header, not in the manifest", "R17")
     return tuple(parameters)
@@ -682,33 +705,33 @@ def check_names(parameters: Sequence[Parameter], *, path: object = None) -> None
             names.add(name)
 
 
-def _layout(reader: _Reader, where: str, tree: Any) -> list[tuple[str, Role]]:
-    """The labels and roles of a slot tree, which is decoded once to check it (R16, R17, R22)."""
+def _tree(reader: _Reader, where: str, tree: Any) -> _Tree:
+    """A slot tree, checked (R16, R17, R22)."""
     labels: list[tuple[str, Role]] = []
 
-    def slot(label: str, role: Role) -> Slot:
+    def slot(label: str, role: Role) -> _Blank:
         if not label or "/" in label:
             raise reader.fail(f"{where} has the label {label!r}: empty, or with '/' in it", "R17")
         labels.append((label, role))
-        return Slot(Tensor("U8", (0,), ()), role)
+        return _Blank(label, role)
 
     value = decode_value(tree, lambda detail: reader.fail(f"{where} holds {detail}", "R22"), slot)
     if not isinstance(value, dict) or not all(isinstance(key, str) for key in value):
         raise reader.fail(f"{where} is {_show(tree)}, expected a mapping with string keys", "R16")
     if len({label for label, _ in labels}) != len(labels):
         raise reader.fail(f"{where} has a label twice", "R17")
-    return labels
+    return _Tree(value, labels)
 
 
 def _check_tensors(
     reader: _Reader,
     owner: str,
-    layout: list[tuple[str, Role]],
+    labels: list[tuple[str, Role]],
     parameter: tuple[int, ...] | None,
     stored: Mapping[str, Shaped],
 ) -> None:
     """R17, R18: the header has the tensor of each label, in a shape that its role allows."""
-    for label, role in layout:
+    for label, role in labels:
         key = tensor_key(owner, label)
         if key not in stored:
             raise reader.fail(f"tensor {key!r} is in the manifest, not in the header", "R17")

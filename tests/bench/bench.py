@@ -1,0 +1,384 @@
+"""The budgets' table: what this package takes beside the plainest way to do the same.
+
+::
+
+    python tests/bench/bench.py [--megabytes 2048] [--rounds 9] [--folder /dev/shm] [--only NAME ...]
+
+AdamW over matrices of 2048 x 2048, so many megabytes of moments, in a folder that should be in memory: ``cp`` does not
+wait for a disk, and we do. With ``--megabytes 8192`` the folder takes 16 GB, and a process that saves 8 GB more. Every
+measurement is a process of its own, so that peaks are those of whole processes; what is compared takes turns, in
+rotated order. A table in Markdown is printed: minimum and median of the seconds, and the median of the ratios to the
+yardstick of the same round. The exit code is 1 if a budget is missed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import platform
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Final, NamedTuple
+
+SIDE: Final = 2048
+CLI: Final = (sys.executable, "-m", "lora_state_format")
+
+
+class Case(NamedTuple):
+    """A contender: a command of its own, or a worker in this file, which times a part of itself."""
+
+    title: str
+    worker: str = ""
+    command: tuple[str, ...] = ()
+
+
+class Group(NamedTuple):
+    """What takes turns; the first one is the yardstick. ``budgets`` are for the others: ratio, and MiB of peak.
+
+    ``None`` is no budget. Where ``seconds`` are given they are the cases' budgets, and ``size`` is a number of
+    parameters. ``files`` are made before, by the worker ``make``.
+    """
+
+    name: str
+    cases: tuple[Case, ...]
+    budgets: tuple[tuple[float | None, int | None], ...] = ()
+    seconds: tuple[float | None, ...] = ()
+    files: tuple[str, ...] = ()
+
+
+# --- workers: each prepares, then returns what is timed -----------------------------------------------------------
+
+
+def trained(megabytes: int, *, stepped: bool = True) -> tuple[Any, Any]:
+    """A model, and AdamW over it with or without state."""
+    import torch
+
+    layers = max(megabytes * 2**20 // (2 * 4 * SIDE * SIDE), 1)
+    noise = torch.rand(SIDE, SIDE, generator=torch.Generator().manual_seed(0))
+    model = torch.nn.Sequential(*(torch.nn.Linear(SIDE, SIDE, bias=False, device="meta") for _ in range(layers)))
+    for layer in model:
+        layer.weight = torch.nn.Parameter(noise.clone())
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    for number, parameter in enumerate(model.parameters() if stepped else ()):
+        state = optimizer.state[parameter]
+        state["step"] = torch.tensor(3.0)
+        state["exp_avg"], state["exp_avg_sq"] = noise - number, noise + number
+    return model, optimizer
+
+
+def buffers(megabytes: int) -> list[Any]:
+    """The moments as NumPy arrays: what there is to write, whoever writes it."""
+    _, optimizer = trained(megabytes)
+    return [slot.numpy() for state in optimizer.state.values() for slot in state.values() if slot.ndim]
+
+
+def make(folder: Path, megabytes: int) -> Callable[[], Any]:
+    """The two files that others read."""
+    import torch
+
+    from lora_state_format.torch import save_optimizer
+
+    model, optimizer = trained(megabytes)
+    (folder / "names.txt").write_text("".join(f"{name}\n" for name, _ in model.named_parameters()), encoding="utf-8")
+    wanted = os.environ["FILES"].split()
+    if "pt" in wanted:
+        torch.save(optimizer.state_dict(), folder / "optimizer.pt")
+    if "named" in wanted:
+        save_optimizer(optimizer, model, folder / "optimizer.safetensors")
+    return lambda: None
+
+
+def raw_write(folder: Path, megabytes: int) -> Callable[[], Any]:
+    arrays = buffers(megabytes)
+
+    def run() -> None:
+        with (folder / "out").open("wb", buffering=0) as file:
+            for array in arrays:
+                view = memoryview(array).cast("B")
+                while len(view):
+                    view = view[file.write(view) :]
+            os.fsync(file.fileno())
+
+    return run
+
+
+def write(folder: Path, megabytes: int) -> Callable[[], Any]:
+    from lora_state_format import container
+    from lora_state_format.model import Group as Options
+    from lora_state_format.model import Naming, Optimizer, OptimizerState, Parameter, Role, Slot, contiguous
+    from lora_state_format.sources import Memory
+
+    slots = [Slot(contiguous("F32", array.shape, Memory(array)), Role.PARAM) for array in buffers(megabytes)]
+    parameters = tuple(
+        Parameter(f"{n}.weight", (SIDE, SIDE), {"exp_avg": slots[2 * n], "exp_avg_sq": slots[2 * n + 1]})
+        for n in range(len(slots) // 2)
+    )
+    state = OptimizerState((Optimizer(),), (Options(0, (), len(parameters)),), parameters, Naming("model"))
+    return lambda: container.write(state, folder / "out", force=True)
+
+
+def save(folder: Path, megabytes: int, *, weights: bool = True) -> Callable[[], Any]:
+    from lora_state_format.torch import save_optimizer
+
+    model, optimizer = trained(megabytes)
+    return lambda: save_optimizer(optimizer, model, folder / "out", weights=weights)
+
+
+def save_without_weights(folder: Path, megabytes: int) -> Callable[[], Any]:
+    return save(folder, megabytes, weights=False)
+
+
+def torch_save(folder: Path, megabytes: int) -> Callable[[], Any]:
+    import torch
+
+    _, optimizer = trained(megabytes)
+    return lambda: torch.save(optimizer.state_dict(), folder / "out")
+
+
+def save_file(folder: Path, megabytes: int) -> Callable[[], Any]:
+    from safetensors.torch import save_file
+
+    model, optimizer = trained(megabytes)
+    tensors = {
+        f"{name}/{key}": slot
+        for name, parameter in model.named_parameters()
+        for key, slot in optimizer.state[parameter].items()
+    }
+    return lambda: save_file(tensors, folder / "out")
+
+
+def dcp_save(folder: Path, megabytes: int) -> Callable[[], Any]:
+    from torch.distributed.checkpoint.state_dict_saver import save
+
+    warnings.filterwarnings("ignore", "torch.distributed is disabled")
+    _, optimizer = trained(megabytes)
+    return lambda: save({"optimizer": optimizer.state_dict()}, checkpoint_id=folder / "dcp", no_dist=True)
+
+
+def torch_load(folder: Path, megabytes: int) -> Callable[[], Any]:
+    import torch
+
+    _, optimizer = trained(megabytes, stepped=False)
+    return lambda: optimizer.load_state_dict(torch.load(folder / "optimizer.pt", weights_only=True))
+
+
+def load(folder: Path, megabytes: int) -> Callable[[], Any]:
+    from lora_state_format.torch import load_optimizer
+
+    model, optimizer = trained(megabytes, stepped=False)
+    return lambda: load_optimizer(optimizer, model, folder / "optimizer.safetensors")
+
+
+def read(folder: Path, megabytes: int) -> Callable[[], Any]:
+    """Every byte of the file into one buffer of a mebibyte."""
+
+    def run() -> None:
+        buffer = memoryview(bytearray(1 << 20))
+        with (folder / "optimizer.safetensors").open("rb", buffering=0) as file:
+            while file.readinto(buffer):
+                pass
+
+    return run
+
+
+def verify(folder: Path, megabytes: int) -> Callable[[], Any]:
+    from lora_state_format import container
+
+    return lambda: container.verify(folder / "optimizer.safetensors")
+
+
+def many(count: int) -> Any:
+    """A state of a mixture of experts: so many small LoRA matrices, two moments each."""
+    from lora_state_format.model import (
+        Digest,
+        Naming,
+        Optimizer,
+        OptimizerState,
+        Parameter,
+        Role,
+        Scalar,
+        Slot,
+        contiguous,
+    )
+    from lora_state_format.model import Group as Options
+    from lora_state_format.sources import Memory
+
+    data, parameters = Memory(bytes(64)), []
+    for number in range(count):
+        layer, expert = number // 2000, number // 4 % 500
+        module = f"layers.{layer}.mlp.experts.{expert}.{('gate', 'up')[number // 2 % 2]}_proj"
+        key = f"base_model.model.model.{module}.lora_{'AB'[number % 2]}"
+        slots = {name: Slot(contiguous("F32", (4, 4), data), Role.PARAM) for name in ("exp_avg", "exp_avg_sq")}
+        parameters.append(
+            Parameter(
+                name=f"{key}.default.weight",
+                shape=(4, 4),
+                state={"step": Scalar("F32", b"\0\0\x80\x3f"), **slots},
+                dtype="F32",
+                adapter="default",
+                keys={"peft": f"{key}.weight"},
+                weights=Digest("xxh3-128", "F32", f"{number:032x}"),
+            )
+        )
+    groups = (Options(0, (("lr", 1e-4),), count),)
+    return OptimizerState((Optimizer("torch.optim.adamw.AdamW"),), groups, tuple(parameters), Naming("model"))
+
+
+def write_many(folder: Path, count: int) -> Callable[[], Any]:
+    from lora_state_format import container
+
+    state = many(count)
+    return lambda: container.write(state, folder / f"many-{count}", force=True)
+
+
+def open_many(folder: Path, count: int) -> Callable[[], Any]:
+    from lora_state_format import container
+
+    return lambda: container.open_state(folder / f"many-{count}")
+
+
+def verify_many(folder: Path, count: int) -> Callable[[], Any]:
+    from lora_state_format import container
+
+    return lambda: container.verify(folder / f"many-{count}")
+
+
+def plan_many(folder: Path, count: int) -> Callable[[], Any]:
+    from lora_state_format import container
+    from lora_state_format.live import LiveGroup, LiveOptimizer, LiveParameter
+    from lora_state_format.plan import plan
+
+    state = container.open_state(folder / f"many-{count}")
+    live = LiveOptimizer(
+        state.optimizers,
+        (LiveGroup(0, state.groups[0].options, tuple(state)),),
+        {name: LiveParameter(name, parameter.shape, "F32") for name, parameter in state.items()},
+    )
+    return lambda: plan(state, live).check()
+
+
+# --- the table ----------------------------------------------------------------------------------------------------
+
+
+def groups(folder: Path) -> list[Group]:
+    source, target = str(folder / "optimizer.pt"), str(folder / "out")
+    convert = (*CLI, "convert", source, target, "--force", "--names", str(folder / "names.txt"))
+    inspect = (*CLI, "inspect", str(folder / "optimizer.safetensors"))
+    imports = (sys.executable, "-c", "import safetensors, click")
+    return [
+        Group("convert", (Case("`cp` of `optimizer.pt`", command=("cp", source, target)),
+                          Case("`lora-state convert optimizer.pt`", command=convert)), ((1.4, 96),), files=("pt",)),
+        Group("save", (Case("raw `write` of the moments", "raw_write"), Case("`write(state)` from memory", "write"),
+                       Case("`save_optimizer(weights=False)`", "save_without_weights"),
+                       Case("`save_optimizer`, with digests of the weights", "save"),
+                       Case("safetensors `save_file`", "save_file"), Case("`torch.save`", "torch_save"),
+                       Case("DCP `save`", "dcp_save")),
+              ((1.15, None), (1.15, None), (None, None), (None, None), (None, None), (None, None))),
+        Group("load", (Case("`torch.load` and `load_state_dict`", "torch_load"), Case("`load_optimizer`", "load")),
+              ((1.0, None),), files=("pt", "named")),
+        Group("verify", (Case("reading the file", "read"), Case("`verify`", "verify")), ((None, None),),
+              files=("named",)),
+        Group("inspect", (Case("`import safetensors, click`", command=imports),
+                          Case("`lora-state inspect`", command=inspect)), ((2.0, None),), files=("named",)),
+        Group("100,000 parameters", (Case("`open_state`", "open_many"), Case("`plan`", "plan_many"),
+                                     Case("`verify`", "verify_many"), Case("`write`", "write_many")),
+              seconds=(3.0, 2.0, None, None)),
+    ]  # fmt: skip
+
+
+def measured(case: Case, folder: Path, size: int) -> tuple[float, float]:
+    """Seconds, and MiB of the whole process at its peak."""
+    worker = (sys.executable, __file__, "--worker", case.worker, str(folder), str(size))
+    started = time.perf_counter()
+    process = subprocess.Popen(case.command or worker, stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    printed = process.stdout.read()
+    _, status, usage = os.wait4(process.pid, 0)
+    elapsed = time.perf_counter() - started
+    process.returncode = os.waitstatus_to_exitcode(status)
+    if process.returncode:
+        raise SystemExit(f"{case.title} failed")
+    for name in ("out", "dcp"):
+        path = folder / name
+        shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+    return float(printed) if case.worker else elapsed, usage.ru_maxrss / 1024
+
+
+def compared(group: Group, folder: Path, size: int, rounds: int) -> tuple[list[str], bool]:
+    """Rows of the table, and whether every budget was kept."""
+    found: list[list[tuple[float, float]]] = [[] for _ in group.cases]
+    for number in range(rounds):
+        order = [(number + k) % len(group.cases) for k in range(len(group.cases))]
+        for index in order:
+            found[index].append(measured(group.cases[index], folder, size))
+    rows, kept = [], True
+    for index, (case, own) in enumerate(zip(group.cases, found, strict=True)):
+        median, peak = statistics.median(seconds for seconds, _ in own), max(peak for _, peak in own)
+        ratio = statistics.median(a / b for (a, _), (b, _) in zip(own, found[0], strict=True))
+        most = group.seconds[index] if group.seconds else None
+        limit, room = group.budgets[index - 1] if index and group.budgets else (None, None)
+        budgets = [
+            (most, median, f"{most:.1f} s" if most else ""),
+            (limit, ratio, f"{limit:.2f}x" if limit else ""),
+            (room, peak, f"{room} MiB" if room else ""),
+        ]
+        shown = ", ".join(text + (": missed" if value > bound else "") for bound, value, text in budgets if bound)
+        kept &= "missed" not in shown
+        relative = "" if index == 0 or group.seconds else f"{ratio:.2f}x"
+        rows.append(
+            f"| {case.title} | {min(seconds for seconds, _ in own):.2f} | {median:.2f} | {relative} | "
+            f"{peak:,.0f} MiB | {shown} |"
+        )
+    return rows, kept
+
+
+def main() -> None:
+    options = argparse.ArgumentParser()
+    options.add_argument("--megabytes", type=int, default=2048)
+    options.add_argument("--rounds", type=int, default=9)
+    options.add_argument("--folder", type=Path, default=Path("/dev/shm"))
+    options.add_argument("--only", nargs="*")
+    chosen = options.parse_args()
+    print(
+        f"{chosen.megabytes} MB of moments, {chosen.rounds} rounds, {platform.system()} {platform.machine()}, "
+        f"{os.cpu_count()} cores, Python {platform.python_version()}, "
+        + ", ".join(f"{name} {version(name)}" for name in ("lora_state_format", "torch", "safetensors"))
+    )
+    kept = True
+    with tempfile.TemporaryDirectory(dir=chosen.folder) as name:
+        folder = Path(name)
+        os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # an installed package is compiled once
+        os.environ["PYTHONPYCACHEPREFIX"] = str(folder / "compiled")
+        wanted = [group for group in groups(folder) if chosen.only is None or group.name in chosen.only]
+        for group in wanted:
+            size = 100_000 if group.seconds else chosen.megabytes
+            os.environ["FILES"] = " ".join(group.files)
+            measured(Case("making the files", "write_many" if group.seconds else "make"), folder, size)
+            measured(group.cases[-1], folder, size)  # compiles what is imported
+            rows, good = compared(group, folder, size, chosen.rounds)
+            kept &= good
+            print(f"\n| {group.name} | min s | median s | ratio | peak | budget |\n|---|---|---|---|---|---|")
+            print("\n".join(rows), flush=True)
+    sys.exit(not kept)
+
+
+def work(name: str, folder: Path, size: int) -> None:
+    run = globals()[name](folder, size)
+    started = time.perf_counter()
+    run()
+    print(time.perf_counter() - started)
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["--worker"]:
+        work(sys.argv[2], Path(sys.argv[3]), int(sys.argv[4]))
+    else:
+        main()
