@@ -9,26 +9,37 @@ from __future__ import annotations
 import json
 import os
 import re
+import runpy
+import shutil
 import subprocess
 import sys
 import time
 import zipfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
 import pytest
 
-from lora_state_format import container, registry
+from lora_state_format import container, conversion, registry
 from lora_state_format.cli import run
 from lora_state_format.crc import Ledger
-from lora_state_format.errors import DigestError, FileError, RefusedError, UnknownFormatError, UnsupportedVersionError
+from lora_state_format.errors import (
+    DigestError,
+    FileError,
+    RefusedError,
+    StateFormatError,
+    UnknownFormatError,
+    UnsupportedVersionError,
+)
 from lora_state_format.foreign import dcp, flax, torch_save
 from lora_state_format.foreign.pickles import MAX_PICKLE, Record, load_plain
 from lora_state_format.model import Group, Naming, Optimizer, OptimizerState, Parameter, Role, Slot, Tensor, contiguous
 from lora_state_format.sources import Memory
 
 VECTORS: Final = Path(__file__).parent.parent / "spec" / "vectors"
+PICKLES: Final = runpy.run_path(os.fspath(Path(__file__).with_name("hostile_pickles.py")))["CASES"]
 SECONDS: Final = 5
 MEBIBYTES: Final = 512
 ODD: Final = "a\x1b[2J\x1b]0;title\x07\r\n\x00\x9b31m\u202eb"
@@ -472,6 +483,143 @@ def test_an_unknown_file_and_a_changed_one_have_their_own_errors(tmp_path: Path)
     with pytest.raises(DigestError) as caught:
         container.open_state(path)
     assert caught.value.rule == "R9"
+
+
+# --- every other command ------------------------------------------------------------------------------------------
+
+
+def damaged(change: Callable[[dict[str, Any]], None], folder: Path) -> None:
+    """A DCP folder whose metadata was changed."""
+    members = checkpoint(folder)
+    os.mkfifo(folder / "pipe")
+    (folder / "zero").symlink_to("/dev/zero")
+    change(members)
+    (folder / ".metadata").write_bytes(torch_save.dumps(Record(METADATA, "Metadata", state=members)))
+
+
+def of_each_kind() -> Iterator[tuple[str, str, Callable[[Path], object]]]:
+    """Inputs of every kind and for every rule: which one it is, the file's name, and what makes it at a path."""
+    state = "optimizer.safetensors"
+
+    def holding(make: Callable[[], bytes]) -> Callable[[Path], object]:
+        return lambda path: path.write_bytes(make())
+
+    for name, (make, rule) in HEADERS.items():
+        if "MB" not in name and "MiB" not in name and "million" not in name:
+            yield f"header {rule}", state, holding(make)
+    for vector in INVALID:
+        expected = json.loads(vector.read_text(encoding="utf-8"))
+        if "verify" not in expected and not vector.with_suffix("").is_dir():
+            yield f"vector {expected['rule']}", state, holding(vector.with_suffix(".safetensors").read_bytes)
+    for change, _, rule in MANIFESTS.values():
+        yield f"manifest {rule}", state, holding(partial(edited, change))
+    for name, (make, _, _) in MESSAGES.items():
+        if "million" not in name:
+            yield f"message {name}", "opt_state.msgpack", holding(make)
+    for name, (damage, _, _) in CHECKPOINTS.items():
+        if damage is not entangled:
+            yield f"checkpoint {name}", "checkpoint", partial(damaged, damage)
+    for case in PICKLES.values():
+        if len(case.make()) < 1 << 16:
+            yield re.sub(r"'[^']*'|\d+|, at byte.*", "", case.detail), "optimizer.pt", holding(case.make)
+    for name, place in PATHS.items():
+        if name != "100 GB of a pickle":  # of which as much is read as a pickle may have: a second each time
+            yield name, state, place
+
+
+SELECTED: Final[dict[str, tuple[str, Callable[[Path], object]]]] = {}
+for _kind, _name, _make in of_each_kind():
+    SELECTED.setdefault(_kind, (_name, _make))
+
+
+@pytest.mark.parametrize("kind", SELECTED)
+def test_commands(kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Each says what reading says, and no more."""
+    name, make = SELECTED[kind]
+    path, out, good = tmp_path / name, tmp_path / "out", VECTORS / "valid" / "example.safetensors"
+    make(path)
+    try:
+        before = listing(tmp_path)
+        with pytest.raises((StateFormatError, OSError)) as caught:
+            conversion.read(path)
+        expected = getattr(caught.value, "exit_code", 3)
+        assert expected == (1 if isinstance(caught.value, DigestError) else 3)
+        refused = expected, command(capsys, "inspect", path)[1]
+        for arguments in (
+            ["inspect", path], ["diff", path, good], ["diff", good, path], ["export", path, out, "--slot", "exp_avg"],
+            ["edit", path, out, "--set", "lr=1.0"], ["rename", path, out, "--rule", "a", "b"],
+            ["strip", path, out, "--slot", "exp_avg"], ["prune", path, out, "--match", "a"],
+            ["reset", path, out, "--match", "a"],
+        ):  # fmt: skip
+            assert command(capsys, *arguments) == refused, arguments
+        assert listing(tmp_path) == before
+    finally:
+        shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+
+
+# --- models to check against --------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    """A folder of configs."""
+    pytest.importorskip("peft")
+    members = {"model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"], "num_hidden_layers": 1}
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text(json.dumps(members))
+    return tmp_path / "model"
+
+
+def test_check(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """One of the files after the other, for a model that is in order."""
+    for name, make in SELECTED.values():
+        path = tmp_path / name
+        make(path)
+        try:
+            before = listing(tmp_path)
+            refused = command(capsys, "inspect", path)
+            assert refused[0] in (1, 3)
+            assert command(capsys, "check", path, "--model", model) == refused, name
+            assert listing(tmp_path) == before
+        finally:
+            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+
+
+CONFIGS: Final[dict[str, Callable[[Path], object]]] = {
+    **{name: PATHS[name] for name in ("pipe", "device", "empty", "link to itself", "100 GB of zeros", "empty folder")},
+    "deep": lambda path: path.write_text('{"a":' * 100_000 + "1" + "}" * 100_000),
+    "25 MB of arrays": lambda path: path.write_text('{"a":[' + "[],[[]]," * (25_000_000 // 8) + "0]}"),
+    "a list": lambda path: path.write_text("[]"),
+    "not UTF-8": lambda path: path.write_bytes(b'{"\xff": 1}'),
+    "a billion layers": lambda path: path.write_text('{"model_type": "qwen2", "num_hidden_layers": 1000000000}'),
+    "escapes": lambda path: path.write_text(
+        json.dumps({"model_type": ODD, "peft_type": ODD, "base_model_name_or_path": ODD, "num_layers": 10**9})
+    ),
+    "a key with escapes": lambda path: path.write_text(json.dumps({f"layer{ODD}": 10**9})),
+}
+
+
+@pytest.mark.parametrize("file", ["config.json", "adapter_config.json"])
+@pytest.mark.parametrize("name", CONFIGS)
+def test_configs(name: str, file: str, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """They name the parameters of what has positions, too, and may lie beside it."""
+    path, good = model / file, VECTORS / "valid" / "example.safetensors"
+    pickled = model / "optimizer.pt"
+    pickled.write_bytes(archived(state_dict()))
+    path.unlink(missing_ok=True)
+    CONFIGS[name](path)
+    try:
+        before = listing(tmp_path)
+        for arguments in (
+            ["check", good, "--model", model], ["check", pickled, "--model", model],
+            ["convert", model, tmp_path / "out"], ["convert", pickled, tmp_path / "out", "--names", model],
+        ):  # fmt: skip
+            code, said = command(capsys, *arguments)
+            assert code in (3, 4), arguments
+            assert said.count("error: ") == 1
+        assert listing(tmp_path) == before
+    finally:
+        path.rmdir() if path.is_dir() else path.unlink()
 
 
 # --- memory -------------------------------------------------------------------------------------------------------

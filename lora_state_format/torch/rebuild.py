@@ -90,7 +90,7 @@ def rebuild(folder: str | os.PathLike[str], adapter_config: str | os.PathLike[st
         raise MissingDependencyError(
             "names from configs need transformers and peft: pip install 'lora_state_format[peft]'"
         ) from error
-    members = read_json_object(adapter) if adapter.exists() else None
+    members = read_json_object(adapter) if os.path.lexists(adapter) else None
     if not (folder / CONFIG).exists():
         base = (members or {}).get("base_model_name_or_path")
         named = f" of the base model, {base}," if base else ""
