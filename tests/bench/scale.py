@@ -45,8 +45,8 @@ LLAMA_70B: Final = {
 SHARD: Final = 9_000_000_000
 """Bytes; the largest parameters have 8.4 GB of moments, a layer has 6.8."""
 SHARDS: Final = 66
-SIDE: Final = 1024
-"""Of the matrices in the sources of ``convert``."""
+COUNT, COLUMNS = 32, 1024
+"""Of the matrices in the sources of ``convert``; only their rows differ."""
 
 MOST: Final = 96
 """MiB that ``convert`` may take, whatever it converts."""
@@ -127,11 +127,11 @@ def moments(shape: tuple[int, ...]) -> dict[str, Any]:
 
 def source(folder: Path, megabytes: int) -> None:
     """An ``optimizer.pt`` of so many megabytes, and the parameters' names."""
-    count = max(round(megabytes * 1e6 / (8 * SIDE * SIDE)), 1)
-    group = {"lr": 1e-3, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.01, "params": list(range(count))}
-    state = {number: moments((SIDE, SIDE)) for number in range(count)}
+    shape = max(round(megabytes * 1e6 / (8 * COUNT * COLUMNS)), 1), COLUMNS
+    group = {"lr": 1e-3, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.01, "params": list(range(COUNT))}
+    state = {number: moments(shape) for number in range(COUNT)}
     save_sparse({"state": state, "param_groups": [group]}, folder / "optimizer.pt")
-    (folder / "names.txt").write_text("".join(f"layers.{number}.weight\n" for number in range(count)), "utf-8")
+    (folder / "names.txt").write_text("".join(f"layers.{number}.weight\n" for number in range(COUNT)), "utf-8")
 
 
 # --- workers: each prepares, then returns what is timed -----------------------------------------------------------
@@ -298,15 +298,16 @@ def model_part(folder: Path, rounds: int) -> None:
     made = measured(["make_model", str(folder), "0"])
     (what,) = made.printed
     held = sum(512 * path.stat().st_blocks for path in folder.iterdir())
-    inspect = [*CLI, "inspect", str(folder / "optimizer.safetensors.index.json")]
-    rows = {
+    inspect, verify = ([*CLI, name, str(folder / "optimizer.safetensors.index.json")] for name in ("inspect", "verify"))
+    steps = {
         "write it, with holes": made,
         "names and shapes from `config.json` (`rebuild`)": median(["rebuild_model", str(folder), "0"], rounds),
         "`open_state`": median(["open_model", str(folder), "0"], rounds),
         "`lora-state inspect`, the whole process": median(inspect, rounds),
         "`plan` for AdamW over the model on the meta device": median(["plan_model", str(folder), "0"], rounds),
+        "`lora-state verify`, which reads all of it": measured(verify),
     }
-    shown = ([title, f"{run.seconds:.2f}", f"{run.peak:,.0f}"] for title, run in rows.items())
+    shown = ([title, f"{run.seconds:.2f}", f"{run.peak:,.0f}"] for title, run in steps.items())
     table([f"AdamW of a 70B model: {what}; {held / 1e6:.1f} MB of disk", "s", "peak MiB"], *shown)
 
 
@@ -444,7 +445,7 @@ def main() -> None:
     charts = []
     with tempfile.TemporaryDirectory(dir=chosen.folder) as near, tempfile.TemporaryDirectory(dir=chosen.disk) as far:
         if "model" in chosen.only:
-            model_part(Path(far), chosen.rounds)
+            model_part(Path(near), chosen.rounds)
         if "sizes" in chosen.only:
             places = [(size, Path(near)) for size in chosen.gigabytes] + [(size, Path(far)) for size in chosen.large]
             converted, kept = sizes_part(places, chosen.rounds)
