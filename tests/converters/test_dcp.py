@@ -5,6 +5,7 @@ from __future__ import annotations
 import pickle
 import shutil
 from collections.abc import Callable
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,8 @@ from lora_state_format.container import open_state
 from lora_state_format.conversion import convert
 from lora_state_format.errors import FileError, RefusedError, TargetExistsError, UnrepresentableError
 from lora_state_format.foreign.dcp import open_folder, write_folder
-from lora_state_format.model import OptimizerState, PositionalState, Role
+from lora_state_format.model import OptimizerState, PositionalState, Role, contiguous
+from lora_state_format.sources import Memory
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -128,6 +130,24 @@ def test_what_is_written_is_what_torch_writes(fsdp: Callable[[str], Path], tmp_p
         if hasattr(described, "size"):
             assert ours.state_dict_metadata[key].size == described.size
             assert ours.state_dict_metadata[key].properties == described.properties
+
+
+@pytest.mark.parametrize("flattened", [False, True])
+@pytest.mark.parametrize("path", [(), ("app",), ("state", "optimizers", "AdamW")])
+def test_an_optimizer_may_stand_anywhere_in_the_tree(
+    fsdp: Callable[[str], Path], tmp_path: Path, assert_holds: Any, path: tuple[str, ...], flattened: bool
+) -> None:
+    """At the top as in torchtitan's folders, under a name, or deeper as in Composer's."""
+    with read(fsdp("flattened" if flattened else "nested")) as state:
+        dcp.write(state, tmp_path / "top", base=None, force=False, options={"key": "", "flattened": flattened})
+    with open_folder(tmp_path / "top") as top:
+        weights = {
+            ("model", name): contiguous("F32", p.shape, Memory(bytes(4 * prod(p.shape)))) for name, p in state.items()
+        }
+        write_folder({**{(*path, *key): value for key, value in top.entries.items()}, **weights}, tmp_path / "moved")
+    assert registry.detect(tmp_path / "moved")[0].NAME == "dcp"
+    with read(tmp_path / "moved") as moved:
+        assert_holds(moved, slots_of(live_of(fsdp("nested"))))
 
 
 def test_nothing_is_overwritten_and_nothing_foreign_deleted(fsdp: Callable[[str], Path], tmp_path: Path) -> None:

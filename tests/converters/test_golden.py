@@ -158,6 +158,28 @@ def test_an_old_public_composer_file_is_positional() -> None:
     assert all(slots == {"momentum_buffer": None} for slots in state.entries.values())
 
 
+@pytest.mark.parametrize(
+    ("optimizers", "model", "sign"),
+    [("optimizers", "model", "rank_zero_seed"), ("_optimizers", "_model", "_is_model_ddp_wrapped")],
+)
+def test_composers_older_layouts_are_positional(
+    tmp_path: Path, assert_holds: Any, optimizers: str, model: str, sign: str
+) -> None:
+    """As Composer laid them out before its ids were names, and in early 2022: by hand, around a state dict of torch."""
+    module = torch.nn.Linear(3, 2)
+    adam = torch.optim.AdamW(module.parameters(), lr=1e-3)
+    (module(torch.randn(4, 3)) ** 2).mean().backward()
+    adam.step()
+    state = {optimizers: {"AdamW": adam.state_dict()}, model: module.state_dict(), sign: 0}
+    torch.save({"state": state, "rng": []}, tmp_path / "ep1.pt")
+    assert registry.detect(tmp_path / "ep1.pt")[0].NAME == "composer"
+    checkpoint = composer.read(tmp_path / "ep1.pt")
+    assert isinstance(checkpoint.state, PositionalState)
+    assert list(checkpoint.weights) == ["weight", "bias"]
+    with read(tmp_path / "ep1.pt", names=["weight", "bias"]) as named:
+        assert_holds(named, {name: adam.state[p] for name, p in module.named_parameters()})
+
+
 # --- torchtune ----------------------------------------------------------------------------------------------------
 
 
