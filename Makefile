@@ -1,7 +1,8 @@
 # A fresh machine needs Python 3.10 or newer and make; `make demo` and `make test` do the rest, each by itself.
 PYTHON ?= python3
+PYTHONS ?= 3.10 3.12 3.13
 
-.PHONY: demo test test-frameworks lint fuzz test-lowest
+.PHONY: demo test test-frameworks lint fuzz crashes test-lowest test-pythons
 
 demo: .venv/ready  ## train, convert, rebuild, resume: the main job, told step by step
 	.venv/bin/lora-state demo
@@ -20,11 +21,32 @@ test-frameworks: .venv-frameworks/ready  ## the converters against every framewo
 fuzz: .venv/ready  ## ten minutes of random inputs for every reader
 	.venv/bin/python tests/fuzz.py --seconds 600
 
+crashes: .venv/ready  ## four ways to write, each killed at 200 random moments
+	OMP_NUM_THREADS=1 .venv/bin/python tests/crash_writer.py random 200
+
 # Not the vector of all dtypes, which safetensors knows only since a later version, nor a message with NumPy 2's repr.
 test-lowest: .venv-lowest/ready  ## what needs no torch, with the lowest versions that pyproject.toml allows
 	.venv-lowest/bin/pytest tests/test_fuzz.py tests/test_manifest.py tests/test_vectors.py \
 		--deselect 'tests/test_vectors.py::test_valid[dtypes]' \
 		--deselect 'tests/test_manifest.py::test_a_state_that_breaks_a_rule_is_not_written[4]'
+
+WITHOUT_TORCH := $(patsubst %,tests/test_%.py,container crashes diff edit folders fuzz hostile imports manifest mapping \
+	mappings model plan properties readers registry sources vectors) \
+	$(patsubst %,tests/converters/test_%.py,flax_msgpack mlx paddlenlp)
+
+# A command of that name may be there and refuse to run: pyenv's, which run where they are asked for by version.
+test-pythons:  ## what needs no torch, with every other version of Python that is here; a part of the largest and longest
+	@for version in $(PYTHONS); do \
+		export PYENV_VERSION=$$version; \
+		if python$$version -c 'import ensurepip, venv' 2>/dev/null; then \
+			$(MAKE) --no-print-directory .venv-$$version/ready && \
+			.venv-$$version/bin/pytest --numprocesses auto --hypothesis-profile short \
+				-k 'not memory and not 25 and not million and not thousands' $(WITHOUT_TORCH) \
+				|| exit 1; \
+		else \
+			echo "skipped: no Python $$version here"; \
+		fi; \
+	done
 
 # A folder is ready until its constraints or the project's requirements change.
 .venv/ready: pyproject.toml constraints.txt
@@ -40,4 +62,9 @@ test-lowest: .venv-lowest/ready  ## what needs no torch, with the lowest version
 .venv-lowest/ready: pyproject.toml constraints-lowest.txt
 	$(PYTHON) -m venv .venv-lowest
 	.venv-lowest/bin/pip install --quiet --constraint constraints-lowest.txt --editable . hypothesis jsonschema pytest
+	touch $@
+
+.venv-3.%/ready: pyproject.toml constraints.txt
+	python3.$* -m venv .venv-3.$*
+	.venv-3.$*/bin/pip install --quiet --constraint constraints.txt --editable . hypothesis jsonschema pytest pytest-xdist
 	touch $@

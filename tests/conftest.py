@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 # A time limit for each example fails on a busy machine and says nothing.
 settings.register_profile("tests", deadline=None)
+settings.register_profile("short", deadline=None, max_examples=20)  # for make test-pythons
 settings.register_profile("long", deadline=None, max_examples=10_000)  # pytest --hypothesis-profile long
 settings.load_profile("tests")
 
