@@ -27,7 +27,14 @@ from lora_state_format.model import (
     walk,
 )
 from lora_state_format.names import adapter_parameters, peft_key, read_names
-from lora_state_format.report import NOTHING_HELD, SCHEMA_VERSION, describe_naming, naming_json, tensors
+from lora_state_format.report import (
+    NOTHING_HELD,
+    SCHEMA_VERSION,
+    describe_naming,
+    describe_support,
+    naming_json,
+    tensors,
+)
 from lora_state_format.sources import File
 
 if TYPE_CHECKING:
@@ -412,7 +419,7 @@ def _notes(state: OptimizerState) -> list[str]:
         notes.append(f"{len(state.carried)} parameters with state are in no group; they stand behind the groups")
     if not any(parameter.state for parameter in state.parameters):
         notes.append(NOTHING_HELD)
-    return notes
+    return [*notes, *describe_support(state.origin)]
 
 
 def beside_weights(target: Path) -> list[str]:

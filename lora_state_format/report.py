@@ -17,6 +17,7 @@ __all__ = [
     "Statistics",
     "describe",
     "describe_naming",
+    "describe_support",
     "entries",
     "plain",
     "tensors",
@@ -142,6 +143,12 @@ def describe_evidence(evidence: Mapping[str, Any]) -> str:
     )
 
 
+def describe_support(origin: Mapping[str, Value]) -> Iterator[str]:
+    """What there is to say of a converter that was never tried on the files that it is for."""
+    if isinstance(support := origin.get("support"), str):
+        yield f"support of this format is {support}: it was never tried on a file of a real run"
+
+
 def describe(state: OptimizerState | PositionalState, *, statistics: bool = False) -> Iterator[str]:
     """A state line by line: totals, groups, and the parameters, those that differ only in numbers on one line.
 
@@ -165,6 +172,7 @@ def describe(state: OptimizerState | PositionalState, *, statistics: bool = Fals
         yield "names: none, the state stands under positions"
     if not any(entry.state for entry in entries(state)):
         yield NOTHING_HELD
+    yield from describe_support(state.origin)
     for index, optimizer in enumerate(state.optimizers):
         yield f"optimizer {index}: {optimizer.class_path or 'class not stated'}"
     for index, group in enumerate(state.groups):

@@ -12,6 +12,7 @@ from lora_state_format.converters import kohya, megatron, nanotron
 from safetensors.torch import save_file
 
 from lora_state_format import registry
+from lora_state_format.cli import run
 from lora_state_format.conversion import convert, read
 from lora_state_format.errors import FileError, MissingNamesError, RefusedError
 from lora_state_format.foreign.dcp import write_folder
@@ -102,10 +103,14 @@ def nanotron_folder(path: Path, data_ranks: int) -> tuple[Path, dict[str, Any]]:
 
 
 @pytest.mark.parametrize("data_ranks", [1, 2, 3])
-def test_nanotron(tmp_path: Path, data_ranks: int, assert_holds: Any) -> None:
+def test_nanotron(tmp_path: Path, data_ranks: int, assert_holds: Any, capsys: pytest.CaptureFixture[str]) -> None:
     _, held = nanotron_folder(tmp_path, data_ranks)
     assert registry.detect(tmp_path)[0].NAME == "nanotron"
+    said = "support of this format is from source only: it was never tried on a file of a real run"
+    assert run(["inspect", str(tmp_path)]) == 0
+    assert said in capsys.readouterr().out.splitlines()
     report = convert(tmp_path, tmp_path / "optimizer.safetensors")
+    assert report.notes == (said,)
     assert report.naming.source == "checkpoint"
     with read(tmp_path / "optimizer.safetensors") as state:
         assert_holds(state, held)
