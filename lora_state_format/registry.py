@@ -155,11 +155,11 @@ def detect(path: str | os.PathLike[str]) -> tuple[Converter, Match]:
     with names is meant. Raises ``FileNotFoundError``, ``UnknownFormatError`` and ``AmbiguousFormatError``.
     """
     path = Path(path)
+    named = get(NAMED)
+    if match := named.detect(path):  # a set's path need not be there itself: its index is
+        return named, match
     if not path.exists():
         raise FileNotFoundError(f"{path}: no such file or folder")
-    named = get(NAMED)
-    if match := named.detect(path):
-        return named, match
     others = [get(name) for name in names() if name != NAMED]
     found = [(converter, match) for converter in others if (match := converter.detect(path))]
     found = [(converter, match) for converter, match in found if not match.generic] or found

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from lora_state_format import registry
+from lora_state_format.conversion import read
 from lora_state_format.errors import (
     AmbiguousFormatError,
     MissingDependencyError,
@@ -164,6 +165,17 @@ def test_missing_path(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError) as caught:
         registry.detect(tmp_path / "nosuch")
     assert str(caught.value) == f"{tmp_path / 'nosuch'}: no such file or folder"
+
+
+def test_the_path_that_a_set_was_written_to() -> None:
+    """A path means its index, if there is one."""
+    folder = Path(__file__).parents[1] / "spec" / "vectors" / "valid" / "set"
+    for path in (folder / "optimizer.safetensors", folder / "optimizer.safetensors.index.json", folder):
+        converter, match = registry.detect(path)
+        assert converter.NAME == "named"
+        assert match.path.name.startswith("optimizer.safetensors")
+        with read(path) as state:
+            assert len(state) > 1
 
 
 def others() -> list[str]:
