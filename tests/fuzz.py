@@ -437,6 +437,44 @@ def read_metadata(data: bytes, folder: Path) -> None:
     write_converted(dcp_converter.read(folder), folder)
 
 
+# --- models' configs ----------------------------------------------------------------------------------------------
+
+SIZES: Final[dict[str, Any]] = {
+    "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "vocab_size": 64,
+}  # fmt: skip
+CONFIGS: Final[tuple[dict[str, Any], ...]] = (
+    {
+        "model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"], **SIZES,
+        "layer_types": ["full_attention"] * 2, "rope_parameters": {"rope_theta": 1e6, "rope_type": "default"},
+    },
+    {"model_type": "qwen3_moe", "architectures": ["Qwen3MoeForCausalLM"], **SIZES, "head_dim": 8, "num_experts": 4},
+    {"model_type": "t5", "architectures": ["T5ForConditionalGeneration"], "d_model": 32, "d_ff": 48, "d_kv": 8,
+     "num_layers": 2, "num_heads": 4, "vocab_size": 64},
+    {"model_type": "llava", "architectures": ["LlavaForConditionalGeneration"],
+     "text_config": {"model_type": "qwen2", **SIZES}, "vision_config": {"model_type": "clip_vision_model", **SIZES}},
+)  # fmt: skip
+LORA: Final[dict[str, Any]] = {
+    "peft_type": "LORA", "task_type": "CAUSAL_LM", "r": 4, "lora_alpha": 8, "bias": "none", "modules_to_save": None,
+    "target_modules": ["q_proj", "q"], "rank_pattern": {"q_proj": 2}, "layers_to_transform": [0], "auto_mapping": None,
+}  # fmt: skip
+
+
+def make_configs(chance: random.Random) -> bytes:
+    """A model's configuration and an adapter's, as a list."""
+    pair = [_copy(chance.choice(CONFIGS)), _copy(LORA)]
+    untouched = chance.randrange(3)
+    return json.dumps([part if n == untouched else regrown(part, chance) for n, part in enumerate(pair)]).encode()
+
+
+def read_configs(data: bytes, folder: Path) -> None:
+    from lora_state_format.torch.rebuild import rebuild
+
+    for name, members in zip(("config.json", "adapter_config.json"), json.loads(data), strict=True):
+        (folder / name).write_text(json.dumps(members))
+    rebuild(folder)
+
+
 TARGETS: Final[dict[str, Target]] = {
     "container": Target(mutated(files, sealed), read_container),
     "manifest": Target(make_manifest, read_container),
@@ -446,6 +484,7 @@ TARGETS: Final[dict[str, Target]] = {
     "state_dict": Target(make_state_dict, read_state_dict),
     "msgpack": Target(make_message, read_message),
     "dcp": Target(make_metadata, read_metadata),
+    "configs": Target(make_configs, read_configs),
 }
 
 
