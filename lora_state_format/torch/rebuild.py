@@ -163,10 +163,14 @@ def _limited(seconds: float) -> Iterator[None]:
         raise _TooLongError(f"it takes more than {seconds} s")
 
     before = signal.signal(signal.SIGVTALRM, stop)
-    signal.setitimer(signal.ITIMER_VIRTUAL, seconds)
+    # Again every second: where Python frees an object or calls back from C, it drops what is raised.
+    signal.setitimer(signal.ITIMER_VIRTUAL, seconds, 1)
     try:
-        yield
-    finally:
+        try:
+            yield
+        finally:
+            signal.setitimer(signal.ITIMER_VIRTUAL, 0)
+    finally:  # even if the last one came in between
         signal.setitimer(signal.ITIMER_VIRTUAL, 0)
         signal.signal(signal.SIGVTALRM, before)
 
