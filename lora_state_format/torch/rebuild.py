@@ -172,7 +172,7 @@ def _limited(seconds: float) -> Iterator[None]:
             signal.setitimer(signal.ITIMER_VIRTUAL, 0)
     finally:  # even if the last one came in between
         signal.setitimer(signal.ITIMER_VIRTUAL, 0)
-        signal.signal(signal.SIGVTALRM, before)
+        signal.signal(signal.SIGVTALRM, before or signal.SIG_DFL)  # None: a handler that is not Python's
 
 
 @contextlib.contextmanager
