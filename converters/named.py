@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Final
 
-from lora_state_format import container
+from lora_state_format import container, writing
 from lora_state_format.model import Checkpoint, OptimizerState
 from lora_state_format.registry import Match
 
@@ -28,5 +28,5 @@ def read(path: Path) -> Checkpoint:
     return Checkpoint(container.open_state(match.path if match else path))
 
 
-def write(state: OptimizerState, path: Path, *, base: Path | None, force: bool) -> container.Written:
-    return container.write(state, path, force=force)
+def write(state: OptimizerState, path: Path, *, base: Path | None, force: bool) -> writing.Written:
+    return writing.write(state, path, force=force)

@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from lora_state_format import errors
-    from lora_state_format.container import open_state, verify, write
+    from lora_state_format.container import open_state, verify
     from lora_state_format.conversion import convert, read
     from lora_state_format.difference import diff
+    from lora_state_format.writing import write
 
 __all__ = ["convert", "diff", "errors", "open_state", "read", "verify", "write"]
 
@@ -24,7 +25,7 @@ _HOMES = {
     "open_state": "lora_state_format.container",
     "read": "lora_state_format.conversion",
     "verify": "lora_state_format.container",
-    "write": "lora_state_format.container",
+    "write": "lora_state_format.writing",
 }
 
 

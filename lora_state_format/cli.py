@@ -373,9 +373,9 @@ def _housekeeping(command: Callable[..., None]) -> click.Command:
 def _rewrite(
     source: Path, target: Path, force: bool, as_json: bool, done: str, change: Callable[[OptimizerState], Edited]
 ) -> None:
-    from lora_state_format.container import write
     from lora_state_format.conversion import beside_weights, read
     from lora_state_format.report import SCHEMA_VERSION
+    from lora_state_format.writing import write
 
     with read(source) as state:
         edited, changed = change(state)

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
-from lora_state_format import container, order, registry
+from lora_state_format import container, order, registry, writing
 from lora_state_format.errors import ConversionError, DigestError, MissingNamesError, OptionError, TargetExistsError
 from lora_state_format.evidence import head_size
 from lora_state_format.foreign import quantised
@@ -167,7 +167,7 @@ def convert(
     state, weights = _read(converter, source, names, rule, optimizer, options)
     with state:
         if not dry_run and (dequantize or target_format != registry.NAMED):
-            _check_digests(state)  # ``container.write`` does so itself with what it copies
+            _check_digests(state)  # ``writing.write`` does so itself with what it copies
         decoded = quantised.dequantize(state) if dequantize else None
         state = _paired(decoded.state if decoded else state, weights)
         sizes = [tensor.size for tensor in tensors(state)]
@@ -392,7 +392,7 @@ def _write(
         if progress:
             progress(done, total)
 
-    return container.write(state, target, force=force, progress=advance).digest
+    return writing.write(state, target, force=force, progress=advance).digest
 
 
 def _check_digests(state: OptimizerState) -> None:

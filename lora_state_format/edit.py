@@ -1,4 +1,4 @@
-"""Housekeeping: a state in, a changed state out. Nothing is read and nothing is written; ``container.write`` does that.
+"""Housekeeping: a state in, a changed state out. Nothing is read and nothing is written; ``writing.write`` does that.
 
 Each function says how much it changed, and changing nothing is an ``OptionError``: a pattern with a slip of the pen
 must not look like a job done.

@@ -24,7 +24,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Final
 
-from lora_state_format import cli, container
+from lora_state_format import cli, container, writing
 from lora_state_format.errors import StateFormatError
 from lora_state_format.model import Group, Naming, Optimizer, OptimizerState, Parameter, Role, Slot, contiguous
 from lora_state_format.sources import Memory
@@ -79,7 +79,7 @@ def survives(path: Path, layout: str, operations: int) -> bool:
         fuse = [operations]
         for name in ("open", "pwrite", "fsync", "replace", "unlink"):
             setattr(os, name, mortal(name, fuse))
-        container.write(state(1), path, force=True, max_shard_size=LAYOUTS[layout])
+        writing.write(state(1), path, force=True, max_shard_size=LAYOUTS[layout])
         os._exit(0)
     _, status = os.waitpid(child, 0)
     assert os.WIFSIGNALED(status) or os.WEXITSTATUS(status) == 0
@@ -90,14 +90,14 @@ def every(folder: Path, before: str, after: str) -> None:
     os.fsync = lambda fd: None  # what a process wrote outlives it without; only machines need this
     path, clean = folder / NAME, folder.with_name("clean") / NAME
     clean.parent.mkdir()
-    container.write(state(2), clean, max_shard_size=LAYOUTS[after])
+    writing.write(state(2), clean, max_shard_size=LAYOUTS[after])
     deaths = new = 0
     alive = False
     while not alive:
         shutil.rmtree(folder)
         folder.mkdir()
         if before != "nothing":
-            container.write(state(0), path, max_shard_size=LAYOUTS[before])
+            writing.write(state(0), path, max_shard_size=LAYOUTS[before])
         alive = survives(path, after, deaths + 1)
         try:
             number = number_at(path)
@@ -106,7 +106,7 @@ def every(folder: Path, before: str, after: str) -> None:
             number = 0
         deaths += not alive
         new += number == 1 and not alive
-        container.write(state(2), path, force=True, max_shard_size=LAYOUTS[after])
+        writing.write(state(2), path, force=True, max_shard_size=LAYOUTS[after])
         assert number_at(path) == 2
         assert files(folder) == files(clean.parent), "left-overs"
     assert number == 1
@@ -145,7 +145,7 @@ def jobs(folder: Path) -> dict[str, Job]:
         assert cli.run(["convert", str(folder / f"{number}.pt"), str(path), "--names", str(names), "--force"]) == 0
 
     def write(path: Path, number: int) -> None:
-        container.write(state(number, ELEMENTS), path, force=True)
+        writing.write(state(number, ELEMENTS), path, force=True)
 
     def shards(path: Path, number: int) -> None:
         save_optimizer(*runs[number], path, max_shard_size=2 * 4 * ELEMENTS)

@@ -29,7 +29,7 @@ from typing import Any, Final
 from lora_state_format.converters import dcp as dcp_converter
 from lora_state_format.converters import flax_msgpack, torch_optimizer
 
-from lora_state_format import container
+from lora_state_format import container, writing
 from lora_state_format.crc import Ledger
 from lora_state_format.errors import FileError, StateFormatError
 from lora_state_format.foreign import dcp, flax, pickles, torch_save
@@ -201,7 +201,7 @@ def sealed(data: bytes) -> bytes:
     start = 8 + len(container.PREFIX)
     if end > min(len(data), 1 << 20) or end < start + 32:
         return data
-    return data[:start] + container._digest(data[:end]).encode() + data[start + 32 :]
+    return data[:start] + container.header_digest(data[:end]).encode() + data[start + 32 :]
 
 
 def make_manifest(chance: random.Random) -> bytes:
@@ -220,7 +220,7 @@ def read_container(data: bytes, folder: Path) -> None:
         if not container.verify(path).ok:
             return
         try:
-            container.write(state, folder / "again.safetensors", force=True)
+            writing.write(state, folder / "again.safetensors", force=True)
         except StateFormatError:
             return
     with container.open_state(folder / "again.safetensors") as again:
@@ -358,7 +358,7 @@ def write_converted(checkpoint: Checkpoint, folder: Path) -> None:
         parameters = [Parameter(f"layers.{n}.weight", shape or (2, 3), None) for n, shape in enumerate(state.shapes())]
         state = state.named(parameters, Naming("names"))
     with state:
-        container.write(state, folder / "converted.safetensors", force=True)
+        writing.write(state, folder / "converted.safetensors", force=True)
     container.open_state(folder / "converted.safetensors").close()
 
 

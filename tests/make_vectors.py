@@ -17,7 +17,7 @@ from typing import Any, Final, NamedTuple
 
 import xxhash
 
-from lora_state_format import container
+from lora_state_format import writing
 from lora_state_format.canonical import dumps
 from lora_state_format.model import (
     BITS,
@@ -490,11 +490,11 @@ def valid() -> Iterator[Vector]:
     with tempfile.TemporaryDirectory() as folder:
         for name, what, item in written():
             path = Path(folder) / f"{name}.safetensors"
-            container.write(item, path)
+            writing.write(item, path)
             yield lone(name, path.read_bytes(), what, canonical=True)
         path = Path(folder) / "set" / NAME
         path.parent.mkdir()
-        files = container.write(sharded(), path, max_shard_size=80).files
+        files = writing.write(sharded(), path, max_shard_size=80).files
         yield whole("set", {Path(file).name: Path(file).read_bytes() for file in files}, "five shards", canonical=True)
     yield from unusual()
 

@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from lora_state_format import container
-from lora_state_format.container import Verification, is_state, open_state, read_header, verify, write
+from lora_state_format import container, writing
+from lora_state_format.container import Verification, is_state, open_state, read_header, verify
 from lora_state_format.errors import DigestError, FileError, OptionError, TargetExistsError, UnrepresentableError
 from lora_state_format.model import (
     BITS,
@@ -34,6 +34,7 @@ from lora_state_format.model import (
     contiguous,
 )
 from lora_state_format.sources import File, Memory
+from lora_state_format.writing import write
 
 VECTORS: Final = Path(__file__).parent.parent / "spec" / "vectors"
 
@@ -340,7 +341,7 @@ def test_a_state_may_replace_its_own_file(path: Path) -> None:
 
 
 def test_what_does_not_fit(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(container, "MAX_HEADER", 1000)
+    monkeypatch.setattr(writing, "MAX_HEADER", 1000)
     with pytest.raises(UnrepresentableError) as caught:
         write(make(), path)
     assert str(caught.value) == (
@@ -348,16 +349,16 @@ def test_what_does_not_fit(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         "parameter are too large; keep large data in tensors"
     )
     monkeypatch.undo()
-    monkeypatch.setattr(container, "MAX_VALUES", 100)
+    monkeypatch.setattr(writing, "MAX_VALUES", 100)
     with pytest.raises(UnrepresentableError) as caught:
         write(make(), path)
     assert str(caught.value).startswith("a header of 2040 bytes and 143 values, more than 33554432 or 100: ")
     monkeypatch.undo()
-    monkeypatch.setattr(container, "MAX_INDEX", 100)
+    monkeypatch.setattr(writing, "MAX_INDEX", 100)
     with pytest.raises(UnrepresentableError) as caught:
         write(make(), path, max_shard_size=50)
     assert str(caught.value) == "an index of 1204 bytes, more than 100: too many tensors for one set"
-    monkeypatch.setattr(container, "MAX_SHARDS", 3)
+    monkeypatch.setattr(writing, "MAX_SHARDS", 3)
     with pytest.raises(OptionError) as refused:
         write(make(), path, max_shard_size=50)
     assert str(refused.value) == "the state would become 4 shards, more than 3; choose a larger max_shard_size"
@@ -474,7 +475,7 @@ def test_a_set_is_what_the_text_says(path: Path) -> None:
 
 
 def test_headers_split_a_set_too(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(container, "SHARD_HEADER", 5000)
+    monkeypatch.setattr(writing, "SHARD_HEADER", 5000)
     write(make(parameters=40), path)
     headers = [int.from_bytes(file.read_bytes()[:8], "little") for file in path.parent.glob("*.safetensors")]
     assert len(headers) == 5

@@ -15,7 +15,7 @@ from typing import Any, Final
 
 import pytest
 
-from lora_state_format import cli, container
+from lora_state_format import cli, writing
 from lora_state_format.sources import File
 
 SCRIPT: Final = Path(__file__).with_name("crash_writer.py")
@@ -67,13 +67,13 @@ def run(code: str, *arguments: Any) -> subprocess.CompletedProcess[str]:
 @pytest.mark.parametrize("layout", ["file", "set"])
 def test_a_full_disk(layout: str, tmp_path: Path, writer: ModuleType) -> None:
     path = tmp_path / NAME
-    container.write(writer.state(0), path)
+    writing.write(writer.state(0), path)
     done = run(
         "import resource, pathlib\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))\n"
         "path = pathlib.Path(sys.argv[1])\n"
         "try:\n"
-        "    w.container.write(w.state(1, 50_000), path, force=True, max_shard_size=w.LAYOUTS[sys.argv[2]])\n"
+        "    w.writing.write(w.state(1, 50_000), path, force=True, max_shard_size=w.LAYOUTS[sys.argv[2]])\n"
         "except OSError as error:\n"
         "    print(error.errno, error.filename, type(error).__name__)\n",
         path,
@@ -86,7 +86,7 @@ def test_a_full_disk(layout: str, tmp_path: Path, writer: ModuleType) -> None:
 
 @pytest.mark.parametrize("to", FORMATS)
 def test_a_full_disk_for_a_conversion(to: str, tmp_path: Path, writer: ModuleType) -> None:
-    container.write(writer.state(0, 50_000), tmp_path / NAME)
+    writing.write(writer.state(0, 50_000), tmp_path / NAME)
     done = run(
         "import resource\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))\n"
@@ -132,7 +132,7 @@ def source(tmp_path: Path, writer: ModuleType, request: pytest.FixtureRequest) -
     """What to convert, with options, and the file that its bytes are in."""
     path, name = tmp_path / FORMATS["named"], request.param
     # More than is read at a time: 4 MiB for each of four parameters, and no options that a format could miss.
-    container.write(writer.state(1, 1 << 20), path, max_shard_size=1 << 22 if name == "set" else None)
+    writing.write(writer.state(1, 1 << 20), path, max_shard_size=1 << 22 if name == "set" else None)
     if name == "set":
         return [str(tmp_path / "a.safetensors.index.json")], max(tmp_path.glob("*-of-*"))
     if name == "named":
@@ -181,7 +181,7 @@ def test_a_source_that_changes_while_it_is_read(
 def test_a_folder_that_may_not_be_written(writer: ModuleType) -> None:
     with tempfile.TemporaryDirectory() as folder:  # pytest's own folders are closed to other users
         path = Path(folder) / NAME
-        container.write(writer.state(0), path)
+        writing.write(writer.state(0), path)
         Path(folder).chmod(0o555)
         done = run(
             "if os.geteuid() == 0:\n"
@@ -189,7 +189,7 @@ def test_a_folder_that_may_not_be_written(writer: ModuleType) -> None:
             "import pathlib\n"
             "path = pathlib.Path(sys.argv[1])\n"
             "try:\n"
-            "    w.container.write(w.state(1), path, force=True)\n"
+            "    w.writing.write(w.state(1), path, force=True)\n"
             "except PermissionError as error:\n"
             "    print(error.strerror, os.path.dirname(error.filename))\n"
             "print(w.number_at(path))\n",
@@ -203,14 +203,14 @@ def test_a_folder_that_may_not_be_written(writer: ModuleType) -> None:
 def test_writers_and_readers_at_once(tmp_path: Path, writer: ModuleType) -> None:
     """Two writers that replace each other's files and sets, and readers that always find a whole state."""
     path = tmp_path / NAME
-    container.write(writer.state(0), path)
+    writing.write(writer.state(0), path)
     code = (
         "import pathlib, random\n"
         "path, own = pathlib.Path(sys.argv[1]), int(sys.argv[2])\n"
         "choose = random.Random(own)\n"
         "for n in range(60):\n"
         "    layout = choose.choice(list(w.LAYOUTS.values()))\n"
-        "    w.container.write(w.state(own + n % 50, 100), path, force=True, max_shard_size=layout and 10 * layout)\n"
+        "    w.writing.write(w.state(own + n % 50, 100), path, force=True, max_shard_size=layout and 10 * layout)\n"
     )
     prelude = f"import os, sys; sys.path.insert(0, {os.fspath(SCRIPT.parent)!r})\nimport crash_writer as w\n"
     processes = [
@@ -225,7 +225,7 @@ def test_writers_and_readers_at_once(tmp_path: Path, writer: ModuleType) -> None
         assert (process.returncode, errors) == (0, "")
     assert {number // 100 for number in seen} >= {1, 2}
     assert writer.number_at(path) in (109, 209)
-    container.write(writer.state(0), path, force=True)
+    writing.write(writer.state(0), path, force=True)
     assert [file.name for file in tmp_path.iterdir()] == [NAME]
 
 
@@ -236,9 +236,9 @@ def test_a_writer_does_not_sweep_a_living_one_away(tmp_path: Path, writer: Modul
     def meanwhile(_: int) -> None:
         if not inner:
             inner.append(1)
-            container.write(writer.state(2), path, force=True)
+            writing.write(writer.state(2), path, force=True)
 
-    container.write(writer.state(1), path, force=True, progress=meanwhile)
+    writing.write(writer.state(1), path, force=True, progress=meanwhile)
     assert writer.number_at(path) == 1
 
 
@@ -247,9 +247,9 @@ def test_a_target_that_appears_meanwhile_is_not_replaced(tmp_path: Path, writer:
 
     def meanwhile(_: int) -> None:
         if not path.exists():
-            container.write(writer.state(2), path)
+            writing.write(writer.state(2), path)
 
     with pytest.raises(FileExistsError):
-        container.write(writer.state(1), path, progress=meanwhile)
+        writing.write(writer.state(1), path, progress=meanwhile)
     assert writer.number_at(path) == 2
     assert [file.name for file in tmp_path.iterdir()] == [NAME]

@@ -9,7 +9,6 @@ import pytest
 
 import lora_state_format as lsf
 from lora_state_format.cli import run
-from lora_state_format.container import write
 from lora_state_format.model import (
     Group,
     Naming,
@@ -23,6 +22,7 @@ from lora_state_format.model import (
     contiguous,
 )
 from lora_state_format.sources import Memory
+from lora_state_format.writing import write
 
 ONE, TWO = Scalar("F32", b"\0\0\x80\x3f"), Scalar("F32", b"\0\0\x00\x40")
 

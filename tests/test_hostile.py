@@ -22,7 +22,7 @@ from typing import Any, Final
 
 import pytest
 
-from lora_state_format import container, conversion, registry
+from lora_state_format import container, conversion, registry, writing
 from lora_state_format.cli import run
 from lora_state_format.crc import Ledger
 from lora_state_format.errors import (
@@ -157,7 +157,7 @@ def edited(change: Callable[[dict[str, Any]], None]) -> bytes:
     text += b" " * (-(8 + len(text)) % container.ALIGNMENT)
     whole = len(text).to_bytes(8, "little") + text
     start = 8 + len(container.PREFIX)
-    return whole[:start] + container._digest(whole).encode() + whole[start + 32 :] + raw[end:]
+    return whole[:start] + container.header_digest(whole).encode() + whole[start + 32 :] + raw[end:]
 
 
 def named(members: dict[str, Any], name: str) -> None:
@@ -230,7 +230,7 @@ def hostile_state() -> OptimizerState:
 def test_names_do_not_reach_the_terminal(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path, out = tmp_path / "a.safetensors", tmp_path / "out" / "b.safetensors"
     out.parent.mkdir()
-    container.write(hostile_state(), path)
+    writing.write(hostile_state(), path)
     done = [
         ["verify", path], ["inspect", path], ["inspect", path, "--stats"], ["inspect", path, "--json"],
         ["convert", path, out], ["convert", path, out, "--force", "--json"],

@@ -17,7 +17,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lora_state_format import canonical, container
+from lora_state_format import canonical, container, writing
 from lora_state_format.canonical import dumps, format_float, loads
 from lora_state_format.errors import (
     ConversionError,
@@ -524,10 +524,10 @@ def test_members_of_a_newer_version_are_kept(tmp_path: Path) -> None:
     del members["parameters"][0]["later"], members["naming"]["later"]
     path = tmp_path / "a.safetensors"
     found = state(parameter(), unknown={"version": "1.7", "later": {"a": [1, {"$new": 2}]}})
-    container.write(found, path)
+    writing.write(found, path)
     with container.open_state(path) as opened:
         assert opened.unknown == {"version": "1.7", "later": {"a": [1, {"$new": 2}]}}
-        container.write(opened, tmp_path / "b.safetensors")
+        writing.write(opened, tmp_path / "b.safetensors")
     assert (tmp_path / "b.safetensors").read_bytes() == path.read_bytes()
     assert members["later"] == found.unknown["later"]
 

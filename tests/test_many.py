@@ -8,7 +8,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Final
 
-from lora_state_format import container
+from lora_state_format import container, writing
 from lora_state_format.sources import File
 
 BENCH: Final = Path(__file__).parent / "bench" / "bench.py"
@@ -20,7 +20,7 @@ def test_a_state_is_split_where_its_header_grows_too_large(
 ) -> None:
     state = load_module(BENCH).many(COUNT)
     path = tmp_path / "optimizer.safetensors"
-    written = container.write(state, path)
+    written = writing.write(state, path)
 
     shards = [Path(name) for name in written.files if name.endswith(".safetensors")]
     sizes = []

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from lora_state_format import mapping
 from lora_state_format.cli import run
-from lora_state_format.container import open_state, write
+from lora_state_format.container import open_state
 from lora_state_format.errors import ConversionError, FileError, OptionError, StateFormatError, UnrepresentableError
 from lora_state_format.foreign.plain import save
 from lora_state_format.maps import MAPS, Map, Rule, load
@@ -33,6 +33,7 @@ from lora_state_format.model import (
     contiguous,
 )
 from lora_state_format.sources import Memory
+from lora_state_format.writing import write
 
 Array = "np.ndarray[Any, Any]"
 ADAM = "torch.optim.adam.Adam"

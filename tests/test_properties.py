@@ -16,7 +16,7 @@ import safetensors
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from lora_state_format import container
+from lora_state_format import container, writing
 from lora_state_format.difference import diff
 from lora_state_format.errors import StateFormatError
 from lora_state_format.manifest import fits
@@ -162,7 +162,7 @@ def states(draw: st.DrawFn) -> OptimizerState:
 
 def written(state: OptimizerState) -> bytes:
     with TemporaryDirectory() as folder:
-        container.write(state, Path(folder) / "a")
+        writing.write(state, Path(folder) / "a")
         return (Path(folder) / "a").read_bytes()
 
 
@@ -171,7 +171,7 @@ def written(state: OptimizerState) -> bytes:
 def test_any_state_comes_back(state: OptimizerState, plain_states: ModuleType, spec_reader: ModuleType) -> None:
     with TemporaryDirectory() as folder:
         path = Path(folder) / "a.safetensors"
-        container.write(state, path)
+        writing.write(state, path)
         with container.open_state(path) as found:
             assert plain_states.of_state(found) == plain_states.of_state(state)
             assert [p.weights for p in found.parameters] == [p.weights for p in state.parameters]
@@ -192,7 +192,7 @@ def test_any_state_in_shards(
 ) -> None:
     with TemporaryDirectory() as folder:
         path = Path(folder) / "a.safetensors"
-        container.write(state, path, max_shard_size=limit)
+        writing.write(state, path, max_shard_size=limit)
         with container.open_state(path) as found:
             assert plain_states.of_state(found) == plain_states.of_state(state)
             assert written(found) == written(state)
@@ -281,7 +281,7 @@ def test_renaming_there_and_back(state: OptimizerState, data: st.DataObject) -> 
 
     with TemporaryDirectory() as folder:
         path = Path(folder) / "a"
-        container.write(renamed(state, new), path)
+        writing.write(renamed(state, new), path)
         with container.open_state(path) as found:
             assert written(renamed(found, names)) == written(state)
 
@@ -295,7 +295,7 @@ def test_only_declared_errors_escape(noise: bytes, position: int, sealed: bool) 
     raw[position : position + len(noise)] = noise[: len(raw) - position]
     if sealed and raw[8:58] == container.PREFIX:
         end = 8 + int.from_bytes(raw[:8], "little")
-        raw[58:90] = container._digest(bytes(raw[:end])).encode()
+        raw[58:90] = container.header_digest(bytes(raw[:end])).encode()
     with TemporaryDirectory() as folder:
         path = Path(folder) / "a"
         path.write_bytes(raw)

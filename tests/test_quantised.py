@@ -11,11 +11,12 @@ import pytest
 import torch
 from lora_state_format.converters import torch_optimizer
 
-from lora_state_format.container import open_state, write
+from lora_state_format.container import open_state
 from lora_state_format.conversion import convert
 from lora_state_format.errors import OptionError, UnrepresentableError
 from lora_state_format.foreign.quantised import _bound, _e4m3, dequantize
 from lora_state_format.model import Naming, OptimizerState, Parameter, PositionalState, Role
+from lora_state_format.writing import write
 
 pytestmark = [pytest.mark.frameworks, pytest.mark.filterwarnings("ignore")]
 

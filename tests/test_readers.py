@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from lora_state_format import container
+from lora_state_format import container, writing
 from lora_state_format.errors import DigestError, MissingDependencyError
 from lora_state_format.model import (
     Group,
@@ -72,7 +72,7 @@ def named(path: Path) -> OptimizerState:
     state = OptimizerState(
         (Optimizer("torch.optim.adam.Adam"),), (Group(0, (("lr", 0.1),), len(NAMES)),), parameters, Naming("model")
     )
-    container.write(state, path)
+    writing.write(state, path)
     return state
 
 

@@ -14,7 +14,7 @@ from xml.etree import ElementTree as ET
 import pytest
 import torch
 
-from lora_state_format import container
+from lora_state_format import container, writing
 from lora_state_format.cli import run
 from lora_state_format.model import OptimizerState, Slot, Tensor
 from lora_state_format.plan import plan
@@ -61,7 +61,7 @@ def test_the_state_of_a_70b_model(scale: ModuleType, tmp_path: Path, capsys: pyt
 def test_holes_are_what_would_have_been_written(scale: ModuleType, tmp_path: Path) -> None:
     state = scale.many(300)
     whole, sparse = (tmp_path / kind / "optimizer.safetensors" for kind in ("whole", "sparse"))
-    for path, write in ((whole, container.write), (sparse, scale.write_sparse)):
+    for path, write in ((whole, writing.write), (sparse, scale.write_sparse)):
         path.parent.mkdir()
         write(state, path, max_shard_size=20_000)
     assert [path.name for path in sorted(whole.parent.iterdir())] == [

@@ -17,7 +17,7 @@ import jsonschema
 import pytest
 import safetensors
 
-from lora_state_format import canonical, container, manifest
+from lora_state_format import canonical, container, manifest, writing
 from lora_state_format.canonical import dumps, loads
 from lora_state_format.errors import DigestError, FileError, RefusedError, UnsupportedVersionError
 from lora_state_format.sources import File
@@ -84,7 +84,7 @@ def test_every_writers_rule_is_cited_where_it_is_kept_or_tested() -> None:
 def test_limits_of_the_text_are_those_of_the_code() -> None:
     rows = dict(re.findall(r"^\| `([A-Z_]+)` \| ([0-9,]+)", TEXT, flags=re.MULTILINE))
     stated = {name: int(value.replace(",", "")) for name, value in rows.items()}
-    modules = (canonical, manifest, container)
+    modules = (canonical, manifest, container, writing)
     held = {
         name: getattr(module, name)
         for module in modules
@@ -132,7 +132,7 @@ def test_valid(path: Path, spec_reader: ModuleType, plain_states: ModuleType, tm
         assert bool(result.unverified) == (path.stem == "unknown-algorithm")
         if found["canonical"]:
             files = [file for file in target(path).parent.iterdir() if "shards" in found or file == target(path)]
-            container.write(state, tmp_path / target(path).name, max_shard_size=80 if "shards" in found else None)
+            writing.write(state, tmp_path / target(path).name, max_shard_size=80 if "shards" in found else None)
             assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == {
                 file.name: file.read_bytes() for file in files
             }

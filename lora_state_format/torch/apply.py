@@ -13,7 +13,7 @@ from typing import Any, Final, Literal, cast, overload
 
 import torch
 
-from lora_state_format import container, order, registry
+from lora_state_format import container, order, registry, writing
 from lora_state_format import plan as planning
 from lora_state_format.crc import Ledger
 from lora_state_format.errors import BindError, CaptureError, ConversionError, OptionError
@@ -121,7 +121,7 @@ def save_optimizer(
     max_shard_size: int | None = None,
     force: bool = True,
     background: Literal[False] = False,
-) -> container.Written: ...
+) -> writing.Written: ...
 
 
 @overload
@@ -150,7 +150,7 @@ def save_optimizer(
     max_shard_size: int | None = None,
     force: bool = True,
     background: bool = False,
-) -> container.Written | BackgroundSave:
+) -> writing.Written | BackgroundSave:
     """Write the state of an optimizer, or of several, under the model's names; see ``capture``.
 
     An older file at the path is replaced, as a training loop wants it; it stays whole until the new one is. Folders on
@@ -171,10 +171,10 @@ def save_optimizer(
         save = _save_together if sharding == "DTensor" else _save_whole
         return save(optimizer, model, path, weights, extra, global_step, max_shard_size, force)
 
-    def captured() -> Callable[[], container.Written]:
+    def captured() -> Callable[[], writing.Written]:
         state = capture(optimizer, model, weights=weights, extra=extra, global_step=global_step, copy=background)
         path.parent.mkdir(parents=True, exist_ok=True)
-        return lambda: container.write(state, path, force=force, max_shard_size=max_shard_size)
+        return lambda: writing.write(state, path, force=force, max_shard_size=max_shard_size)
 
     if background:
         return start(captured)
@@ -199,22 +199,22 @@ def _save_together(
     global_step: int | None,
     max_shard_size: int | None,
     force: bool,
-) -> container.Written:
+) -> writing.Written:
     """Rank 0 writes; every rank takes part in bringing each tensor together."""
     from lora_state_format.torch.distributed import Together, follow, from_first
 
     written = None
     with Together() as together:
         state = capture(optimizer, model, weights=False, extra=extra, global_step=global_step)
-        order = [(key, tensor.dtype, tensor.shape) for key, tensor in container.in_file_order(state, max_shard_size)]
+        order = [(key, tensor.dtype, tensor.shape) for key, tensor in writing.in_file_order(state, max_shard_size)]
         together.compare(repr((order, [(p.name, p.shape) for p in state.parameters])))
         if weights:
             state = with_weights(state, model)
         if torch.distributed.get_rank() == 0:
             path.parent.mkdir(parents=True, exist_ok=True)
-            written = container.write(state, path, force=force, max_shard_size=max_shard_size)
+            written = writing.write(state, path, force=force, max_shard_size=max_shard_size)
         else:
-            follow(tensor for _, tensor in container.in_file_order(state, max_shard_size))
+            follow(tensor for _, tensor in writing.in_file_order(state, max_shard_size))
     return from_first(written)
 
 
@@ -227,7 +227,7 @@ def _save_whole(
     global_step: int | None,
     max_shard_size: int | None,
     force: bool,
-) -> container.Written:
+) -> writing.Written:
     """Rank 0 writes what FSDP1 brings together in its memory."""
     from lora_state_format.torch.distributed import agreement, from_first
 
@@ -242,7 +242,7 @@ def _save_whole(
             if weights:
                 state = with_weights(state, model, copy=True)
             path.parent.mkdir(parents=True, exist_ok=True)
-            written = container.write(state, path, force=force, max_shard_size=max_shard_size)
+            written = writing.write(state, path, force=force, max_shard_size=max_shard_size)
         agree()
     return from_first(written)
 

@@ -113,7 +113,7 @@ def raw_write(folder: Path, megabytes: int) -> Callable[[], Any]:
 
 
 def write(folder: Path, megabytes: int) -> Callable[[], Any]:
-    from lora_state_format import container
+    from lora_state_format import writing
     from lora_state_format.model import Group as Options
     from lora_state_format.model import Naming, Optimizer, OptimizerState, Parameter, Role, Slot, contiguous
     from lora_state_format.sources import Memory
@@ -124,7 +124,7 @@ def write(folder: Path, megabytes: int) -> Callable[[], Any]:
         for n in range(len(slots) // 2)
     )
     state = OptimizerState((Optimizer(),), (Options(0, (), len(parameters)),), parameters, Naming("model"))
-    return lambda: container.write(state, folder / "out", force=True)
+    return lambda: writing.write(state, folder / "out", force=True)
 
 
 def save(folder: Path, megabytes: int, *, weights: bool = True) -> Callable[[], Any]:
@@ -235,10 +235,10 @@ def many(count: int) -> Any:
 
 
 def write_many(folder: Path, count: int) -> Callable[[], Any]:
-    from lora_state_format import container
+    from lora_state_format import writing
 
     state = many(count)
-    return lambda: container.write(state, folder / f"many-{count}", force=True)
+    return lambda: writing.write(state, folder / f"many-{count}", force=True)
 
 
 def open_many(folder: Path, count: int) -> Callable[[], Any]:

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from lora_state_format.converters import flax_msgpack
 
-from lora_state_format import container, registry
+from lora_state_format import container, registry, writing
 from lora_state_format.errors import (
     ConversionError,
     FileError,
@@ -317,7 +317,7 @@ def test_every_dtype_and_key(tmp_path: Path) -> None:
     path = written(tmp_path / "opt_state.msgpack", {"0": {"trace": tree}, "1": {}})
     state = read(path, optimizer="sgd")
     assert list(state)[-11:] == [f"l.{index}" for index in range(11)]
-    container.write(state, tmp_path / "state.safetensors")
+    writing.write(state, tmp_path / "state.safetensors")
     with container.open_state(tmp_path / "state.safetensors") as named:
         flax_msgpack.write(named, tmp_path / "back", base=None, force=False)
     back = msgpack.unpackb((tmp_path / "back").read_bytes(), ext_hook=lambda code, data: (code, data))
@@ -338,7 +338,7 @@ def test_no_second_copy_of_an_array(tmp_path: Path) -> None:
     path = written(tmp_path / "opt_state.msgpack", {"0": {"trace": {"w": ndarray(np.ones(size // 4, np.float32))}}})
     tracemalloc.start()
     state = read(path, optimizer="sgd")
-    container.write(state, tmp_path / "state.safetensors")
+    writing.write(state, tmp_path / "state.safetensors")
     flax_msgpack.write(state, tmp_path / "back", base=None, force=False)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
@@ -608,7 +608,7 @@ def test_it_holds_what_flax_reads_and_comes_back_byte_for_byte(tmp_path: Path, n
         assert (value.shape if isinstance(value, Tensor) else ()) == array.shape
     assert found or name == "adafactor"
 
-    container.write(ours, tmp_path / "state.safetensors")
+    writing.write(ours, tmp_path / "state.safetensors")
     with container.open_state(tmp_path / "state.safetensors") as named:
         flax_msgpack.write(named, tmp_path / "back", base=None, force=False)
         # A fresh state of the same optimizer says all that is around the moments; so does a TrainState.

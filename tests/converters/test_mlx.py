@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from lora_state_format.converters import mlx
 
-from lora_state_format import container, registry
+from lora_state_format import container, registry, writing
 from lora_state_format.errors import ConversionError, FileError, OptionError, RefusedError, UnrepresentableError
 from lora_state_format.foreign.plain import header
 from lora_state_format.model import (
@@ -345,7 +345,7 @@ def test_it_holds_what_mlx_holds_and_comes_back(tmp_path: Path, name: str, dora:
     assert np.array_equal(weight.numpy(), np.array(adapter["model.layers.1.self_attn.q_proj.lora_a"]).T)
     other = "lora_magnitude_vector.default.weight" if dora else "lora_embedding_A.default"
     assert any(name.endswith(other) for name in state)
-    container.write(state, tmp_path / "state.safetensors")
+    writing.write(state, tmp_path / "state.safetensors")
     with container.open_state(tmp_path / "state.safetensors") as reopened:
         mlx.write(reopened, tmp_path / "back.safetensors", base=None, force=False)
     assert_same(path, tmp_path / "back.safetensors")

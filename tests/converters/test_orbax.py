@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from lora_state_format.converters import orbax
 
-from lora_state_format import container, registry
+from lora_state_format import container, registry, writing
 from lora_state_format.errors import FileError, OptionError, RefusedError
 from lora_state_format.model import OptimizerState, Tensor
 
@@ -71,7 +71,7 @@ def test_it_holds_what_was_saved(tmp_path: Path, form: str) -> None:
     ours = read(tmp_path / "state")
     assert_holds(ours, state[1][0])
     assert ours["b"]["exp_avg"].dtype == ("BF16" if form == "bf16" else "F32")
-    container.write(ours, tmp_path / "state.safetensors")
+    writing.write(ours, tmp_path / "state.safetensors")
     with container.open_state(tmp_path / "state.safetensors") as named:
         assert_holds(named, state[1][0])
 

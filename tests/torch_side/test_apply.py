@@ -104,10 +104,8 @@ def flip(path: Path, offset: int) -> None:
 def major(path: Path) -> None:
     content = path.read_bytes().replace(b'\\"version\\":\\"1.0\\"', b'\\"version\\":\\"2.0\\"')
     start = content.index(b'digest\\":\\"') + len(b'digest\\":\\"')
-    from lora_state_format.container import _digest
-
     length = 8 + int.from_bytes(content[:8], "little")
-    sealed = _digest(content[:length]).encode()
+    sealed = container.header_digest(content[:length]).encode()
     path.write_bytes(content[:start] + sealed + content[start + 32 :])
 
 

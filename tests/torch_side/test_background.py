@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import lora_state_format as lsf
-from lora_state_format import container
+from lora_state_format import writing
 from lora_state_format.errors import CaptureError, TargetExistsError
 from lora_state_format.torch import save_optimizer
 
@@ -35,13 +35,13 @@ def step(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:
 @pytest.fixture
 def gate(monkeypatch: pytest.MonkeyPatch) -> threading.Event:
     """Writing waits until this event is set; what is written, and how, stays the real thing."""
-    event, write = threading.Event(), container.write
+    event, write = threading.Event(), writing.write
 
-    def held(*args: Any, **kwargs: Any) -> container.Written:
+    def held(*args: Any, **kwargs: Any) -> writing.Written:
         assert event.wait(20)
         return write(*args, **kwargs)
 
-    monkeypatch.setattr(container, "write", held)
+    monkeypatch.setattr(writing, "write", held)
     return event
 
 
