@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
-from lora_state_format import container, writing
+from lora_state_format import container
 from lora_state_format.model import Checkpoint, OptimizerState
 from lora_state_format.registry import Match
+
+if TYPE_CHECKING:
+    from lora_state_format.writing import Written
 
 NAME: Final = "named"
 DESCRIPTION: Final = "named optimizer state: a .safetensors file of this package, or a set of them with its index"
@@ -28,5 +31,7 @@ def read(path: Path) -> Checkpoint:
     return Checkpoint(container.open_state(match.path if match else path))
 
 
-def write(state: OptimizerState, path: Path, *, base: Path | None, force: bool) -> writing.Written:
+def write(state: OptimizerState, path: Path, *, base: Path | None, force: bool) -> Written:
+    from lora_state_format import writing  # ``inspect`` comes here too, and writes nothing
+
     return writing.write(state, path, force=force)
