@@ -3,16 +3,16 @@
 ::
 
     python tests/bench/scale.py [--only model sizes parameters] [--folder /dev/shm] [--gigabytes 0.25 0.5 1 2 4 8]
-        [--disk /tmp] [--large 30] [--counts 1000 10000 100000] [--rounds 3] [--svg docs/scale.svg]
+        [--disk /tmp] [--large 30] [--counts 1000 10000 100000] [--rounds 5] [--svg docs/scale.svg]
 
 Tensors are holes: files that say how long they are and hold no blocks there, so that a state of 564 GB takes some
 megabytes of disk. Headers, manifests, digests and CRCs are the real ones of those zeros. What ``convert`` makes of them
 has no holes: the large source takes its size once, in the folder ``--disk``.
 
-Every measurement is a process of its own, so that peaks are those of whole processes; of the seconds of several rounds
-the median is printed, as tables in Markdown. The exit code is 1 if something is not as expected: another number of
-shards, a plan that does not restore everything, a peak that grows with the source or exceeds 96 MiB, 100,000 parameters
-that take more than 3 s to open, 2 s to plan, or 75 MB of headers.
+Every measurement is a process of its own, so that peaks are those of whole processes; of several rounds the least
+seconds and the largest peak are printed, as tables in Markdown. The exit code is 1 if something is not as expected:
+another number of shards, a plan that does not restore everything, a peak that grows with the source or exceeds 96 MiB,
+100,000 parameters that take more than 3 s to open, 2 s to plan, or 75 MB of headers.
 """
 
 from __future__ import annotations
@@ -22,7 +22,6 @@ import json
 import math
 import os
 import platform
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -91,17 +90,17 @@ def digest_of_zeros(count: int) -> str:
 
 
 def leave_holes(layout: Any, target: Any, ledger: object, progress: object) -> None:
-    """In place of ``container._stream``, where every byte is zero: room for the bytes, and their digests."""
+    """In place of ``writing._stream``, where every byte is zero: room for the bytes, and their digests."""
     os.truncate(target.path, layout.header_size + layout.data_size)
     layout.digests[:] = [digest_of_zeros(tensor.count) for _, tensor in layout.tensors]
 
 
 def write_sparse(state: Any, path: Path, max_shard_size: int | None = None) -> Any:
-    """What ``container.write`` writes of a state of zeros, with holes for all tensors."""
-    from lora_state_format import container
+    """What ``writing.write`` writes of a state of zeros, with holes for all tensors."""
+    from lora_state_format import writing
 
-    with mock.patch.object(container, "_stream", leave_holes):
-        return container.write(state, path, max_shard_size=max_shard_size)
+    with mock.patch.object(writing, "_stream", leave_holes):
+        return writing.write(state, path, max_shard_size=max_shard_size)
 
 
 def save_sparse(value: Any, path: Path) -> None:
@@ -223,10 +222,10 @@ def many(count: int) -> Any:
 
 
 def write_many(folder: Path, count: int) -> Callable[[], Any]:
-    from lora_state_format import container
+    from lora_state_format import writing
 
     state = many(count)
-    return lambda: container.write(state, folder / "many.safetensors", force=True)
+    return lambda: writing.write(state, folder / "many.safetensors", force=True)
 
 
 def open_many(folder: Path, count: int) -> Callable[[], Any]:
@@ -275,13 +274,10 @@ def measured(command: Sequence[str]) -> Run:
     return Run(seconds, usage.ru_maxrss / 1024, lines)
 
 
-def median(command: Sequence[str], rounds: int, between: Callable[[], object] = lambda: None) -> Run:
-    """The median of the seconds, and the largest peak; ``between`` follows every run."""
-    runs = []
-    for _ in range(rounds):
-        runs.append(measured(command))
-        between()
-    return Run(statistics.median(run.seconds for run in runs), max(run.peak for run in runs), runs[0].printed)
+def best(command: Sequence[str], rounds: int) -> Run:
+    """The least seconds of several rounds, and the largest peak."""
+    runs = [measured(command) for _ in range(rounds)]
+    return Run(min(run.seconds for run in runs), max(run.peak for run in runs), runs[0].printed)
 
 
 def table(*rows: Sequence[str]) -> None:
@@ -301,10 +297,10 @@ def model_part(folder: Path, rounds: int) -> None:
     inspect, verify = ([*CLI, name, str(folder / "optimizer.safetensors.index.json")] for name in ("inspect", "verify"))
     steps = {
         "write it, with holes": made,
-        "names and shapes from `config.json` (`rebuild`)": median(["rebuild_model", str(folder), "0"], rounds),
-        "`open_state`": median(["open_model", str(folder), "0"], rounds),
-        "`lora-state inspect`, the whole process": median(inspect, rounds),
-        "`plan` for AdamW over the model on the meta device": median(["plan_model", str(folder), "0"], rounds),
+        "names and shapes from `config.json` (`rebuild`)": best(["rebuild_model", str(folder), "0"], rounds),
+        "`open_state`": best(["open_model", str(folder), "0"], rounds),
+        "`lora-state inspect`, the whole process": best(inspect, rounds),
+        "`plan` for AdamW over the model on the meta device": best(["plan_model", str(folder), "0"], rounds),
         "`lora-state verify`, which reads all of it": measured(verify),
     }
     shown = ([title, f"{run.seconds:.2f}", f"{run.peak:,.0f}"] for title, run in steps.items())
@@ -321,7 +317,7 @@ def sizes_part(places: Sequence[tuple[float, Path]], rounds: int) -> tuple[dict[
         held = 512 * archive.stat().st_blocks
         convert = [*CLI, "convert", str(archive), str(target), "--names", str(names)]
         times = rounds if gigabytes <= 8 else 1
-        run = converted[gigabytes] = median([*convert, "--force"], times)
+        run = converted[gigabytes] = best([*convert, "--force"], times)
         verified = measured([*CLI, "verify", str(target)])
         target.unlink()
         rows.append(
@@ -341,7 +337,7 @@ def parameters_part(counts: Sequence[int], folder: Path, rounds: int) -> tuple[d
     for count in counts:
         row = [f"{count:,}"]
         for worker, runs in found.items():
-            run = runs[count] = median([worker, str(folder), str(count)], rounds)
+            run = runs[count] = best([worker, str(folder), str(count)], rounds)
             row += [f"{run.seconds:.3f}", f"{run.peak:,.0f}"]
             kept &= run.seconds <= SECONDS.get(worker, math.inf) * max(count / 100_000, 1)
         files = [*folder.glob("many*.safetensors")]
@@ -433,7 +429,7 @@ def main() -> None:
     options.add_argument("--gigabytes", type=float, nargs="*", default=[0.25, 0.5, 1, 2, 4, 8])
     options.add_argument("--large", type=float, nargs="*", default=[30])
     options.add_argument("--counts", type=int, nargs="+", default=[1000, 10_000, 100_000])
-    options.add_argument("--rounds", type=int, default=3)
+    options.add_argument("--rounds", type=int, default=5)
     options.add_argument("--svg", type=Path)
     chosen = options.parse_args()
     names = ("lora_state_format", "torch", "transformers")
