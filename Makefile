@@ -2,7 +2,7 @@
 PYTHON ?= python3
 PYTHONS ?= 3.10 3.12 3.13
 
-.PHONY: demo test test-frameworks lint fuzz crashes test-lowest test-pythons
+.PHONY: bench demo test test-frameworks lint fuzz crashes test-lowest test-pythons
 
 demo: .venv/ready  ## train, convert, rebuild, resume: the main job, told step by step
 	.venv/bin/lora-state demo
@@ -20,6 +20,10 @@ test-frameworks: .venv-frameworks/ready  ## the converters against every framewo
 
 fuzz: .venv/ready  ## ten minutes of random inputs for every reader
 	.venv/bin/python tests/fuzz.py --seconds 600
+
+bench: .venv/ready .venv-frameworks/ready  ## what it costs, beside cp, torch and DCP; an hour of a machine with 24 GB
+	.venv/bin/python tests/bench/bench.py --megabytes 2048 1024 8192
+	.venv-frameworks/bin/python tests/bench/sharded.py
 
 crashes: .venv/ready  ## four ways to write, each killed at 200 random moments
 	OMP_NUM_THREADS=1 .venv/bin/python tests/crash_writer.py random 200
