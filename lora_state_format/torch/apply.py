@@ -33,6 +33,7 @@ from lora_state_format.model import (
 from lora_state_format.names import Rename, peft_key
 from lora_state_format.optimizers import Known
 from lora_state_format.plan import RESIZABLE, Binding, LoadPlan
+from lora_state_format.sources import File
 from lora_state_format.torch.background import BackgroundSave, settle, start
 from lora_state_format.torch.capture import (
     CARRIED,
@@ -379,7 +380,7 @@ def apply(
     tensors, ledger = named.tensors, Ledger()
     with ThreadPoolExecutor(1) as beside:
         comparing = beside.submit(_compare, loading)  # in the time that reading waits for bytes
-        staged = [(binding, _stage(binding, named, loading.live, ledger)) for binding in loading.bindings]
+        staged = _staged(loading, named, ledger)
         carried = tuple(_kept(parameter) for parameter in loading.carried)
     loose = _loose(loading.state.globals, len(optimizers))
     ledger.check()
@@ -389,7 +390,7 @@ def apply(
     matching, differing = comparing.result()
     agree()
 
-    for binding, slots in staged:
+    for binding, slots in zip(loading.bindings, staged, strict=True):
         state = optimizers[loading.live.groups[loading.live.members[binding.name]].optimizer].state
         state.pop(tensors[binding.name], None)
         if slots is not None:
@@ -405,6 +406,23 @@ def apply(
     else:
         CARRIED.pop(optimizers[0], None)
     return _report(loading, matching, differing)
+
+
+def _staged(loading: LoadPlan, named: Named, ledger: Ledger) -> list[dict[str, Any] | None]:
+    """The new slots of each binding.
+
+    Half of the time goes into the pages of new memory, so two threads read: open files can be read by both. Ranks that
+    have parts of tensors talk to each other, in order.
+    """
+
+    def stage(binding: Binding) -> dict[str, Any] | None:
+        return _stage(binding, named, loading.live, ledger)
+
+    open_files = all(type(resource) is File for resource in loading.state.resources)
+    if not open_files or named.parts or any(map(is_sharded, named.tensors.values())):
+        return [*map(stage, loading.bindings)]
+    with ThreadPoolExecutor(2) as readers:
+        return [*readers.map(stage, loading.bindings)]
 
 
 def _stage(binding: Binding, named: Named, live: LiveOptimizer, ledger: Ledger) -> dict[str, Any] | None:
