@@ -443,3 +443,27 @@ FRAGMENTS = [bytes([code]) for code in pickles.OPCODES] + [
 @given(st.lists(st.one_of(st.sampled_from(FRAGMENTS), st.binary(max_size=4)), max_size=40))
 def test_any_program_is_read_or_refused(fragments: list[bytes]) -> None:
     accepted(hostile.saved(b"".join(fragments) + b"."))
+
+
+def test_archives_with_one_pickle_have_their_own_bytes(tmp_path: Path) -> None:
+    alike: dict[bytes, pickles.Pickled] = {}
+    saved = [torch.arange(6.0).reshape(2, 3) + n for n in range(3)]
+    for number, tensor in enumerate(saved):
+        path = tmp_path / f"{number}.pt"
+        torch.save(tensor.t(), path)
+        with File(path) as file:
+            loaded = pickles.load(file, alike=alike)
+            assert loaded.value.shape == (3, 2)
+            assert loaded.value.bytes() == tensor.t().contiguous().numpy().tobytes()
+            assert loaded.storages["0"].source is file
+    assert len(alike) == 1
+
+    short = tmp_path / "short.pt"
+    with zipfile.ZipFile(tmp_path / "0.pt") as whole, zipfile.ZipFile(short, "w") as archive:
+        for member in whole.namelist():
+            data = whole.read(member)
+            archive.writestr(f"0/{member.partition('/')[2]}", data[:20] if member.endswith("data/0") else data)
+    with File(short) as file, pytest.raises(FileError) as caught:
+        pickles.load(file, alike=alike)
+    detail = "storage '0' of 24 bytes, for which the file holds 20, at byte 98 of 0/data.pkl"
+    assert str(caught.value) == f"{short}: {detail}"

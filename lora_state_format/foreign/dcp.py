@@ -116,10 +116,11 @@ class _Place:
     file: PooledFile
     offset: int
     length: int
+    alike: dict[bytes, pickles.Pickled]
 
     def value(self) -> Any:
         try:
-            return pickles.load(Range(self.file, self.offset, self.length), self.file.path).value
+            return pickles.load(Range(self.file, self.offset, self.length), self.file.path, alike=self.alike).value
         except RefusedError:
             raise
         except FileError as error:
@@ -191,6 +192,7 @@ def _chunks(storage: Mapping[Any, Any], files: Files, path: Path) -> dict[str, d
     """Every chunk's place by the entry's key and the chunk's offsets."""
     found: dict[str, dict[tuple[int, ...] | None, _Place]] = {}
     opened: dict[str, PooledFile] = {}
+    alike: dict[bytes, pickles.Pickled] = {}
     room: dict[PooledFile, int] = {}
     for index, info in storage.items():
         key = _state(index, "fqn", str, path)
@@ -215,7 +217,7 @@ def _chunks(storage: Mapping[Any, Any], files: Files, path: Path) -> dict[str, d
         where = None if offsets is None else _naturals(offsets, path)
         if where in found.setdefault(key, {}):
             raise FileError(f"has two chunks of '{key}' at {where}", path=path)
-        found[key][where] = _Place(key, file, start, length)
+        found[key][where] = _Place(key, file, start, length, alike)
     return found
 
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 import struct
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Final
 
 from lora_state_format.collector import paused
@@ -57,6 +57,9 @@ MAX_ODD_KEYS: Final = 10_000
 
 MAX_REPEATS: Final = 16
 """How often a file's bytes may appear in its tensors (shared and expanded storages), beyond the first 64 MiB."""
+
+MAX_ALIKE: Final = 4096
+"""Bytes of a pickle that is kept for others like it; a tensor's has some 200."""
 
 MAX_INTEGER: Final = 256
 """Bytes of an integer."""
@@ -807,13 +810,14 @@ def mentions(source: Source, word: bytes) -> bool:
         return False
 
 
-def load(source: Source, path: object = None) -> Pickled:
+def load(source: Source, path: object = None, *, alike: dict[bytes, Pickled] | None = None) -> Pickled:
     """What ``torch.save`` wrote: a zip archive, or the stream from before torch 1.6. No tensor is read.
 
     ``source`` may be a file or a part of one: a member of another zip, an item of a ``.distcp`` file. Tensors become
     ``Tensor`` objects over byte ranges of it that carry the CRC-32 of the archive; nothing else than plain values,
-    ``Record``, ``Global`` and ``NumpyScalar`` comes beside them. ``path`` is for messages. Raises ``FileError`` for
-    a file that is damaged or something else, ``RefusedError`` for a pickle that names a global which is not on the
+    ``Record``, ``Global`` and ``NumpyScalar`` comes beside them. ``path`` is for messages. ``alike`` keeps tensors by
+    their pickles: of many archives that hold one each, most have the same pickle. Raises ``FileError`` for a file
+    that is damaged or something else, ``RefusedError`` for a pickle that names a global which is not on the
     list, for big-endian files, and for the tar archives of torch 0.1.
     """
     if path is None and isinstance(source, File):
@@ -824,7 +828,7 @@ def load(source: Source, path: object = None) -> Pickled:
     if kind == "tar archive":
         raise RefusedError("a tar archive of torch 0.1: save it again with a newer torch", path=path)
     with paused():
-        return _load_zip(source, path) if kind == "zip archive" else _load_stream(source, path)
+        return _load_zip(source, path, alike) if kind == "zip archive" else _load_stream(source, path)
 
 
 def load_plain(data: bytes, path: object = None) -> Any:
@@ -879,7 +883,7 @@ def _pickle_in(archive: Archive) -> str:
     return pickles[0]
 
 
-def _load_zip(source: Source, path: object) -> Pickled:
+def _load_zip(source: Source, path: object, alike: dict[bytes, Pickled] | None) -> Pickled:
     archive = Archive(source, path)
     member = archive[_pickle_in(archive)]
     root = member.name.removesuffix("data.pkl")
@@ -897,11 +901,27 @@ def _load_zip(source: Source, path: object) -> Pickled:
             raise FileError(f"the zip archive has no member {name!r}, which its pickle refers to", path=path)
         return archive[name]
 
+    known = alike.get(data) if alike is not None else None
+    if known is not None and (again := _elsewhere(known, open_storage)) is not None:
+        return again
     machine = _Machine(data, path, member.name, _room(source), open_storage)
     value, end = machine.run()
     if end != len(data):
         raise FileError(f"{len(data) - end} bytes follow the pickle in {member.name}", path=path)
-    return Pickled(value, "zip", machine.protocol, machine.storages)
+    loaded = Pickled(value, "zip", machine.protocol, machine.storages)
+    if alike is not None and isinstance(value, Tensor) and len(data) <= MAX_ALIKE:
+        alike[data] = loaded
+    return loaded
+
+
+def _elsewhere(known: Pickled, open_storage: Callable[[str, int], Range]) -> Pickled | None:
+    """A tensor as the same pickle means it in another archive; ``None`` if the storages there have other sizes."""
+    storages = {key: open_storage(key, old.size) for key, old in known.storages.items()}
+    if any(storages[key].size != old.size for key, old in known.storages.items()):
+        return None
+    moved = {id(old): storages[key] for key, old in known.storages.items()}
+    pieces = tuple(replace(piece, source=moved[id(piece.source)]) for piece in known.value.pieces)
+    return replace(known, value=replace(known.value, pieces=pieces), storages=storages)
 
 
 def _load_stream(source: Source, path: object) -> Pickled:

@@ -7,8 +7,7 @@ not wait for a disk, and we do. Every contender is a process of its own; ours an
 once. The first column with ratios is time on the clock; where the machine does other things too, the one of processor
 time says more.
 
-Two cores, 2026-11: by processor time 1.26, 1.25 and 1.48 times ``cp`` for ZeRO 2, ZeRO 3 and DCP at 0.75 GB, 1.29, 1.30
-and 1.47 at 3 GB, peaks of 27 to 31 MiB; the others 10 to 29 times, and up to 3,155 MiB. ``docs/cluster.md`` has it all.
+``docs/cluster.md`` has the figures.
 
 Files are laid out as DeepSpeed 0.19 lays them out; DCP's are written by torch on 2 ranks.
 """
