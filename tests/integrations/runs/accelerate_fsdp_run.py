@@ -6,6 +6,7 @@ only, so it is told to here; everything else is its own.
 
 from __future__ import annotations
 
+import os
 import sys
 import warnings
 from pathlib import Path
@@ -76,3 +77,6 @@ def main(folder: str) -> None:
 
 if __name__ == "__main__":
     main(*sys.argv[1:])
+    # Threads that the process group leaves sometimes abort the exit of the interpreter; everything is done by then.
+    sys.stdout.flush()
+    os._exit(0)
