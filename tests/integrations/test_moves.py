@@ -108,7 +108,7 @@ def under_lightning(source: Path, folder: Path) -> Path:
             return optimizer
 
     options = {"accelerator": "cpu", "logger": False, "enable_progress_bar": False, "enable_model_summary": False}
-    trainer = pl.Trainer(max_steps=LEG, callbacks=[NamedState("model")], **options)
+    trainer = pl.Trainer(max_steps=LEG, callbacks=[NamedState("model")], default_root_dir=folder, **options)
     rows = torch.cat([batch(step) for step in range(2 * LEG, 3 * LEG)])
     trainer.fit(Module(), torch.utils.data.DataLoader(rows, batch_size=ROWS))  # type: ignore[arg-type]
     trainer.save_checkpoint(folder / "last.ckpt")
