@@ -22,7 +22,8 @@ fuzz: .venv/ready  ## ten minutes of random inputs for every reader
 	.venv/bin/python tests/fuzz.py --seconds 600
 
 bench: .venv/ready .venv-frameworks/ready  ## what it costs, beside cp, torch and DCP; an hour of a machine with 24 GB
-	.venv/bin/python tests/bench/bench.py --megabytes 2048 1024 8192
+	.venv/bin/python tests/bench/bench.py --megabytes 2048 1024 4096
+	.venv/bin/python tests/bench/bench.py --megabytes 8192 --only convert save
 	.venv-frameworks/bin/python tests/bench/sharded.py
 
 crashes: .venv/ready  ## four ways to write, each killed at 200 random moments

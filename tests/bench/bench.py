@@ -5,11 +5,11 @@
     python tests/bench/bench.py [--megabytes 2048 1024 8192] [--rounds 9] [--folder /dev/shm] [--only NAME ...]
 
 AdamW over matrices of 2048 x 2048, so many megabytes of moments, in a folder that should be in memory: ``cp`` does not
-wait for a disk, and we do. It takes twice the size, a process that saves one and a half times more. What depends on
-the size is measured for all that are given, the rest for the first. Every measurement is a process of its own, so that
-peaks are those of whole processes; what is compared takes turns, in rotated order. A table in Markdown is printed:
-minimum and median of the seconds, and the median of the ratios to the yardstick of the same round. Budgets of time are
-for the first size, those of memory for all. The exit code is 1 if one is missed.
+wait for a disk, and we do. It takes twice the size, a process one and a half times more. What depends on the size is
+measured for all that are given, the rest for the first. Every measurement is a process of its own, so that peaks are
+those of whole processes; what is compared takes turns, in rotated order. A table in Markdown is printed: minimum and
+median of the seconds, and the median of the ratios to the yardstick of the same round. Budgets of time are for the
+first size, those of memory for all. The exit code is 1 if one is missed.
 """
 
 from __future__ import annotations
