@@ -23,7 +23,7 @@ fuzz: .venv/ready  ## ten minutes of random inputs for every reader
 
 bench: .venv/ready .venv-frameworks/ready  ## what it costs, beside cp, torch and DCP; an hour of a machine with 24 GB
 	.venv/bin/python tests/bench/bench.py --megabytes 2048 1024 4096
-	.venv/bin/python tests/bench/bench.py --megabytes 8192 --only convert save
+	.venv/bin/python tests/bench/bench.py --megabytes 8192 --only convert
 	.venv-frameworks/bin/python tests/bench/sharded.py
 
 crashes: .venv/ready  ## four ways to write, each killed at 200 random moments
