@@ -45,6 +45,7 @@ __all__ = [
     "is_state",
     "open_state",
     "read_header",
+    "stated_hash",
     "verify",
 ]
 
@@ -392,6 +393,11 @@ def hash_tensor(tensor: Tensor, buffer: memoryview | None = None) -> str:
     for chunk in tensor.chunks(buffer):
         hasher.update(chunk)
     return hasher.hexdigest()
+
+
+def stated_hash(tensor: Tensor) -> str | None:
+    """What ``hash_tensor`` had to be, as the tensor's file states it; ``None`` if it states none by that algorithm."""
+    return tensor.digest.hex if tensor.digest and tensor.digest.algorithm == ALGORITHM else None
 
 
 # --- sets of shards ----------------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
 from lora_state_format import container, order, registry, writing
-from lora_state_format.errors import ConversionError, DigestError, MissingNamesError, OptionError, TargetExistsError
+from lora_state_format.errors import ConversionError, MissingNamesError, OptionError, TargetExistsError
 from lora_state_format.evidence import head_size
 from lora_state_format.foreign import quantised
 from lora_state_format.foreign.folders import read_json_object
@@ -401,14 +401,9 @@ def _check_digests(state: OptimizerState) -> None:
     trees = [*((parameter.name, parameter.state or {}) for parameter in state.parameters), ("globals", state.globals)]
     for name, tree in trees:
         for path, leaf in walk(tree):
-            if not isinstance(leaf, Slot) or leaf.tensor.digest is None:
-                continue
-            stated = leaf.tensor.digest
-            if stated.algorithm == ALGORITHM and stated.hex != container.hash_tensor(leaf.tensor):
+            if isinstance(leaf, Slot) and container.stated_hash(leaf.tensor):
                 key = "/".join(map(str, (name, *path)))
-                raise DigestError(
-                    f"tensor {key!r} does not match the digest in the file that it comes from", rule="R21"
-                )
+                writing.check_hash(key, leaf.tensor, container.hash_tensor(leaf.tensor))
 
 
 def _notes(state: OptimizerState) -> list[str]:

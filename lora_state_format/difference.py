@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from lora_state_format.canonical import dumps
-from lora_state_format.container import hash_tensor
-from lora_state_format.manifest import ALGORITHM, encode_value
+from lora_state_format.container import hash_tensor, stated_hash
+from lora_state_format.manifest import encode_value
 from lora_state_format.model import OptimizerState, Parameter, Scalar, Slot, Tensor, Value
 
 __all__ = ["Difference", "diff"]
@@ -155,8 +155,7 @@ def _same_bytes(a: Tensor, b: Tensor) -> bool:
 
 
 def _digest(tensor: Tensor) -> str:
-    stated = tensor.digest
-    return stated.hex if stated and stated.algorithm == ALGORITHM else hash_tensor(tensor)
+    return stated_hash(tensor) or hash_tensor(tensor)
 
 
 def _text(value: Any) -> str:

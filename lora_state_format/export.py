@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING, Any, Final, Literal, TypeAlias
 import xxhash
 
 from lora_state_format.atomic import TemporaryFile
+from lora_state_format.container import stated_hash
 from lora_state_format.crc import Ledger
 from lora_state_format.errors import DigestError, FileError, OptionError, TargetExistsError
-from lora_state_format.manifest import ALGORITHM
 from lora_state_format.model import BITS, CHUNK, OptimizerState, Parameter, Scalar, Tensor, Value
 
 if TYPE_CHECKING:
@@ -199,12 +199,12 @@ def _write(path: Path, items: Mapping[str, _Item]) -> None:
 
 def _computed(item: _Item, ledger: Ledger, buffer: memoryview) -> Iterator[memoryview]:
     """The bytes to write, chunk by chunk; those that are read are checked."""
-    digest = item.tensor.digest
+    stated = stated_hash(item.tensor)
     hasher = xxhash.xxh3_128()
     for chunk in ledger.chunks(item.tensor, buffer):
         hasher.update(chunk)
         yield chunk if item.function is None else _converted(chunk, item)
-    if digest and digest.algorithm == ALGORITHM and hasher.hexdigest() != digest.hex:
+    if stated and hasher.hexdigest() != stated:
         raise DigestError(f"{item.name} does not match its digest: the file was changed after it was written")
 
 

@@ -805,6 +805,12 @@ class OptimizerState(Mapping[str, Parameter]):
         """The parameters that are in no group."""
         return self.parameters[sum(group.count for group in self.groups) :]
 
+    def check_unchanged(self) -> None:
+        """Raise ``FileError`` if a file that the tensors read from is no longer what it was when it was opened."""
+        for resource in self.resources:
+            if hasattr(resource, "check_unchanged"):
+                resource.check_unchanged()
+
     def close(self) -> None:
         """Close the files that the tensors read from."""
         for resource in self.resources:

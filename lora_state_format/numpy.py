@@ -6,9 +6,8 @@ import os
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Final
 
-from lora_state_format.container import hash_tensor, open_state
+from lora_state_format.container import hash_tensor, open_state, stated_hash
 from lora_state_format.errors import DigestError, MissingDependencyError
-from lora_state_format.manifest import ALGORITHM
 from lora_state_format.model import Scalar, Slot, Tensor, Value, contiguous
 from lora_state_format.sources import Memory
 
@@ -59,8 +58,8 @@ def _values(value: Value, where: str, path: object) -> Any:
     if isinstance(value, (list, tuple)):
         return type(value)(_values(inner, where, path) for inner in value)
     if isinstance(value, Slot):
-        digest = value.tensor.digest
-        if path is not None and digest and digest.algorithm == ALGORITHM and hash_tensor(value.tensor) != digest.hex:
+        stated = stated_hash(value.tensor)
+        if path is not None and stated and hash_tensor(value.tensor) != stated:
             raise DigestError(f"{where} does not match its digest", path=path, rule="R21")
         return array(value.tensor)
     return array(value) if isinstance(value, Scalar) else value

@@ -33,13 +33,14 @@ from lora_state_format.container import (
     is_too_large,
     set_id,
     stated_digest,
+    stated_hash,
 )
 from lora_state_format.crc import Ledger
 from lora_state_format.errors import DigestError, OptionError, TargetExistsError, UnrepresentableError
 from lora_state_format.manifest import ALGORITHM, FORMAT, MAX_DIMENSIONS, Manifest, ShardOf, check_names, encode
 from lora_state_format.model import BITS, CHUNK, OptimizerState, Parameter, Slot, Tensor, Value
 
-__all__ = ["Written", "in_file_order", "write"]
+__all__ = ["Written", "check_hash", "in_file_order", "write"]
 
 SHARD_HEADER: Final = 16 << 20
 """Bytes of header that a shard is filled up to, as estimated."""
@@ -85,9 +86,7 @@ def write(
         for layout, file in zip(layouts, files, strict=True):
             _stream(layout, file, ledger, progress)
         ledger.check()
-        for resource in state.resources:
-            if hasattr(resource, "check_unchanged"):
-                resource.check_unchanged()
+        state.check_unchanged()
         if len(layouts) == 1:
             return _commit_file(path, layouts[0], files[0], force)
         return _commit_set(path, layouts, files, force)
@@ -199,9 +198,13 @@ def _stream(layout: _Layout, target: TemporaryFile, ledger: Ledger, progress: Ca
             if progress:
                 progress(len(chunk))
         layout.digests[number] = hasher.hexdigest()
-        stated = tensor.digest
-        if stated is not None and stated.algorithm == ALGORITHM and stated.hex != layout.digests[number]:
-            raise DigestError(f"tensor {key!r} does not match the digest in the file that it comes from", rule="R21")
+        check_hash(key, tensor, layout.digests[number])
+
+
+def check_hash(key: str, tensor: Tensor, found: str) -> None:
+    """Raise ``DigestError`` for a tensor whose file states another digest than its bytes have."""
+    if stated_hash(tensor) not in (None, found):
+        raise DigestError(f"tensor {key!r} does not match the digest in the file that it comes from", rule="R21")
 
 
 def _commit_file(path: Path, layout: _Layout, file: TemporaryFile, force: bool) -> Written:

@@ -384,9 +384,7 @@ def apply(
         carried = tuple(_kept(parameter) for parameter in loading.carried)
     loose = _loose(loading.state.globals, len(optimizers))
     ledger.check()
-    for resource in loading.state.resources:
-        if hasattr(resource, "check_unchanged"):
-            resource.check_unchanged()
+    loading.state.check_unchanged()
     matching, differing = comparing.result()
     agree()
 

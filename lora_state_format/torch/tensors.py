@@ -10,9 +10,9 @@ from typing import Any, Final
 import torch
 import xxhash
 
+from lora_state_format.container import stated_hash
 from lora_state_format.crc import Ledger
 from lora_state_format.errors import DigestError, UnrepresentableError
-from lora_state_format.manifest import ALGORITHM
 from lora_state_format.model import CHUNK, Box, Piece, Scalar, Tensor, contiguous
 from lora_state_format.sources import Memory, Source
 
@@ -131,12 +131,12 @@ def read_into(tensor: Tensor, out: torch.Tensor, *, ledger: Ledger | None = None
     one row where rows are larger. A digest that the file states is compared on the way, or else ``ledger`` is told what
     its sources' CRC-32 needs. Raises ``DigestError`` that names ``where``; ``out`` is then garbage.
     """
-    digest = tensor.digest if tensor.digest and tensor.digest.algorithm == ALGORITHM else None
-    hasher = xxhash.xxh3_128() if digest else None
+    stated = stated_hash(tensor)
+    hasher = xxhash.xxh3_128() if stated else None
     in_place = out.device.type == "cpu" and out.is_contiguous() and dtype_name(out.dtype) == tensor.dtype
     if out.numel() == 0:
         pass
-    elif in_place and (digest or ledger is None):
+    elif in_place and (stated or ledger is None):
         memory = out.reshape(-1).view(torch.uint8).numpy().data
         for offset in range(0, tensor.size, CHUNK):
             chunk = memory[offset : offset + CHUNK]
@@ -146,12 +146,12 @@ def read_into(tensor: Tensor, out: torch.Tensor, *, ledger: Ledger | None = None
     else:
         buffer = memoryview(bytearray(CHUNK))
         rows = _Rows(out, dtype_of(tensor.dtype))
-        for chunk in ledger.chunks(tensor, buffer) if ledger and not digest else tensor.chunks(buffer):
+        for chunk in ledger.chunks(tensor, buffer) if ledger and not stated else tensor.chunks(buffer):
             if hasher:
                 hasher.update(chunk)
             rows.write(chunk)
         rows.flush()
-    if digest and hasher and hasher.hexdigest() != digest.hex:
+    if hasher and hasher.hexdigest() != stated:
         raise DigestError(f"{where} does not match its digest: the file was changed after it was written")
 
 
