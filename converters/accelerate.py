@@ -15,11 +15,14 @@ from typing import Any, Final
 
 from lora_state_format.errors import FileError, OptionError, RefusedError, TargetExistsError
 from lora_state_format.foreign import keyed, pickles
-from lora_state_format.foreign.folders import Files, read_json_object, read_weights, reading
 from lora_state_format.foreign.state_dict import Found, from_state_dict, to_state_dict
 from lora_state_format.foreign.torch_save import save
-from lora_state_format.model import Checkpoint, OptimizerState, Tensor
-from lora_state_format.names import split_adapter
+from lora_state_format.foreign.weights import read_weights
+from lora_state_format.io.files import Files, reading
+from lora_state_format.io.json_files import read_json_object
+from lora_state_format.model.states import Checkpoint, OptimizerState
+from lora_state_format.model.tensors import Tensor
+from lora_state_format.naming.names import split_adapter
 from lora_state_format.registry import Match
 
 NAME: Final = "accelerate"

@@ -10,12 +10,13 @@ from typing import Any, Final
 
 from lora_state_format.errors import FileError
 from lora_state_format.foreign import keyed, pickles
-from lora_state_format.foreign.folders import reading
 from lora_state_format.foreign.state_dict import Found, from_state_dict
 from lora_state_format.foreign.trees import member
-from lora_state_format.model import Checkpoint, Tensor
+from lora_state_format.io.files import reading
+from lora_state_format.model.sources import File
+from lora_state_format.model.states import Checkpoint
+from lora_state_format.model.tensors import Tensor
 from lora_state_format.registry import Match
-from lora_state_format.sources import File
 
 NAME: Final = "composer"
 DESCRIPTION: Final = "a Composer checkpoint file: state.optimizers beside rank_zero_seed, or state._optimizers"

@@ -17,7 +17,8 @@ from lora_state_format.errors import FileError
 from lora_state_format.foreign import keyed
 from lora_state_format.foreign.dcp import METADATA, Folder, is_folder, metadata, open_folder, write_folder
 from lora_state_format.foreign.state_dict import Found, from_state_dict, is_state_dict
-from lora_state_format.model import Checkpoint, OptimizerState, Scalar, Tensor
+from lora_state_format.model.states import Checkpoint, OptimizerState, Scalar
+from lora_state_format.model.tensors import Tensor
 from lora_state_format.registry import Match
 
 NAME: Final = "dcp"

@@ -17,12 +17,13 @@ from typing import Any, Final
 
 from lora_state_format.errors import FileError, OptionError, UnrepresentableError
 from lora_state_format.foreign import keyed, pickles
-from lora_state_format.foreign.folders import Files, new_folder
 from lora_state_format.foreign.pickles import Record
 from lora_state_format.foreign.state_dict import from_state_dict
 from lora_state_format.foreign.torch_save import save
 from lora_state_format.foreign.trees import member
-from lora_state_format.model import Box, Checkpoint, OptimizerState, Piece, Run, Scalar, Slot, Tensor, Value
+from lora_state_format.io.files import Files, new_folder
+from lora_state_format.model.states import Checkpoint, OptimizerState, Scalar, Slot, Value
+from lora_state_format.model.tensors import Box, Piece, Run, Tensor
 from lora_state_format.registry import Match
 
 NAME: Final = "deepspeed_universal"

@@ -20,11 +20,12 @@ from typing import Any, Final
 
 from lora_state_format.errors import FileError, RefusedError
 from lora_state_format.foreign import keyed, pickles
-from lora_state_format.foreign.folders import PooledFile, reading
 from lora_state_format.foreign.pickles import Record
 from lora_state_format.foreign.state_dict import from_state_dict
 from lora_state_format.foreign.trees import member
-from lora_state_format.model import Checkpoint, Flat, Piece, Run, Scalar, Tensor, Value, item_size
+from lora_state_format.io.files import PooledFile, reading
+from lora_state_format.model.states import Checkpoint, Scalar, Value
+from lora_state_format.model.tensors import Flat, Piece, Run, Tensor, item_size
 from lora_state_format.registry import Match
 
 NAME: Final = "deepspeed_zero"

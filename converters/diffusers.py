@@ -11,9 +11,10 @@ from typing import Final
 
 from lora_state_format.errors import FileError
 from lora_state_format.foreign import pickles
-from lora_state_format.foreign.folders import read_weights, reading
 from lora_state_format.foreign.state_dict import from_state_dict
-from lora_state_format.model import Checkpoint
+from lora_state_format.foreign.weights import read_weights
+from lora_state_format.io.files import reading
+from lora_state_format.model.states import Checkpoint
 from lora_state_format.registry import Match
 
 NAME: Final = "diffusers"

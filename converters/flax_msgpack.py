@@ -7,16 +7,17 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
 
-from lora_state_format import mapping
 from lora_state_format.foreign import flax, optax
 from lora_state_format.foreign.optax_nodes import FIELDS, Tree, leaves
-from lora_state_format.model import Checkpoint, OptimizerState, Tensor
+from lora_state_format.mapping import apply
+from lora_state_format.model.sources import File
+from lora_state_format.model.states import Checkpoint, OptimizerState
+from lora_state_format.model.tensors import Tensor
 from lora_state_format.registry import Match
-from lora_state_format.sources import File
 
 NAME: Final = "flax_msgpack"
 DESCRIPTION: Final = "flax's to_bytes of an optax state (opt_state.msgpack, a TrainState, nnx), or EasyLM's stream"
-OPTIONS: Final = {**optax.OPTIONS, "map": mapping.OPTION}
+OPTIONS: Final = {**optax.OPTIONS, "map": apply.OPTION}
 
 STATE: Final = "opt_state.msgpack"
 WEIGHTS: Final = "flax_model.msgpack"
@@ -52,7 +53,7 @@ def read(path: Path, options: Mapping[str, Any] | None = None) -> Checkpoint:
         state = optax.from_tree(
             tree, path=path, options=options, origin={"format": NAME}, weights=weights, resources=tuple(files)
         )
-        return mapping.on_reading(Checkpoint(state, weights), options.get("map"))
+        return apply.on_reading(Checkpoint(state, weights), options.get("map"))
     except BaseException:
         for file in files:
             file.close()
@@ -68,7 +69,7 @@ def write(
     which but the optimizer's state is copied. Without one the optimizer is taken to be ``optax.NAME(learning_rate)``.
     """
     options = options or {}
-    state = mapping.on_writing(state, options.get("map"), NAME)
+    state = apply.on_writing(state, options.get("map"), NAME)
     if base is None:
         flax.save(optax.to_tree(state, options=options), path, force=force)
         return

@@ -11,11 +11,14 @@ from pathlib import Path
 from typing import Any, Final
 
 from lora_state_format.errors import FileError, OptionError, UnrepresentableError
-from lora_state_format.foreign.folders import Files, new_folder, read_json, read_weights, reading
 from lora_state_format.foreign.state_dict import Found, from_state_dict, to_state_dict
-from lora_state_format.model import CHUNK, Checkpoint, OptimizerState, Scalar, Tensor, contiguous
+from lora_state_format.foreign.weights import read_weights
+from lora_state_format.io.files import Files, new_folder, reading
+from lora_state_format.io.json_files import read_json
+from lora_state_format.model.sources import Memory
+from lora_state_format.model.states import Checkpoint, OptimizerState, Scalar
+from lora_state_format.model.tensors import CHUNK, Tensor, contiguous
 from lora_state_format.registry import Match
-from lora_state_format.sources import Memory
 
 NAME: Final = "lerobot"
 DESCRIPTION: Final = "LeRobot's training_state: optimizer_state.safetensors and optimizer_param_groups.json"

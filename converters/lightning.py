@@ -15,14 +15,15 @@ from typing import Final
 
 from lora_state_format.errors import FileError, OptionError, TargetExistsError, UnrepresentableError
 from lora_state_format.foreign import pickles
-from lora_state_format.foreign.folders import reading
 from lora_state_format.foreign.state_dict import Found, from_state_dict, to_state_dict
 from lora_state_format.foreign.torch_save import save
 from lora_state_format.foreign.trees import member
-from lora_state_format.model import Checkpoint, OptimizerState, PositionalState, Tensor
-from lora_state_format.names import split_adapter
+from lora_state_format.io.files import reading
+from lora_state_format.model.sources import File
+from lora_state_format.model.states import Checkpoint, OptimizerState, PositionalState
+from lora_state_format.model.tensors import Tensor
+from lora_state_format.naming.names import split_adapter
 from lora_state_format.registry import Match
-from lora_state_format.sources import File
 
 NAME: Final = "lightning"
 DESCRIPTION: Final = "a Lightning .ckpt file: optimizer_states beside pytorch-lightning_version"

@@ -16,11 +16,12 @@ from typing import Any, Final
 from lora_state_format.errors import FileError, RefusedError
 from lora_state_format.foreign import keyed, pickles
 from lora_state_format.foreign.dcp import METADATA, is_folder, open_folder
-from lora_state_format.foreign.folders import read_json_object
 from lora_state_format.foreign.state_dict import from_state_dict
-from lora_state_format.model import Box, Checkpoint, Piece, Tensor
+from lora_state_format.io.json_files import read_json_object
+from lora_state_format.model.sources import File
+from lora_state_format.model.states import Checkpoint
+from lora_state_format.model.tensors import Box, Piece, Tensor
 from lora_state_format.registry import Match
-from lora_state_format.sources import File
 
 NAME: Final = "megatron"
 DESCRIPTION: Final = "a Megatron-core or NeMo torch_dist checkpoint: metadata.json beside .metadata (from source only)"

@@ -11,25 +11,16 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
 
-from lora_state_format import algorithms, mapping
-from lora_state_format.algorithms import HYPERPARAMETERS, OPTIMIZER, Algorithm, Layout
-from lora_state_format.container import Entry, Header, read_header
 from lora_state_format.errors import FileError, OptionError, RefusedError, UnrepresentableError
-from lora_state_format.foreign import plain
 from lora_state_format.foreign.zips import Archive
-from lora_state_format.model import (
-    Checkpoint,
-    Group,
-    Naming,
-    Optimizer,
-    OptimizerState,
-    Parameter,
-    Scalar,
-    Tensor,
-    contiguous,
-)
+from lora_state_format.io import plain
+from lora_state_format.io.safetensors import Entry, Header, read_header
+from lora_state_format.mapping import algorithms, apply
+from lora_state_format.mapping.algorithms import HYPERPARAMETERS, OPTIMIZER, Algorithm, Layout
+from lora_state_format.model.sources import File, Memory
+from lora_state_format.model.states import Checkpoint, Group, Naming, Optimizer, OptimizerState, Parameter, Scalar
+from lora_state_format.model.tensors import Tensor, contiguous
 from lora_state_format.registry import Match
-from lora_state_format.sources import File, Memory
 
 NAME: Final = "mlx"
 DESCRIPTION: Final = "MLX's optimizer.state in safetensors (unsloth, mflux): step, learning_rate, <parameter>.<slot>"
@@ -37,7 +28,7 @@ OPTIONS: Final = {
     "optimizer": OPTIMIZER,
     "bias_correction": "whether Adam or AdamW was made with it, True or False; MLX's default is False, mlx-lm's too",
     "step": "steps taken, to be written where the state does not count them",
-    "map": f"{mapping.OPTION}, or none; mlx_lm is taken where all names are of LoRA",
+    "map": f"{apply.OPTION}, or none; mlx_lm is taken where all names are of LoRA",
     **HYPERPARAMETERS,
 }
 
@@ -109,7 +100,7 @@ def read(path: Path, options: Mapping[str, Any] | None = None) -> Checkpoint:
         weights = _weights(path, files)
         state = _state(found, weights, path, options, tuple(files))
         layout = options.get("map", "mlx_lm" if all(_is_lora(name) for name in state) else None)
-        return mapping.on_reading(Checkpoint(state, weights), layout)
+        return apply.on_reading(Checkpoint(state, weights), layout)
     except BaseException:
         for file in files:
             file.close()
@@ -201,7 +192,7 @@ def write(
     options = options or {}
     if base is not None:
         raise OptionError(f"{NAME} writes a whole file and takes nothing from another ({base})")
-    state = mapping.on_writing(state, options.get("map"), NAME)
+    state = apply.on_writing(state, options.get("map"), NAME)
     algorithm = algorithms.of_state(state, options.get("optimizer"))
     layout = algorithms.layout_of(state, algorithm, LAYOUTS)
     tensors: dict[str, Tensor] = {}

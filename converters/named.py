@@ -5,12 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from lora_state_format import container
-from lora_state_format.model import Checkpoint, OptimizerState
+from lora_state_format.format import envelope, reading
+from lora_state_format.model.states import Checkpoint, OptimizerState
 from lora_state_format.registry import Match
 
 if TYPE_CHECKING:
-    from lora_state_format.writing import Written
+    from lora_state_format.format.writing import Written
 
 NAME: Final = "named"
 DESCRIPTION: Final = "named optimizer state: a .safetensors file of this package, or a set of them with its index"
@@ -21,17 +21,17 @@ PLACES: Final = ("training_state/optimizer.safetensors", "optimizer.safetensors"
 
 def detect(path: Path) -> Match | None:
     for place in (path, *(path / place for place in PLACES)):
-        if container.is_state(place):
+        if envelope.is_state(place):
             return Match("a safetensors file whose metadata holds 'optimizer_state'", place)
     return None
 
 
 def read(path: Path) -> Checkpoint:
     match = detect(path)
-    return Checkpoint(container.open_state(match.path if match else path))
+    return Checkpoint(reading.open_state(match.path if match else path))
 
 
 def write(state: OptimizerState, path: Path, *, base: Path | None, force: bool) -> Written:
-    from lora_state_format import writing  # ``inspect`` comes here too, and writes nothing
+    from lora_state_format.format import writing  # ``inspect`` comes here too, and writes nothing
 
     return writing.write(state, path, force=force)

@@ -15,10 +15,12 @@ from typing import Any, Final
 
 from lora_state_format.errors import FileError, RefusedError
 from lora_state_format.foreign import keyed, pickles
-from lora_state_format.foreign.folders import Files, read_json_object, reading
 from lora_state_format.foreign.state_dict import from_state_dict
 from lora_state_format.foreign.trees import member
-from lora_state_format.model import Checkpoint, Flat, Piece, Tensor
+from lora_state_format.io.files import Files, reading
+from lora_state_format.io.json_files import read_json_object
+from lora_state_format.model.states import Checkpoint
+from lora_state_format.model.tensors import Flat, Piece, Tensor
 from lora_state_format.registry import Match
 
 NAME: Final = "nanotron"

@@ -12,14 +12,15 @@ import binascii
 from pathlib import Path
 from typing import Final
 
-from lora_state_format.container import read_header
 from lora_state_format.errors import FileError, RefusedError
 from lora_state_format.foreign import keyed, pickles
-from lora_state_format.foreign.folders import read_weights, reading
 from lora_state_format.foreign.state_dict import from_state_dict
-from lora_state_format.model import Checkpoint
+from lora_state_format.foreign.weights import read_weights
+from lora_state_format.io.files import reading
+from lora_state_format.io.safetensors import read_header
+from lora_state_format.model.sources import File
+from lora_state_format.model.states import Checkpoint
 from lora_state_format.registry import Match
-from lora_state_format.sources import File
 
 NAME: Final = "olmo"
 DESCRIPTION: Final = "an unsharded OLMo checkpoint folder: optim.pt beside model.pt"

@@ -10,21 +10,22 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Final
 
-from lora_state_format import mapping
 from lora_state_format.errors import FileError, MissingDependencyError, RefusedError
 from lora_state_format.foreign import optax
 from lora_state_format.foreign.flax import DTYPES
-from lora_state_format.foreign.folders import read_json, read_json_object
 from lora_state_format.foreign.optax_nodes import FIELDS, Keys, Tree, leaves
 from lora_state_format.foreign.trees import member
-from lora_state_format.model import Checkpoint, Scalar, Tensor, contiguous, item_size
+from lora_state_format.io.json_files import read_json, read_json_object
+from lora_state_format.mapping import apply
+from lora_state_format.model.states import Checkpoint, Scalar
+from lora_state_format.model.tensors import Tensor, contiguous, item_size
 from lora_state_format.registry import Match
 
 NAME: Final = "orbax"
 DESCRIPTION: Final = (
     "an Orbax checkpoint folder of an optax state, a TrainState or an nnx.Optimizer: _METADATA and arrays"
 )
-OPTIONS: Final = {**optax.OPTIONS, "map": mapping.OPTION}
+OPTIONS: Final = {**optax.OPTIONS, "map": apply.OPTION}
 
 METADATA: Final = "_METADATA"
 EMPTY: Final = ("None", "Dict", "List", "Tuple", "NamedTuple")
@@ -78,7 +79,7 @@ def read(path: Path, options: Mapping[str, Any] | None = None) -> Checkpoint:
         tree["opt_state"] if tree.keys() == {"opt_state"} else tree,
         path=path, options=options, origin={"format": NAME}, weights=weights,
     )  # fmt: skip
-    return mapping.on_reading(Checkpoint(state, weights), options.get("map"))
+    return apply.on_reading(Checkpoint(state, weights), options.get("map"))
 
 
 def _tree(folder: Path) -> dict[str, Tree]:

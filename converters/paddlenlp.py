@@ -14,26 +14,19 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
 
-from lora_state_format import algorithms, mapping
-from lora_state_format.algorithms import HYPERPARAMETERS, OPTIMIZER, Layout
 from lora_state_format.errors import FileError, OptionError, RefusedError, UnrepresentableError
-from lora_state_format.foreign import plain
-from lora_state_format.foreign.folders import Files, new_folder, read_json, read_json_object, read_weights, reading
 from lora_state_format.foreign.powers import counted, power
 from lora_state_format.foreign.trees import member
-from lora_state_format.model import (
-    Checkpoint,
-    Group,
-    Naming,
-    Optimizer,
-    OptimizerState,
-    Role,
-    Slot,
-    Tensor,
-    contiguous,
-)
+from lora_state_format.foreign.weights import read_weights
+from lora_state_format.io import plain
+from lora_state_format.io.files import Files, new_folder, reading
+from lora_state_format.io.json_files import read_json, read_json_object
+from lora_state_format.mapping import algorithms, apply
+from lora_state_format.mapping.algorithms import HYPERPARAMETERS, OPTIMIZER, Layout
+from lora_state_format.model.sources import Memory
+from lora_state_format.model.states import Checkpoint, Group, Naming, Optimizer, OptimizerState, Role, Slot
+from lora_state_format.model.tensors import Tensor, contiguous
 from lora_state_format.registry import Match
-from lora_state_format.sources import Memory
 
 NAME: Final = "paddlenlp"
 DESCRIPTION: Final = "a unified checkpoint of PaddleNLP: optimizer-*.safetensors and optimizer.safetensors.index.json"
@@ -41,7 +34,7 @@ OPTIONS: Final = {
     "optimizer": OPTIMIZER,
     "step": "steps taken, where no trainer_state.json says it",
     "masters": "keep the fp32 master weights as a slot 'master_param'",
-    "map": f"{mapping.OPTION}; paddlenlp, for example",
+    "map": f"{apply.OPTION}; paddlenlp, for example",
     **HYPERPARAMETERS,
 }
 
@@ -87,7 +80,7 @@ def read(path: Path, options: Mapping[str, Any] | None = None) -> Checkpoint:
         beside = (index.with_name(name) for name in WEIGHTS)
         weights = next((_indexed(found, files) for found in beside if found.is_file()), {})
         state = _state(slots, weights, index, options, files)
-        return mapping.on_reading(Checkpoint(state, weights), options.get("map"))
+        return apply.on_reading(Checkpoint(state, weights), options.get("map"))
 
 
 def _indexed(index: Path, files: Files) -> dict[str, Tensor]:
@@ -168,7 +161,7 @@ def write(
     options = options or {}
     if base is not None:
         raise OptionError(f"{NAME} writes a whole folder and takes nothing from another ({base})")
-    state = mapping.on_writing(state, options.get("map"), NAME)
+    state = apply.on_writing(state, options.get("map"), NAME)
     algorithm = algorithms.of_state(state, options.get("optimizer"))
     masters = {p.name: p[MASTER] for p in state.parameters if MASTER in (p.state or {})}
     bare = [

@@ -12,16 +12,17 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
 
-from lora_state_format.container import read_header
 from lora_state_format.errors import FileError, OptionError, UnrepresentableError
 from lora_state_format.foreign import pickles
-from lora_state_format.foreign.folders import read_json_object
 from lora_state_format.foreign.state_dict import Found, find, from_state_dict, to_state_dict
 from lora_state_format.foreign.torch_save import save
 from lora_state_format.foreign.zips import Archive, Member
-from lora_state_format.model import Checkpoint, OptimizerState, Tensor, Value
+from lora_state_format.io.json_files import read_json_object
+from lora_state_format.io.safetensors import read_header
+from lora_state_format.model.sources import File
+from lora_state_format.model.states import Checkpoint, OptimizerState, Value
+from lora_state_format.model.tensors import Tensor
 from lora_state_format.registry import Match
-from lora_state_format.sources import File
 
 NAME: Final = "torch_optimizer"
 DESCRIPTION: Final = "optimizer.pt, any other torch.save file with an optimizer in it, a Trainer's checkpoint folder"

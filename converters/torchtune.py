@@ -14,12 +14,13 @@ from typing import Any, Final
 
 from lora_state_format.errors import FileError
 from lora_state_format.foreign import keyed, pickles
-from lora_state_format.foreign.folders import read_weights, reading
 from lora_state_format.foreign.state_dict import from_state_dict, is_state_dict
 from lora_state_format.foreign.trees import member
-from lora_state_format.model import Checkpoint
+from lora_state_format.foreign.weights import read_weights
+from lora_state_format.io.files import reading
+from lora_state_format.model.sources import File
+from lora_state_format.model.states import Checkpoint
 from lora_state_format.registry import Match
-from lora_state_format.sources import File
 
 NAME: Final = "torchtune"
 DESCRIPTION: Final = "torchtune's recipe_state.pt, or the folder of an epoch or a step with it"

@@ -12,20 +12,20 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from lora_state_format import errors
-    from lora_state_format.container import open_state, verify
-    from lora_state_format.conversion import convert, read
-    from lora_state_format.difference import diff
-    from lora_state_format.writing import write
+    from lora_state_format.format.reading import open_state, verify
+    from lora_state_format.format.writing import write
+    from lora_state_format.operations.conversion import convert, read
+    from lora_state_format.operations.diff import diff
 
 __all__ = ["convert", "diff", "errors", "open_state", "read", "verify", "write"]
 
 _HOMES = {
-    "convert": "lora_state_format.conversion",
-    "diff": "lora_state_format.difference",
-    "open_state": "lora_state_format.container",
-    "read": "lora_state_format.conversion",
-    "verify": "lora_state_format.container",
-    "write": "lora_state_format.writing",
+    "convert": "lora_state_format.operations.conversion",
+    "diff": "lora_state_format.operations.diff",
+    "open_state": "lora_state_format.format.reading",
+    "read": "lora_state_format.operations.conversion",
+    "verify": "lora_state_format.format.reading",
+    "write": "lora_state_format.format.writing",
 }
 
 

@@ -18,9 +18,9 @@ import click
 from lora_state_format.errors import MissingDependencyError, StateFormatError
 
 if TYPE_CHECKING:
-    from lora_state_format.conversion import Progress
-    from lora_state_format.edit import Edited
-    from lora_state_format.model import OptimizerState
+    from lora_state_format.model.states import OptimizerState
+    from lora_state_format.operations.conversion import Progress
+    from lora_state_format.operations.edit import Edited
 
 __all__ = ["main", "run"]
 
@@ -125,7 +125,7 @@ def commands() -> None:
 
 def _list_rules(context: click.Context, option: click.Parameter, value: str | None) -> str | None:
     if value == "list" and not context.resilient_parsing:
-        from lora_state_format.order import RULES
+        from lora_state_format.naming.rules import RULES
 
         _say(*(f"{rule.name}: {rule.summary}" for rule in RULES))
         context.exit()
@@ -192,7 +192,7 @@ _force = click.option("--force", is_flag=True, help="Replace the target if it ex
 @_json
 def convert(source: Path, target: Path, layout: str | None, as_json: bool, **options: Any) -> None:
     """Convert the checkpoint SOURCE into the file TARGET, keyed by parameter name."""
-    from lora_state_format.conversion import convert
+    from lora_state_format.operations.conversion import convert
 
     if layout is not None:
         options["options"]["map"] = layout
@@ -223,7 +223,8 @@ def inspect(
     as_json: bool,
 ) -> None:
     """Show what a checkpoint of any known format holds; no tensor is read without --stats."""
-    from lora_state_format import registry, report
+    from lora_state_format import registry
+    from lora_state_format.operations import report
 
     converter = registry.get(source_format) if source_format else registry.detect(path)[0]
     told = {key: value for key, value in (("optimizer", optimizer), ("map", layout)) if value is not None} | options
@@ -248,14 +249,14 @@ def verify(path: Path, weights: Path | None, as_json: bool) -> int:
 
     With --weights, PATH may be any checkpoint that the weights can name.
     """
-    from lora_state_format import container
-    from lora_state_format.report import SCHEMA_VERSION, describe_evidence
+    from lora_state_format.format import envelope, reading
+    from lora_state_format.operations.report import SCHEMA_VERSION, describe_evidence
 
     members: dict[str, Any] = {"schema_version": SCHEMA_VERSION, "path": str(path)}
     lines: list[str] = []
     ok = True
-    if weights is None or container.is_state(path):
-        found = container.verify(path)
+    if weights is None or envelope.is_state(path):
+        found = reading.verify(path)
         members |= {"ok": found.ok, **vars(found)}
         ok = found.ok
         lines += found.problems
@@ -264,7 +265,7 @@ def verify(path: Path, weights: Path | None, as_json: bool) -> int:
         if ok:
             lines.append(f"{path}: every digest matches; {found.tensors} tensors, {found.size:,} bytes")
     if weights is not None and ok:
-        from lora_state_format.conversion import belongs
+        from lora_state_format.operations.conversion import belongs
 
         pairing, evidence = belongs(path, weights)
         if pairing:
@@ -290,9 +291,9 @@ def verify(path: Path, weights: Path | None, as_json: bool) -> int:
 @_json
 def diff(first: Path, second: Path, as_json: bool) -> int:
     """Compare two checkpoints by name, bit for bit."""
-    from lora_state_format.conversion import read
-    from lora_state_format.difference import diff
-    from lora_state_format.report import SCHEMA_VERSION
+    from lora_state_format.operations.conversion import read
+    from lora_state_format.operations.diff import diff
+    from lora_state_format.operations.report import SCHEMA_VERSION
 
     with read(first) as one, read(second) as two:
         found = diff(one, two)
@@ -310,8 +311,8 @@ def diff(first: Path, second: Path, as_json: bool) -> int:
 @_json
 def check(path: Path, model: Path, as_json: bool) -> int:
     """Tell whether a checkpoint would bind to the model of these configs. Nothing is loaded."""
-    from lora_state_format.check import check
-    from lora_state_format.report import SCHEMA_VERSION
+    from lora_state_format.operations.check import check
+    from lora_state_format.operations.report import SCHEMA_VERSION
 
     plan = check(path, model)
     if as_json:
@@ -344,9 +345,9 @@ def export(
     source: Path, target: Path, slot: str, source_format: str | None, names: Path | None, as_json: bool, **options: Any
 ) -> None:
     """Write one slot of the checkpoint SOURCE into TARGET, a plain safetensors file keyed by parameter."""
-    from lora_state_format.conversion import beside_weights, read
-    from lora_state_format.export import export
-    from lora_state_format.report import SCHEMA_VERSION
+    from lora_state_format.operations.conversion import beside_weights, read
+    from lora_state_format.operations.export import export
+    from lora_state_format.operations.report import SCHEMA_VERSION
 
     with read(source, source_format=source_format, names=names) as state:
         done = export(state, target, slot, **options)
@@ -373,9 +374,9 @@ def _housekeeping(command: Callable[..., None]) -> click.Command:
 def _rewrite(
     source: Path, target: Path, force: bool, as_json: bool, done: str, change: Callable[[OptimizerState], Edited]
 ) -> None:
-    from lora_state_format.conversion import beside_weights, read
-    from lora_state_format.report import SCHEMA_VERSION
-    from lora_state_format.writing import write
+    from lora_state_format.format.writing import write
+    from lora_state_format.operations.conversion import beside_weights, read
+    from lora_state_format.operations.report import SCHEMA_VERSION
 
     with read(source) as state:
         edited, changed = change(state)
@@ -396,7 +397,7 @@ def _rewrite(
 @click.option("--group", help="Number or name of the group to change; else every group that has the option.")
 def edit(settings: Sequence[str], group: str | None, **options: Any) -> None:
     """Write the state SOURCE to TARGET with other group options."""
-    from lora_state_format.edit import set_options
+    from lora_state_format.operations.edit import set_options
 
     chosen = int(group) if group and group.isdecimal() else group
     values = dict(map(_setting, settings))
@@ -422,7 +423,7 @@ def _setting(text: str) -> tuple[str, Any]:
 )  # fmt: skip
 def rename(rules: Sequence[tuple[str, str]], **options: Any) -> None:
     """Write the state SOURCE to TARGET with its parameters renamed."""
-    from lora_state_format.edit import rename
+    from lora_state_format.operations.edit import rename
 
     _rewrite(**options, done="renamed {} parameters", change=lambda state: rename(state, rules))
 
@@ -431,7 +432,7 @@ def rename(rules: Sequence[tuple[str, str]], **options: Any) -> None:
 @click.option("--match", required=True, metavar="REGEX", help="Of these parameters, as Python's re.search finds them.")
 def reset(match: str, **options: Any) -> None:
     """Write the state SOURCE to TARGET, some parameters as if they had never taken a step."""
-    from lora_state_format.edit import reset
+    from lora_state_format.operations.edit import reset
 
     _rewrite(**options, done="reset {} parameters", change=lambda state: reset(state, match))
 
@@ -440,7 +441,7 @@ def reset(match: str, **options: Any) -> None:
 @click.option("--slot", "slots", multiple=True, required=True, help="The slot to drop. May be repeated.")
 def strip(slots: Sequence[str], **options: Any) -> None:
     """Write the state SOURCE to TARGET without some slots."""
-    from lora_state_format.edit import strip
+    from lora_state_format.operations.edit import strip
 
     _rewrite(**options, done="dropped {} slots", change=lambda state: strip(state, slots))
 
@@ -450,7 +451,7 @@ def strip(slots: Sequence[str], **options: Any) -> None:
 @click.option("--carried", is_flag=True, help="Remove the parameters that are in no group.")
 def prune(match: str | None, carried: bool, **options: Any) -> None:
     """Write the state SOURCE to TARGET without some parameters."""
-    from lora_state_format.edit import prune
+    from lora_state_format.operations.edit import prune
 
     _rewrite(**options, done="removed {} parameters", change=lambda state: prune(state, match, carried=carried))
 
@@ -463,7 +464,7 @@ def prune(match: str | None, carried: bool, **options: Any) -> None:
 def formats(as_json: bool) -> None:
     """List the formats that can be read and written."""
     from lora_state_format import registry
-    from lora_state_format.report import SCHEMA_VERSION
+    from lora_state_format.operations.report import SCHEMA_VERSION
 
     converters = [registry.get(name) for name in registry.names()]
     if as_json:
@@ -487,7 +488,7 @@ def formats(as_json: bool) -> None:
 def demo() -> int:
     """Train a small LoRA model, convert its checkpoint, rebuild the model, resume it, and compare."""
     try:
-        from lora_state_format.torch.demo import demonstrate
+        from lora_state_format.demo import demonstrate
     except ImportError as error:
         raise MissingDependencyError(f"the demo needs '{error.name}': pip install 'lora_state_format[demo]'") from error
     return 0 if demonstrate(_say) else FINDING

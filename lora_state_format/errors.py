@@ -29,7 +29,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, Final
 
 if TYPE_CHECKING:
-    from lora_state_format.plan import LoadPlan
+    from lora_state_format.binding.plan import LoadPlan
 
 __all__ = [
     "AmbiguousFormatError",

@@ -6,10 +6,12 @@ import os
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Final
 
-from lora_state_format.container import hash_tensor, open_state, stated_hash
 from lora_state_format.errors import DigestError, MissingDependencyError
-from lora_state_format.model import Scalar, Slot, Tensor, Value, contiguous
-from lora_state_format.sources import Memory
+from lora_state_format.format.reading import open_state
+from lora_state_format.model.digests import hash_tensor, stated_hash
+from lora_state_format.model.sources import Memory
+from lora_state_format.model.states import Scalar, Slot, Value
+from lora_state_format.model.tensors import Tensor, contiguous
 
 if TYPE_CHECKING:
     import numpy as np

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple, Protocol, cast
 from lora_state_format.errors import AmbiguousFormatError, MissingDependencyError, OptionError, UnknownFormatError
 
 if TYPE_CHECKING:
-    from lora_state_format.model import Checkpoint, OptimizerState
+    from lora_state_format.model.states import Checkpoint, OptimizerState
 
 __all__ = [
     "BUILT_IN",

@@ -24,10 +24,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Final
 
-from lora_state_format import cli, container, writing
+from lora_state_format import cli
 from lora_state_format.errors import StateFormatError
-from lora_state_format.model import Group, Naming, Optimizer, OptimizerState, Parameter, Role, Slot, contiguous
-from lora_state_format.sources import Memory
+from lora_state_format.format import reading, writing
+from lora_state_format.model.sources import Memory
+from lora_state_format.model.states import Group, Naming, Optimizer, OptimizerState, Parameter, Role, Slot
+from lora_state_format.model.tensors import contiguous
 
 NAME: Final = "optimizer.safetensors"
 LAYOUTS: Final[dict[str, int | None]] = {"file": None, "set": 70, "other-set": 100}
@@ -42,9 +44,9 @@ def state(number: int, elements: int = 8) -> OptimizerState:
 
 def number_at(path: Path) -> int:
     """Which state a path means; it has to be whole."""
-    result = container.verify(path)
+    result = reading.verify(path)
     assert result.ok, result.problems
-    with container.open_state(path) as found:
+    with reading.open_state(path) as found:
         number = found.extra["number"]
         assert isinstance(number, int)
         for parameter in found.parameters:
@@ -199,7 +201,7 @@ def kill(job: Job, folder: Path, deaths: int, moments: random.Random) -> dict[st
 def which(path: Path, references: list[dict[str, bytes]]) -> int | None:
     """Which of the states a path means, if every byte of it is there."""
     try:
-        if not container.verify(path).ok:
+        if not reading.verify(path).ok:
             return None
     except (StateFormatError, OSError):
         return None

@@ -28,15 +28,16 @@ from typing import Any, Final
 
 from lora_state_format.converters import dcp as dcp_converter
 from lora_state_format.converters import flax_msgpack, torch_optimizer
-
-from lora_state_format import container, writing
-from lora_state_format.crc import Ledger
 from lora_state_format.errors import FileError, StateFormatError
 from lora_state_format.foreign import dcp, flax, pickles, torch_save
 from lora_state_format.foreign.pickles import Global, Record
 from lora_state_format.foreign.zips import Archive
-from lora_state_format.model import Checkpoint, Naming, Parameter, PositionalState, Scalar, Tensor, contiguous
-from lora_state_format.sources import Memory
+from lora_state_format.format import envelope, reading, writing
+from lora_state_format.io import safetensors
+from lora_state_format.io.ledger import Ledger
+from lora_state_format.model.sources import Memory
+from lora_state_format.model.states import Checkpoint, Naming, Parameter, PositionalState, Scalar
+from lora_state_format.model.tensors import Tensor, contiguous
 
 HERE: Final = Path(__file__).parent
 VECTORS: Final = HERE.parent / "spec" / "vectors"
@@ -191,17 +192,17 @@ def packed(manifest: Any, entries: Any, data: bytes) -> bytes:
     body = ",".join(f"{json.dumps(name)}:{json.dumps(entry)}" for name, entry in entries)
     header = '{"__metadata__":' + json.dumps({"optimizer_state": state}, separators=(",", ":")) + f",{body}}}"
     raw = header.replace(",}", "}").encode()
-    raw += b" " * (-(8 + len(raw)) % container.ALIGNMENT)
+    raw += b" " * (-(8 + len(raw)) % safetensors.ALIGNMENT)
     return sealed(len(raw).to_bytes(8, "little") + raw) + data
 
 
 def sealed(data: bytes) -> bytes:
     """The file with the digest that its header has now."""
     end = 8 + int.from_bytes(data[:8], "little")
-    start = 8 + len(container.PREFIX)
+    start = 8 + len(envelope.PREFIX)
     if end > min(len(data), 1 << 20) or end < start + 32:
         return data
-    return data[:start] + container.header_digest(data[:end]).encode() + data[start + 32 :]
+    return data[:start] + envelope.header_digest(data[:end]).encode() + data[start + 32 :]
 
 
 def make_manifest(chance: random.Random) -> bytes:
@@ -216,14 +217,14 @@ def read_container(data: bytes, folder: Path) -> None:
     """What opens can be verified, and, where the digests are right, written; and that reads back as the same."""
     path = folder / "optimizer.safetensors"
     path.write_bytes(data)
-    with container.open_state(path) as state:
-        if not container.verify(path).ok:
+    with reading.open_state(path) as state:
+        if not reading.verify(path).ok:
             return
         try:
             writing.write(state, folder / "again.safetensors", force=True)
         except StateFormatError:
             return
-    with container.open_state(folder / "again.safetensors") as again:
+    with reading.open_state(folder / "again.safetensors") as again:
         assert list(again) == list(state)
         assert again.groups == state.groups or "nan" in repr(state.groups)
 
@@ -242,7 +243,7 @@ def read_set(data: bytes, folder: Path) -> None:
     index = folder / "optimizer.safetensors.index.json"
     index.write_bytes(data)
     try:
-        container.open_state(index).close()
+        reading.open_state(index).close()
     finally:
         index.unlink()
 
@@ -359,7 +360,7 @@ def write_converted(checkpoint: Checkpoint, folder: Path) -> None:
         state = state.named(parameters, Naming("names"))
     with state:
         writing.write(state, folder / "converted.safetensors", force=True)
-    container.open_state(folder / "converted.safetensors").close()
+    reading.open_state(folder / "converted.safetensors").close()
 
 
 # --- msgpack and DCP ----------------------------------------------------------------------------------------------

@@ -17,11 +17,10 @@ from typing import Any, Final, NamedTuple
 
 import xxhash
 
-from lora_state_format import writing
-from lora_state_format.canonical import dumps
-from lora_state_format.model import (
-    BITS,
-    Digest,
+from lora_state_format.format import writing
+from lora_state_format.io.strict_json import dumps
+from lora_state_format.model.sources import Memory
+from lora_state_format.model.states import (
     Group,
     Naming,
     Optimizer,
@@ -31,9 +30,8 @@ from lora_state_format.model import (
     Scalar,
     Slot,
     Value,
-    contiguous,
 )
-from lora_state_format.sources import Memory
+from lora_state_format.model.tensors import BITS, Digest, contiguous
 
 FOLDER: Final = Path(__file__).parent.parent / "spec" / "vectors"
 NAME: Final = "optimizer.safetensors"

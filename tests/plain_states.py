@@ -7,7 +7,7 @@ from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
-from lora_state_format.model import OptimizerState, Scalar, Slot
+from lora_state_format.model.states import OptimizerState, Scalar, Slot
 
 
 def plain(value: Any, tensor: Callable[[Any], Any]) -> Any:

@@ -14,8 +14,8 @@ import pytest
 
 import lora_state_format as lsf
 from lora_state_format.cli import run
-from lora_state_format.conversion import convert
-from lora_state_format.model import Group, Naming, Optimizer, OptimizerState, Parameter, Scalar
+from lora_state_format.model.states import Group, Naming, Optimizer, OptimizerState, Parameter, Scalar
+from lora_state_format.operations.conversion import convert
 
 if TYPE_CHECKING:
     from tests.conftest import Founding

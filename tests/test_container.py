@@ -14,27 +14,16 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from lora_state_format import container, writing
-from lora_state_format.container import Verification, is_state, open_state, read_header, verify
 from lora_state_format.errors import DigestError, FileError, OptionError, TargetExistsError, UnrepresentableError
-from lora_state_format.model import (
-    BITS,
-    Box,
-    Digest,
-    Group,
-    Naming,
-    Optimizer,
-    OptimizerState,
-    Parameter,
-    Piece,
-    Role,
-    Scalar,
-    Slot,
-    Tensor,
-    contiguous,
-)
-from lora_state_format.sources import File, Memory
-from lora_state_format.writing import write
+from lora_state_format.format import envelope, reading, writing
+from lora_state_format.format.envelope import is_state
+from lora_state_format.format.reading import Verification, open_state, verify
+from lora_state_format.format.writing import write
+from lora_state_format.io.safetensors import read_header
+from lora_state_format.model import digests
+from lora_state_format.model.sources import File, Memory
+from lora_state_format.model.states import Group, Naming, Optimizer, OptimizerState, Parameter, Role, Scalar, Slot
+from lora_state_format.model.tensors import BITS, Box, Digest, Piece, Tensor, contiguous
 
 VECTORS: Final = Path(__file__).parent.parent / "spec" / "vectors"
 
@@ -100,7 +89,7 @@ def test_what_is_written_is_read(path: Path) -> None:
     with open_state(path) as found:
         assert contents(found) == contents(state)
         tensor = found["layers.1.weight"]["exp_avg"]
-        assert tensor.digest == Digest("xxh3-128", "F32", container.hash_tensor(tensor))
+        assert tensor.digest == Digest("xxh3-128", "F32", digests.hash_tensor(tensor))
         assert [p.name for p in found.carried] == ["layers.3.weight"]
     with pytest.raises(OSError, match="Bad file descriptor"):
         tensor.bytes()
@@ -532,7 +521,7 @@ def test_a_set_whose_names_differ_only_in_case_of_force(path: Path) -> None:
 
 def test_a_set_is_opened_again_where_it_was_replaced_meanwhile(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write(make(), path, max_shard_size=50)
-    original = container._read_index
+    original = envelope.read_index
     calls = []
 
     def read_index(index: Path) -> Any:
@@ -544,7 +533,7 @@ def test_a_set_is_opened_again_where_it_was_replaced_meanwhile(path: Path, monke
             write(make(scale=3), path, force=True)
         return members
 
-    monkeypatch.setattr(container, "_read_index", read_index)
+    monkeypatch.setattr(reading, "read_index", read_index)
     with open_state(path) as state:
         assert state.extra == {"scale": 3}
     assert len(calls) == 2
@@ -553,15 +542,15 @@ def test_a_set_is_opened_again_where_it_was_replaced_meanwhile(path: Path, monke
 def test_an_index_that_is_too_large(path: Path) -> None:
     index = path.with_name(path.name + ".index.json")
     with index.open("wb") as file:
-        file.truncate(container.MAX_INDEX + 1)
+        file.truncate(envelope.MAX_INDEX + 1)
     with pytest.raises(FileError) as caught:
         open_state(path)
-    assert str(caught.value) == f"{index}: {container.MAX_INDEX + 1} bytes, more than {container.MAX_INDEX} [R25]"
+    assert str(caught.value) == f"{index}: {envelope.MAX_INDEX + 1} bytes, more than {envelope.MAX_INDEX} [R25]"
 
 
 def test_an_index_of_too_many_shards(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write(make(), path, max_shard_size=50)
-    monkeypatch.setattr(container, "MAX_SHARDS", 3)
+    monkeypatch.setattr(envelope, "MAX_SHARDS", 3)
     with pytest.raises(FileError) as caught:
         open_state(path)
     assert str(caught.value) == f"{path}.index.json: 4 shards, more than 3 [R25]"
@@ -576,7 +565,7 @@ def test_unknown_members_of_later_shards_are_not_lost(path: Path) -> None:
         def __init__(self, state: OptimizerState) -> None:
             self.state = state
 
-    unknown: Callable[[Any], Any] = container._unknown
+    unknown: Callable[[Any], Any] = reading._unknown
     assert unknown([Part(part) for part in parts]) == {"version": "1.9", "$nested": ["later"]}
     assert unknown([Part(state)]) == {}
 

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING
 import pytest
 
 import lora_state_format as lsf
-from lora_state_format.conversion import ConversionReport, belongs, convert, read
 from lora_state_format.errors import (
     ConversionError,
     DigestError,
@@ -17,8 +16,9 @@ from lora_state_format.errors import (
     OptionError,
     TargetExistsError,
 )
-from lora_state_format.model import Group, Naming, Optimizer, OptimizerState, Parameter
-from lora_state_format.report import describe_evidence
+from lora_state_format.model.states import Group, Naming, Optimizer, OptimizerState, Parameter
+from lora_state_format.operations.conversion import ConversionReport, belongs, convert, read
+from lora_state_format.operations.report import describe_evidence
 
 if TYPE_CHECKING:
     from tests.conftest import Founding

@@ -15,8 +15,9 @@ from typing import Any, Final
 
 import pytest
 
-from lora_state_format import cli, writing
-from lora_state_format.sources import File
+from lora_state_format import cli
+from lora_state_format.format import writing
+from lora_state_format.model.sources import File
 
 SCRIPT: Final = Path(__file__).with_name("crash_writer.py")
 NAME: Final = "optimizer.safetensors"

@@ -9,7 +9,9 @@ import pytest
 
 import lora_state_format as lsf
 from lora_state_format.cli import run
-from lora_state_format.model import (
+from lora_state_format.format.writing import write
+from lora_state_format.model.sources import Memory
+from lora_state_format.model.states import (
     Group,
     Naming,
     Optimizer,
@@ -19,10 +21,8 @@ from lora_state_format.model import (
     Scalar,
     Slot,
     Value,
-    contiguous,
 )
-from lora_state_format.sources import Memory
-from lora_state_format.writing import write
+from lora_state_format.model.tensors import contiguous
 
 ONE, TWO = Scalar("F32", b"\0\0\x80\x3f"), Scalar("F32", b"\0\0\x00\x40")
 

@@ -10,21 +10,12 @@ import pytest
 
 import lora_state_format as lsf
 from lora_state_format.cli import run
-from lora_state_format.edit import prune, rename, reset, set_options, strip
 from lora_state_format.errors import OptionError
-from lora_state_format.model import (
-    Digest,
-    Group,
-    Naming,
-    Optimizer,
-    OptimizerState,
-    Parameter,
-    Scalar,
-    Slot,
-    contiguous,
-)
-from lora_state_format.names import peft_key
-from lora_state_format.sources import Memory
+from lora_state_format.model.sources import Memory
+from lora_state_format.model.states import Group, Naming, Optimizer, OptimizerState, Parameter, Scalar, Slot
+from lora_state_format.model.tensors import Digest, contiguous
+from lora_state_format.naming.names import peft_key
+from lora_state_format.operations.edit import prune, rename, reset, set_options, strip
 
 NAMES = [f"base_model.model.layers.{n}.q_proj.lora_{ab}.default.weight" for n in (1, 10) for ab in "AB"]
 OLD = "base_model.model.score.modules_to_save.default.weight"

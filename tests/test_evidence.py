@@ -13,25 +13,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from lora_state_format import signals
-from lora_state_format.container import hash_tensor
-from lora_state_format.evidence import Evidence, Exchanges, Pairing, head_size, paired, weigh
-from lora_state_format.foreign.quantised import BITSANDBYTES
-from lora_state_format.manifest import ALGORITHM
-from lora_state_format.model import (
-    Digest,
-    Group,
-    Naming,
-    Optimizer,
-    OptimizerState,
-    Parameter,
-    Role,
-    Slot,
-    Tensor,
-    Value,
-    contiguous,
-)
-from lora_state_format.sources import Memory
+from lora_state_format.model.digests import ALGORITHM, hash_tensor
+from lora_state_format.model.sources import Memory
+from lora_state_format.model.states import Group, Naming, Optimizer, OptimizerState, Parameter, Role, Slot, Value
+from lora_state_format.model.tensors import Digest, Tensor, contiguous
+from lora_state_format.naming import signals, table
+from lora_state_format.naming.evidence import Evidence, Exchanges, Pairing, head_size, paired, weigh
+from lora_state_format.optimizers.quantised import BITSANDBYTES
 
 RNG = np.random.default_rng(0)
 ADAM: tuple[tuple[str, Value], ...] = (("lr", 1e-3), ("betas", (0.9, 0.999)))
@@ -270,10 +258,10 @@ def test_balances_inside_a_layer() -> None:
     state = named(entries, {name: tuple(p.shape) for name, p in live.items()})
     weights = {name: tensor(p.detach().numpy()) for name, p in live.items()}
     units, balances, *_ = signals.units_of(state, weights, None, head_size(config.to_dict()))
-    table = signals.Table(units, balances)
+    fits = table.Table(units, balances)
     assert len(balances) == 4 * len(signals.RULES)
     for _, *sides in balances:
-        left, right = (sum(table._sum(share.unit, share) for share in side) for side in sides)
+        left, right = (sum(fits._sum(share.unit, share) for share in side) for side in sides)
         assert np.allclose(left, right, atol=1e-5 * np.abs(left).max())
     found = weigh(state, weights, head_dim=8)
     assert set(found.orders.values()) == {"excluded"}

@@ -16,18 +16,10 @@ from safetensors.torch import load_file
 import lora_state_format as lsf
 from lora_state_format.cli import run
 from lora_state_format.errors import DigestError, FileError, OptionError, TargetExistsError
-from lora_state_format.export import export
-from lora_state_format.model import (
-    Group,
-    Naming,
-    Optimizer,
-    OptimizerState,
-    Parameter,
-    Role,
-    Slot,
-    contiguous,
-)
-from lora_state_format.sources import File, Memory
+from lora_state_format.model.sources import File, Memory
+from lora_state_format.model.states import Group, Naming, Optimizer, OptimizerState, Parameter, Role, Slot
+from lora_state_format.model.tensors import contiguous
+from lora_state_format.operations.export import export
 from lora_state_format.torch import save_optimizer
 
 LAYER = "base_model.model.layers.0.q_proj"

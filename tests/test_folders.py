@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from lora_state_format.errors import FileError
-from lora_state_format.foreign.folders import MAX_OPEN, Files, new_folder
+from lora_state_format.io.files import MAX_OPEN, Files, new_folder
 
 
 def test_more_files_than_may_be_open(tmp_path: Path) -> None:

@@ -22,9 +22,8 @@ from typing import Any, Final
 
 import pytest
 
-from lora_state_format import container, conversion, registry, writing
+from lora_state_format import registry
 from lora_state_format.cli import run
-from lora_state_format.crc import Ledger
 from lora_state_format.errors import (
     DigestError,
     FileError,
@@ -35,8 +34,13 @@ from lora_state_format.errors import (
 )
 from lora_state_format.foreign import dcp, flax, torch_save
 from lora_state_format.foreign.pickles import MAX_PICKLE, Record, load_plain
-from lora_state_format.model import Group, Naming, Optimizer, OptimizerState, Parameter, Role, Slot, Tensor, contiguous
-from lora_state_format.sources import Memory
+from lora_state_format.format import envelope, reading, writing
+from lora_state_format.io import safetensors
+from lora_state_format.io.ledger import Ledger
+from lora_state_format.model.sources import Memory
+from lora_state_format.model.states import Group, Naming, Optimizer, OptimizerState, Parameter, Role, Slot
+from lora_state_format.model.tensors import Tensor, contiguous
+from lora_state_format.operations import conversion
 
 VECTORS: Final = Path(__file__).parent.parent / "spec" / "vectors"
 PICKLES: Final = runpy.run_path(os.fspath(Path(__file__).with_name("hostile_pickles.py")))["CASES"]
@@ -119,7 +123,7 @@ def test_headers(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     path = tmp_path / "optimizer.safetensors"
     path.write_bytes(make())
     with pytest.raises(FileError) as caught:
-        container.open_state(path)
+        reading.open_state(path)
     assert (caught.type, caught.value.rule, len(str(caught.value)) < 3000) == (FileError, rule, True)
     for arguments in (["verify", path], ["inspect", path, "--from", "named"], ["convert", path, tmp_path / "out"]):
         assert command(capsys, *arguments)[0] == 3
@@ -154,10 +158,10 @@ def edited(change: Callable[[dict[str, Any]], None]) -> bytes:
     state["digest"] = "0" * 32
     header["__metadata__"]["optimizer_state"] = json.dumps(state, separators=(",", ":"))
     text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-(8 + len(text)) % container.ALIGNMENT)
+    text += b" " * (-(8 + len(text)) % safetensors.ALIGNMENT)
     whole = len(text).to_bytes(8, "little") + text
-    start = 8 + len(container.PREFIX)
-    return whole[:start] + container.header_digest(whole).encode() + whole[start + 32 :] + raw[end:]
+    start = 8 + len(envelope.PREFIX)
+    return whole[:start] + envelope.header_digest(whole).encode() + whole[start + 32 :] + raw[end:]
 
 
 def named(members: dict[str, Any], name: str) -> None:
@@ -187,7 +191,7 @@ def test_manifests(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     path = tmp_path / "optimizer.safetensors"
     path.write_bytes(edited(change))
     with pytest.raises(FileError) as caught:
-        container.open_state(path)
+        reading.open_state(path)
     assert (caught.type, caught.value.rule) == (error, rule), str(caught.value)
     for verb in ("verify", "inspect"):
         code, printed = command(capsys, verb, path)
@@ -203,7 +207,7 @@ def test_an_index_stays_in_its_folder(name: str, tmp_path: Path, capsys: pytest.
     path = tmp_path / "optimizer.safetensors.index.json"
     path.write_text(json.dumps(index))
     with pytest.raises(FileError) as caught:
-        container.open_state(path)
+        reading.open_state(path)
     assert caught.value.rule == "R25"
     assert command(capsys, "verify", path)[0] == 3
 
@@ -481,7 +485,7 @@ def test_an_unknown_file_and_a_changed_one_have_their_own_errors(tmp_path: Path)
     raw[raw.index(b"manifest") + 20] ^= 1
     path.write_bytes(raw)
     with pytest.raises(DigestError) as caught:
-        container.open_state(path)
+        reading.open_state(path)
     assert caught.value.rule == "R9"
 
 

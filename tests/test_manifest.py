@@ -17,8 +17,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lora_state_format import canonical, container, writing
-from lora_state_format.canonical import dumps, format_float, loads
 from lora_state_format.errors import (
     ConversionError,
     FileError,
@@ -26,23 +24,16 @@ from lora_state_format.errors import (
     UnrepresentableError,
     UnsupportedVersionError,
 )
-from lora_state_format.foreign.state_dict import role_of
-from lora_state_format.manifest import ShardOf, decode_value, encode, encode_value, fits
-from lora_state_format.model import (
-    Digest,
-    Group,
-    Naming,
-    Optimizer,
-    OptimizerState,
-    Parameter,
-    Role,
-    Scalar,
-    Slot,
-    Tensor,
-    contiguous,
-)
-from lora_state_format.names import without_wrappers
-from lora_state_format.sources import Memory
+from lora_state_format.format import reading, writing
+from lora_state_format.format.manifest import ShardOf, encode, fits
+from lora_state_format.format.values import decode_value, encode_value
+from lora_state_format.io import strict_json
+from lora_state_format.io.strict_json import dumps, format_float, loads
+from lora_state_format.model.sources import Memory
+from lora_state_format.model.states import Group, Naming, Optimizer, OptimizerState, Parameter, Role, Scalar, Slot
+from lora_state_format.model.tensors import Digest, Tensor, contiguous
+from lora_state_format.naming.names import without_wrappers
+from lora_state_format.optimizers.roles import role_of
 
 VECTORS: Final = Path(__file__).parent.parent / "spec" / "vectors"
 
@@ -141,7 +132,7 @@ def test_json_that_is_refused(text: str, message: str) -> None:
 
 
 def test_json_with_too_many_values(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(canonical, "MAX_VALUES", 6)
+    monkeypatch.setattr(strict_json, "MAX_VALUES", 6)
     assert loads('[[1,{"a,[{":2}],3,"4,4"]') == [[1, {"a,[{": 2}], 3, "4,4"]
     with pytest.raises(FileError) as caught:
         loads("[[1,{}],3,4,5]")
@@ -499,7 +490,7 @@ MESSAGES: Final = {
 def test_messages(name: str) -> None:
     path = VECTORS / "invalid" / f"{name}.safetensors"
     with pytest.raises(FileError) as caught:
-        container.open_state(path)
+        reading.open_state(path)
     assert str(caught.value) == f"{path}: {MESSAGES[name]}"
     kinds = {"version-major": UnsupportedVersionError, "extension-unknown": RefusedError}
     assert caught.type is kinds.get(name, FileError)
@@ -525,7 +516,7 @@ def test_members_of_a_newer_version_are_kept(tmp_path: Path) -> None:
     path = tmp_path / "a.safetensors"
     found = state(parameter(), unknown={"version": "1.7", "later": {"a": [1, {"$new": 2}]}})
     writing.write(found, path)
-    with container.open_state(path) as opened:
+    with reading.open_state(path) as opened:
         assert opened.unknown == {"version": "1.7", "later": {"a": [1, {"$new": 2}]}}
         writing.write(opened, tmp_path / "b.safetensors")
     assert (tmp_path / "b.safetensors").read_bytes() == path.read_bytes()
@@ -534,7 +525,7 @@ def test_members_of_a_newer_version_are_kept(tmp_path: Path) -> None:
 
 def test_members_that_would_be_lost_are_not_written() -> None:
     """W15."""
-    with container.open_state(VECTORS / "valid" / "newer-minor.safetensors") as opened:
+    with reading.open_state(VECTORS / "valid" / "newer-minor.safetensors") as opened:
         assert opened.unknown["$nested"] == ["naming.later", "parameters.later"]
         with pytest.raises(UnrepresentableError) as caught:
             encode(opened)
@@ -545,7 +536,7 @@ def test_members_that_would_be_lost_are_not_written() -> None:
 
 
 def test_slot_trees_are_decoded_when_they_are_asked_for() -> None:
-    with container.open_state(VECTORS / "valid" / "several-groups.safetensors") as opened:
+    with reading.open_state(VECTORS / "valid" / "several-groups.safetensors") as opened:
         tree = opened.parameters[0].state
         assert tree is not None
         assert (set(tree), len(tree)) == ({"step", "exp_avg", "exp_avg_sq"}, 3)

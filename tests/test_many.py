@@ -8,8 +8,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Final
 
-from lora_state_format import container, writing
-from lora_state_format.sources import File
+from lora_state_format.format import envelope, reading, writing
+from lora_state_format.model.sources import File
 
 BENCH: Final = Path(__file__).parent / "bench" / "bench.py"
 COUNT: Final = 142_000
@@ -31,12 +31,12 @@ def test_a_state_is_split_where_its_header_grows_too_large(
     assert max(sizes) <= 25_000_000, "huggingface_hub reads no larger header"
     assert sum(sizes) / COUNT <= 75_000_000 / 100_000
 
-    opened = container.open_state(path)  # the path that was asked for, of which no file was made
+    opened = reading.open_state(path)  # the path that was asked for, of which no file was made
     assert not path.exists()
     assert list(opened) == list(state)
     for number in (0, COUNT // 2, COUNT - 1):
         name = state.parameters[number].name
         assert opened[name]["exp_avg"].bytes() == bytes(64)
         assert opened.parameters[number].weights == state.parameters[number].weights
-    index = json.loads((tmp_path / f"{path.name}{container.INDEX_SUFFIX}").read_bytes())
+    index = json.loads((tmp_path / f"{path.name}{envelope.INDEX_SUFFIX}").read_bytes())
     assert len(index["weight_map"]) == 2 * COUNT

@@ -13,13 +13,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lora_state_format import mapping
 from lora_state_format.cli import run
-from lora_state_format.container import open_state
 from lora_state_format.errors import ConversionError, FileError, OptionError, StateFormatError, UnrepresentableError
-from lora_state_format.foreign.plain import save
-from lora_state_format.maps import MAPS, Map, Rule, load
-from lora_state_format.model import (
+from lora_state_format.format.reading import open_state
+from lora_state_format.format.writing import write
+from lora_state_format.io.plain import save
+from lora_state_format.mapping import apply
+from lora_state_format.mapping.maps import MAPS, Map, Rule, load
+from lora_state_format.model.sources import Memory
+from lora_state_format.model.states import (
     Group,
     Naming,
     Optimizer,
@@ -28,12 +30,9 @@ from lora_state_format.model import (
     Role,
     Scalar,
     Slot,
-    Tensor,
     Value,
-    contiguous,
 )
-from lora_state_format.sources import Memory
-from lora_state_format.writing import write
+from lora_state_format.model.tensors import Tensor, contiguous
 
 Array = "np.ndarray[Any, Any]"
 ADAM = "torch.optim.adam.Adam"
@@ -156,7 +155,7 @@ FUNCTIONS: dict[str, Case] = {
 def test_the_function_is_the_same_and_the_way_back_is_exact(tmp_path: Path, case: str) -> None:
     name, arrays, function, path = FUNCTIONS[case]
     state = state_of(arrays)
-    ours = mapping.apply(state, load(name))
+    ours = apply.apply(state, load(name))
     x = filled(7, IN)
     np.testing.assert_allclose(peft(moments(ours), x, path), function(arrays, x), rtol=1e-4, atol=1e-5)
     assert ours.naming.details == {"map": name, "order": "modules"}
@@ -164,7 +163,7 @@ def test_the_function_is_the_same_and_the_way_back_is_exact(tmp_path: Path, case
     assert ours[f"{path}.lora_A.default.weight"].adapter == "default"
     write(ours, tmp_path / "state.safetensors")
     with open_state(tmp_path / "state.safetensors") as reopened:
-        back = mapping.invert(reopened, load(name))
+        back = apply.invert(reopened, load(name))
         assert set(back) == set(arrays)
         for slot, sign in (("exp_avg", 1), ("exp_avg_sq", -1)):
             for key, array in moments(back, slot).items():
@@ -177,12 +176,12 @@ def test_layers_that_were_stacked_are_taken_apart() -> None:
     a, b = filled(LAYERS, RANK, IN), filled(LAYERS, HEADS * SIZE, RANK)
     names = [f"transformer.layers.stacked.self_attn.q_proj.lora.lora_{factor}.weight" for factor in "AB"]
     levanter = state_of(dict(zip(names, (a, b), strict=True)))
-    ours = mapping.apply(levanter, load("levanter"))
+    ours = apply.apply(levanter, load("levanter"))
     assert list(ours) == [Q.format(layer, factor) for layer in range(LAYERS) for factor in "AB"]
     for layer in range(LAYERS):
         assert np.array_equal(ours[Q.format(layer, "A")]["exp_avg"].numpy(), a[layer])
         assert np.array_equal(ours[Q.format(layer, "B")]["exp_avg_sq"].numpy(), -b[layer])
-    back = mapping.invert(ours, load("levanter"))
+    back = apply.invert(ours, load("levanter"))
     assert [array.tolist() for array in moments(back).values()] == [a.tolist(), b.tolist()]
     assert ours.groups[0].count == 4
     assert back.groups[0].count == 2
@@ -193,7 +192,7 @@ def test_layers_that_were_stacked_are_taken_apart() -> None:
         f"{value}a": filled(IN, LAYERS, RANK), f"{value}b": filled(RANK, LAYERS, HEADS, SIZE),
         f"{out}a": filled(HEADS, LAYERS, SIZE, RANK), f"{out}b": filled(RANK, LAYERS, IN),
     }  # fmt: skip
-    ours = mapping.apply(state_of(arrays), load("maxtext"))
+    ours = apply.apply(state_of(arrays), load("maxtext"))
     for layer in range(LAYERS):
         path = f"base_model.model.model.layers.{layer}.self_attn"
         x = filled(5, IN)
@@ -204,7 +203,7 @@ def test_layers_that_were_stacked_are_taken_apart() -> None:
         slices = arrays[f"{out}a"][:, layer], arrays[f"{out}b"][:, layer]
         expected = np.einsum("tnh,nhr,rd->td", x.reshape(5, HEADS, SIZE), *slices)
         np.testing.assert_allclose(peft(moments(ours), x, f"{path}.o_proj"), expected, rtol=1e-4, atol=1e-5)
-    back = mapping.invert(ours, load("maxtext"))
+    back = apply.invert(ours, load("maxtext"))
     assert {name: array.tolist() for name, array in moments(back).items()} == {k: v.tolist() for k, v in arrays.items()}
 
 
@@ -213,7 +212,7 @@ def test_a_model_of_linen() -> None:
         "encoder.dense.kernel": filled(3, 5), "encoder.dense.bias": filled(5), "conv.kernel": filled(2, 3, 4, 5),
         "norm.scale": filled(5), "embed.embedding": filled(7, 3),
     }  # fmt: skip
-    ours = mapping.apply(state_of(arrays), load("flax_linen"))
+    ours = apply.apply(state_of(arrays), load("flax_linen"))
     assert {name: parameter.shape for name, parameter in ours.items()} == {
         "encoder.dense.weight": (5, 3), "encoder.dense.bias": (5,), "conv.weight": (5, 4, 2, 3), "norm.weight": (5,),
         "embed.weight": (7, 3),
@@ -221,7 +220,7 @@ def test_a_model_of_linen() -> None:
     assert np.array_equal(ours["conv.weight"]["exp_avg"].numpy(), arrays["conv.kernel"].transpose(3, 2, 0, 1))
     assert ours.naming.details["order"] == "unknown"
     del arrays["embed.embedding"]
-    back = mapping.invert(mapping.apply(state_of(arrays), load("flax_linen")), load("flax_linen"))
+    back = apply.invert(apply.apply(state_of(arrays), load("flax_linen")), load("flax_linen"))
     assert {name: array.tolist() for name, array in moments(back).items()} == {k: v.tolist() for k, v in arrays.items()}
 
 
@@ -244,7 +243,7 @@ def test_linen_computes_what_torch_does() -> None:
     ]
     for number, (theirs, ours, fed) in enumerate(cases):
         params = jax.tree.map(np.asarray, theirs.init(jax.random.key(number), fed)["params"])
-        moved = mapping.apply(
+        moved = apply.apply(
             state_of({".".join(("module", *keys)): np.asarray(leaf) for keys, leaf in leaves(params)}),
             load("flax_linen"),
         )
@@ -271,7 +270,7 @@ def test_rows_and_columns_change_places() -> None:
         groups=(Group(0, (), 2),),
         parameters=(Parameter("q.lora_a", (IN, RANK), slots), Parameter("k.lora_a", (IN, RANK), torch_like)),
     )
-    ours = mapping.apply(state, load("flax_nnx"))
+    ours = apply.apply(state, load("flax_nnx"))
     q, k = (ours[f"base_model.model.{name}.lora_A.default.weight"] for name in "qk")
     assert np.array_equal(q["exp_avg_sq_row"].numpy(), cols)
     assert np.array_equal(q["exp_avg_sq_col"].numpy(), rows)
@@ -281,7 +280,7 @@ def test_rows_and_columns_change_places() -> None:
     }
     assert k["row_var"].shape == (RANK, 1)
     assert np.array_equal(k["col_var"].numpy(), rows[None])
-    back = mapping.invert(ours, load("flax_nnx"))
+    back = apply.invert(ours, load("flax_nnx"))
     assert np.array_equal(back["q.lora_a"]["exp_avg_sq_row"].numpy(), rows)
     assert back["k.lora_a"]["row_var"].shape == (IN, 1)
 
@@ -290,7 +289,7 @@ def test_slots_in_dicts_move_too() -> None:
     base = state_of({"q.lora_a": A})
     inner: dict[str, Value] = {"state1": Slot(tensor(A), Role.PARAM), "step": 3}
     state = replace(base, parameters=(Parameter("q.lora_a", A.shape, {"quantised": inner}),))
-    moved = mapping.apply(state, load("flax_nnx")).parameters[0]
+    moved = apply.apply(state, load("flax_nnx")).parameters[0]
     assert moved.state is not None
     assert np.array_equal(moved["quantised"]["state1"].tensor.numpy(), A.T)
 
@@ -365,7 +364,7 @@ TWICE = Map("twice", "", (Rule("{path}.lora_a", "w"),))
 def test_what_does_not_go_together(case: str) -> None:
     state, name, kind, message = REFUSED[case]
     with pytest.raises(kind) as caught:
-        mapping.apply(state, TWICE if name == "twice" else load(name))
+        apply.apply(state, TWICE if name == "twice" else load(name))
     assert str(caught.value) == message
 
 
@@ -404,16 +403,16 @@ def test_what_does_not_go_back() -> None:
         ),
     ):  # fmt: skip
         with pytest.raises(StateFormatError) as caught:
-            mapping.invert(state, load(name))
+            apply.invert(state, load(name))
         assert str(caught.value).startswith(message)
     never = replace(ours, parameters=tuple(replace(p, state=None, dtype="F32") for p in ours.parameters))
-    assert mapping.invert(never, load("levanter"))[stack].state is None
+    assert apply.invert(never, load("levanter"))[stack].state is None
 
 
 def test_rules_that_do_not_lead_back_are_found() -> None:
     crossed = Map("crossed", "", (Rule("w", "v"), Rule("{path}", "{path}", axes=(1, 0))))
     with pytest.raises(ConversionError) as caught:
-        mapping.invert(state_of({"w": A}), crossed)
+        apply.invert(state_of({"w": A}), crossed)
     assert str(caught.value) == "'w' would become 'w', for which map 'crossed' has another rule"
 
 
@@ -443,16 +442,16 @@ def test_a_map_from_a_file(tmp_path: Path) -> None:
     path.write_text(json.dumps(OWN))
     own = load(path)
     arrays = {"blocks.3.fc.down": filled(4, 2), "stack.fc.down": filled(4, 3, 2), "norm": filled(5)}
-    ours = mapping.apply(state_of(arrays), own)
+    ours = apply.apply(state_of(arrays), own)
     assert {name: parameter.shape for name, parameter in ours.items()} == {
         "base_model.model.h.3.fc.lora_A.default.weight": (2, 4),
         **{f"base_model.model.s.{layer}.fc.weight": (2, 4) for layer in range(3)},
         "norm": (5,),
     }
-    back = mapping.invert(ours, own)
+    back = apply.invert(ours, own)
     assert {name: array.tolist() for name, array in moments(back).items()} == {k: v.tolist() for k, v in arrays.items()}
     with pytest.raises(ConversionError, match=r"^'gate\.x' does not convert \(map 'ours'\): gates are not adapters$"):
-        mapping.apply(state_of({"gate.x": A}), own)
+        apply.apply(state_of({"gate.x": A}), own)
 
 
 @pytest.mark.parametrize(
@@ -514,9 +513,9 @@ def test_an_order_that_is_not_torchs_gives_no_positions(tmp_path: Path) -> None:
     from lora_state_format.foreign.state_dict import to_state_dict
 
     state = replace(state_of({"b.kernel": A}), naming=Naming("checkpoint", details={"order": "unknown"}))
-    known = mapping.apply(replace(state_of({f"{PATH}.lora_a": A}), naming=state.naming), load("flax_nnx"))
+    known = apply.apply(replace(state_of({f"{PATH}.lora_a": A}), naming=state.naming), load("flax_nnx"))
     assert to_state_dict(known)["param_groups"] == [{"params": [0]}]
-    unknown = mapping.apply(replace(state_of({"b.kernel": A, "a.kernel": A})), load("flax_linen"))
+    unknown = apply.apply(replace(state_of({"b.kernel": A, "a.kernel": A})), load("flax_linen"))
     for case in (state, unknown):
         with pytest.raises(UnrepresentableError) as caught:
             to_state_dict(case)
@@ -541,7 +540,7 @@ def test_every_rule_moves_every_element_once_and_back(shape: list[int], merge: s
     layer = "{layer}." if unstack is not None else ""
     layout = Map("drawn", "", (Rule("{path}.w", f"{{path}}.{layer}v", unstack, merge, axes),))
     array = np.arange(np.prod(shape), dtype=np.float32).reshape(shape)
-    ours = mapping.apply(state_of({"a.w": array}), layout)
+    ours = apply.apply(state_of({"a.w": array}), layout)
     expected: list[Any] = [array]
     if unstack is not None:
         expected = [array.take(index, unstack) for index in range(shape[unstack])]
@@ -551,7 +550,7 @@ def test_every_rule_moves_every_element_once_and_back(shape: list[int], merge: s
         expected = [part.reshape(part.shape[0], -1) for part in expected]
     found = sorted(moments(ours).items())
     assert [array.tolist() for _, array in found] == [part.transpose(axes).tolist() for part in expected]
-    back = mapping.invert(ours, layout)
+    back = apply.invert(ours, layout)
     assert np.array_equal(back["a.w"]["exp_avg"].numpy(), array)
 
 
@@ -562,7 +561,7 @@ def test_what_is_far_apart_is_gathered_in_blocks(
     monkeypatch: pytest.MonkeyPatch, shape: tuple[int, int], chunk: int
 ) -> None:
     """A transpose reads its source a block at a time, whatever the chunks."""
-    monkeypatch.setattr("lora_state_format.model.GATHER_SPAN", 1000)
+    monkeypatch.setattr("lora_state_format.model.tensors.GATHER_SPAN", 1000)
     whole = filled(*shape)
     turned = tensor(whole).permute((1, 0))
     assert b"".join(map(bytes, turned.chunks(memoryview(bytearray(chunk))))) == whole.T.tobytes()
@@ -571,7 +570,7 @@ def test_what_is_far_apart_is_gathered_in_blocks(
 
 def test_weights_follow_their_parameters() -> None:
     weights = {"layers.0.attn.q_proj.w_lora_a": tensor(A), "layers.0.attn.q_proj.w": tensor(A), "stacked": tensor(A)}
-    found = mapping.apply_to_weights(weights, load("tunix"))
+    found = apply.apply_to_weights(weights, load("tunix"))
     key = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
     assert list(found) == [key]
     assert np.array_equal(found[key].numpy(), A.T)

@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any, Final
 
 import pytest
-from lora_state_format.converters import mlx, paddlenlp
 
-from lora_state_format.algorithms import REFUSED, Layout
+from lora_state_format.converters import mlx, paddlenlp
 from lora_state_format.foreign import optax
-from lora_state_format.maps import MAPS, Rule
+from lora_state_format.mapping.algorithms import REFUSED, Layout
+from lora_state_format.mapping.maps import MAPS, Rule
 
 ROOT: Final = Path(__file__).parent.parent
 DOCUMENT: Final = ROOT / "spec" / "mappings.md"
@@ -143,8 +143,8 @@ def test_every_map_is_tried() -> None:
 
 @pytest.mark.parametrize("rule", REFUSED)
 def test_every_refusal_says_why(rule: str) -> None:
-    from lora_state_format.algorithms import choose
     from lora_state_format.errors import OptionError
+    from lora_state_format.mapping.algorithms import choose
 
     with pytest.raises(OptionError) as caught:
         choose(rule, optax.LAYOUTS, ["mu"], "x")

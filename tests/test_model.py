@@ -14,31 +14,23 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lora_state_format import model
 from lora_state_format.errors import ConversionError, FileError
-from lora_state_format.model import (
-    BITS,
-    Box,
-    Digest,
-    Flat,
+from lora_state_format.model import tensors
+from lora_state_format.model.sources import Memory
+from lora_state_format.model.states import (
     Group,
     Naming,
     Optimizer,
     OptimizerState,
     Parameter,
-    Piece,
     PositionalState,
     Role,
     Scalar,
     Slot,
-    Tensor,
     Value,
-    contiguous,
-    is_tiling,
-    item_size,
     walk,
 )
-from lora_state_format.sources import Memory
+from lora_state_format.model.tensors import BITS, Box, Digest, Flat, Piece, Tensor, contiguous, is_tiling, item_size
 
 Array = np.ndarray[Any, Any]
 
@@ -254,7 +246,7 @@ def test_boxes_beyond_the_limits(monkeypatch: pytest.MonkeyPatch) -> None:
     cube = [Box(start, (1,) * 5) for start in product((0, 1), repeat=5)]
     assert not is_tiling(cube, (2,) * 5)
     assert is_tiling([Box((*box.start, 0), (*box.shape, 9)) for box in cube[::2]], (2, 2, 2, 2, 1, 9))
-    monkeypatch.setattr(model, "MAX_CORNERS", 16)
+    monkeypatch.setattr(tensors, "MAX_CORNERS", 16)
     row = [Box((n,), (1,)) for n in range(9)]
     assert not is_tiling(row, (9,))
     assert is_tiling(row[:-1], (8,))
@@ -288,7 +280,7 @@ def test_a_repeated_row() -> None:
 
 
 def test_gathering_more_than_is_held_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(model, "GATHER_SPAN", 256)
+    monkeypatch.setattr(tensors, "GATHER_SPAN", 256)
     array = np.arange(24 * 50, dtype=np.int16).reshape(24, 50)
     tensor = contiguous("I16", (24, 50), Memory(array.tobytes())).permute((1, 0))
     assert tensor.bytes() == array.T.tobytes()

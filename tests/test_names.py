@@ -11,11 +11,11 @@ from typing import Any
 import pytest
 
 from lora_state_format.errors import ConversionError, MissingNamesError, OptionError
-from lora_state_format.model import Tensor, contiguous
-from lora_state_format.names import (
-    ORDERS,
+from lora_state_format.model.sources import Memory
+from lora_state_format.model.tensors import Tensor, contiguous
+from lora_state_format.naming.modules import ORDERS, in_module_order
+from lora_state_format.naming.names import (
     adapter_parameters,
-    in_module_order,
     peft_key,
     read_names,
     rename,
@@ -24,7 +24,6 @@ from lora_state_format.names import (
     with_adapter,
     without_wrappers,
 )
-from lora_state_format.sources import Memory
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),

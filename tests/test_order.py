@@ -13,14 +13,16 @@ import pytest
 
 import lora_state_format as lsf
 from lora_state_format import registry
-from lora_state_format.container import read_header
 from lora_state_format.errors import AmbiguousOrderError, ConversionError, OptionError
 from lora_state_format.foreign import pickles
 from lora_state_format.foreign.state_dict import from_state_dict
-from lora_state_format.model import Group, Optimizer, Parameter, PositionalState, Role, Slot, Value, contiguous
-from lora_state_format.names import adapter_parameters
-from lora_state_format.order import RULES, Described, candidates, decide, interchangeable, side_by_side
-from lora_state_format.sources import File, Memory
+from lora_state_format.io.safetensors import read_header
+from lora_state_format.model.sources import File, Memory
+from lora_state_format.model.states import Group, Optimizer, Parameter, PositionalState, Role, Slot, Value
+from lora_state_format.model.tensors import contiguous
+from lora_state_format.naming.names import adapter_parameters
+from lora_state_format.naming.order import candidates, decide, interchangeable, side_by_side
+from lora_state_format.naming.rules import RULES, Described
 
 if TYPE_CHECKING:
     import torch

@@ -30,8 +30,8 @@ from lora_state_format.errors import FileError
 from lora_state_format.foreign import pickles
 from lora_state_format.foreign.pickles import Global, NumpyScalar, Pickled, Record
 from lora_state_format.foreign.zips import Archive
-from lora_state_format.model import Tensor
-from lora_state_format.sources import File, Memory, Range
+from lora_state_format.model.sources import File, Memory, Range
+from lora_state_format.model.tensors import Tensor
 
 WILD = Path(__file__).parents[2] / "shared" / "wild"
 DTYPES = [

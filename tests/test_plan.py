@@ -10,8 +10,10 @@ from typing import Any
 
 import pytest
 
+from lora_state_format.binding.plan import LiveGroup, LiveOptimizer, LiveParameter, LoadPlan, plan
 from lora_state_format.errors import BindError, OptionError
-from lora_state_format.model import (
+from lora_state_format.model.sources import Memory
+from lora_state_format.model.states import (
     Group,
     Naming,
     Optimizer,
@@ -21,11 +23,9 @@ from lora_state_format.model import (
     Scalar,
     Slot,
     Value,
-    contiguous,
 )
-from lora_state_format.options import OPTIONS, Kind, kind_of
-from lora_state_format.plan import LiveGroup, LiveOptimizer, LiveParameter, LoadPlan, plan
-from lora_state_format.sources import Memory
+from lora_state_format.model.tensors import contiguous
+from lora_state_format.optimizers.options import OPTIONS, Kind, kind_of
 
 ADAMW = "torch.optim.adamw.AdamW"
 PREFIX = "base_model.model.model.layers.0.self_attn."

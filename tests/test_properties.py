@@ -16,24 +16,14 @@ import safetensors
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from lora_state_format import container, writing
-from lora_state_format.difference import diff
 from lora_state_format.errors import StateFormatError
-from lora_state_format.manifest import fits
-from lora_state_format.model import (
-    BITS,
-    Digest,
-    Group,
-    Naming,
-    Optimizer,
-    OptimizerState,
-    Parameter,
-    Role,
-    Scalar,
-    Slot,
-    contiguous,
-)
-from lora_state_format.sources import File, Memory
+from lora_state_format.format import envelope, reading, writing
+from lora_state_format.format.manifest import fits
+from lora_state_format.io.safetensors import read_header
+from lora_state_format.model.sources import File, Memory
+from lora_state_format.model.states import Group, Naming, Optimizer, OptimizerState, Parameter, Role, Scalar, Slot
+from lora_state_format.model.tensors import BITS, Digest, contiguous
+from lora_state_format.operations.diff import diff
 
 DTYPES: Final = sorted(BITS)
 TEXT: Final = st.text(max_size=8) | st.sampled_from(["a/b", "$", "__metadata__", "\0\n\x1b", "é\u0301🜚", "..", "a.b"])
@@ -172,14 +162,14 @@ def test_any_state_comes_back(state: OptimizerState, plain_states: ModuleType, s
     with TemporaryDirectory() as folder:
         path = Path(folder) / "a.safetensors"
         writing.write(state, path)
-        with container.open_state(path) as found:
+        with reading.open_state(path) as found:
             assert plain_states.of_state(found) == plain_states.of_state(state)
             assert [p.weights for p in found.parameters] == [p.weights for p in state.parameters]
             assert written(found) == path.read_bytes()
         assert plain_states.of_other(spec_reader.read(path), spec_reader) == plain_states.of_state(state)
-        assert container.verify(path).ok
+        assert reading.verify(path).ok
         with safetensors.safe_open(path, framework="numpy") as opened, File(path) as file:
-            tensors = container.read_header(file).tensors
+            tensors = read_header(file).tensors
             assert {key: opened.get_slice(key).get_shape() for key in opened.keys()} == {  # noqa: SIM118
                 key: list(tensor.shape) for key, tensor in tensors.items()
             }
@@ -193,11 +183,11 @@ def test_any_state_in_shards(
     with TemporaryDirectory() as folder:
         path = Path(folder) / "a.safetensors"
         writing.write(state, path, max_shard_size=limit)
-        with container.open_state(path) as found:
+        with reading.open_state(path) as found:
             assert plain_states.of_state(found) == plain_states.of_state(state)
             assert written(found) == written(state)
         assert plain_states.of_other(spec_reader.read(path), spec_reader) == plain_states.of_state(state)
-        assert container.verify(path).ok
+        assert reading.verify(path).ok
 
 
 def shuffled(value: Any) -> Any:
@@ -282,7 +272,7 @@ def test_renaming_there_and_back(state: OptimizerState, data: st.DataObject) -> 
     with TemporaryDirectory() as folder:
         path = Path(folder) / "a"
         writing.write(renamed(state, new), path)
-        with container.open_state(path) as found:
+        with reading.open_state(path) as found:
             assert written(renamed(found, names)) == written(state)
 
 
@@ -293,11 +283,11 @@ def test_only_declared_errors_escape(noise: bytes, position: int, sealed: bool) 
     raw = bytearray((Path(__file__).parent.parent / "spec/vectors/valid/several-groups.safetensors").read_bytes())
     position %= len(raw)
     raw[position : position + len(noise)] = noise[: len(raw) - position]
-    if sealed and raw[8:58] == container.PREFIX:
+    if sealed and raw[8:58] == envelope.PREFIX:
         end = 8 + int.from_bytes(raw[:8], "little")
-        raw[58:90] = container.header_digest(bytes(raw[:end])).encode()
+        raw[58:90] = envelope.header_digest(bytes(raw[:end])).encode()
     with TemporaryDirectory() as folder:
         path = Path(folder) / "a"
         path.write_bytes(raw)
         with suppress(StateFormatError):
-            container.verify(path)
+            reading.verify(path)

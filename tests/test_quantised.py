@@ -9,14 +9,14 @@ from typing import Any
 
 import pytest
 import torch
-from lora_state_format.converters import torch_optimizer
 
-from lora_state_format.container import open_state
-from lora_state_format.conversion import convert
+from lora_state_format.converters import torch_optimizer
 from lora_state_format.errors import OptionError, UnrepresentableError
-from lora_state_format.foreign.quantised import _bound, _e4m3, dequantize
-from lora_state_format.model import Naming, OptimizerState, Parameter, PositionalState, Role
-from lora_state_format.writing import write
+from lora_state_format.format.reading import open_state
+from lora_state_format.format.writing import write
+from lora_state_format.model.states import Naming, OptimizerState, Parameter, PositionalState, Role
+from lora_state_format.operations.conversion import convert
+from lora_state_format.optimizers.quantised import _bound, _e4m3, dequantize
 
 pytestmark = [pytest.mark.frameworks, pytest.mark.filterwarnings("ignore")]
 

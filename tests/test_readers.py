@@ -14,9 +14,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from lora_state_format import container, writing
 from lora_state_format.errors import DigestError, MissingDependencyError
-from lora_state_format.model import (
+from lora_state_format.format import reading, writing
+from lora_state_format.model.sources import Memory
+from lora_state_format.model.states import (
     Group,
     Naming,
     Optimizer,
@@ -26,11 +27,10 @@ from lora_state_format.model import (
     Scalar,
     Slot,
     Value,
-    contiguous,
     walk,
 )
+from lora_state_format.model.tensors import contiguous
 from lora_state_format.numpy import array, load
-from lora_state_format.sources import Memory
 
 ROOT = Path(__file__).parent.parent
 DOCUMENT = (ROOT / "docs" / "readers.md").read_text(encoding="utf-8")
@@ -102,7 +102,7 @@ def test_numpy_holds_what_the_file_holds(path: Path) -> None:
         with pytest.raises(ImportError):
             import ml_dtypes  # noqa: F401
         return
-    with container.open_state(path) as state:
+    with reading.open_state(path) as state:
         assert list(found) == list(state)
         for name, parameter in state.items():
             ours = found[name]
@@ -271,7 +271,7 @@ def test_javascript_reads_the_valid_vectors(tmp_path: Path) -> None:
     found = dumped(VALID, tmp_path)
     assert len(found) > 15
     for path in VALID:
-        with container.open_state(path) as state:
+        with reading.open_state(path) as state:
             members = dict(found[str(path)]["object"])
             parameters = {name: dict(parameter["object"]) for name, parameter in members["parameters"]["map"]}
             assert list(parameters) == list(state), path

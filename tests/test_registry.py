@@ -8,13 +8,13 @@ from pathlib import Path
 import pytest
 
 from lora_state_format import registry
-from lora_state_format.conversion import read
 from lora_state_format.errors import (
     AmbiguousFormatError,
     MissingDependencyError,
     OptionError,
     UnknownFormatError,
 )
+from lora_state_format.operations.conversion import read
 
 
 @pytest.fixture

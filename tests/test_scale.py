@@ -14,10 +14,11 @@ from xml.etree import ElementTree as ET
 import pytest
 import torch
 
-from lora_state_format import container, writing
+from lora_state_format.binding.plan import plan
 from lora_state_format.cli import run
-from lora_state_format.model import OptimizerState, Slot, Tensor
-from lora_state_format.plan import plan
+from lora_state_format.format import reading, writing
+from lora_state_format.model.states import OptimizerState, Slot
+from lora_state_format.model.tensors import Tensor
 
 SCRIPT: Final = Path(__file__).parent / "bench" / "scale.py"
 
@@ -48,7 +49,7 @@ def test_the_state_of_a_70b_model(scale: ModuleType, tmp_path: Path, capsys: pyt
     assert allocated(tmp_path) < 4_000_000
     assert max(Path(name).stat().st_size for name in written.files) <= scale.SHARD + 1_000_000
 
-    with container.open_state(path) as opened:
+    with reading.open_state(path) as opened:
         found = plan(opened, scale.live_model(tmp_path))
         assert str(found) == "fits: 723/723 parameters would be restored"
         head = moment(opened, "lm_head.weight")
@@ -70,7 +71,7 @@ def test_holes_are_what_would_have_been_written(scale: ModuleType, tmp_path: Pat
     assert len([*whole.parent.iterdir()]) == 3
     for path in whole.parent.iterdir():
         assert path.read_bytes() == (sparse.parent / path.name).read_bytes()
-    assert container.verify(sparse).ok
+    assert reading.verify(sparse).ok
 
 
 def test_torch_reads_the_sparse_source(scale: ModuleType, tmp_path: Path) -> None:

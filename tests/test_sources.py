@@ -11,11 +11,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lora_state_format import crc
-from lora_state_format.crc import Ledger
 from lora_state_format.errors import FileError
-from lora_state_format.model import Box, Flat, Piece, Tensor, contiguous
-from lora_state_format.sources import File, Memory, Range
+from lora_state_format.io import ledger as ledger_module
+from lora_state_format.io.ledger import Ledger
+from lora_state_format.model.sources import File, Memory, Range
+from lora_state_format.model.tensors import Box, Flat, Piece, Tensor, contiguous
 
 DATA = bytes(range(100))
 
@@ -135,7 +135,7 @@ def stream(ledger: Ledger, *tensors: Tensor) -> bytes:
 def combines(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """With and without a way to combine CRCs, which only some platforms have."""
     if not request.param:
-        monkeypatch.setattr(crc, "combine", None)
+        monkeypatch.setattr(ledger_module, "combine", None)
 
 
 @pytest.mark.usefixtures("combines")

@@ -11,12 +11,14 @@ import pytest
 import torch
 import transformers
 
-from lora_state_format.crc import Ledger
 from lora_state_format.errors import FileError, UnrepresentableError
 from lora_state_format.foreign import pickles, torch_save
-from lora_state_format.foreign.state_dict import Found, find, from_state_dict, is_state_dict, role_of, to_state_dict
-from lora_state_format.model import Naming, Parameter, Role, Scalar, Slot, Tensor, contiguous
-from lora_state_format.sources import Memory
+from lora_state_format.foreign.state_dict import Found, find, from_state_dict, is_state_dict, to_state_dict
+from lora_state_format.io.ledger import Ledger
+from lora_state_format.model.sources import Memory
+from lora_state_format.model.states import Naming, Parameter, Role, Scalar, Slot
+from lora_state_format.model.tensors import Tensor, contiguous
+from lora_state_format.optimizers.roles import role_of
 
 Build = Callable[[Any], torch.optim.Optimizer]
 OPTIMIZERS: dict[str, Build] = {

@@ -17,10 +17,12 @@ import jsonschema
 import pytest
 import safetensors
 
-from lora_state_format import canonical, container, manifest, writing
-from lora_state_format.canonical import dumps, loads
 from lora_state_format.errors import DigestError, FileError, RefusedError, UnsupportedVersionError
-from lora_state_format.sources import File
+from lora_state_format.format import envelope, reading, values, writing
+from lora_state_format.io import safetensors as header
+from lora_state_format.io import strict_json
+from lora_state_format.io.strict_json import dumps, loads
+from lora_state_format.model.sources import File
 
 ROOT: Final = Path(__file__).parent.parent
 SPEC: Final = ROOT / "spec"
@@ -84,7 +86,7 @@ def test_every_writers_rule_is_cited_where_it_is_kept_or_tested() -> None:
 def test_limits_of_the_text_are_those_of_the_code() -> None:
     rows = dict(re.findall(r"^\| `([A-Z_]+)` \| ([0-9,]+)", TEXT, flags=re.MULTILINE))
     stated = {name: int(value.replace(",", "")) for name, value in rows.items()}
-    modules = (canonical, manifest, container, writing)
+    modules = (strict_json, values, header, envelope, writing)
     held = {
         name: getattr(module, name)
         for module in modules
@@ -122,12 +124,12 @@ def test_vectors_are_as_they_were_written(load_module: Callable[[Path], ModuleTy
 @pytest.mark.parametrize("path", VALID, ids=name_of)
 def test_valid(path: Path, spec_reader: ModuleType, plain_states: ModuleType, tmp_path: Path) -> None:
     found = expected(path)
-    with container.open_state(target(path)) as state:
+    with reading.open_state(target(path)) as state:
         for file, part in found["shards"].items() if "shards" in found else [(target(path).name, found)]:
             compare_file(target(path).with_name(file), part)
         other = spec_reader.read(target(path))
         assert plain_states.of_state(state) == plain_states.of_other(other, spec_reader)
-        result = container.verify(target(path))
+        result = reading.verify(target(path))
         assert result.ok
         assert bool(result.unverified) == (path.stem == "unknown-algorithm")
         if found["canonical"]:
@@ -146,7 +148,7 @@ def compare_file(path: Path, found: dict[str, Any]) -> None:
     assert envelope["digest"] == found["digest"]
     assert dumps(envelope["manifest"]) == dumps(found["manifest"])
     with File(path) as file:
-        tensors = container.read_header(file).tensors
+        tensors = header.read_header(file).tensors
         assert {
             key: {"dtype": t.dtype, "shape": list(t.shape), "sha256": hashlib.sha256(t.bytes()).hexdigest()}
             for key, t in tensors.items()
@@ -162,12 +164,12 @@ def compare_file(path: Path, found: dict[str, Any]) -> None:
 def test_invalid(path: Path, spec_reader: ModuleType) -> None:
     found = expected(path)
     if found.get("verify"):  # opens, and is found by reading every byte; the second reader says that it did not
-        (problem,) = container.verify(target(path)).problems
+        (problem,) = reading.verify(target(path)).problems
         assert problem.endswith(f"[{found['rule']}]")
         spec_reader.read(target(path))
         return
     with pytest.raises((FileError, DigestError)) as caught:
-        container.open_state(target(path))
+        reading.open_state(target(path))
     assert isinstance(caught.value, (FileError, DigestError))
     kind = KINDS.get(caught.type, "malformed")
     assert (caught.value.rule, kind) == (found["rule"], found["kind"]), str(caught.value)
@@ -271,7 +273,7 @@ def test_what_safetensors_opens_and_this_format_refuses(header: str, rule: str, 
     with safetensors.safe_open(path, framework="numpy") as opened:
         assert list(opened.keys()) == ["a"]
     with pytest.raises(FileError) as caught:
-        container.open_state(path)
+        reading.open_state(path)
     assert caught.value.rule == rule
 
 

@@ -15,15 +15,16 @@ from pathlib import Path, PurePosixPath
 from types import NoneType
 from typing import Any, Final
 
-from lora_state_format.crc import Ledger
 from lora_state_format.errors import FileError, RefusedError, UnrepresentableError
 from lora_state_format.foreign import pickles
-from lora_state_format.foreign.folders import Files, PooledFile, new_folder
 from lora_state_format.foreign.pickles import Global, Record
 from lora_state_format.foreign.torch_save import archive, dumps
 from lora_state_format.foreign.trees import member
-from lora_state_format.model import Box, Piece, Scalar, Tensor, is_tiling, item_size
-from lora_state_format.sources import File, Range, Source
+from lora_state_format.io.files import Files, PooledFile, new_folder
+from lora_state_format.io.ledger import Ledger
+from lora_state_format.model.sources import File, Range, Source
+from lora_state_format.model.states import Scalar
+from lora_state_format.model.tensors import Box, Piece, Tensor, is_tiling, item_size
 
 __all__ = ["METADATA", "Folder", "is_folder", "metadata", "open_folder", "write_folder"]
 

@@ -16,12 +16,13 @@ from math import prod
 from pathlib import Path
 from typing import Any, Final
 
-from lora_state_format.atomic import TemporaryFile
-from lora_state_format.crc import Ledger
 from lora_state_format.errors import FileError, RefusedError, TargetExistsError, UnrepresentableError
 from lora_state_format.foreign.optax_nodes import Tree
-from lora_state_format.model import CHUNK, Flat, Piece, Scalar, Tensor, contiguous, item_size
-from lora_state_format.sources import File
+from lora_state_format.io.atomic import TemporaryFile
+from lora_state_format.io.ledger import Ledger
+from lora_state_format.model.sources import File
+from lora_state_format.model.states import Scalar
+from lora_state_format.model.tensors import CHUNK, Flat, Piece, Tensor, contiguous, item_size
 
 __all__ = ["first_key", "load", "packed", "save"]
 

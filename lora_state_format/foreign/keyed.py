@@ -7,8 +7,9 @@ from dataclasses import replace
 from typing import Any
 
 from lora_state_format.foreign.state_dict import to_state_dict
-from lora_state_format.model import Naming, OptimizerState, Parameter, PositionalState, Tensor
-from lora_state_format.names import peft_key, split_adapter, without_wrappers
+from lora_state_format.model.states import Naming, OptimizerState, Parameter, PositionalState
+from lora_state_format.model.tensors import Tensor
+from lora_state_format.naming.names import peft_key, split_adapter, without_wrappers
 
 __all__ = ["by_name", "named", "names_of"]
 

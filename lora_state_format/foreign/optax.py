@@ -6,7 +6,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Final, TypeAlias, cast
 
-from lora_state_format.algorithms import (
+from lora_state_format.errors import ConversionError, FileError, OptionError, RefusedError, UnrepresentableError
+from lora_state_format.foreign.optax_nodes import Keys, Leaf, Node, Tree, counters, nested, relative, survey
+from lora_state_format.mapping.algorithms import (
     HYPERPARAMETERS,
     OPTIMIZER,
     Algorithm,
@@ -22,19 +24,8 @@ from lora_state_format.algorithms import (
     values_of,
     zeros,
 )
-from lora_state_format.errors import ConversionError, FileError, OptionError, RefusedError, UnrepresentableError
-from lora_state_format.foreign.optax_nodes import Keys, Leaf, Node, Tree, counters, nested, relative, survey
-from lora_state_format.model import (
-    Group,
-    Naming,
-    Optimizer,
-    OptimizerState,
-    Parameter,
-    Scalar,
-    Tensor,
-    Value,
-    item_size,
-)
+from lora_state_format.model.states import Group, Naming, Optimizer, OptimizerState, Parameter, Scalar, Value
+from lora_state_format.model.tensors import Tensor, item_size
 
 __all__ = ["LAYOUTS", "OPTIONS", "from_tree", "to_tree"]
 

@@ -13,9 +13,10 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, TypeAlias, cast
 
-from lora_state_format.algorithms import REFUSED
 from lora_state_format.errors import FileError, RefusedError
-from lora_state_format.model import Scalar, Tensor, Value, walk
+from lora_state_format.mapping.algorithms import REFUSED
+from lora_state_format.model.states import Scalar, Value, walk
+from lora_state_format.model.tensors import Tensor
 
 __all__ = ["FIELDS", "NODES", "Keys", "Leaf", "Node", "Tree", "count_of", "leaves", "nested", "relative", "survey"]
 

@@ -16,12 +16,12 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Final
 
-from lora_state_format.collector import paused
-from lora_state_format.crc import crc32
 from lora_state_format.errors import FileError, RefusedError
 from lora_state_format.foreign.zips import Archive
-from lora_state_format.model import Box, Piece, Tensor, c_strides, contiguous, item_size
-from lora_state_format.sources import File, Memory, Range, Source
+from lora_state_format.io.ledger import crc32
+from lora_state_format.model.gc import paused
+from lora_state_format.model.sources import File, Memory, Range, Source
+from lora_state_format.model.tensors import Box, Piece, Tensor, c_strides, contiguous, item_size
 
 __all__ = [
     "DTYPES",

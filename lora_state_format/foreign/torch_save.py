@@ -12,12 +12,13 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Final
 
-from lora_state_format.atomic import TemporaryFile
-from lora_state_format.crc import Ledger, crc32
 from lora_state_format.errors import TargetExistsError, UnrepresentableError
 from lora_state_format.foreign.pickles import Global, Record
-from lora_state_format.model import CHUNK, Scalar, Slot, Tensor, c_strides, contiguous
-from lora_state_format.sources import Memory
+from lora_state_format.io.atomic import TemporaryFile
+from lora_state_format.io.ledger import Ledger, crc32
+from lora_state_format.model.sources import Memory
+from lora_state_format.model.states import Scalar, Slot
+from lora_state_format.model.tensors import CHUNK, Tensor, c_strides, contiguous
 
 __all__ = ["archive", "dumps", "save"]
 

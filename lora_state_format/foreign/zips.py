@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from typing import Final
 
 from lora_state_format.errors import FileError, RefusedError
-from lora_state_format.sources import Range, Source
+from lora_state_format.model.sources import Range, Source
 
 __all__ = ["MAX_MEMBERS", "Archive", "Member"]
 

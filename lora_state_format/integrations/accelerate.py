@@ -8,8 +8,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
-from lora_state_format.container import is_state
 from lora_state_format.errors import OptionError
+from lora_state_format.format.envelope import is_state
 from lora_state_format.integrations import STATE
 from lora_state_format.torch import load_optimizer, save_optimizer
 

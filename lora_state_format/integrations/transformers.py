@@ -11,8 +11,8 @@ from typing import Any, Final, TypeVar
 
 import torch
 
-from lora_state_format.container import is_state
 from lora_state_format.errors import OptionError
+from lora_state_format.format.envelope import is_state
 from lora_state_format.integrations import STATE
 from lora_state_format.torch import load_optimizer, save_optimizer
 

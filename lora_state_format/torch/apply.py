@@ -13,27 +13,21 @@ from typing import Any, Final, Literal, cast, overload
 
 import torch
 
-from lora_state_format import container, order, registry, writing
-from lora_state_format import plan as planning
-from lora_state_format.crc import Ledger
+from lora_state_format import registry
+from lora_state_format.binding import plan as planning
+from lora_state_format.binding.live import LiveOptimizer, LiveParameter
+from lora_state_format.binding.plan import RESIZABLE, Binding, LoadPlan
 from lora_state_format.errors import BindError, CaptureError, ConversionError, OptionError
-from lora_state_format.live import LiveOptimizer, LiveParameter
-from lora_state_format.manifest import ALGORITHM
-from lora_state_format.model import (
-    Digest,
-    OptimizerState,
-    Parameter,
-    PositionalState,
-    Role,
-    Scalar,
-    Slot,
-    Tensor,
-    Value,
-)
-from lora_state_format.names import Rename, peft_key
-from lora_state_format.optimizers import Known
-from lora_state_format.plan import RESIZABLE, Binding, LoadPlan
-from lora_state_format.sources import File
+from lora_state_format.format import envelope, reading, writing
+from lora_state_format.io.ledger import Ledger
+from lora_state_format.model import digests
+from lora_state_format.model.digests import ALGORITHM
+from lora_state_format.model.sources import File
+from lora_state_format.model.states import OptimizerState, Parameter, PositionalState, Role, Scalar, Slot, Value
+from lora_state_format.model.tensors import Digest, Tensor
+from lora_state_format.naming import order, rules
+from lora_state_format.naming.names import Rename, peft_key
+from lora_state_format.optimizers.classes import Known
 from lora_state_format.torch.background import BackgroundSave, settle, start
 from lora_state_format.torch.capture import (
     CARRIED,
@@ -305,14 +299,14 @@ def plan(state: OptimizerState, optimizer: Optimizers, model: Models, **policies
 
 def _open(path: Path, live: LiveOptimizer, model: Models) -> OptimizerState:
     """The named state at a path; positions are named in the live optimizer's order, or else by the live model."""
-    if container.is_state(path):
-        return container.open_state(path)
+    if envelope.is_state(path):
+        return reading.open_state(path)
     checkpoint = registry.detect(path)[0].read(path)
     if not isinstance(checkpoint.state, PositionalState):
         return checkpoint.state
     named = named_tensors(model)
     parameters = [
-        order.Described(
+        rules.Described(
             _beside(p, checkpoint.weights),
             p.requires_grad,
             tuple(kind.__name__ for kind in named.owners[p.name].__mro__[:-1]),
@@ -359,7 +353,7 @@ def _beside(parameter: LiveParameter, weights: Mapping[str, Tensor]) -> Paramete
         dtype=parameter.dtype,
         tied=parameter.tied,
         keys={"peft": key[0]} if key else {},
-        weights=Digest(ALGORITHM, tensor.dtype, container.hash_tensor(tensor)) if tensor else None,
+        weights=Digest(ALGORITHM, tensor.dtype, digests.hash_tensor(tensor)) if tensor else None,
     )
 
 

@@ -6,7 +6,7 @@ import logging
 import threading
 from collections.abc import Callable
 
-from lora_state_format.writing import Written
+from lora_state_format.format.writing import Written
 
 __all__ = ["BackgroundSave", "settle", "start"]
 

@@ -17,13 +17,12 @@ from weakref import WeakKeyDictionary
 
 import torch
 
-from lora_state_format.container import hash_tensor
+from lora_state_format.binding.live import LiveGroup, LiveOptimizer, LiveParameter
+from lora_state_format.binding.plan import SCALING
 from lora_state_format.errors import CaptureError, UnrepresentableError
 from lora_state_format.foreign.state_dict import Leaf, Reader
-from lora_state_format.live import LiveGroup, LiveOptimizer, LiveParameter
-from lora_state_format.manifest import ALGORITHM
-from lora_state_format.model import (
-    Digest,
+from lora_state_format.model.digests import ALGORITHM, hash_tensor
+from lora_state_format.model.states import (
     Group,
     Naming,
     Optimizer,
@@ -32,12 +31,11 @@ from lora_state_format.model import (
     Role,
     Scalar,
     Slot,
-    Tensor,
     Value,
     walk,
 )
-from lora_state_format.names import peft_key, split_adapter
-from lora_state_format.plan import SCALING
+from lora_state_format.model.tensors import Digest, Tensor
+from lora_state_format.naming.names import peft_key, split_adapter
 from lora_state_format.torch.fsdp1 import Part, parts_of
 from lora_state_format.torch.objects import outside, unpacked
 from lora_state_format.torch.tensors import dtype_name, from_torch, is_sharded, refusal

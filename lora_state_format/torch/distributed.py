@@ -29,7 +29,8 @@ from torch.distributed.tensor import DTensor
 from torch.futures import Future
 
 from lora_state_format.errors import CaptureError, RankError
-from lora_state_format.model import OptimizerState, Tensor, contiguous
+from lora_state_format.model.states import OptimizerState
+from lora_state_format.model.tensors import Tensor, contiguous
 from lora_state_format.torch.tensors import DTYPES, dtype_name, read_into
 
 __all__ = ["StateReader", "Together", "agreement", "follow", "from_first", "gathered", "read_shard"]

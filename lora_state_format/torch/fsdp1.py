@@ -16,7 +16,7 @@ from typing import Any, cast
 import torch
 
 from lora_state_format.errors import CaptureError
-from lora_state_format.model import Tensor, contiguous
+from lora_state_format.model.tensors import Tensor, contiguous
 
 __all__ = ["Part", "full_state", "parts_of", "run_of", "whole_weights"]
 

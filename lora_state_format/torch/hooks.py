@@ -12,11 +12,11 @@ from typing import Any, cast
 
 import torch
 
-from lora_state_format import plan as planning
+from lora_state_format.binding import plan as planning
 from lora_state_format.errors import CaptureError, ConversionError
 from lora_state_format.foreign.state_dict import Leaf, from_state_dict
-from lora_state_format.model import Naming, OptimizerState, Parameter
-from lora_state_format.names import Rename
+from lora_state_format.model.states import Naming, OptimizerState, Parameter
+from lora_state_format.naming.names import Rename
 from lora_state_format.torch.apply import apply
 from lora_state_format.torch.capture import Models, as_leaf, describe, named_tensors, optimizers_of
 

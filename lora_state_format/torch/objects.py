@@ -13,7 +13,7 @@ from typing import Any, Final
 import torch
 
 from lora_state_format.errors import MissingDependencyError, UnrepresentableError
-from lora_state_format.foreign.quantised import BITSANDBYTES, TORCHAO
+from lora_state_format.optimizers.quantised import BITSANDBYTES, TORCHAO
 from lora_state_format.torch.tensors import dtype_name, dtype_of
 
 __all__ = ["OBJECT", "flat", "outside", "packed", "unpacked"]

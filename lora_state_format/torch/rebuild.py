@@ -24,10 +24,10 @@ from typing import TYPE_CHECKING, Any, Final
 import torch
 
 from lora_state_format.errors import ConversionError, FileError, MissingDependencyError
-from lora_state_format.foreign.folders import read_json_object
-from lora_state_format.model import Parameter
-from lora_state_format.names import peft_key, split_adapter
-from lora_state_format.order import Described
+from lora_state_format.io.json_files import read_json_object
+from lora_state_format.model.states import Parameter
+from lora_state_format.naming.names import peft_key, split_adapter
+from lora_state_format.naming.rules import Described
 from lora_state_format.torch.capture import Models, named_tensors
 
 if TYPE_CHECKING:

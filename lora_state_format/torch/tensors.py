@@ -10,11 +10,12 @@ from typing import Any, Final
 import torch
 import xxhash
 
-from lora_state_format.container import stated_hash
-from lora_state_format.crc import Ledger
 from lora_state_format.errors import DigestError, UnrepresentableError
-from lora_state_format.model import CHUNK, Box, Piece, Scalar, Tensor, contiguous
-from lora_state_format.sources import Memory, Source
+from lora_state_format.io.ledger import Ledger
+from lora_state_format.model.digests import stated_hash
+from lora_state_format.model.sources import Memory, Source
+from lora_state_format.model.states import Scalar
+from lora_state_format.model.tensors import CHUNK, Box, Piece, Tensor, contiguous
 
 __all__ = [
     "DTYPES",

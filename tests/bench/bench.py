@@ -113,10 +113,11 @@ def raw_write(folder: Path, megabytes: int) -> Callable[[], Any]:
 
 
 def write(folder: Path, megabytes: int) -> Callable[[], Any]:
-    from lora_state_format import writing
-    from lora_state_format.model import Group as Options
-    from lora_state_format.model import Naming, Optimizer, OptimizerState, Parameter, Role, Slot, contiguous
-    from lora_state_format.sources import Memory
+    from lora_state_format.format import writing
+    from lora_state_format.model.sources import Memory
+    from lora_state_format.model.states import Group as Options
+    from lora_state_format.model.states import Naming, Optimizer, OptimizerState, Parameter, Role, Slot
+    from lora_state_format.model.tensors import contiguous
 
     slots = [Slot(contiguous("F32", array.shape, Memory(array)), Role.PARAM) for array in buffers(megabytes)]
     parameters = tuple(
@@ -192,26 +193,17 @@ def read(folder: Path, megabytes: int) -> Callable[[], Any]:
 
 
 def verify(folder: Path, megabytes: int) -> Callable[[], Any]:
-    from lora_state_format import container
+    from lora_state_format.format import reading
 
-    return lambda: container.verify(folder / "optimizer.safetensors")
+    return lambda: reading.verify(folder / "optimizer.safetensors")
 
 
 def many(count: int) -> Any:
     """A state of a mixture of experts: so many small LoRA matrices, two moments each."""
-    from lora_state_format.model import (
-        Digest,
-        Naming,
-        Optimizer,
-        OptimizerState,
-        Parameter,
-        Role,
-        Scalar,
-        Slot,
-        contiguous,
-    )
-    from lora_state_format.model import Group as Options
-    from lora_state_format.sources import Memory
+    from lora_state_format.model.sources import Memory
+    from lora_state_format.model.states import Group as Options
+    from lora_state_format.model.states import Naming, Optimizer, OptimizerState, Parameter, Role, Scalar, Slot
+    from lora_state_format.model.tensors import Digest, contiguous
 
     data, parameters = Memory(bytes(64)), []
     for number in range(count):
@@ -235,30 +227,30 @@ def many(count: int) -> Any:
 
 
 def write_many(folder: Path, count: int) -> Callable[[], Any]:
-    from lora_state_format import writing
+    from lora_state_format.format import writing
 
     state = many(count)
     return lambda: writing.write(state, folder / f"many-{count}", force=True)
 
 
 def open_many(folder: Path, count: int) -> Callable[[], Any]:
-    from lora_state_format import container
+    from lora_state_format.format import reading
 
-    return lambda: container.open_state(folder / f"many-{count}")
+    return lambda: reading.open_state(folder / f"many-{count}")
 
 
 def verify_many(folder: Path, count: int) -> Callable[[], Any]:
-    from lora_state_format import container
+    from lora_state_format.format import reading
 
-    return lambda: container.verify(folder / f"many-{count}")
+    return lambda: reading.verify(folder / f"many-{count}")
 
 
 def plan_many(folder: Path, count: int) -> Callable[[], Any]:
-    from lora_state_format import container
-    from lora_state_format.live import LiveGroup, LiveOptimizer, LiveParameter
-    from lora_state_format.plan import plan
+    from lora_state_format.binding.live import LiveGroup, LiveOptimizer, LiveParameter
+    from lora_state_format.binding.plan import plan
+    from lora_state_format.format import reading
 
-    state = container.open_state(folder / f"many-{count}")
+    state = reading.open_state(folder / f"many-{count}")
     live = LiveOptimizer(
         state.optimizers,
         (LiveGroup(0, state.groups[0].options, tuple(state)),),

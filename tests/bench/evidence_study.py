@@ -22,13 +22,15 @@ from itertools import combinations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from lora_state_format.evidence import EXCLUDED, _layer_orders, _outcome, _twin_orders, _whole, judge
 from lora_state_format.foreign import pickles
 from lora_state_format.foreign.state_dict import from_state_dict
-from lora_state_format.model import OptimizerState, Parameter, Tensor
-from lora_state_format.order import decide
-from lora_state_format.signals import A, Balance, Sources, Table, Unit, units_of
-from lora_state_format.sources import File
+from lora_state_format.model.sources import File
+from lora_state_format.model.states import OptimizerState, Parameter
+from lora_state_format.model.tensors import Tensor
+from lora_state_format.naming.evidence import EXCLUDED, _layer_orders, _outcome, _twin_orders, _whole, judge
+from lora_state_format.naming.order import decide
+from lora_state_format.naming.signals import A, Balance, Sources, Unit, units_of
+from lora_state_format.naming.table import Table
 
 if TYPE_CHECKING:
     pass

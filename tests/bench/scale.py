@@ -77,14 +77,14 @@ class Zeros:
 
 
 def zeros(shape: tuple[int, ...]) -> Any:
-    from lora_state_format.model import contiguous
+    from lora_state_format.model.tensors import contiguous
 
     return contiguous("F32", shape, Zeros(4 * math.prod(shape)))
 
 
 @cache
 def digest_of_zeros(count: int) -> str:
-    from lora_state_format.container import hash_tensor
+    from lora_state_format.model.digests import hash_tensor
 
     return hash_tensor(zeros((count,)))
 
@@ -97,7 +97,7 @@ def leave_holes(layout: Any, target: Any, ledger: object, progress: object) -> N
 
 def write_sparse(state: Any, path: Path, max_shard_size: int | None = None) -> Any:
     """What ``writing.write`` writes of a state of zeros, with holes for all tensors."""
-    from lora_state_format import writing
+    from lora_state_format.format import writing
 
     with mock.patch.object(writing, "_stream", leave_holes):
         return writing.write(state, path, max_shard_size=max_shard_size)
@@ -105,8 +105,8 @@ def write_sparse(state: Any, path: Path, max_shard_size: int | None = None) -> A
 
 def save_sparse(value: Any, path: Path) -> None:
     """What ``torch.save`` writes, with holes for tensors of zeros."""
-    from lora_state_format.crc import Ledger
     from lora_state_format.foreign.torch_save import archive
+    from lora_state_format.io.ledger import Ledger
 
     with path.open("wb") as file:
         for chunk in archive(value, Ledger()):
@@ -118,7 +118,7 @@ def save_sparse(value: Any, path: Path) -> None:
 
 def moments(shape: tuple[int, ...]) -> dict[str, Any]:
     """AdamW's slots of one parameter at its third step."""
-    from lora_state_format.model import Role, Scalar, Slot
+    from lora_state_format.model.states import Role, Scalar, Slot
 
     tensors = {slot: Slot(zeros(shape), Role.PARAM) for slot in ("exp_avg", "exp_avg_sq")}
     return {"step": Scalar.of("F32", 3.0), **tensors}
@@ -142,8 +142,8 @@ def make_source(folder: Path, megabytes: int) -> Callable[[], Any]:
 
 def live_model(folder: Path) -> Any:
     """AdamW over the model that ``config.json`` describes, which transformers builds on the meta device."""
-    from lora_state_format.live import LiveGroup, LiveOptimizer, LiveParameter
-    from lora_state_format.model import Optimizer
+    from lora_state_format.binding.live import LiveGroup, LiveOptimizer, LiveParameter
+    from lora_state_format.model.states import Optimizer
     from lora_state_format.torch.rebuild import rebuild
 
     described = [item.parameter for item in rebuild(folder)]
@@ -156,7 +156,7 @@ def live_model(folder: Path) -> Any:
 
 def model_state(folder: Path) -> Any:
     """The state of that optimizer after some steps, all zeros."""
-    from lora_state_format.model import Group, Naming, OptimizerState, Parameter
+    from lora_state_format.model.states import Group, Naming, OptimizerState, Parameter
 
     live = live_model(folder)
     return OptimizerState(
@@ -187,16 +187,16 @@ def rebuild_model(folder: Path, size: int) -> Callable[[], Any]:
 
 
 def open_model(folder: Path, size: int) -> Callable[[], Any]:
-    from lora_state_format import container
+    from lora_state_format.format import reading
 
-    return lambda: container.open_state(folder / "optimizer.safetensors")
+    return lambda: reading.open_state(folder / "optimizer.safetensors")
 
 
 def plan_model(folder: Path, size: int) -> Callable[[], Any]:
-    from lora_state_format import container
-    from lora_state_format.plan import plan
+    from lora_state_format.binding.plan import plan
+    from lora_state_format.format import reading
 
-    state, live = container.open_state(folder / "optimizer.safetensors"), live_model(folder)
+    state, live = reading.open_state(folder / "optimizer.safetensors"), live_model(folder)
 
     def run() -> None:
         found = plan(state, live)
@@ -209,7 +209,7 @@ def plan_model(folder: Path, size: int) -> Callable[[], Any]:
 
 def many(count: int) -> Any:
     """A state of a mixture of experts: so many small matrices, two moments each."""
-    from lora_state_format.model import Group, Naming, Optimizer, OptimizerState, Parameter
+    from lora_state_format.model.states import Group, Naming, Optimizer, OptimizerState, Parameter
 
     slots = moments((4, 4))
     parameters = []
@@ -222,24 +222,24 @@ def many(count: int) -> Any:
 
 
 def write_many(folder: Path, count: int) -> Callable[[], Any]:
-    from lora_state_format import writing
+    from lora_state_format.format import writing
 
     state = many(count)
     return lambda: writing.write(state, folder / "many.safetensors", force=True)
 
 
 def open_many(folder: Path, count: int) -> Callable[[], Any]:
-    from lora_state_format import container
+    from lora_state_format.format import reading
 
-    return lambda: container.open_state(folder / "many.safetensors")
+    return lambda: reading.open_state(folder / "many.safetensors")
 
 
 def plan_many(folder: Path, count: int) -> Callable[[], Any]:
-    from lora_state_format import container
-    from lora_state_format.live import LiveGroup, LiveOptimizer, LiveParameter
-    from lora_state_format.plan import plan
+    from lora_state_format.binding.live import LiveGroup, LiveOptimizer, LiveParameter
+    from lora_state_format.binding.plan import plan
+    from lora_state_format.format import reading
 
-    state = container.open_state(folder / "many.safetensors")
+    state = reading.open_state(folder / "many.safetensors")
     parameters = {p.name: LiveParameter(p.name, p.shape, "F32") for p in state.parameters}
     live = LiveOptimizer(state.optimizers, (LiveGroup(0, (("lr", 1e-4),), tuple(parameters)),), parameters)
     return lambda: plan(state, live).check()

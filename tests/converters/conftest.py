@@ -12,7 +12,8 @@ from typing import Any
 
 import pytest
 
-from lora_state_format.model import OptimizerState, Scalar, Tensor
+from lora_state_format.model.states import OptimizerState, Scalar
+from lora_state_format.model.tensors import Tensor
 
 RunRanks = Callable[[str, Path, int, str], None]
 

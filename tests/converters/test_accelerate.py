@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 import torch
 from accelerate import Accelerator
-from lora_state_format.converters import accelerate
 
 from lora_state_format import registry
-from lora_state_format.conversion import convert, read
+from lora_state_format.converters import accelerate
 from lora_state_format.errors import OptionError, RefusedError, TargetExistsError
-from lora_state_format.model import OptimizerState
+from lora_state_format.model.states import OptimizerState
+from lora_state_format.operations.conversion import convert, read
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 

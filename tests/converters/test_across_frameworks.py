@@ -14,9 +14,9 @@ from typing import Any, Final, Protocol
 import numpy as np
 import pytest
 
-from lora_state_format import container
-from lora_state_format.conversion import convert
-from lora_state_format.model import OptimizerState, Slot, walk
+from lora_state_format.format import reading
+from lora_state_format.model.states import OptimizerState, Slot, walk
+from lora_state_format.operations.conversion import convert
 
 pytestmark = [pytest.mark.frameworks, pytest.mark.filterwarnings("ignore")]
 
@@ -358,7 +358,7 @@ def test_a_run_moves_and_comes_back(tmp_path: Path, source: Any, start: str, end
     back = converted(end, rule, returned / FORMATS[end][1], tmp_path / "back.safetensors")
 
     # The state that the other framework holds is the same, bit for bit; and the first one's own file comes back.
-    with container.open_state(named) as first, container.open_state(back) as second:
+    with reading.open_state(named) as first, reading.open_state(back) as second:
         assert list(first) == list(SHAPES)
         assert list(second) == list(SHAPES)
         assert data(first) == data(second)

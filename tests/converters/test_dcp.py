@@ -11,15 +11,16 @@ from typing import Any
 
 import pytest
 import torch
-from lora_state_format.converters import dcp
 
 from lora_state_format import registry
-from lora_state_format.container import open_state
-from lora_state_format.conversion import convert
+from lora_state_format.converters import dcp
 from lora_state_format.errors import FileError, RefusedError, TargetExistsError, UnrepresentableError
 from lora_state_format.foreign.dcp import open_folder, write_folder
-from lora_state_format.model import OptimizerState, PositionalState, Role, contiguous
-from lora_state_format.sources import Memory
+from lora_state_format.format.reading import open_state
+from lora_state_format.model.sources import Memory
+from lora_state_format.model.states import OptimizerState, PositionalState, Role
+from lora_state_format.model.tensors import contiguous
+from lora_state_format.operations.conversion import convert
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 

@@ -12,11 +12,11 @@ from typing import Any
 
 import pytest
 import torch
-from lora_state_format.converters import deepspeed_universal, deepspeed_zero
 
 from lora_state_format import registry
+from lora_state_format.converters import deepspeed_universal, deepspeed_zero
 from lora_state_format.errors import FileError, OptionError, TargetExistsError, UnrepresentableError
-from lora_state_format.model import OptimizerState
+from lora_state_format.model.states import OptimizerState
 
 pytestmark = [pytest.mark.frameworks, pytest.mark.filterwarnings("ignore")]
 

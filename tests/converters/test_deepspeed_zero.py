@@ -9,14 +9,14 @@ from typing import Any
 
 import pytest
 import torch
-from lora_state_format.converters import deepspeed_zero
 
 from lora_state_format import registry
-from lora_state_format.container import open_state
-from lora_state_format.conversion import convert
-from lora_state_format.conversion import read as read_any
+from lora_state_format.converters import deepspeed_zero
 from lora_state_format.errors import FileError, OptionError, RefusedError
-from lora_state_format.model import OptimizerState, Role
+from lora_state_format.format.reading import open_state
+from lora_state_format.model.states import OptimizerState, Role
+from lora_state_format.operations.conversion import convert
+from lora_state_format.operations.conversion import read as read_any
 
 pytestmark = [pytest.mark.frameworks, pytest.mark.filterwarnings("ignore")]
 

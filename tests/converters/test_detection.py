@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from lora_state_format.converters import torch_optimizer
 
 from lora_state_format import registry
+from lora_state_format.converters import torch_optimizer
 from lora_state_format.errors import AmbiguousFormatError, UnknownFormatError
 from lora_state_format.foreign.dcp import write_folder
-from lora_state_format.report import NOTHING_HELD, describe
+from lora_state_format.operations.report import NOTHING_HELD, describe
 
 
 def layout(path: Path, *files: str) -> Path:

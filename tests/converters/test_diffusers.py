@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 import torch
-from lora_state_format.converters import diffusers
 
 from lora_state_format import registry
-from lora_state_format.conversion import read
+from lora_state_format.converters import diffusers
+from lora_state_format.operations.conversion import read
 
 pytestmark = [pytest.mark.frameworks, pytest.mark.filterwarnings("ignore")]
 

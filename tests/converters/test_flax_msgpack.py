@@ -12,9 +12,9 @@ from typing import Any
 import msgpack
 import numpy as np
 import pytest
-from lora_state_format.converters import flax_msgpack
 
-from lora_state_format import container, registry, writing
+from lora_state_format import registry
+from lora_state_format.converters import flax_msgpack
 from lora_state_format.errors import (
     ConversionError,
     FileError,
@@ -25,19 +25,10 @@ from lora_state_format.errors import (
 )
 from lora_state_format.foreign import flax, optax_nodes
 from lora_state_format.foreign.optax import CHAINS, LAYOUTS
-from lora_state_format.model import (
-    Group,
-    Naming,
-    Optimizer,
-    OptimizerState,
-    Parameter,
-    Role,
-    Scalar,
-    Slot,
-    Tensor,
-    contiguous,
-)
-from lora_state_format.sources import File, Memory
+from lora_state_format.format import reading, writing
+from lora_state_format.model.sources import File, Memory
+from lora_state_format.model.states import Group, Naming, Optimizer, OptimizerState, Parameter, Role, Scalar, Slot
+from lora_state_format.model.tensors import Tensor, contiguous
 
 
 def read(path: Path, **options: Any) -> OptimizerState:
@@ -318,7 +309,7 @@ def test_every_dtype_and_key(tmp_path: Path) -> None:
     state = read(path, optimizer="sgd")
     assert list(state)[-11:] == [f"l.{index}" for index in range(11)]
     writing.write(state, tmp_path / "state.safetensors")
-    with container.open_state(tmp_path / "state.safetensors") as named:
+    with reading.open_state(tmp_path / "state.safetensors") as named:
         flax_msgpack.write(named, tmp_path / "back", base=None, force=False)
     back = msgpack.unpackb((tmp_path / "back").read_bytes(), ext_hook=lambda code, data: (code, data))
     assert back == msgpack.unpackb(path.read_bytes(), ext_hook=lambda code, data: (code, data))
@@ -609,7 +600,7 @@ def test_it_holds_what_flax_reads_and_comes_back_byte_for_byte(tmp_path: Path, n
     assert found or name == "adafactor"
 
     writing.write(ours, tmp_path / "state.safetensors")
-    with container.open_state(tmp_path / "state.safetensors") as named:
+    with reading.open_state(tmp_path / "state.safetensors") as named:
         flax_msgpack.write(named, tmp_path / "back", base=None, force=False)
         # A fresh state of the same optimizer says all that is around the moments; so does a TrainState.
         (tmp_path / "fresh").write_bytes(to_bytes(tx.init(params)))

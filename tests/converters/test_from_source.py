@@ -8,16 +8,17 @@ from typing import Any
 
 import pytest
 import torch
-from lora_state_format.converters import kohya, megatron, nanotron
 from safetensors.torch import save_file
 
 from lora_state_format import registry
 from lora_state_format.cli import run
-from lora_state_format.conversion import convert, read
+from lora_state_format.converters import kohya, megatron, nanotron
 from lora_state_format.errors import FileError, MissingNamesError, RefusedError
 from lora_state_format.foreign.dcp import write_folder
-from lora_state_format.model import OptimizerState, contiguous
-from lora_state_format.sources import Memory
+from lora_state_format.model.sources import Memory
+from lora_state_format.model.states import OptimizerState
+from lora_state_format.model.tensors import contiguous
+from lora_state_format.operations.conversion import convert, read
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 

@@ -9,14 +9,14 @@ from typing import Any
 
 import pytest
 import torch
-from lora_state_format.converters import composer, lerobot, olmo, torchtune
 
 from lora_state_format import registry
 from lora_state_format.cli import run
-from lora_state_format.conversion import convert, read
+from lora_state_format.converters import composer, lerobot, olmo, torchtune
 from lora_state_format.errors import RefusedError, TargetExistsError, UnrepresentableError
 from lora_state_format.foreign.state_dict import to_state_dict
-from lora_state_format.model import OptimizerState, PositionalState
+from lora_state_format.model.states import OptimizerState, PositionalState
+from lora_state_format.operations.conversion import convert, read
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 

@@ -9,12 +9,12 @@ from typing import Any
 
 import pytest
 import torch
-from lora_state_format.converters import lightning
 
 from lora_state_format import registry
-from lora_state_format.conversion import convert, read
+from lora_state_format.converters import lightning
 from lora_state_format.errors import MissingNamesError, OptionError, UnrepresentableError
-from lora_state_format.model import PositionalState
+from lora_state_format.model.states import PositionalState
+from lora_state_format.operations.conversion import convert, read
 
 pytestmark = [pytest.mark.frameworks, pytest.mark.filterwarnings("ignore")]
 

@@ -9,12 +9,15 @@ from typing import Any
 
 import numpy as np
 import pytest
-from lora_state_format.converters import mlx
 
-from lora_state_format import container, registry, writing
+from lora_state_format import registry
+from lora_state_format.converters import mlx
 from lora_state_format.errors import ConversionError, FileError, OptionError, RefusedError, UnrepresentableError
-from lora_state_format.foreign.plain import header
-from lora_state_format.model import (
+from lora_state_format.format import reading, writing
+from lora_state_format.io import safetensors
+from lora_state_format.io.plain import header
+from lora_state_format.model.sources import Memory
+from lora_state_format.model.states import (
     Checkpoint,
     Group,
     Naming,
@@ -24,9 +27,8 @@ from lora_state_format.model import (
     Role,
     Scalar,
     Slot,
-    contiguous,
 )
-from lora_state_format.sources import Memory
+from lora_state_format.model.tensors import contiguous
 
 
 def written(path: Path, tensors: dict[str, np.ndarray[Any, Any]]) -> Path:
@@ -180,11 +182,11 @@ def test_a_state_that_took_no_step_is_none(tmp_path: Path) -> None:
 
 
 def assert_same(one: Path, other: Path) -> None:
-    from lora_state_format.sources import File
+    from lora_state_format.model.sources import File
 
     with File(one) as first, File(other) as second:
-        ours = container.read_header(first, foreign=True).tensors
-        theirs = container.read_header(second, foreign=True).tensors
+        ours = safetensors.read_header(first, foreign=True).tensors
+        theirs = safetensors.read_header(second, foreign=True).tensors
         assert ours.keys() == theirs.keys()
         for key, tensor in ours.items():
             assert (tensor.dtype, tensor.shape) == (theirs[key].dtype, theirs[key].shape)
@@ -346,7 +348,7 @@ def test_it_holds_what_mlx_holds_and_comes_back(tmp_path: Path, name: str, dora:
     other = "lora_magnitude_vector.default.weight" if dora else "lora_embedding_A.default"
     assert any(name.endswith(other) for name in state)
     writing.write(state, tmp_path / "state.safetensors")
-    with container.open_state(tmp_path / "state.safetensors") as reopened:
+    with reading.open_state(tmp_path / "state.safetensors") as reopened:
         mlx.write(reopened, tmp_path / "back.safetensors", base=None, force=False)
     assert_same(path, tmp_path / "back.safetensors")
 

@@ -10,11 +10,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-from lora_state_format.converters import orbax
 
-from lora_state_format import container, registry, writing
+from lora_state_format import registry
+from lora_state_format.converters import orbax
 from lora_state_format.errors import FileError, OptionError, RefusedError
-from lora_state_format.model import OptimizerState, Tensor
+from lora_state_format.format import reading, writing
+from lora_state_format.model.states import OptimizerState
+from lora_state_format.model.tensors import Tensor
 
 pytestmark = [pytest.mark.frameworks, pytest.mark.filterwarnings("ignore")]
 
@@ -72,7 +74,7 @@ def test_it_holds_what_was_saved(tmp_path: Path, form: str) -> None:
     assert_holds(ours, state[1][0])
     assert ours["b"]["exp_avg"].dtype == ("BF16" if form == "bf16" else "F32")
     writing.write(ours, tmp_path / "state.safetensors")
-    with container.open_state(tmp_path / "state.safetensors") as named:
+    with reading.open_state(tmp_path / "state.safetensors") as named:
         assert_holds(named, state[1][0])
 
 

@@ -9,13 +9,15 @@ from typing import Any
 
 import numpy as np
 import pytest
-from lora_state_format.converters import paddlenlp
 
-from lora_state_format import container, registry
-from lora_state_format.conversion import convert
+from lora_state_format import registry
+from lora_state_format.converters import paddlenlp
 from lora_state_format.errors import FileError, OptionError, RefusedError, TargetExistsError, UnrepresentableError
-from lora_state_format.model import OptimizerState, Scalar, Slot
-from lora_state_format.sources import File
+from lora_state_format.format import reading
+from lora_state_format.io import safetensors
+from lora_state_format.model.sources import File
+from lora_state_format.model.states import OptimizerState, Scalar, Slot
+from lora_state_format.operations.conversion import convert
 
 Arrays = Mapping[str, "np.ndarray[Any, Any]"]
 BETAS = (0.9, 0.999)
@@ -224,7 +226,7 @@ def tensors_of(folder: Path, kind: str = "optimizer") -> dict[str, Any]:
     found = {}
     for path in sorted(folder.glob(f"{kind}-*.safetensors")):
         with File(path) as file:
-            for key, tensor in container.read_header(file).tensors.items():
+            for key, tensor in safetensors.read_header(file).tensors.items():
                 found[key] = (tensor.dtype, tensor.shape, bytes(tensor.bytes()))
     return found
 
@@ -391,7 +393,7 @@ def test_a_run_moves_to_torch_and_back(tmp_path: Path, quiet: None, rule: str) -
     folder = checkpoint(tmp_path / "checkpoint-20", theirs.state(), step=20)
     options = {"optimizer": rule, "map": "paddlenlp"}
     convert(folder, tmp_path / "named.safetensors", options=options)
-    with container.open_state(tmp_path / "named.safetensors") as named:
+    with reading.open_state(tmp_path / "named.safetensors") as named:
         for key, array in theirs.state().items():
             name, _, accumulator = key.rpartition("/")
             slots = {"moment1_0": "exp_avg", "moment2_0": "exp_avg_sq", "velocity_0": "momentum_buffer"}

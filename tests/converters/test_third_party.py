@@ -10,7 +10,7 @@ import sys
 import zipfile
 from pathlib import Path
 
-from lora_state_format.container import open_state
+from lora_state_format.format.reading import open_state
 
 PACKAGE = Path(__file__).parents[1] / "third_party"
 

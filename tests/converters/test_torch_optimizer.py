@@ -24,7 +24,7 @@ from lora_state_format.errors import (
     UnknownFormatError,
     UnrepresentableError,
 )
-from lora_state_format.model import Checkpoint, OptimizerState, PositionalState, Scalar, Slot
+from lora_state_format.model.states import Checkpoint, OptimizerState, PositionalState, Scalar, Slot
 
 if TYPE_CHECKING:
     from tests.conftest import Founding

@@ -8,9 +8,10 @@ from pathlib import Path
 
 from lora_state_format.foreign.keyed import named
 from lora_state_format.foreign.state_dict import from_state_dict
-from lora_state_format.model import Checkpoint, Tensor, contiguous
+from lora_state_format.model.sources import Memory
+from lora_state_format.model.states import Checkpoint
+from lora_state_format.model.tensors import Tensor, contiguous
 from lora_state_format.registry import Match
-from lora_state_format.sources import Memory
 
 NAME = "json_moments"
 DESCRIPTION = "Adam's moments in a file that ends in .moments.json"

@@ -17,7 +17,6 @@ import pytest
 import torch
 from torch import nn
 
-from lora_state_format import container
 from lora_state_format.errors import (
     BindError,
     ConversionError,
@@ -28,7 +27,8 @@ from lora_state_format.errors import (
     TargetExistsError,
     UnsupportedVersionError,
 )
-from lora_state_format.optimizers import CLASSES
+from lora_state_format.format import envelope, reading
+from lora_state_format.optimizers.classes import CLASSES
 from lora_state_format.torch import apply, capture, load_optimizer, plan, save_optimizer
 from lora_state_format.torch.apply import _step
 
@@ -105,7 +105,7 @@ def major(path: Path) -> None:
     content = path.read_bytes().replace(b'\\"version\\":\\"1.0\\"', b'\\"version\\":\\"2.0\\"')
     start = content.index(b'digest\\":\\"') + len(b'digest\\":\\"')
     length = 8 + int.from_bytes(content[:8], "little")
-    sealed = container.header_digest(content[:length]).encode()
+    sealed = envelope.header_digest(content[:length]).encode()
     path.write_bytes(content[:start] + sealed + content[start + 32 :])
 
 
@@ -162,7 +162,7 @@ def test_a_model_that_does_not_fit_changes_nothing(rebuild: Callable[[Any], Any]
 def test_a_plan_with_problems_is_not_applied(saved: Path) -> None:
     model = renamed(linear())
     optimizer = adamw(model)
-    with container.open_state(saved) as state:
+    with reading.open_state(saved) as state:
         loading = plan(state, optimizer, model)
         assert loading.problems
         with pytest.raises(BindError):
@@ -318,7 +318,7 @@ def test_a_scheduler_goes_on_where_it_was(tmp_path: Path) -> None:
 
     model, optimizer, scheduler = run()
     load_optimizer(optimizer, model, tmp_path / "o.safetensors")
-    with container.open_state(tmp_path / "o.safetensors") as state:
+    with reading.open_state(tmp_path / "o.safetensors") as state:
         scheduler.load_state_dict(state.extra["scheduler"])
     assert optimizer.param_groups[0]["initial_lr"] == 1e-2
     resumed = []
@@ -351,7 +351,7 @@ def test_carried_state_comes_back_with_the_next_save(saved: Path, tmp_path: Path
     saved.unlink()
     stepped(model, optimizer, 1)
     save_optimizer(optimizer, model, tmp_path / "next.safetensors")
-    with container.open_state(tmp_path / "next.safetensors") as state:
+    with reading.open_state(tmp_path / "next.safetensors") as state:
         assert [p.name for p in state.carried] == ["2.weight", "2.bias"]
 
     whole = linear()

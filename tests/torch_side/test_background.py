@@ -12,8 +12,8 @@ import pytest
 import torch
 
 import lora_state_format as lsf
-from lora_state_format import writing
 from lora_state_format.errors import CaptureError, TargetExistsError
+from lora_state_format.format import writing
 from lora_state_format.torch import save_optimizer
 
 

@@ -13,8 +13,9 @@ import torch
 from torch import nn
 
 from lora_state_format.errors import CaptureError, UnrepresentableError
-from lora_state_format.model import Role, Scalar, Slot, contiguous
-from lora_state_format.sources import Memory
+from lora_state_format.model.sources import Memory
+from lora_state_format.model.states import Role, Scalar, Slot
+from lora_state_format.model.tensors import contiguous
 from lora_state_format.torch import capture
 from lora_state_format.torch.tensors import DTYPES, _Device, from_torch, scalar_to_torch, to_torch
 

@@ -7,8 +7,8 @@ import sys
 
 import pytest
 
+from lora_state_format import demo
 from lora_state_format.cli import run
-from lora_state_format.torch import demo
 
 
 def test_the_demo_ends_with_its_verdict() -> None:

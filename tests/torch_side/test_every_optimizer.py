@@ -21,8 +21,8 @@ from torch.testing._internal.common_optimizers import optim_db
 
 from lora_state_format import open_state
 from lora_state_format.errors import BindError, UnrepresentableError
-from lora_state_format.model import Scalar, Slot, walk
-from lora_state_format.options import Kind, kind_of
+from lora_state_format.model.states import Scalar, Slot, walk
+from lora_state_format.optimizers.options import Kind, kind_of
 from lora_state_format.torch import load_optimizer, save_optimizer
 
 DOCS = Path(__file__).parents[2] / "docs" / "optimizers.md"

@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import nn
 
-from lora_state_format import container
 from lora_state_format.errors import BindError
+from lora_state_format.format import reading
 from lora_state_format.torch import load_optimizer, save_optimizer
 
 
@@ -250,7 +250,7 @@ def test_an_optimizer_in_backward_goes_on_exactly_and_in_one_optimizer(tmp_path:
     train(plain, one, steps=5)
     assert same(model, plain)
 
-    with container.open_state(tmp_path / "o.safetensors") as state:
+    with reading.open_state(tmp_path / "o.safetensors") as state:
         assert [len(state.optimizers), len(state.groups)] == [4, 4]
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from lora_state_format.optimizers import CLASSES, known
+from lora_state_format.optimizers.classes import CLASSES, known
 from lora_state_format.torch.capture import _stepping, describe
 
 EAGER = [path for path in CLASSES if path != "torch.optim.lbfgs.LBFGS"]

@@ -14,8 +14,8 @@ from peft import IA3Config, LNTuningConfig, LoraConfig, PeftConfig, PromptTuning
 from transformers import Trainer
 
 from lora_state_format.errors import ConversionError, FileError, MissingDependencyError
-from lora_state_format.model import Group, Optimizer, PositionalState
-from lora_state_format.order import candidates
+from lora_state_format.model.states import Group, Optimizer, PositionalState
+from lora_state_format.naming.order import candidates
 from lora_state_format.torch.rebuild import describe, rebuild
 
 pytestmark = pytest.mark.filterwarnings("ignore")

@@ -29,8 +29,9 @@ from torch.distributed.tensor import DTensor, Replicate, Shard  # noqa: E402
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module  # noqa: E402
 
 from lora_state_format import open_state  # noqa: E402
-from lora_state_format.model import Slot, Tensor  # noqa: E402
-from lora_state_format.sources import File  # noqa: E402
+from lora_state_format.model.sources import File  # noqa: E402
+from lora_state_format.model.states import Slot  # noqa: E402
+from lora_state_format.model.tensors import Tensor  # noqa: E402
 from lora_state_format.torch import capture, load_optimizer, save_optimizer  # noqa: E402
 
 

@@ -1,0 +1,86 @@
+"""The live side of a load, as ``plan`` sees it: a model's parameters and an optimizer's groups, without a framework."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+
+from lora_state_format.model.states import Optimizer, Value
+from lora_state_format.model.tensors import Digest
+from lora_state_format.optimizers.classes import Known, known
+
+__all__ = ["LiveGroup", "LiveOptimizer", "LiveParameter", "Problem"]
+
+
+@dataclass(frozen=True, slots=True)
+class LiveParameter:
+    """A parameter of the live model. ``dtype`` is spelled as in safetensors; ``digest()`` is that of its bytes now.
+
+    ``scaling`` is what LoRA multiplies the parameter's product with (alpha / r), ``None`` for other parameters.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    requires_grad: bool = True
+    tied: tuple[str, ...] = ()
+    digest: Callable[[], Digest] | None = None
+    scaling: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class LiveGroup:
+    """A group of a live optimizer; ``optimizer`` is its number, ``parameters`` are names in the group's order."""
+
+    optimizer: int
+    options: tuple[tuple[str, Value], ...]
+    parameters: tuple[str, ...]
+    name: str | None = None
+
+
+@dataclass(frozen=True)
+class LiveOptimizer:
+    """The live side: one optimizer, or the several of one run, and every parameter of the model.
+
+    ``parameters`` are all that the model has, trainable or not, in the optimizer or not. ``lineages`` has for each
+    optimizer its class path and those of the ancestors whose step it inherits.
+    """
+
+    optimizers: tuple[Optimizer, ...]
+    groups: tuple[LiveGroup, ...]
+    parameters: Mapping[str, LiveParameter]
+    lineages: tuple[tuple[str, ...], ...] = ()
+
+    @cached_property
+    def members(self) -> dict[str, int]:
+        """Name -> number of its group, for every parameter in the optimizer, in its order."""
+        return {name: number for number, group in enumerate(self.groups) for name in group.parameters}
+
+    @cached_property
+    def options(self) -> list[dict[str, Value]]:
+        """The options of each group."""
+        return [dict(group.options) for group in self.groups]
+
+    @cached_property
+    def known(self) -> list[Known]:
+        """What is known of the class of each optimizer."""
+        return [known(lineage) for lineage in self.lineages or ((),) * len(self.optimizers)]
+
+    def title(self, optimizer: int) -> str:
+        """The bare name of its class."""
+        return (self.optimizers[optimizer].class_path or "the optimizer").rpartition(".")[2]
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """Something that is not as a policy asks.
+
+    ``kind`` is one of ``missing``, ``unexpected``, ``shape``, ``dtype``, ``slot``, ``order``, ``option``, ``names``.
+    ``items`` are the lines of a list, ``hints`` say what to do.
+    """
+
+    kind: str
+    title: str
+    items: tuple[str, ...] = ()
+    hints: tuple[str, ...] = ()

@@ -1,0 +1,266 @@
+"""Files of named optimizer state, and sets of shards: strict reading. ``writing`` makes them.
+
+The text is ``spec/format.md``; the comments cite its rules. One chunk of memory is held, whatever the file's size.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from itertools import accumulate, pairwise
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from lora_state_format.errors import DigestError, FileError
+from lora_state_format.format.envelope import (
+    INDEX_SUFFIX,
+    ZERO,
+    find_index,
+    header_digest,
+    index_of,
+    is_ours,
+    manifest_members,
+    read_index,
+    set_id,
+    stated_digest,
+)
+from lora_state_format.format.manifest import NESTED, ShardOf, check_names, decode, decode_digests, encode
+from lora_state_format.io.safetensors import Header, parse_header, raw_header
+from lora_state_format.io.strict_json import dumps
+from lora_state_format.model.digests import ALGORITHM, hash_tensor
+from lora_state_format.model.gc import paused
+from lora_state_format.model.sources import File
+from lora_state_format.model.states import OptimizerState, Parameter
+from lora_state_format.model.tensors import CHUNK, Digest, Tensor
+
+__all__ = ["Verification", "open_state", "verify"]
+
+
+@dataclass(frozen=True)
+class Verification:
+    """What ``verify`` found. ``unverified`` are tensors whose digest is of an algorithm that is not known here."""
+
+    tensors: int
+    size: int
+    problems: tuple[str, ...] = ()
+    unverified: tuple[str, ...] = ()
+
+    @property
+    def ok(self) -> bool:
+        return not self.problems
+
+
+# --- opening ------------------------------------------------------------------------------------------------------
+
+
+class _Stored(NamedTuple):
+    """The tensors of one file, and their digests by key."""
+
+    header: Header
+    algorithm: str
+    digests: Mapping[str, str]
+
+    def tensor(self, key: str) -> Tensor:
+        return self.header.tensor(key, Digest(self.algorithm, self.header.entries[key].dtype, self.digests[key]))
+
+
+class _Opened(NamedTuple):
+    """One file: what it holds, its place in a set, and what the set's checks need.
+
+    ``digest`` is the one that the header states; ``content`` is taken with the set's id as zeros.
+    """
+
+    state: OptimizerState
+    shard: ShardOf | None
+    stored: _Stored
+    digest: str
+    content: str
+
+
+def open_state(path: str | os.PathLike[str]) -> OptimizerState:
+    """The state in a file, or in the set whose index stands beside the path. Tensors are read when they are asked for.
+
+    The header's digest is checked, every rule of the format too; the tensors' digests are checked by ``verify`` and by
+    whatever copies or loads them. Raises ``FileError`` for a broken rule, ``DigestError`` for a header that was
+    changed, ``FileNotFoundError``.
+    """
+    return _open(Path(path))[0]
+
+
+def _open(path: Path) -> tuple[OptimizerState, list[_Opened]]:
+    """The state and the files that it stands in."""
+    while True:
+        before = _version(path)
+        try:
+            with paused():
+                index = find_index(path)
+                if index is not None:
+                    return _open_set(index)
+                return _open_single(path)
+        except (FileError, DigestError, FileNotFoundError):
+            # A writer may have replaced a set by a file, or one set by another, after the index was looked for.
+            if _version(path) == before:
+                raise
+
+
+def _version(path: Path) -> list[tuple[int, int] | None]:
+    """What changes when a writer replaces the state at a path."""
+
+    def version(file: Path) -> tuple[int, int] | None:
+        try:
+            found = file.stat()
+        except FileNotFoundError:
+            return None
+        return found.st_ino, found.st_mtime_ns
+
+    return [version(path), version(index_of(path))]
+
+
+def _open_single(path: Path) -> tuple[OptimizerState, list[_Opened]]:
+    opened = _open_file(path)
+    if opened.shard is not None:
+        opened.state.close()
+        raise FileError(
+            f"is shard {opened.shard.index} of {opened.shard.count}: open the set by its index (*{INDEX_SUFFIX})",
+            path=path,
+            rule="R23",
+        )
+    return opened.state, [opened]
+
+
+def _open_file(path: Path) -> _Opened:
+    file = File(path)
+    try:
+        raw = raw_header(file)
+        if is_ours(raw) and header_digest(raw) != stated_digest(raw):
+            raise DigestError(
+                "the header does not match its digest: it was changed after it was written; take a copy that `verify` "
+                "accepts",
+                path=path,
+                rule="R9",
+            )
+        header = parse_header(raw, file)
+        members = manifest_members(raw, header, path)
+        state, shard = decode(members, header.entries, lambda key: stored.tensor(key), path=path, resources=(file,))
+        stored = _Stored(header, *decode_digests(members, header.entries, path=path))
+    except BaseException:
+        file.close()
+        raise
+    content = header_digest(raw.replace(shard.id.encode(), ZERO.encode())) if shard else ""
+    return _Opened(state, shard, stored, stated_digest(raw), content)
+
+
+def verify(path: str | os.PathLike[str]) -> Verification:
+    """Read every byte of a file or set and compare every digest (R21).
+
+    A header that breaks a rule raises ``FileError``, as in ``open_state``; a digest that does not match is a problem in
+    the result.
+    """
+    try:
+        state, parts = _open(Path(path))
+    except DigestError as error:
+        return Verification(0, 0, (str(error),))
+    problems: list[str] = []
+    unverified: list[str] = []
+    buffer = memoryview(bytearray(CHUNK))
+    with state:
+        for part in parts:
+            header = part.stored.header
+            if part.stored.algorithm != ALGORITHM:
+                unverified += header.entries
+                continue
+            for key, digest in part.stored.digests.items():
+                if hash_tensor(header.tensor(key), buffer) != digest:
+                    problems.append(f"{header.file.path}: tensor {key!r} does not match its digest [R21]")
+    headers = [part.stored.header for part in parts]
+    return Verification(
+        tensors=sum(len(header.entries) for header in headers),
+        size=sum(header.file.size for header in headers),
+        problems=tuple(problems),
+        unverified=tuple(unverified),
+    )
+
+
+def _open_set(index: Path) -> tuple[OptimizerState, list[_Opened]]:
+    """The union of a set's shards (R23 to R26), and they."""
+
+    def fail(detail: str, rule: str) -> FileError:
+        return FileError(detail, path=index, rule=rule)
+
+    members = read_index(index)
+    identity, shards = members["metadata"]["set"], members["shards"]
+    with contextlib.ExitStack() as stack:
+        parts = []
+        for number, item in enumerate(shards, 1):
+            name = item["file"]
+            if not index.with_name(name).exists():
+                raise fail(f"shard {number} of {len(shards)} is missing: {name!r}", "R25")
+            part = _open_file(index.with_name(name))
+            stack.callback(part.state.close)
+            shard = part.shard
+            if shard is None or (shard.id, shard.index, shard.count) != (identity, number, len(shards)):
+                raise fail(f"{name!r} is not shard {number} of {len(shards)} of the set {identity}", "R23")
+            if part.digest != item["digest"]:
+                raise fail(f"{name!r} has the digest {part.digest}, not {item['digest']}", "R25")
+            parts.append(part)
+        if set_id(part.content for part in parts) != identity:
+            raise fail(f"the set's id {identity} is not the digest of its shards", "R24")
+        headers = [part.stored.header for part in parts]
+        stored = {key: item["file"] for item, header in zip(shards, headers, strict=True) for key in header.entries}
+        total = sum(header.file.size - header.size for header in headers)
+        if stored != members["weight_map"] or total != members["metadata"]["total_size"]:
+            raise fail("weight_map or total_size does not say what the shards hold", "R25")
+        state = _merge(parts, fail)
+        stack.pop_all()
+    return state, parts
+
+
+def _merge(parts: list[_Opened], fail: Callable[[str, str], FileError]) -> OptimizerState:
+    head = parts[0].state
+    shared = _shared(head)
+    groups = [replace(group, count=0) for group in head.groups]
+    for number, part in enumerate(parts, 1):
+        if _shared(part.state) != shared:
+            raise fail(f"shard {number} has other optimizers, groups, naming, extensions or step than shard 1", "R23")
+        if number > 1 and (part.state.globals or part.state.origin or part.state.extra):
+            raise fail(f"shard {number} has globals, origin or extra, which belong into shard 1", "R23")
+        groups = [replace(g, count=g.count + own.count) for g, own in zip(groups, part.state.groups, strict=True)]
+    total = sum(len(part.state) for part in parts)
+    starts = [0, *accumulate(group.count for group in groups), total]
+    parameters: dict[int, Parameter] = {}
+    for number, part in enumerate(parts, 1):
+        assert part.shard is not None
+        counts = [*(group.count for group in part.state.groups), len(part.state.carried)]
+        runs = [run for run, count in zip(pairwise(starts), counts, strict=True) for _ in range(count)]
+        for parameter, position, (start, stop) in zip(part.state.parameters, part.shard.positions, runs, strict=True):
+            if not start <= position < stop or position in parameters:
+                raise fail(f"shard {number} puts {parameter.name!r} at position {position}", "R26")
+            parameters[position] = parameter
+    ordered = tuple(parameters[position] for position in range(total))
+    try:
+        check_names(ordered)
+    except FileError as error:
+        raise fail(error.detail, "R26") from None
+    return replace(
+        head,
+        groups=tuple(groups),
+        parameters=ordered,
+        unknown=_unknown(parts),
+        resources=tuple(resource for part in parts for resource in part.state.resources),
+    )
+
+
+def _shared(state: OptimizerState) -> str:
+    """What all shards of a set say alike, as text: everything but their parameters and what stands in the first."""
+    groups = tuple(replace(group, count=0) for group in state.groups)
+    rest = replace(state, groups=groups, parameters=(), globals={}, origin={}, extra={}, unknown={})
+    return dumps(encode(rest).members)
+
+
+def _unknown(parts: list[_Opened]) -> Mapping[str, Any]:
+    """The members that this version does not know: those of the first shard are kept, others could only be lost."""
+    head, *others = [part.state.unknown for part in parts]
+    lost = sorted({key for unknown in others for key in unknown if key != "version"})
+    return {**head, "version": others[0]["version"], NESTED: lost} if lost else head

@@ -1,0 +1,177 @@
+"""Typed values as JSON (W8 of ``spec/format.md``), and back."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Callable, Mapping
+from typing import Any, Final, TypeAlias
+
+from lora_state_format.errors import FileError, UnrepresentableError
+from lora_state_format.io.strict_json import dumps
+from lora_state_format.model.states import (
+    Role,
+    Scalar,
+    Slot,
+    Value,
+)
+from lora_state_format.model.tensors import BITS
+
+__all__ = ["decode_value", "encode_value"]
+
+MAX_NESTING: Final = 16
+"""Mappings, lists and tuples inside each other in a value; each is at most three levels of JSON."""
+
+MAX_INT: Final = 2**53 - 1
+"""Largest magnitude of an integer that stands as a JSON number."""
+
+MAX_DIGITS: Final = 1000
+"""Decimal digits of an integer."""
+
+ROLES: Final[Mapping[str, Role]] = {role.value: role for role in Role}
+
+Fail: TypeAlias = "Callable[[str], FileError]"
+
+MakeSlot: TypeAlias = "Callable[[str, Role], Value]"
+
+
+# --- typed values -------------------------------------------------------------------------------------------------
+
+
+def encode_value(value: Value, place: str, tensors: dict[str, Slot] | None, path: tuple[Any, ...] = ()) -> Any:
+    """A value tree as JSON (W8). Tensors are entered into ``tensors`` under their labels; ``None`` refuses them.
+
+    Types are exact: a subclass would come back as its base. Raises ``UnrepresentableError`` naming ``place`` and the
+    path in it.
+    """
+
+    def refuse(what: str) -> UnrepresentableError:
+        where = f"{place}: {'.'.join(map(str, path))}" if path else place
+        return UnrepresentableError(f"{where} holds {what}, which the format has no form for")
+
+    kind = type(value)
+    if value is None or kind is bool:
+        return value
+    if isinstance(value, str) and kind is str:
+        if not is_text(value):
+            raise refuse("a string with a lone surrogate")
+        return value
+    if isinstance(value, int) and kind is int:
+        if -MAX_INT <= value <= MAX_INT:
+            return value
+        if abs(value) >= 10**MAX_DIGITS:
+            raise refuse(f"an integer of more than {MAX_DIGITS} digits")
+        return {"$int": str(value)}
+    if isinstance(value, float) and kind is float:
+        return value if math.isfinite(value) else {"$float": "nan" if value != value else f"{value}"}
+    if isinstance(value, bytes):
+        return {"$bytes": value.hex()}
+    if isinstance(value, Scalar):
+        return {"$scalar": [value.dtype, value.data.hex()]}
+    if isinstance(value, Slot):
+        if tensors is None:
+            raise refuse("a tensor")
+        label = _label(path, tensors)
+        tensors[label] = value
+        return {"$tensor": label, "role": value.role.value}
+    if len(path) == MAX_NESTING:
+        raise refuse(f"values nested deeper than {MAX_NESTING} levels")
+    if isinstance(value, (tuple, list)) and kind.__module__ == "builtins":
+        items = [encode_value(item, place, tensors, (*path, index)) for index, item in enumerate(value)]
+        return {"$tuple": items} if isinstance(value, tuple) else items
+    if isinstance(value, Mapping):
+        for key in value:
+            if not _is_key(key):
+                raise refuse(f"the key {key!r}")
+            if type(key) is str and not is_text(key):
+                raise refuse("a string with a lone surrogate")
+        if all(type(key) is str and not key.startswith("$") for key in value):
+            return {key: encode_value(value[key], place, tensors, (*path, key)) for key in sorted(value)}
+        keys = sorted(((encode_value(key, place, None, path), key) for key in value), key=lambda pair: dumps(pair[0]))
+        return {"$dict": [[text, encode_value(value[key], place, tensors, (*path, key))] for text, key in keys]}
+    raise refuse(f"a {kind.__module__}.{kind.__qualname__}")
+
+
+def is_text(value: str) -> bool:
+    if value.isascii():
+        return True
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _is_key(value: Any) -> bool:
+    """What a mapping's key may be (R22): null, boolean, integer, float, string, or a tuple of keys."""
+    if type(value) is tuple:
+        return all(map(_is_key, value))
+    return value is None or type(value) in (bool, int, float, str)
+
+
+def _label(path: tuple[Any, ...], taken: Mapping[str, Slot]) -> str:
+    """W6: the path joined with dots, ``/`` as ``_``, made unique by a number; keys that are no string as their JSON."""
+    parts = [part if isinstance(part, str) else dumps(encode_value(part, "", None)) for part in path]
+    base = ".".join(parts).replace("/", "_") or "tensor"
+    label, number = base, 1
+    while label in taken:
+        number += 1
+        label = f"{base}~{number}"
+    return label
+
+
+def decode_value(value: Any, fail: Fail, slot: MakeSlot | None) -> Value:
+    """JSON as a value tree (R22). ``slot`` makes one of a label and a role; ``None`` refuses tensors."""
+    if isinstance(value, list):
+        return [decode_value(item, fail, slot) for item in value]
+    if not isinstance(value, dict):
+        if type(value) is int and not -MAX_INT <= value <= MAX_INT:
+            raise fail(f"the integer {value} as a number")
+        scalar: Value = value
+        return scalar
+    tag = next((key for key in value if key.startswith("$")), None)
+    if tag is None:
+        return {key: decode_value(item, fail, slot) for key, item in value.items()}
+    if value.keys() != ({"$tensor", "role"} if tag == "$tensor" else {tag}):
+        raise fail(f"an object with the members {show(sorted(value))}")
+    body = value[tag]
+    match tag, body:
+        case "$tuple", list():
+            return tuple(decode_value(item, fail, slot) for item in body)
+        case "$float", "inf" | "-inf" | "nan":
+            return float(body)
+        case "$int", str() if (
+            len(body) <= MAX_DIGITS + 1 and re.fullmatch(r"-?[1-9][0-9]{15,999}", body) and abs(int(body)) > MAX_INT
+        ):
+            return int(body)
+        case "$bytes", str() if re.fullmatch(r"(?:[0-9a-f]{2})*", body):
+            return bytes.fromhex(body)
+        case "$scalar", [str(dtype), str(data)] if (
+            BITS.get(dtype, 0) >= 8 and len(data) * 4 == BITS[dtype] and re.fullmatch(r"[0-9a-f]*", data)
+        ):
+            return Scalar(dtype, bytes.fromhex(data))
+        case "$dict", list():
+            return _decode_dict(body, fail, slot)
+        case "$tensor", str() if slot is not None and isinstance(value["role"], str) and value["role"] in ROLES:
+            return slot(body, ROLES[value["role"]])
+    raise fail(f"{show(value)}, which is no typed value" if slot or tag != "$tensor" else f"the tensor {show(body)}")
+
+
+def _decode_dict(body: list[Any], fail: Fail, slot: MakeSlot | None) -> Value:
+    result: dict[Any, Value] = {}
+    for pair in body:
+        if not isinstance(pair, list) or len(pair) != 2:
+            raise fail(f"$dict with {show(pair)}, expected pairs")
+        key = decode_value(pair[0], fail, None)
+        if not _is_key(key):
+            raise fail(f"$dict with the key {show(pair[0])}")
+        if key in result:
+            raise fail(f"$dict with the key {show(pair[0])} twice")
+        result[key] = decode_value(pair[1], fail, slot)
+    return result
+
+
+def show(value: Any) -> str:
+    """Some JSON for a message, without characters that a terminal would act on."""
+    return json.dumps(value, default=repr)[:60]

@@ -1,0 +1,317 @@
+"""Writing files of named optimizer state: streamed, whole or not at all, in shards where one file would not do.
+
+The text is ``spec/format.md``; the comments cite its rules. One chunk of memory is held, whatever the file's size.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Final, NamedTuple
+
+import xxhash
+
+from lora_state_format.errors import OptionError, TargetExistsError, UnrepresentableError
+from lora_state_format.format.envelope import (
+    INDEX_SUFFIX,
+    MAX_INDEX,
+    MAX_SHARDS,
+    METADATA,
+    PREFIX,
+    ZERO,
+    header_digest,
+    index_of,
+    is_state,
+    set_id,
+    stated_digest,
+)
+from lora_state_format.format.manifest import FORMAT, Manifest, ShardOf, check_names, encode
+from lora_state_format.io.atomic import TemporaryFile, locked, sync_folder
+from lora_state_format.io.ledger import Ledger
+from lora_state_format.io.safetensors import ALIGNMENT, MAX_DIMENSIONS, MAX_HEADER, is_too_large
+from lora_state_format.io.strict_json import MAX_VALUES, dumps, most_values
+from lora_state_format.model.digests import ALGORITHM, check_hash
+from lora_state_format.model.gc import paused
+from lora_state_format.model.states import OptimizerState, Parameter, Slot, Value
+from lora_state_format.model.tensors import BITS, CHUNK, Tensor
+
+__all__ = ["Written", "in_file_order", "write"]
+
+SHARD_HEADER: Final = 16 << 20
+"""Bytes of header that a shard is filled up to, as estimated."""
+
+
+@dataclass(frozen=True)
+class Written:
+    """What ``write`` wrote: the path to open, all files behind it, their bytes and tensors.
+
+    ``digest`` is the header's, or the id of the set.
+    """
+
+    path: str
+    files: tuple[str, ...]
+    size: int
+    tensors: int
+    digest: str
+
+
+def write(
+    state: OptimizerState,
+    path: str | os.PathLike[str],
+    *,
+    force: bool = False,
+    max_shard_size: int | None = None,
+    progress: Callable[[int], None] | None = None,
+) -> Written:
+    """Write a state as one file, or as a set of shards where it would not fit into one.
+
+    The target appears whole or not at all: bytes go to a temporary file in the same folder, are synced, and renamed.
+    Equal states give equal bytes. ``max_shard_size`` is in bytes of tensors; a new shard also starts at 16 MiB of
+    header. ``progress`` is told the bytes written since it was last called. Raises ``TargetExistsError`` unless
+    ``force``, ``UnrepresentableError`` for what has no form, ``FileError`` for a damaged or changing source,
+    ``DigestError`` for a tensor that is no longer what its file's digest says, ``OSError``.
+    """
+    path = Path(path)
+    _check_target(path, force)
+    with paused():
+        layouts = [_layout(manifest) for manifest in _manifests(state, max_shard_size)]
+    with contextlib.ExitStack() as stack:
+        ledger = Ledger()
+        files = [stack.enter_context(TemporaryFile(path)) for _ in layouts]
+        for layout, file in zip(layouts, files, strict=True):
+            _stream(layout, file, ledger, progress)
+        ledger.check()
+        state.check_unchanged()
+        if len(layouts) == 1:
+            return _commit_file(path, layouts[0], files[0], force)
+        return _commit_set(path, layouts, files, force)
+
+
+def in_file_order(state: OptimizerState, max_shard_size: int | None = None) -> Iterator[tuple[str, Tensor]]:
+    """The tensors of a state with their keys, in the order in which ``write`` reads them."""
+    for manifest in _manifests(state, max_shard_size):
+        yield from _layout(manifest).tensors
+
+
+class _Layout(NamedTuple):
+    """A file before its digests are known: the text of its manifest, and the tensors in data order (W5).
+
+    ``members`` are the manifest's without ``digests``, each as canonical JSON; ``entries`` is the header's text behind
+    ``__metadata__``; ``digests`` are filled in while the tensors are written.
+    """
+
+    members: dict[str, str]
+    tensors: tuple[tuple[str, Tensor], ...]
+    entries: str
+    digests: list[str]
+    header_size: int
+    data_size: int
+
+
+def _manifests(state: OptimizerState, max_shard_size: int | None) -> Iterator[Manifest]:
+    """The state's manifest, or those of its shards."""
+    bounds = _bounds(state, max_shard_size)
+    if len(bounds) == 1:
+        yield encode(state)
+        return
+    if len(bounds) > MAX_SHARDS:
+        raise OptionError(
+            f"the state would become {len(bounds)} shards, more than {MAX_SHARDS}; choose a larger max_shard_size"
+        )
+    check_names(state.parameters)
+    for number, (first, last) in enumerate(bounds, 1):
+        yield encode(_part(state, first, last), ShardOf(ZERO, number, len(bounds), tuple(range(first, last))))
+
+
+def _layout(manifest: Manifest) -> _Layout:
+    # W5: wide items first, so that everything is aligned; then parameter order; then label. The sort is stable, and
+    # the manifest lists the tensors of each parameter by label.
+    tensors = sorted(
+        ((key, slot.tensor) for key, slot in manifest.tensors.items()), key=lambda item: -BITS[item[1].dtype]
+    )
+    entries = []
+    position = 0
+    for key, tensor in tensors:
+        if tensor.count * BITS[tensor.dtype] % 8 or is_too_large(tensor.shape) or len(tensor.shape) > MAX_DIMENSIONS:
+            raise UnrepresentableError(
+                f"tensor {key!r} of type {tensor.dtype} and shape {list(tensor.shape)}: not whole bytes, or too large"
+            )
+        end, shape = position + tensor.size, ",".join(map(str, tensor.shape))
+        entries.append(
+            f',{dumps(key)}:{{"dtype":"{tensor.dtype}","shape":[{shape}],"data_offsets":[{position},{end}]}}'
+        )
+        position = end
+    layout = _Layout(
+        members={key: dumps(value) for key, value in manifest.members.items()},
+        tensors=tuple(tensors),
+        entries="".join(entries),
+        digests=[ZERO] * len(tensors),
+        header_size=0,
+        data_size=position,
+    )
+    return layout._replace(header_size=len(_header(layout)))
+
+
+def _header(layout: _Layout, identity: str = ZERO) -> bytes:
+    """Length and header, padded to the alignment (W7), its digest as zeros; ``identity`` is the set's id, if any."""
+    members = {**layout.members, "digests": dumps({"algorithm": ALGORITHM, "values": layout.digests})}
+    if "set" in members:
+        members["set"] = members["set"].replace(ZERO, identity)
+    manifest = ",".join(f"{dumps(key)}:{members[key]}" for key in sorted(members))
+    metadata = dumps('{"digest":"' + ZERO + '","manifest":{' + manifest + "}}")
+    try:
+        header = f'{{"__metadata__":{{"{METADATA}":{metadata}}}{layout.entries}}}'.encode()
+    except UnicodeEncodeError:
+        raise UnrepresentableError("the state holds a string with a lone surrogate, which is no text") from None
+    header += b" " * (-(8 + len(header)) % ALIGNMENT)
+    values = most_values(header)
+    if len(header) > MAX_HEADER or values > MAX_VALUES:
+        raise UnrepresentableError(
+            f"a header of {len(header)} bytes and {values} values, more than {MAX_HEADER} or {MAX_VALUES}: extra, "
+            "globals, or the values of one parameter are too large; keep large data in tensors"
+        )
+    return len(header).to_bytes(8, "little") + header
+
+
+def _sealed(layout: _Layout, identity: str = ZERO) -> bytes:
+    """The header with its digest."""
+    raw = _header(layout, identity)
+    start = 8 + len(PREFIX)
+    return raw[:start] + header_digest(raw).encode() + raw[start + 32 :]
+
+
+def _stream(layout: _Layout, target: TemporaryFile, ledger: Ledger, progress: Callable[[int], None] | None) -> None:
+    """Copy every tensor behind the room for the header, hashing on the way."""
+    position = layout.header_size
+    buffer = memoryview(bytearray(CHUNK))
+    for number, (key, tensor) in enumerate(layout.tensors):
+        hasher = xxhash.xxh3_128()
+        for chunk in ledger.chunks(tensor, buffer):
+            hasher.update(chunk)
+            target.write(position, chunk)
+            position += len(chunk)
+            if progress:
+                progress(len(chunk))
+        layout.digests[number] = hasher.hexdigest()
+        check_hash(key, tensor, layout.digests[number])
+
+
+def _commit_file(path: Path, layout: _Layout, file: TemporaryFile, force: bool) -> Written:
+    header = _sealed(layout)
+    file.finish(header)
+    with _commit(path, force, keep={path.name}):
+        file.commit(path)
+    return Written(str(path), (str(path),), len(header) + layout.data_size, len(layout.tensors), stated_digest(header))
+
+
+def _check_target(path: Path, force: bool) -> None:
+    if path.is_dir():
+        raise OptionError(f"{path} is a folder; name the file to write, as in {path / 'optimizer.safetensors'}")
+    if path.name.endswith(INDEX_SUFFIX):
+        raise OptionError(f"{path} is the name of an index; name the file to write, without '{INDEX_SUFFIX}'")
+    for existing in (index_of(path), path):
+        if not force and os.path.lexists(existing):
+            raise TargetExistsError(f"{existing} exists; pass force=True (--force) to replace it")
+
+
+@contextlib.contextmanager
+def _commit(path: Path, force: bool, keep: set[str]) -> Iterator[None]:
+    """Around the renames that make a new state the one at ``path``: afterwards whatever held an older one is removed.
+
+    A path means its index if there is one, else the file. So the rename of an index commits a set, and the removal of
+    an index commits a single file that was put in place before; shards that no index names are left-overs.
+    """
+    with locked(path.parent):
+        _check_target(path, force)
+        yield
+        for sibling in _siblings(path):
+            if sibling.name not in keep:
+                sibling.unlink()
+        sync_folder(path.parent)
+
+
+def _siblings(path: Path) -> list[Path]:
+    """The files that may hold a state of this path: the index, the file itself, then the shards of any set."""
+    shard = re.compile(re.escape(path.stem) + r"-[0-9a-f]{8}-[0-9]{5}-of-[0-9]{5}" + re.escape(path.suffix))
+    shards = [found for found in path.parent.iterdir() if shard.fullmatch(found.name) and is_state(found)]
+    return [found for found in (index_of(path), path) if os.path.lexists(found)] + shards
+
+
+# --- sets of shards -----------------------------------------------------------------------------------------------
+
+
+def _bounds(state: OptimizerState, max_size: int | None) -> list[tuple[int, int]]:
+    """The runs of parameters that each become a file."""
+    starts, size, header = [0], 0, 0
+    for position, parameter in enumerate(state.parameters):
+        own_size, own_header = _cost(parameter)
+        full = max_size is not None and size + own_size > max_size
+        if position > starts[-1] and (full or header + own_header > SHARD_HEADER):
+            starts.append(position)
+            size = header = 0
+        size, header = size + own_size, header + own_header
+    return list(zip(starts, [*starts[1:], len(state.parameters)], strict=True))
+
+
+def _cost(parameter: Parameter) -> tuple[int, int]:
+    """Bytes of tensors, and bytes of header within some percent: the name stands there once, and once per tensor."""
+    texts = [parameter.name, *parameter.tied, *parameter.keys, *parameter.keys.values()]
+    size, header = 0, 160 + sum(len(text) + 8 for text in texts)
+    values: list[Value] = [*(parameter.state or {}).values()]
+    for value in values:  # which grows
+        if isinstance(value, Slot):
+            size, header = size + value.tensor.size, header + len(parameter.name) + 160
+        elif isinstance(value, (str, bytes)):
+            header += 2 * len(value)
+        elif isinstance(value, Mapping):
+            values += value.values()
+        elif isinstance(value, (list, tuple)):
+            values += value
+    return size, header
+
+
+def _part(state: OptimizerState, first: int, last: int) -> OptimizerState:
+    """A shard's own part (W13): its parameters, groups with its own counts; what stands once stands in the first."""
+    groups, start = [], 0
+    for group in state.groups:
+        stop = start + group.count
+        groups.append(replace(group, count=max(0, min(stop, last) - max(start, first))))
+        start = stop
+    part = replace(state, groups=tuple(groups), parameters=state.parameters[first:last], resources=())
+    return part if first == 0 else replace(part, globals={}, origin={}, extra={}, unknown={})
+
+
+def _commit_set(path: Path, layouts: list[_Layout], files: list[TemporaryFile], force: bool) -> Written:
+    identity = set_id(header_digest(_header(layout)) for layout in layouts)
+    names, digests = [], []
+    size = 0
+    for number, (layout, file) in enumerate(zip(layouts, files, strict=True), 1):
+        header = _sealed(layout, identity)
+        file.finish(header)
+        names.append(f"{path.stem}-{identity[:8]}-{number:05}-of-{len(layouts):05}{path.suffix}")
+        digests.append(stated_digest(header))
+        size += len(header) + layout.data_size
+    total = sum(layout.data_size for layout in layouts)
+    index = dumps(
+        {
+            "metadata": {"format": FORMAT, "set": identity, "total_size": total},
+            "shards": [{"digest": digest, "file": name} for name, digest in zip(names, digests, strict=True)],
+            "weight_map": {key: name for name, layout in zip(names, layouts, strict=True) for key, _ in layout.tensors},
+        }
+    ).encode()
+    if len(index) > MAX_INDEX:
+        raise UnrepresentableError(
+            f"an index of {len(index)} bytes, more than {MAX_INDEX}: too many tensors for one set"
+        )
+    with TemporaryFile(path) as temporary:
+        temporary.finish(index)
+        with _commit(path, force, keep={*names, index_of(path).name}):
+            for file, name in zip(files, names, strict=True):
+                file.commit(path.with_name(name))
+            temporary.commit(index_of(path))
+    written = tuple(str(path.with_name(name)) for name in (*names, index_of(path).name))
+    return Written(str(path), written, size + len(index), sum(len(layout.tensors) for layout in layouts), identity)

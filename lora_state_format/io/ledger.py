@@ -1,0 +1,110 @@
+"""CRC-32 as zip archives state it: checked on the bytes that stream by, and only otherwise by reading again."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any, Protocol
+
+from lora_state_format.errors import FileError
+from lora_state_format.model.sources import Range, Source
+from lora_state_format.model.tensors import CHUNK, Tensor
+
+if TYPE_CHECKING:
+
+    def crc32(data: bytes | memoryview, value: int = 0) -> int: ...
+
+    combine: Callable[[int, int, int], int] | None
+else:
+    try:
+        from isal.isal_zlib import crc32
+        from isal.isal_zlib import crc32_combine as combine
+    except ImportError:  # no wheel for this platform: slower, and what was cut into pieces is read again
+        from zlib import crc32
+
+        combine = None
+
+__all__ = ["Ledger", "crc32"]
+
+
+class _Changeable(Protocol):
+    def check_unchanged(self) -> None: ...
+
+
+class Ledger:
+    """Checks the CRC-32 that sources state about themselves while their bytes stream by, and that no file changes.
+
+    What streamed past is kept as (offset, size, crc) per source and combined at the end; only bytes that no tensor
+    covers, or that were gathered, are read once more.
+    """
+
+    def __init__(self) -> None:
+        self._seen: dict[int, tuple[Source, list[tuple[int, int, int]]]] = {}
+        self._files: dict[int, _Changeable] = {}
+
+    def chunks(self, tensor: Tensor, buffer: memoryview) -> Iterator[memoryview]:
+        if tensor.runs is None:
+            for piece in tensor.pieces:
+                self._note(piece.source)
+            yield from tensor.chunks(buffer)
+            return
+        for run in tensor.runs:
+            parts = self._note(run.source)
+            crc = 0
+            for offset in range(0, run.size, len(buffer)):
+                size = min(len(buffer), run.size - offset)
+                chunk = run.source.view(run.offset + offset, size)
+                if chunk is None:
+                    chunk = buffer[:size]
+                    run.source.readinto(run.offset + offset, chunk)
+                if parts is not None:
+                    crc = crc32(chunk, crc)
+                yield chunk
+            if parts is not None:
+                parts.append((run.offset, run.size, crc))
+
+    def _note(self, source: Source) -> list[tuple[int, int, int]] | None:
+        if isinstance(source, Tensor):
+            for piece in source.pieces:
+                self._note(piece.source)
+            return None
+        root: Any = source
+        while isinstance(root, Range):
+            root = root.source
+        if hasattr(root, "check_unchanged"):
+            self._files[id(root)] = root
+        if source.crc32 is None:
+            return None
+        return self._seen.setdefault(id(source), (source, []))[1]
+
+    def check(self) -> None:
+        """Raise ``FileError`` for a file that changed while it was read, and for a source whose bytes do not have the
+        CRC that it states."""
+        for file in self._files.values():
+            file.check_unchanged()
+        buffer = memoryview(bytearray(CHUNK))
+        for source, parts in self._seen.values():
+            if _combined_crc(source, sorted(parts), buffer) != source.crc32:
+                name = getattr(source, "name", "a member of the container")
+                raise FileError(
+                    f"{name} does not have the CRC-32 that the container states: the file is damaged",
+                    path=getattr(source, "path", None),
+                )
+
+
+def _combined_crc(source: Source, parts: Sequence[tuple[int, int, int]], buffer: memoryview) -> int:
+    """The CRC of a source whose parts (offset, size, CRC) were seen; what lies between them is read."""
+    if [part[:2] for part in parts] == [(0, source.size)]:
+        return parts[0][2]
+    if combine is None or any(a[0] + a[1] > b[0] for a, b in pairwise(parts)):
+        parts = ()
+    crc = position = 0
+    for offset, size, part in [*parts, (source.size, 0, 0)]:
+        for start in range(position, offset, len(buffer)):
+            chunk = buffer[: min(len(buffer), offset - start)]
+            source.readinto(start, chunk)
+            crc = crc32(chunk, crc)
+        if combine is not None and size:
+            crc = combine(crc, part, size)
+        position = offset + size
+    return crc

@@ -1,0 +1,321 @@
+"""Applying a map of names and layouts to a state, and going back.
+
+A rule applies to every slot that has the parameter's axes (role ``param``); where it transposes, ``row`` and ``col``
+change places; other tensors of parameters whose elements move are refused. Which rule it is comes from the name, never
+from a shape that happens to fit; only the number of axes has to be the rule's. Nothing is read: tensors are ranges.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from functools import cache
+from math import prod
+from typing import Any, Final
+
+from lora_state_format.errors import ConversionError, MissingNamesError, UnrepresentableError
+from lora_state_format.mapping.algorithms import ALGORITHMS
+from lora_state_format.mapping.maps import FIELD, Map, Rule, load
+from lora_state_format.model.states import Checkpoint, OptimizerState, Parameter, Role, Slot, Value, walk
+from lora_state_format.model.tensors import Box, Piece, Tensor, contiguous
+from lora_state_format.naming.modules import in_module_order
+from lora_state_format.naming.names import peft_key, split_adapter
+
+__all__ = ["OPTION", "apply", "apply_to_weights", "invert", "on_reading", "on_writing"]
+
+OPTION: Final = "map of names and axes: one that is known, or a file"
+"""What the option ``map`` of a converter means."""
+
+
+def on_reading(checkpoint: Checkpoint, name: str | None) -> Checkpoint:
+    """A checkpoint under our names, by the map that is named; as it is without one, and by ``none``."""
+    if name in (None, "none"):
+        return checkpoint
+    assert isinstance(checkpoint.state, OptimizerState)
+    layout = load(name)
+    weights = apply_to_weights(checkpoint.weights, layout)
+    return replace(checkpoint, state=apply(checkpoint.state, layout), weights=weights)
+
+
+def on_writing(state: OptimizerState, name: str | None, converter: str) -> OptimizerState:
+    """A state under the names of a format: by the map that is named, else by the one that this format was read with."""
+    if name is None and state.origin.get("format") == converter:
+        name = str(state.origin["map"]) if "map" in state.origin else None
+    return state if name in (None, "none") else invert(state, load(name))
+
+
+# --- applying -----------------------------------------------------------------------------------------------------
+
+_SWAPPED: Final = {Role.ROW: Role.COL, Role.COL: Role.ROW}
+
+
+def apply(state: OptimizerState, layout: Map) -> OptimizerState:
+    """A state of foreign names and axes under ours. Parameters come in the order of a torch model's modules, if known.
+
+    Raises ``ConversionError`` for a name without a rule or with one that refuses, ``UnrepresentableError`` for slots
+    that cannot be permuted.
+    """
+    shapes: dict[str, Value] = {}
+    groups, parameters, ordered = [], [], True
+    for group, members in zip(state.groups, state.members(), strict=True):
+        found: dict[str, Parameter] = {}
+        for parameter in members:
+            rule, captured = _fitting(parameter.name, parameter.shape, layout)
+            _check_elementwise(rule, state, parameter)
+            for layer in range(1 if rule.unstack is None else parameter.shape[rule.unstack]):
+                name = _filled(rule.ours, {"layer": str(layer), **captured, "adapter": "default"})
+                if name in found:
+                    raise ConversionError(f"map '{layout.name}' gives two parameters the name '{name}'")
+                found[name] = _here(parameter, name, rule, layer)
+                if rule.merge and len(parameter.shape) > 2 + (rule.unstack is not None):
+                    shapes[name] = list(parameter.shape)
+        order, known = _module_order(found)
+        ordered = ordered and known
+        groups.append(replace(group, count=len(order)))
+        parameters += [found[name] for name in order]
+    _check_grouped(state)
+    details = {**state.naming.details, "map": layout.name, "order": "modules" if ordered else "unknown"}
+    return replace(
+        state,
+        groups=tuple(groups),
+        parameters=tuple(parameters),
+        naming=replace(state.naming, details=details),
+        origin={**state.origin, "map": layout.name, **({"shapes": shapes} if shapes else {})},
+    )
+
+
+def apply_to_weights(weights: Mapping[str, Tensor], layout: Map) -> dict[str, Tensor]:
+    """The parameters' own tensors as ``apply`` has them, under PEFT's keys if there are any; others are left out."""
+    found: dict[str, Tensor] = {}
+    for foreign, tensor in weights.items():
+        try:
+            rule, captured = _fitting(foreign, tensor.shape, layout)
+        except ConversionError:
+            continue
+        for layer in range(1 if rule.unstack is None else tensor.shape[rule.unstack]):
+            name = _filled(rule.ours, {"layer": str(layer), **captured, "adapter": "default"})
+            key = peft_key(name)
+            found[key[0] if key else name] = _moved(tensor, rule, layer)
+    return found
+
+
+def _fitting(name: str, shape: Sequence[int], layout: Map) -> tuple[Rule, dict[str, str]]:
+    named = False
+    for rule in layout.rules:
+        match = _pattern(rule.foreign).fullmatch(name)
+        if match is None:
+            continue
+        if rule.refuse:
+            raise ConversionError(f"'{name}' does not convert (map '{layout.name}'): {rule.refuse}")
+        named = True
+        if _fits(rule, len(shape)):
+            return rule, match.groupdict()
+    why = f"has {len(shape)} axes, which no rule of map '{layout.name}' for its name has" if named else ""
+    raise ConversionError(f"'{name}' {why or f'has no rule in map {layout.name!r}'}")
+
+
+def _fits(rule: Rule, count: int) -> bool:
+    """Whether a rule is for tensors with so many axes."""
+    count -= rule.unstack is not None
+    return count >= 2 if rule.merge else rule.axes is None or count == len(rule.axes)
+
+
+def _check_grouped(state: OptimizerState) -> None:
+    if state.carried:
+        raise ConversionError(f"'{state.carried[0].name}' has state and is in no group: no map says where to put it")
+
+
+def _check_elementwise(rule: Rule, state: OptimizerState, parameter: Parameter) -> None:
+    rows = {algorithm.class_path: algorithm for algorithm in ALGORITHMS}
+    for optimizer in state.optimizers:
+        row = rows.get(optimizer.class_path or "")
+        if rule.unstack is not None and (row is None or not row.elementwise):
+            raise ConversionError(
+                f"'{parameter.name}' holds stacked layers, and {optimizer.class_path} updates whole tensors, or is not "
+                "known not to: apart they would be updated in another way"
+            )
+
+
+def _here(parameter: Parameter, name: str, rule: Rule, layer: int) -> Parameter:
+    adapter, peft = split_adapter(name), peft_key(name)
+    state = parameter.state
+    if state is not None and rule.moves:
+        state = _permuted(state, parameter, rule, lambda tensor: _moved(tensor, rule, layer))
+    return replace(
+        parameter,
+        name=name,
+        shape=_moved(Tensor("U8", parameter.shape, ()), rule, layer).shape,
+        state=state,
+        adapter=adapter[1] if adapter else None,
+        keys={**parameter.keys, **({"peft": peft[0]} if peft else {})},
+        weights=None if rule.moves else parameter.weights,
+    )
+
+
+def _permuted(
+    state: Mapping[str, Value], parameter: Parameter, rule: Rule, move: Callable[[Tensor], Tensor]
+) -> dict[str, Value]:
+    """Slots of a parameter whose elements move."""
+    result: dict[str, Value] = {}
+    transposed = rule.axes == (1, 0) and rule.unstack is None and len(parameter.shape) == 2
+    for name, value in state.items():
+        if isinstance(value, Mapping):
+            result[name] = _permuted(value, parameter, rule, move)
+        elif not isinstance(value, Slot):
+            if any(isinstance(leaf, Slot) for _, leaf in walk(value)):
+                raise UnrepresentableError(f"'{parameter.name}' has a list of tensors in '{name}', which no map moves")
+            result[name] = value
+        elif value.role is Role.PARAM:
+            result[name] = Slot(move(value.tensor), Role.PARAM)
+        elif value.role in _SWAPPED and transposed:
+            other = name.replace("row", "\0").replace("col", "row").replace("\0", "col")
+            tensor = value.tensor.permute((1, 0)) if len(value.tensor.shape) == 2 else value.tensor
+            result[other] = Slot(tensor, _SWAPPED[value.role])
+        else:
+            raise UnrepresentableError(
+                f"'{parameter.name}' has a slot '{name}' of role {value.role.value}, which cannot be permuted with it"
+            )
+    return result
+
+
+def _module_order(names: Mapping[str, Parameter]) -> tuple[list[str], bool]:
+    try:
+        return in_module_order(names), True
+    except MissingNamesError:
+        return list(names), False
+
+
+# --- going back ---------------------------------------------------------------------------------------------------
+
+
+def invert(state: OptimizerState, layout: Map) -> OptimizerState:
+    """A state of our names under the foreign ones, stacked as they are there; ``apply`` gives the same state again.
+
+    Raises ``ConversionError`` for a name without a rule, a stack that lacks a layer, and axes to be split of which
+    nobody said how; ``UnrepresentableError`` for slots that cannot be permuted.
+    """
+    shapes: Any = state.origin.get("shapes", {}) if state.origin.get("map") == layout.name else None
+    groups, parameters = [], []
+    for group, members in zip(state.groups, state.members(), strict=True):
+        stacks: dict[str, dict[int, Parameter]] = {}
+        rules: dict[str, Rule] = {}
+        for parameter in members:
+            rule, captured = _fitting_back(parameter, layout)
+            _check_elementwise(rule, state, parameter)
+            foreign = _filled(rule.foreign, captured)
+            layer = 0 if rule.unstack is None else int(captured["layer"])
+            stack = stacks.setdefault(foreign, {})
+            if layer in stack:
+                raise ConversionError(f"'{stack[layer].name}' and '{parameter.name}' are both '{foreign}'")
+            stack[layer], rules[foreign] = parameter, rule
+        groups.append(replace(group, count=len(stacks)))
+        parameters += [_there(foreign, rules[foreign], stack, shapes, layout) for foreign, stack in stacks.items()]
+    _check_grouped(state)
+    return replace(state, groups=tuple(groups), parameters=tuple(parameters))
+
+
+def _fitting_back(parameter: Parameter, layout: Map) -> tuple[Rule, dict[str, str]]:
+    for rule in layout.rules:
+        match = _pattern(rule.ours).fullmatch(parameter.name)
+        if match and (rule.axes is None or len(rule.axes) == len(parameter.shape)):
+            return rule, match.groupdict()
+    raise ConversionError(
+        f"'{parameter.name}' of shape {list(parameter.shape)} has no rule in map '{layout.name}' to go back by"
+    )
+
+
+def _there(foreign: str, rule: Rule, stack: Mapping[int, Parameter], shapes: Any, layout: Map) -> Parameter:
+    if sorted(stack) != list(range(len(stack))):
+        raise ConversionError(f"'{foreign}' is a stack of layers, of which only {sorted(stack)} are there")
+    members = [stack[layer] for layer in range(len(stack))]
+    first = members[0]
+    if rule.merge and shapes is None:
+        raise ConversionError(
+            f"'{first.name}' has axes to split for map '{layout.name}', and only a state that was read with it says how"
+        )
+    single = Tensor("U8", first.shape, ()).permute(_inverse(rule.axes)).shape if rule.axes else first.shape
+    if rule.merge and first.name in shapes:
+        whole = tuple(shapes[first.name])
+        single = whole if rule.unstack is None else whole[: rule.unstack] + whole[rule.unstack + 1 :]
+    shape = single
+    if rule.unstack is not None:
+        shape = (*single[: rule.unstack], len(members), *single[rule.unstack :])
+    if _fitting(foreign, shape, layout)[0] is not rule:
+        raise ConversionError(
+            f"'{first.name}' would become '{foreign}', for which map '{layout.name}' has another rule"
+        )
+
+    def back(tensor: Tensor) -> Tensor:
+        tensor = tensor.permute(_inverse(rule.axes)) if rule.axes else tensor
+        return tensor if tensor.shape == single else contiguous(tensor.dtype, single, tensor)
+
+    states = [m.state if m.state is None or not rule.moves else _permuted(m.state, m, rule, back) for m in members]
+    return replace(
+        first,
+        name=foreign,
+        shape=shape,
+        state=states[0] if rule.unstack is None else _stacked(foreign, states, shape, rule.unstack),
+        adapter=None,
+        keys={kind: key for kind, key in first.keys.items() if kind != "peft"},
+        weights=None if rule.moves else first.weights,
+    )
+
+
+def _stacked(
+    foreign: str, states: Sequence[Mapping[str, Value] | None], shape: tuple[int, ...], axis: int
+) -> Mapping[str, Value] | None:
+    if all(state is None for state in states):
+        return None
+    first = states[0] or {}
+    result: dict[str, Value] = {}
+    for name, value in first.items():
+        values = [(state or {}).get(name) for state in states]
+        tensors = [other.tensor for other in values if isinstance(other, Slot)]
+        if len(tensors) == len(values):
+            unit = (*shape[:axis], 1, *shape[axis + 1 :])
+            starts = [tuple(n * (at == axis) for at in range(len(shape))) for n in range(len(tensors))]
+            pieces = tuple(Piece(t, 0, Box(start, unit)) for t, start in zip(tensors, starts, strict=True))
+            result[name] = Slot(Tensor(tensors[0].dtype, shape, pieces), Role.PARAM)
+        elif all(other == value for other in values):
+            result[name] = value
+        else:
+            raise ConversionError(f"'{foreign}' is a stack of layers that differ in '{name}'")
+    if any((state or {}).keys() != first.keys() for state in states):
+        raise ConversionError(f"'{foreign}' is a stack of layers that have not the same slots")
+    return result
+
+
+# --- names and tensors --------------------------------------------------------------------------------------------
+
+
+@cache
+def _pattern(template: str) -> re.Pattern[str]:
+    """What fits a name with fields."""
+    kinds = {"path": ".+", "layer": "[0-9]+"}
+    parts = re.split(FIELD, template)
+    for index in range(1, len(parts), 2):
+        parts[index] = f"(?P<{parts[index]}>{kinds.get(parts[index], '[^.]+')})"
+    parts[::2] = [re.escape(part) for part in parts[::2]]
+    return re.compile("".join(parts))
+
+
+def _filled(template: str, values: Mapping[str, str]) -> str:
+    return FIELD.sub(lambda match: values[match[1]], template)
+
+
+def _inverse(axes: Sequence[int]) -> list[int]:
+    return sorted(range(len(axes)), key=lambda axis: axes[axis])
+
+
+def _moved(tensor: Tensor, rule: Rule, layer: int) -> Tensor:
+    """A foreign tensor, or one layer of it, as ours."""
+    if rule.unstack is not None:
+        axis, shape = rule.unstack, tensor.shape
+        part = tensor.part([layer * (at == axis) for at in range(len(shape))], [*shape[:axis], 1, *shape[axis + 1 :]])
+        tensor = contiguous(tensor.dtype, (*shape[:axis], *shape[axis + 1 :]), part)
+    if rule.merge == "leading" and len(tensor.shape) > 2:
+        tensor = contiguous(tensor.dtype, (prod(tensor.shape[:-1]), tensor.shape[-1]), tensor)
+    if rule.merge == "trailing" and len(tensor.shape) > 2:
+        tensor = contiguous(tensor.dtype, (tensor.shape[0], prod(tensor.shape[1:])), tensor)
+    return tensor if rule.axes is None else tensor.permute(rule.axes)

@@ -1,0 +1,250 @@
+"""Names of parameters: wrapper segments, PEFT's keys, rename rules, and the order in which models define modules.
+
+Strings in, strings out; no model is asked. What is said here of PEFT was read off PEFT 0.21 by saving one adapter of
+each method; the module orders are those of the models of transformers 5.23 (and, for the names of the time, 4.x).
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Final, TypeAlias
+
+from lora_state_format.errors import ConversionError, MissingNamesError, OptionError
+from lora_state_format.model.states import Parameter
+from lora_state_format.model.tensors import Tensor
+from lora_state_format.naming.modules import in_module_order
+
+__all__ = [
+    "WRAPPERS",
+    "Rename",
+    "adapter_parameters",
+    "peft_key",
+    "read_names",
+    "rename",
+    "split_adapter",
+    "strip_wrappers",
+    "with_adapter",
+    "without_wrappers",
+]
+
+MAX_FILE: Final = 64 << 20
+"""Bytes of a file of names."""
+
+# --- wrappers -------------------------------------------------------------------------------------------------------
+
+WRAPPERS: Final = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
+"""Segments that only torch's wrappers put into a name: compile, FSDP, activation checkpointing."""
+
+DATA_PARALLEL: Final = "module"
+"""The segment of DistributedDataParallel. Modules may be called that, so it goes only where it leads every name."""
+
+
+def strip_wrappers(name: str) -> str:
+    """The name without the segments of ``WRAPPERS``."""
+    if "_" not in name:
+        return name
+    return ".".join(segment for segment in name.split(".") if segment not in WRAPPERS)
+
+
+def without_wrappers(names: Iterable[str]) -> tuple[list[str], tuple[str, ...]]:
+    """The names without wrapper segments, and the segments that were removed, sorted.
+
+    ``module.`` is removed where it leads every name. Raises ``ConversionError`` if two names become one.
+    """
+    given = list(names)
+    removed = {segment for name in given for segment in name.split(".") if segment in WRAPPERS}
+    stripped = [strip_wrappers(name) for name in given]
+    while stripped and all(name.startswith(f"{DATA_PARALLEL}.") for name in stripped):
+        stripped = [name[len(DATA_PARALLEL) + 1 :] for name in stripped]
+        removed.add(DATA_PARALLEL)
+    origins: dict[str, str] = {}
+    for before, after in zip(given, stripped, strict=True):
+        if origins.setdefault(after, before) != before:
+            raise ConversionError(
+                f"'{origins[after]}' and '{before}' both become '{after}' without the segments of wrappers"
+            )
+    return stripped, tuple(sorted(removed))
+
+
+# --- PEFT -----------------------------------------------------------------------------------------------------------
+
+_TUNERS: Final = (
+    r"lora_[ABE]|lora_embedding_[AB]|lora_magnitude_vector|ia3_l|vera_lambda_[bd]|ln_tuning_layers"
+    r"|trainable_tokens_delta|hada_w[12]_[ab]|hada_t[12]|lokr_w[12](?:_[ab])?|lokr_t2|oft_R|boft_[Rs]"
+)
+
+_LIVE: Final = re.compile(
+    rf"((?:.*\.)?(?:{_TUNERS}))\.(?!(?:weight|bias)$)([^.]+)((?:\.(?:weight|bias))?)"
+    r"|((?:.*\.)?modules_to_save)\.([^.]+)(\..+)"
+    r"|(prompt_encoder)\.([^.]+)(\..+)"
+)
+
+_KEY: Final = re.compile(rf"((?:.*\.)?(?:{_TUNERS}))((?:\.(?:weight|bias))?)")
+
+_PEFT_MODEL: Final = re.compile(r"(?:^|\.)((?:base_model\.model\.|prompt_encoder\.).*)")
+
+_COMPUTED: Final = ("P_TUNING", "PREFIX_TUNING", "MULTITASK_PROMPT_TUNING")
+
+
+def split_adapter(name: str) -> tuple[str, str, str] | None:
+    """What stands before an adapter's name in a ``named_parameters()`` name, the adapter, and what stands behind it.
+
+    The adapter's name stands where PEFT puts it, and only there: a module that has the same name stays. ``None`` if the
+    parameter belongs to no adapter.
+    """
+    match = _LIVE.fullmatch(name)
+    if match is None:
+        return None
+    head, adapter, tail = (part for part in match.groups() if part is not None)
+    return head, adapter, tail
+
+
+def with_adapter(name: str, adapter: str) -> str:
+    """The name of the same parameter in an adapter of another name."""
+    parts = split_adapter(name)
+    return name if parts is None else f"{parts[0]}.{adapter}{parts[2]}"
+
+
+def peft_key(name: str) -> tuple[str, str] | None:
+    """The key of a ``named_parameters()`` name in ``adapter_model.safetensors``, and its adapter.
+
+    ``None`` if it belongs to no adapter of a ``PeftModel``, or if PEFT does not save the parameter itself (the networks
+    behind P-tuning).
+    """
+    inner = _PEFT_MODEL.search(name)
+    parts = split_adapter(inner[1]) if inner else None
+    if parts is None:
+        return None
+    head, adapter, tail = parts
+    if head == "prompt_encoder":
+        return ("prompt_embeddings", adapter) if tail == ".embedding.weight" else None
+    if head.endswith(".modules_to_save"):
+        return head.removesuffix(".modules_to_save") + tail, adapter
+    return head + ("" if head.endswith(".lora_magnitude_vector") else tail), adapter
+
+
+def _live_name(key: str, adapter: str, config: Mapping[str, Any] | None) -> str | None:
+    """The ``named_parameters()`` name behind a key of an adapter file; ``None`` for a frozen tensor saved with it."""
+    if split_adapter(key):
+        return key
+    if tuner := _KEY.fullmatch(key):
+        head, tail = tuner.groups()
+        return f"{head}.{adapter}{'.weight' if head.endswith('.lora_magnitude_vector') else tail}"
+    if key == "prompt_embeddings":
+        kind = (config or {}).get("peft_type")
+        if kind in _COMPUTED and (kind != "PREFIX_TUNING" or (config or {}).get("prefix_projection")):
+            raise MissingNamesError(
+                f"an adapter of type {kind} saves the embeddings that its network computes, not the parameters that "
+                "are trained: name them by a live model, or by a file of names"
+            )
+        return f"prompt_encoder.{adapter}.embedding.weight"
+    bias = "all" if config is None else config.get("bias", "none")
+    if key.startswith("base_model.vera_") or key.endswith(".base_layer.weight"):
+        return None
+    if key.endswith(".base_layer.bias"):
+        return None if bias == "none" else key
+    if module := _saved_module(key, config):
+        return f"{module}.modules_to_save.{adapter}{key[len(module) :]}"
+    return key if bias == "all" and key.endswith(".bias") else None
+
+
+def _saved_module(key: str, config: Mapping[str, Any] | None) -> str | None:
+    """The module of ``modules_to_save`` that a key lies in: the outermost whose path ends as the configuration says."""
+    segments = key.split(".")
+    if config is None:
+        return ".".join(segments[:-1]) if segments[-1] == "weight" else None
+    wanted = tuple(config.get("modules_to_save") or ())
+    paths = (".".join(segments[:stop]) for stop in range(1, len(segments)))
+    return next((path for path in paths if wanted and path.endswith(wanted)), None)
+
+
+def adapter_parameters(
+    weights: Mapping[str, Tensor], adapter: str = "default", config: Mapping[str, Any] | None = None
+) -> list[Parameter]:
+    """The trainable parameters behind an ``adapter_model.safetensors``, in ``named_parameters()`` order.
+
+    ``weights`` are the file's tensors under its keys; ``config`` is the parsed ``adapter_config.json``, which says what
+    of a file is frozen; without it every ``weight`` that belongs to no adapter module is taken for a saved module's.
+    Each parameter has its key under ``keys["peft"]``. Raises ``MissingNamesError`` where no order of the modules is
+    known, or the file does not hold what was trained.
+    """
+    found: dict[str, str] = {}
+    for key in weights:
+        name = _live_name(key, adapter, config)
+        if name is not None and found.setdefault(strip_wrappers(name), key) != key:
+            raise ConversionError(f"the keys '{found[strip_wrappers(name)]}' and '{key}' are both '{name}'")
+    if not found:
+        raise MissingNamesError("the adapter file holds no parameter that PEFT trains")
+    parameters = []
+    for name in in_module_order(found, str((config or {}).get("base_model_name_or_path") or "")):
+        tensor, parts = weights[found[name]], split_adapter(name)
+        parameters.append(
+            Parameter(
+                name=name,
+                shape=tensor.shape,
+                state=None,
+                dtype=tensor.dtype,
+                adapter=parts[1] if parts else None,
+                keys={"peft": found[name]},
+            )
+        )
+    return parameters
+
+
+# --- rename rules and files of names --------------------------------------------------------------------------------
+
+Rename: TypeAlias = "Mapping[str, str] | Sequence[tuple[str | re.Pattern[str], str]] | Callable[[str], str]"
+"""Saved name -> live name: a mapping, pairs of a regular expression and its replacement, or a function."""
+
+
+def rename(names: Sequence[str], rule: Rename) -> dict[str, str]:
+    """Each name under its new name.
+
+    A mapping renames whole names; pairs are applied by ``re.sub`` one after the other; a function is called with each
+    name. Raises ``OptionError`` if a mapping names what is not there, or two names become one.
+    """
+    if isinstance(rule, Mapping):
+        absent = [old for old in rule if old not in set(names)]
+        if absent:
+            raise OptionError(f"rename: there is no parameter '{absent[0]}' to rename")
+        result = {name: rule.get(name, name) for name in names}
+    elif callable(rule):
+        result = {name: rule(name) for name in names}
+    else:
+        result = {name: _substituted(name, rule) for name in names}
+    origins: dict[str, str] = {}
+    for old, new in result.items():
+        if origins.setdefault(new, old) != old:
+            raise OptionError(f"rename: '{origins[new]}' and '{old}' both become '{new}'")
+    return result
+
+
+def _substituted(name: str, pairs: Sequence[tuple[str | re.Pattern[str], str]]) -> str:
+    for pattern, replacement in pairs:
+        name = re.sub(pattern, replacement, name)
+    return name
+
+
+def read_names(path: str | os.PathLike[str]) -> list[str]:
+    """The names in a UTF-8 file, one a line, in optimizer order; blank lines do not count.
+
+    Raises ``ConversionError`` if there are none or one occurs twice.
+    """
+    file = Path(path)
+    if file.exists() and (not file.is_file() or file.stat().st_size > MAX_FILE):
+        raise ConversionError(f"{file}: not a regular file of at most {MAX_FILE} bytes, so not a file of names")
+    try:
+        lines = file.read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError as error:
+        raise ConversionError(f"{os.fspath(path)}: not UTF-8, so not a file of names") from error
+    seen: dict[str, int] = {}
+    for number, line in enumerate(lines, 1):
+        name = line.strip()
+        if name and seen.setdefault(name, number) != number:
+            raise ConversionError(f"{os.fspath(path)}: '{name}' stands on line {seen[name]} and on line {number}")
+    if not seen:
+        raise ConversionError(f"{os.fspath(path)}: holds no name")
+    return list(seen)

@@ -1,0 +1,298 @@
+"""From positions to names: which parameter does id 17 of an ``optimizer.pt`` mean?
+
+How to call it::
+
+    decide(positional, parameters, source="adapter", weights=w)   # convert: of names.adapter_parameters(...)
+    decide(positional, described, source="configs", weights=w)    # a model rebuilt by torch.rebuild.rebuild(folder)
+    decide(positional, described, source="model", live=groups)    # load_optimizer: torch.rebuild.describe(model)
+    decide(positional, listed, source="names", rule="listed")     # --names FILE: the names stand in optimizer order
+
+``parameters`` stand in ``named_parameters()`` order (only the rule ``listed`` takes them as they come). They may be
+plain ``Parameter`` objects, of which nothing more is known and all of which are taken to be trainable, or ``Described``
+ones. ``weights`` are the parameters' values, by ``Parameter.name`` or by one of its ``keys``; with them
+``evidence.weigh`` is asked, which takes ``before`` and ``head_dim`` too. ``live`` are the names in each group of a live
+optimizer.
+
+A grouping rule is a row of ``RULES``: how a framework sorts a model's parameters into groups. Each yields candidates;
+those whose group sizes, shapes or options are not the file's fall away; those left must agree, or evidence decides.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from itertools import permutations
+from typing import Final
+
+from lora_state_format.errors import AmbiguousOrderError, ConversionError, OptionError
+from lora_state_format.model.states import Naming, OptimizerState, Parameter, PositionalState, Role, Slot, Value, walk
+from lora_state_format.model.tensors import Tensor
+from lora_state_format.naming.evidence import Evidence, weigh
+from lora_state_format.naming.modules import in_module_order
+from lora_state_format.naming.names import split_adapter, with_adapter
+from lora_state_format.naming.rules import RULES, Candidate, Described, Split, Splits, _trainable
+
+__all__ = ["candidates", "decide", "interchangeable", "side_by_side"]
+
+LIVE: Final = "live"
+"""Stands for a rule where the order is that of a live optimizer."""
+
+SURE: Final = ("stated", "whole-model")
+"""Rules that go before others: what they read is in the file."""
+
+INFERRED: Final = ("adapter", "configs", "checkpoint")
+"""Sources of names that the weights overrule; a live model, a file of names and a forced rule they do not."""
+
+
+# --- the verdict ----------------------------------------------------------------------------------------------------
+
+
+def candidates(
+    positional: PositionalState, parameters: Sequence[Parameter | Described], *, rule: str | None = None
+) -> list[Candidate]:
+    """Every order that some rule proposes and that fits the state; orders that are equal come as one.
+
+    Raises ``OptionError`` for a rule that does not exist.
+    """
+    return _survey(positional, [_described(p) for p in parameters], rule)[0]
+
+
+def decide(
+    positional: PositionalState,
+    parameters: Sequence[Parameter | Described],
+    *,
+    rule: str | None = None,
+    weights: Mapping[str, Tensor] | None = None,
+    before: Mapping[str, Tensor] | None = None,
+    head_dim: int | None = None,
+    live: Sequence[Sequence[str]] | None = None,
+    source: str,
+) -> OptimizerState:
+    """The state under names; ``naming.details`` says what else fitted and what the weights say.
+
+    The live optimizer's order, where it fits, and names stated in the file go before rules; other orders that fit are
+    then only what the weights are asked about. Raises ``OptionError`` for a rule that does not exist,
+    ``ConversionError`` if no order fits or the weights contradict one that was inferred, and ``AmbiguousOrderError`` if
+    several fit and nothing tells which. See the head of this module for the arguments.
+    """
+    described = [_described(p) for p in parameters]
+    found, reasons = _survey(positional, described, rule)
+    first = _live(positional, described, live or ()) or next((c for c in found if set(SURE) & set(c.rules)), None)
+    if first is not None and rule is None:
+        found = [first, *(c for c in found if c.names != first.names)]
+    elif source != "model" and rule != "listed":
+        found = [variant for c in found for variant in _adapter_orders(positional, c)]
+    if not found:
+        raise ConversionError(_nothing_fits(positional, described, reasons))
+
+    def weighed(candidate: Candidate) -> tuple[OptimizerState, Evidence | None]:
+        state = positional.named(candidate.parameters, Naming(source, candidate.rules[0]))
+        others = {c.rules[0]: c.names for c in found if c is not candidate}
+        return state, weigh(state, weights, before=before, orders=others, head_dim=head_dim) if weights else None
+
+    chosen, (state, evidence) = found[0], weighed(found[0])
+    if len(found) > 1 and (first is None or (evidence is not None and evidence.verdict == "contradicted")):
+        others = ((c, *weighed(c)) for c in found if weights)
+        settled = next((other for other in others if other[2] and other[2].rules_out(c.rules[0] for c in found)), None)
+        if settled:
+            chosen, state, evidence = settled
+        elif first is None:
+            raise AmbiguousOrderError(_several_fit(found, weights is not None), tuple(c.rules[0] for c in found))
+    if evidence and evidence.verdict == "contradicted" and rule in {None, "listed"} and source in INFERRED:
+        raise ConversionError(_contradicted(evidence))
+    details: dict[str, Value] = {
+        "rules": list(chosen.rules),
+        "interchangeable": interchangeable(chosen.parameters),
+        **({"evidence": evidence.to_json()} if evidence else {}),
+    }
+    return replace(state, naming=Naming(source, chosen.rules[0], details))
+
+
+def interchangeable(parameters: Sequence[Parameter]) -> int:
+    """How many of the parameters share their shape with another: those that could be swapped without it showing."""
+    counts = Counter(p.shape for p in parameters)
+    return sum(n for n in counts.values() if n > 1)
+
+
+def side_by_side(adapters: Mapping[str, Sequence[Parameter]]) -> list[Parameter]:
+    """The parameters of several adapters of one model in ``named_parameters()`` order: adapters by creation.
+
+    PEFT keeps the adapters of a module beside each other: A of each, then B of each.
+    """
+    every = [parameter for parameters in adapters.values() for parameter in parameters]
+    places = [with_adapter(parameter.name, "default") for parameter in every]
+    rank = {place: number for number, place in enumerate(in_module_order(dict.fromkeys(places)))}
+    turn = {name: number for number, name in enumerate(adapters)}
+    order = sorted(range(len(every)), key=lambda n: (rank[places[n]], turn[every[n].adapter or ""]))
+    return [every[n] for n in order]
+
+
+def _described(parameter: Parameter | Described) -> Described:
+    return parameter if isinstance(parameter, Described) else Described(parameter)
+
+
+def _survey(
+    positional: PositionalState, parameters: Sequence[Described], rule: str | None
+) -> tuple[list[Candidate], list[tuple[str, str]]]:
+    """The candidates that fit, equal ones merged, and why each other rule fell away."""
+    asked = [r for r in RULES if (r.automatic if rule is None else r.name == rule)]
+    if not asked:
+        raise OptionError(f"no grouping rule '{rule}'; there are: {', '.join(r.name for r in RULES)}")
+    fitting: dict[tuple[str, ...], tuple[dict[str, None], tuple[Parameter, ...]]] = {}
+    reasons: list[tuple[str, str]] = []
+    for row in asked:
+        for splits in row.splits(parameters, positional):
+            order = tuple(item.parameter for split in splits for item in split.members)
+            names = tuple(parameter.name for parameter in order)
+            reason = _regrouped(positional, splits) or (None if names in fitting else _misshaped(positional, order))
+            if reason is None:
+                fitting.setdefault(names, ({}, order))[0][row.name] = None
+            elif (row.name, reason) not in reasons:
+                reasons.append((row.name, reason))
+    return [Candidate(tuple(rules), order) for rules, order in fitting.values()], reasons
+
+
+def _live(
+    positional: PositionalState, parameters: Sequence[Described], live: Sequence[Sequence[str]]
+) -> Candidate | None:
+    """The order of a live optimizer, where it fits; empty groups do not count."""
+    known = {item.name: item for item in parameters}
+    splits = [Split([known[name] for name in group]) for group in live if group and set(group) <= set(known)]
+    order = tuple(item.parameter for split in splits for item in split.members)
+    full = replace(positional, groups=tuple(group for group in positional.groups if group.count))
+    if not live or _regrouped(full, splits) or _misshaped(positional, order):
+        return None
+    return Candidate((LIVE,), order)
+
+
+def _adapter_orders(positional: PositionalState, candidate: Candidate) -> Iterator[Candidate]:
+    """The candidate, and where it has several adapters, the same with them created in any other order.
+
+    What differs by its adapter alone stands side by side, so the files of adapters do not tell.
+    """
+    parts = [split_adapter(parameter.name) or (parameter.name, "", "") for parameter in candidate.parameters]
+    adapters = list(dict.fromkeys(adapter for _, adapter, _ in parts if adapter))
+    yield candidate
+    if not 1 < len(adapters) <= 4:
+        return
+    places: dict[tuple[str, str], list[int]] = {}
+    for number, (head, _, tail) in enumerate(parts):
+        places.setdefault((head, tail), []).append(number)
+    for order in list(permutations(adapters))[1:]:
+        moved = list(candidate.parameters)
+        for numbers in places.values():
+            members = sorted(numbers, key=lambda n: order.index(parts[n][1]) if parts[n][1] else 0)
+            for number, member in zip(numbers, members, strict=True):
+                moved[number] = candidate.parameters[member]
+        if _misshaped(positional, moved) is None:
+            rules = tuple(f"{rule}, adapters {', '.join(order)}" for rule in candidate.rules)
+            yield Candidate(rules, tuple(moved))
+
+
+def _regrouped(positional: PositionalState, splits: Splits) -> str | None:
+    """Why the groups cannot be those of the state, by their sizes and options."""
+    sizes = [len(split.members) for split in splits]
+    if sizes != positional.sizes():
+        return f"makes groups of {sizes}" if len(sizes) <= 8 else f"makes {len(sizes)} groups"
+    for number, (split, group) in enumerate(zip(splits, positional.groups, strict=True)):
+        decay = dict(group.options).get("weight_decay")
+        if not split.decays and split.members and isinstance(decay, (int, float)) and decay != 0:
+            return f"gives group {number} no weight decay, but it has {decay}"
+    return None
+
+
+def _misshaped(positional: PositionalState, order: Sequence[Parameter]) -> str | None:
+    """Why the parameters cannot have the state in this order."""
+    return next((r for n, p in enumerate(order) if (r := _misshapen(positional, n, p)) is not None), None)
+
+
+def _misshapen(positional: PositionalState, position: int, parameter: Parameter) -> str | None:
+    """Why the parameter cannot have the state at a position, by what the slots' roles promise of their shapes."""
+    shape, blocks = parameter.shape, []
+    identity = positional.ids[position]
+    for path, leaf in walk(positional.entries.get(identity, {})):
+        if not isinstance(leaf, Slot):
+            continue
+        held = leaf.tensor.shape
+        expected = {
+            Role.PARAM: (shape, held),
+            Role.ROW: (_without_ones(shape[:-1]), _without_ones(held)),
+            Role.COL: (_without_ones((*shape[:-2], *shape[-1:])), _without_ones(held)),
+        }.get(leaf.role, ((), ()))
+        if leaf.role is Role.BLOCK:
+            blocks.append((leaf.tensor.count, path, leaf.tensor))
+        elif expected[0] != expected[1]:
+            return _shapes_differ(parameter, identity, path, leaf.tensor)
+    if blocks:
+        # Codes come one per element, two to a byte (4-bit), or for two moments at once (AdEMAMix); scales are fewer.
+        codes, path, tensor = max(blocks, key=lambda block: block[0])
+        if codes not in {count := math.prod(shape), -(-count // 2), 2 * count}:
+            return _shapes_differ(parameter, identity, path, tensor)
+    return None
+
+
+def _without_ones(shape: Sequence[int]) -> tuple[int, ...]:
+    return tuple(n for n in shape if n != 1)
+
+
+# --- what to say ----------------------------------------------------------------------------------------------------
+
+
+def _shapes_differ(parameter: Parameter, identity: int | str, path: tuple[object, ...], tensor: Tensor) -> str:
+    message = (
+        f"'{parameter.name}' has shape {list(parameter.shape)}, but id {identity} has {'.'.join(map(str, path))} of "
+        f"shape {list(tensor.shape)}"
+    )
+    if "lora_" in parameter.name and math.prod(parameter.shape) == 2 * tensor.count:
+        message += " (half the rank: the adapter may be one that was converted from PiSSA or OLoRA when it was saved)"
+    return message
+
+
+def _nothing_fits(
+    positional: PositionalState, parameters: Sequence[Described], reasons: Sequence[tuple[str, str]]
+) -> str:
+    trainable = len(_trainable(parameters))
+    count = f"{len(parameters)}" if trainable == len(parameters) else f"{len(parameters)} ({trainable} trainable)"
+    head = (
+        f"no order of the {count} parameters fits the {len(positional.ids)} of the optimizer, whose groups hold "
+        f"{positional.sizes()}:"
+    )
+    by_reason: dict[str, list[str]] = {}
+    for name, reason in reasons:
+        by_reason.setdefault(reason, []).append(name)
+    lines = [head, *(f"  {', '.join(names)}: {reason}" for reason, names in by_reason.items())]
+    if len(positional.ids) == 1 and not positional.entries:
+        lines.append("hint: a layer-wise optimizer leaves one dummy parameter here; its moments are in no file")
+    elif len(reasons) > 1:
+        lines.append("hint: pass a file of names in optimizer order (--names), or the model that was trained")
+    return "\n".join(lines)
+
+
+def _several_fit(found: Sequence[Candidate], weighed: bool) -> str:
+    orders = [candidate.names for candidate in found]
+    parting = next(n for n, names in enumerate(zip(*orders, strict=True)) if len(set(names)) > 1)
+    moved = sum(len(set(names)) > 1 for names in zip(*orders, strict=True))
+    told = "the weights do not tell" if weighed else "there are no weights to tell"
+    head = (
+        f"{len(found)} orders fit, and {told} which it is; they differ for {moved} of {len(orders[0])} parameters, "
+        f"from position {parting} on:"
+    )
+    lines = [head, *(f"  {', '.join(c.rules)}: '{c.names[parting]}'" for c in found)]
+    lines.append(
+        f"{interchangeable(found[0].parameters)} parameters share their shape with another, so shapes cannot tell "
+        "either\nhint: force one with --rule (rule=)"
+        + ("" if weighed else ", or pass the weights that were saved with the state")
+    )
+    return "\n".join(lines)
+
+
+def _contradicted(evidence: Evidence) -> str:
+    rivals = [label for label, outcome in evidence.orders.items() if outcome == "preferred"]
+    lines = ["the order of the parameters does not fit their weights, which say that these belong together instead:"]
+    lines += [f"  {label}" for label in (*rivals, *evidence.against)[:5]]
+    if len(rivals) + len(evidence.against) > 5:
+        lines.append(f"  and {len(rivals) + len(evidence.against) - 5} more")
+    lines.append("hint: pass names in the optimizer's order (--names), or force the order with --rule (rule=)")
+    return "\n".join(lines)

@@ -1,0 +1,1 @@
+"""What the commands do: convert, check, diff, edit, export, and the reports in words and JSON."""

@@ -1,0 +1,424 @@
+"""Read, name, write: the one flow behind the API and the command line."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final, TypeAlias
+
+from lora_state_format import registry
+from lora_state_format.errors import ConversionError, MissingNamesError, OptionError, TargetExistsError
+from lora_state_format.format import envelope, writing
+from lora_state_format.io import safetensors
+from lora_state_format.io.json_files import read_json_object
+from lora_state_format.model import digests
+from lora_state_format.model.digests import ALGORITHM
+from lora_state_format.model.sources import File
+from lora_state_format.model.states import Checkpoint, Naming, OptimizerState, Parameter, PositionalState, Slot, walk
+from lora_state_format.model.tensors import Digest, Tensor
+from lora_state_format.naming import order, rules
+from lora_state_format.naming.evidence import head_size
+from lora_state_format.naming.names import adapter_parameters, peft_key, read_names
+from lora_state_format.operations.report import (
+    NOTHING_HELD,
+    SCHEMA_VERSION,
+    describe_naming,
+    describe_support,
+    naming_json,
+    tensors,
+)
+from lora_state_format.optimizers import quantised
+
+if TYPE_CHECKING:
+    from lora_state_format.naming.evidence import Evidence, Pairing
+    from lora_state_format.registry import Converter, Writer
+
+__all__ = ["ConversionReport", "Names", "belongs", "convert", "read"]
+
+ADAPTER: Final = "adapter_model.safetensors"
+MODEL: Final = "model.safetensors"
+ADAPTER_CONFIG: Final = "adapter_config.json"
+CONFIG: Final = "config.json"
+
+Progress: TypeAlias = "Callable[[int, int], None]"
+
+Names: TypeAlias = "str | os.PathLike[str] | Sequence[str]"
+"""Where names come from: the path of a file with one name a line in optimizer order, of an adapter file, or of a folder
+with ``config.json`` and, for an adapter, ``adapter_config.json``; or the names themselves, in optimizer order."""
+
+
+@dataclass(frozen=True)
+class ConversionReport:
+    """What a conversion did, or, where ``written`` is false, would do.
+
+    ``slots`` counts the parameters that have each slot; ``groups`` are the group sizes as they were found; ``paired``
+    counts the parameters whose own weights were found and whose digest is kept with them. ``digest`` is the header's,
+    ``None`` where none was written.
+    """
+
+    source: str
+    source_format: str
+    target: str
+    target_format: str
+    written: bool
+    parameters: int
+    slots: Mapping[str, int]
+    groups: tuple[int, ...]
+    tensors: int
+    bytes: int
+    global_step: int | None
+    naming: Naming
+    paired: int
+    digest: str | None
+    notes: tuple[str, ...]
+    warnings: tuple[str, ...]
+
+    def __str__(self) -> str:
+        done = "converted" if self.written else "would convert"
+        step = "" if self.global_step is None else f", step {self.global_step}"
+        slots = ", ".join(f"{name} x {count}" for name, count in self.slots.items()) or "none"
+        lines = [
+            f"{done} {self.source} ({self.source_format}) to {self.target} ({self.target_format})",
+            f"{self.parameters} parameters in groups of {list(self.groups)}{step}",
+            f"slots: {slots}; {self.tensors} tensors, {self.bytes:,} bytes",
+            *describe_naming(self.naming),
+        ]
+        if self.paired:
+            lines.append(f"weights: digests of {self.paired} of {self.parameters} parameters kept with their state")
+        if self.digest:
+            lines.append(f"digest: {self.digest}")
+        return "\n".join([*lines, *(f"note: {note}" for note in self.notes)])
+
+    def to_json(self) -> dict[str, Any]:
+        """The report as JSON values."""
+        naming = naming_json(self.naming)
+        evidence = naming["details"].pop("evidence", None)
+        return {"schema_version": SCHEMA_VERSION, **vars(self), "naming": naming, "evidence": evidence}
+
+
+def read(
+    path: str | os.PathLike[str],
+    *,
+    source_format: str | None = None,
+    names: Names | None = None,
+    rule: str | None = None,
+    optimizer: str | None = None,
+    options: Mapping[str, Any] | None = None,
+) -> OptimizerState:
+    """The named state in a checkpoint of any known format, lazily: close it, or use it in a ``with`` block.
+
+    ``names`` says which parameter a position means where the checkpoint itself does not; ``rule`` forces one of
+    ``order.RULES``; ``optimizer`` is the optimizer's class path where the file does not say it; ``options`` are those
+    of the converter.
+
+    Raises ``FileNotFoundError``, ``UnknownFormatError``, ``FileError`` for a damaged file, ``MissingNamesError`` and
+    other ``ConversionError``\\ s where the parameters cannot be named, ``OptionError`` for what does not apply.
+    """
+    converter = registry.detect(path)[0] if source_format is None else registry.get(source_format)
+    registry.check_options(options or {}, converter)
+    return _read(converter, Path(path), names, rule, optimizer, options or {})[0]
+
+
+def convert(
+    source: str | os.PathLike[str],
+    target: str | os.PathLike[str],
+    *,
+    source_format: str | None = None,
+    target_format: str = registry.NAMED,
+    names: Names | None = None,
+    rule: str | None = None,
+    optimizer: str | None = None,
+    options: Mapping[str, Any] | None = None,
+    base: str | os.PathLike[str] | None = None,
+    dequantize: bool = False,
+    force: bool = False,
+    dry_run: bool = False,
+    progress: Progress | None = None,
+) -> ConversionReport:
+    """Convert a checkpoint into a file of named optimizer state, or into another format that can hold it exactly.
+
+    Takes the arguments of ``read``; ``options`` may also be those of the target's converter, and ``base`` is a
+    checkpoint of the target's format to take the rest from, where it has one. ``dequantize`` decodes 8-bit and 4-bit
+    moments to float32, so that a run can go on with an ordinary Adam; the report says what that loses. ``force``
+    replaces an existing target; ``dry_run`` does everything but write; ``progress`` is told the bytes of tensors
+    written and their total. Where the parameters' own weights were found, their digests are kept, so that loading can
+    tell whether weights and state belong together.
+
+    Raises what ``read`` raises, ``DigestError`` for a named source that is damaged, ``TargetExistsError``, and
+    ``UnrepresentableError`` for what the target cannot hold.
+    """
+    source, target = Path(source), Path(target)
+    if target.is_dir() and target_format == registry.NAMED:
+        raise OptionError(f"{target} is a folder; name the file to write, as in {target / 'optimizer.safetensors'}")
+    if target.exists() and not force:
+        raise TargetExistsError(f"{target} exists; pass force=True (--force) to replace it")
+    writer = registry.writer(target_format)
+    converter = registry.detect(source)[0] if source_format is None else registry.get(source_format)
+    options = options or {}
+    registry.check_options(options, converter, writer)
+    state, weights = _read(converter, source, names, rule, optimizer, options)
+    with state:
+        if not dry_run and (dequantize or target_format != registry.NAMED):
+            _check_digests(state)  # ``writing.write`` does so itself with what it copies
+        decoded = quantised.dequantize(state) if dequantize else None
+        state = _paired(decoded.state if decoded else state, weights)
+        sizes = [tensor.size for tensor in tensors(state)]
+        digest = None
+        if not dry_run:
+            given = None if base is None else Path(base)
+            digest = _write(writer, state, target, given, force, options, progress)
+        return ConversionReport(
+            source=str(source),
+            source_format=converter.NAME,
+            target=str(target),
+            target_format=target_format,
+            written=not dry_run,
+            parameters=len(state.parameters),
+            slots=dict(Counter(name for parameter in state.parameters for name in parameter.state or ())),
+            groups=tuple(group.count for group in state.groups),
+            tensors=len(sizes),
+            bytes=sum(sizes),
+            global_step=state.global_step,
+            naming=state.naming,
+            paired=sum(parameter.weights is not None for parameter in state.parameters),
+            digest=digest,
+            notes=(*([str(decoded)] if decoded else []), *_notes(state)),
+            warnings=tuple(beside_weights(target)),
+        )
+
+
+def belongs(path: str | os.PathLike[str], weights: str | os.PathLike[str]) -> tuple[Pairing | None, Evidence | None]:
+    """Whether a state and weights belong together: by the digests that the state keeps, and by the numbers.
+
+    ``weights`` is a safetensors file, or a folder with an adapter or a model in one. The first result is ``None`` where
+    the state keeps no digest that could be compared; the second where digests settle it, because the state was saved
+    from a live optimizer and every weight is the very one of that moment. A positional state is named by the weights.
+    """
+    from lora_state_format.naming.evidence import paired, weigh
+
+    path = Path(path)
+    checkpoint = _with_weights(Path(weights), registry.detect(path)[0].read(path))
+    if isinstance(checkpoint.state, PositionalState):
+        checkpoint = _named(None, checkpoint, path, None)
+    assert isinstance(checkpoint.state, OptimizerState)
+    with checkpoint.state as state:
+        pairing = paired(state, checkpoint.weights)
+        settled = state.naming.rule is None and pairing.matching == len(state)
+        compared = pairing.matching + len(pairing.differing) > 0
+        head_dim = head_size(_config(checkpoint, CONFIG) or {})
+        evidence = None if settled else weigh(state, checkpoint.weights, head_dim=head_dim)
+        return (pairing if compared else None), evidence
+
+
+def _options(options: Mapping[str, Any], converter: Converter) -> dict[str, Mapping[str, Any]]:
+    """The options that a converter knows, as the keyword argument that it takes them by."""
+    own = {key: value for key, value in options.items() if key in registry.options(converter)}
+    return {"options": own} if own else {}
+
+
+def _read(
+    converter: Converter,
+    path: Path,
+    names: Names | None,
+    rule: str | None,
+    optimizer: str | None,
+    options: Mapping[str, Any],
+) -> tuple[OptimizerState, Mapping[str, Tensor]]:
+    """The named state, and the parameters' own weights as far as they were found."""
+    asks = "optimizer" in registry.options(converter)
+    if optimizer is not None and asks:
+        options = {"optimizer": optimizer, **options}
+    checkpoint = converter.read(path, **_options(options, converter))
+    if optimizer is not None and not asks:
+        checkpoint = replace(checkpoint, state=_classed(checkpoint.state, optimizer, path))
+    if isinstance(checkpoint.state, PositionalState):
+        checkpoint = _named(*_resolve(names, checkpoint), path, rule)
+    elif names is not None or rule is not None:
+        raise OptionError(f"{path}: its parameters have names; --names and --rule (names=, rule=) do not apply")
+    assert isinstance(checkpoint.state, OptimizerState)
+    return checkpoint.state, checkpoint.weights
+
+
+def _classed(state: OptimizerState | PositionalState, class_path: str, path: Path) -> OptimizerState | PositionalState:
+    for found in state.optimizers:
+        if found.class_path not in (None, class_path):
+            raise OptionError(f"{path}: the optimizer is {found.class_path}, not {class_path}")
+    return replace(state, optimizers=tuple(replace(found, class_path=class_path) for found in state.optimizers))
+
+
+# --- names --------------------------------------------------------------------------------------------------------
+
+
+def _resolve(names: Names | None, checkpoint: Checkpoint) -> tuple[Sequence[str] | Path | None, Checkpoint]:
+    """What was given to take names from: the names themselves, a folder of configs, or nothing but the checkpoint, into
+    which an adapter that was given goes as if it lay beside it."""
+    if not isinstance(names, (str, os.PathLike)):
+        return names, checkpoint
+    path = Path(names)
+    if not path.exists():
+        raise FileNotFoundError(f"{path}: no such file or folder to take names from")
+    if (path / CONFIG).exists():
+        return path, checkpoint
+    if path.is_dir() or path.suffix == ".safetensors":
+        return None, _with_weights(path, checkpoint)
+    return read_names(path), checkpoint
+
+
+def _with_weights(path: Path, checkpoint: Checkpoint) -> Checkpoint:
+    """The checkpoint as if these weights, a file or in a folder, lay beside it."""
+    if path.is_dir():
+        path = next((path / name for name in (ADAPTER, MODEL) if (path / name).exists()), path / ADAPTER)
+    weights = safetensors.read_header(File(path)).tensors
+    configs = {name: path.with_name(name) for name in (ADAPTER_CONFIG, CONFIG) if path.with_name(name).exists()}
+    return replace(checkpoint, weights=weights, configs=configs)
+
+
+def _named(names: Sequence[str] | Path | None, checkpoint: Checkpoint, path: Path, rule: str | None) -> Checkpoint:
+    state, configs = checkpoint.state, checkpoint.configs
+    assert isinstance(state, PositionalState)
+    parameters: Sequence[Parameter | rules.Described]
+    if isinstance(names, Path):
+        parameters, source = _rebuilt(names, checkpoint), "configs"
+    elif names is not None:
+        parameters, source, rule = _listed(state, names, checkpoint), "names", "listed"
+    elif _is_adapter(checkpoint):
+        parameters, source = adapter_parameters(checkpoint.weights, config=_config(checkpoint)), "adapter"
+    elif state.names is not None:
+        parameters, source, rule = _listed(state, state.names, checkpoint), "checkpoint", "listed"
+    elif CONFIG in configs:
+        parameters, source = _rebuilt(configs[CONFIG].parent, checkpoint), "configs"
+    else:
+        raise MissingNamesError(
+            f"{path}: the state of {len(state.ids)} parameters stands under positions, and nothing beside it says "
+            "which parameter a position means; pass --names (names=) with a file of names in optimizer order, the "
+            "adapter file, or a folder with config.json and adapter_config.json"
+        )
+    named = order.decide(
+        state,
+        parameters,
+        rule=rule,
+        weights=checkpoint.weights or None,
+        head_dim=head_size(_config(checkpoint, CONFIG) or {}),
+        source=source,
+    )
+    return replace(checkpoint, state=named)
+
+
+def _listed(state: PositionalState, names: Sequence[str], checkpoint: Checkpoint) -> list[Parameter]:
+    """Parameters for names in optimizer order: as the weights have them, else shaped as their slots are.
+
+    Keys of an adapter file are taken for the parameters that they stand for.
+    """
+    if len(names) != len(state.ids):
+        raise ConversionError(f"{len(names)} names for the state of {len(state.ids)} parameters")
+    adapter_file, config = _is_adapter(checkpoint), _config(checkpoint)
+    parameters = []
+    for name, identity, shape in zip(names, state.ids, state.shapes(), strict=True):
+        key, adapter = (name, "default") if name in checkpoint.weights else peft_key(name) or (name, "")
+        tensor = checkpoint.weights.get(key)
+        if tensor is not None and adapter_file:
+            parameters += adapter_parameters({key: tensor}, adapter, config)
+        elif tensor is not None:
+            parameters.append(Parameter(name, tensor.shape, None, dtype=tensor.dtype))
+        elif shape is not None:
+            parameters.append(Parameter(name, shape, None))
+        else:
+            raise MissingNamesError(
+                f"'{name}' (id {identity}) has no slot that shows its shape; pass --names (names=) with the adapter "
+                "file or a folder with configs"
+            )
+    return parameters
+
+
+def _is_adapter(checkpoint: Checkpoint) -> bool:
+    """Whether the weights are those of a PEFT adapter file, whose keys all begin alike."""
+    first = next(iter(checkpoint.weights), None)
+    return first is not None and (ADAPTER_CONFIG in checkpoint.configs or first.startswith("base_model.model."))
+
+
+def _rebuilt(folder: Path, checkpoint: Checkpoint) -> Sequence[rules.Described]:
+    """The parameters of the model that the configs in a folder describe; an adapter's may lie beside the checkpoint."""
+    from lora_state_format.torch.rebuild import rebuild
+
+    return rebuild(folder, None if (folder / ADAPTER_CONFIG).exists() else checkpoint.configs.get(ADAPTER_CONFIG))
+
+
+def _config(checkpoint: Checkpoint, name: str = ADAPTER_CONFIG) -> Mapping[str, Any] | None:
+    """The parsed configuration file of that name, if there is one."""
+    path = checkpoint.configs.get(name)
+    return None if path is None else read_json_object(path)
+
+
+# --- writing and the report ---------------------------------------------------------------------------------------
+
+
+def _paired(state: OptimizerState, weights: Mapping[str, Tensor]) -> OptimizerState:
+    """The state with a digest of each parameter's own bytes, where they are at hand."""
+    parameters = []
+    for parameter in state.parameters:
+        tensor = weights.get(parameter.keys.get("peft", parameter.name))
+        if parameter.weights is None and tensor is not None and tensor.shape == parameter.shape:
+            digest = Digest(ALGORITHM, tensor.dtype, digests.hash_tensor(tensor))
+            parameter = replace(parameter, weights=digest)
+        parameters.append(parameter)
+    return replace(state, parameters=tuple(parameters))
+
+
+def _write(
+    writer: Writer,
+    state: OptimizerState,
+    target: Path,
+    base: Path | None,
+    force: bool,
+    options: Mapping[str, Any],
+    progress: Progress | None,
+) -> str | None:
+    if writer.NAME != registry.NAMED:
+        writer.write(state, target, base=base, force=force, **_options(options, writer))
+        return None
+    total, done = sum(tensor.size for tensor in tensors(state)), 0
+
+    def advance(size: int) -> None:
+        nonlocal done
+        done += size
+        if progress:
+            progress(done, total)
+
+    return writing.write(state, target, force=force, progress=advance).digest
+
+
+def _check_digests(state: OptimizerState) -> None:
+    """Raise ``DigestError`` for a tensor that is not what its file's digest says, before a format without digests, or
+    a decoded value, takes the damage on."""
+    trees = [*((parameter.name, parameter.state or {}) for parameter in state.parameters), ("globals", state.globals)]
+    for name, tree in trees:
+        for path, leaf in walk(tree):
+            if isinstance(leaf, Slot) and digests.stated_hash(leaf.tensor):
+                key = "/".join(map(str, (name, *path)))
+                digests.check_hash(key, leaf.tensor, digests.hash_tensor(leaf.tensor))
+
+
+def _notes(state: OptimizerState) -> list[str]:
+    notes = []
+    if idle := sum(parameter.state is None for parameter in state.parameters):
+        notes.append(f"{idle} parameters never took a step; they are kept as such")
+    if state.carried:
+        notes.append(f"{len(state.carried)} parameters with state are in no group; they stand behind the groups")
+    if not any(parameter.state for parameter in state.parameters):
+        notes.append(NOTHING_HELD)
+    return [*notes, *describe_support(state.origin)]
+
+
+def beside_weights(target: Path) -> list[str]:
+    """A warning where a file would lie beside a model's weights, or nothing."""
+    for beside in sorted(target.parent.glob("*.safetensors")):
+        if beside != target and not envelope.is_state(beside):
+            warning = (
+                f"{target} lies beside {beside.name}, and programs that serve a model load every .safetensors file in "
+                f"its folder as weights: {target.parent / 'training_state' / target.name} is a safe place"
+            )
+            return [warning]
+    return []

@@ -1,0 +1,219 @@
+"""One slot of every parameter as a plain safetensors file: a preconditioner, a Fisher diagonal, a mask.
+
+Only the slot's own bytes are read, and one chunk of them is held at a time. What is computed is computed in float64 and
+rounded once, so that it does not depend on the chunks.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final, Literal, TypeAlias
+
+import xxhash
+
+from lora_state_format.errors import DigestError, FileError, OptionError, TargetExistsError
+from lora_state_format.io.atomic import TemporaryFile
+from lora_state_format.io.ledger import Ledger
+from lora_state_format.model.digests import stated_hash
+from lora_state_format.model.states import OptimizerState, Parameter, Scalar, Value
+from lora_state_format.model.tensors import BITS, CHUNK, Tensor
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    Function: TypeAlias = Callable[["np.ndarray[Any, Any]"], "np.ndarray[Any, Any]"]
+
+__all__ = ["Exported", "Keys", "export"]
+
+Keys: TypeAlias = Literal["model", "peft"]
+
+DECAYS: Final[Mapping[str, int]] = {"exp_avg": 0, "exp_avg_sq": 1, "max_exp_avg_sq": 1}
+"""Slots that are exponential means started at zero, and which of the group's ``betas`` is their decay.
+
+Every optimizer with these slots, a ``step`` and ``betas`` uses them so, but those whose means carry a step size
+(Prodigy's ``d``)."""
+
+SQUARES: Final = frozenset({"exp_avg_sq", "max_exp_avg_sq", "square_avg", "sum", "variance"})
+"""Slots that are means or sums of squared gradients."""
+
+FLOATS: Final[Mapping[str, str]] = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2"}
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What was written. ``without`` are the parameters that have no such slot, and so are not in the file."""
+
+    path: str
+    tensors: int
+    size: int
+    without: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class _Item:
+    """A tensor to write: where it comes from, and what it becomes."""
+
+    name: str
+    tensor: Tensor
+    dtype: str
+    function: Function | None
+
+    @property
+    def size(self) -> int:
+        return self.tensor.count * BITS[self.dtype] // 8
+
+
+def export(
+    state: OptimizerState,
+    path: str | os.PathLike[str],
+    slot: str,
+    *,
+    keys: Keys = "model",
+    unbiased: bool = False,
+    inverse_root: bool = False,
+    eps: float | None = None,
+    force: bool = False,
+) -> Exported:
+    """Write one slot of every parameter that has it, each in the parameter's shape or the slot's own, under its name.
+
+    ``keys="peft"`` takes the keys that the parameters have in ``adapter_model.safetensors``. ``unbiased`` divides a
+    moment by ``1 - beta**step``, with the parameter's own ``step`` and its group's ``betas``; ``inverse_root`` gives
+    ``1 / (sqrt(value) + eps)``, with the group's own ``eps`` unless one is given; with both, an Adam's ``exp_avg_sq``
+    becomes exactly what it multiplies the unbiased ``exp_avg`` by. Computed tensors are F32 (F64 stays F64), others
+    keep their bytes.
+
+    Raises ``OptionError`` for a slot, a key or a number that is not there, ``TargetExistsError`` unless ``force``,
+    ``DigestError`` and ``FileError`` for damaged bytes; nothing is left behind then.
+    """
+    path = Path(path)
+    if path.exists() and not force:
+        raise TargetExistsError(f"{path} exists; pass force=True (--force) to replace it")
+    if eps is not None and not inverse_root:
+        raise OptionError("eps is a part of the inverse root; pass inverse_root=True (--inverse-root) with it")
+    found = state.slot(slot)
+    options = {p.name: dict(g.options) for g, ps in zip(state.groups, state.members(), strict=True) for p in ps}
+    items: dict[str, _Item] = {}
+    for name, tensor in found.items():
+        parameter = state[name]
+        function = None
+        if unbiased or inverse_root:
+            if tensor.dtype not in FLOATS:
+                raise OptionError(f"'{name}': slot '{slot}' is {tensor.dtype}, which cannot be computed with")
+            decay = _correction(parameter, slot, options.get(name, {})) if unbiased else 1.0
+            damping = _damping(parameter, slot, options.get(name, {}), eps) if inverse_root else None
+            function = _function(f"'{name}': slot '{slot}'", decay, damping)
+        dtype = tensor.dtype if function is None or tensor.dtype == "F64" else "F32"
+        item = _Item(f"'{name}': slot '{slot}'", tensor, dtype, function)
+        other = items.setdefault(_key(parameter, keys), item)
+        if other is not item:
+            raise OptionError(
+                f"{other.name} and {item.name} would have the same key, '{_key(parameter, keys)}': export one adapter "
+                "at a time (`lora-state prune`)"
+            )
+    _write(path, dict(sorted(items.items(), key=lambda item: (-BITS[item[1].dtype], item[0]))))
+    size = sum(item.size for item in items.values())
+    return Exported(str(path), len(items), size, tuple(p.name for p in state.parameters if p.name not in found))
+
+
+def _key(parameter: Parameter, keys: Keys) -> str:
+    if keys == "model":
+        return parameter.name
+    if "peft" not in parameter.keys:
+        raise OptionError(f"'{parameter.name}' has no key in an adapter file: export with keys='model' (--keys model)")
+    return parameter.keys["peft"]
+
+
+# --- what is computed -----------------------------------------------------------------------------------------------
+
+
+def _correction(parameter: Parameter, slot: str, options: Mapping[str, Value]) -> float:
+    """What a moment is divided by to be unbiased."""
+    if slot not in DECAYS:
+        raise OptionError(f"slot '{slot}' is no mean with a known decay; known are: {', '.join(DECAYS)}")
+    betas, step = options.get("betas"), _number((parameter.state or {}).get("step"))
+    if not isinstance(betas, (tuple, list)) or not step or step <= 0 or "d" in options:
+        raise OptionError(
+            f"'{parameter.name}': the bias of '{slot}' is known from its step and its group's betas, which here are "
+            f"{step!r} and {betas!r}" + (", in an optimizer that scales its moments by 'd'" if "d" in options else "")
+        )
+    return float(1.0 - (_number(betas[DECAYS[slot]]) or 0.0) ** step)
+
+
+def _damping(parameter: Parameter, slot: str, options: Mapping[str, Value], eps: float | None) -> float:
+    if slot not in SQUARES:
+        raise OptionError(f"slot '{slot}' holds no squares; known are: {', '.join(sorted(SQUARES))}")
+    stated = _number(options.get("eps")) if eps is None else eps
+    if stated is None:
+        raise OptionError(f"'{parameter.name}': its group states no eps; pass eps= (--eps)")
+    return stated
+
+
+def _number(value: Value) -> float | None:
+    """An option or a step as a number, if it is one."""
+    number = value.item() if isinstance(value, Scalar) else value
+    return number if isinstance(number, (int, float)) else None
+
+
+def _function(where: str, correction: float, damping: float | None) -> Function:
+    import numpy as np
+
+    def compute(values: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+        unbiased = values / correction
+        if damping is None:
+            return unbiased
+        if (values < 0).any():
+            raise FileError(f"{where} holds a negative number, which is no square")
+        with np.errstate(divide="ignore"):
+            return 1.0 / (np.sqrt(unbiased) + damping)
+
+    return compute
+
+
+# --- writing --------------------------------------------------------------------------------------------------------
+
+
+def _write(path: Path, items: Mapping[str, _Item]) -> None:
+    # "format" is what loaders of model weights look for in a file of tensors
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    position = 0
+    for key, item in items.items():
+        offsets = [position, position + item.size]
+        header[key] = {"dtype": item.dtype, "shape": list(item.tensor.shape), "data_offsets": offsets}
+        position += item.size
+    raw = json.dumps(header, separators=(",", ":")).encode()
+    raw += b" " * (-(8 + len(raw)) % 64)
+    start = 8 + len(raw)
+    ledger, buffer = Ledger(), memoryview(bytearray(CHUNK))
+    with TemporaryFile(path) as file:
+        for item in items.values():
+            for chunk in _computed(item, ledger, buffer):
+                file.write(start, chunk)
+                start += len(chunk)
+        ledger.check()
+        file.finish(len(raw).to_bytes(8, "little") + raw)
+        file.commit(path)
+
+
+def _computed(item: _Item, ledger: Ledger, buffer: memoryview) -> Iterator[memoryview]:
+    """The bytes to write, chunk by chunk; those that are read are checked."""
+    stated = stated_hash(item.tensor)
+    hasher = xxhash.xxh3_128()
+    for chunk in ledger.chunks(item.tensor, buffer):
+        hasher.update(chunk)
+        yield chunk if item.function is None else _converted(chunk, item)
+    if stated and hasher.hexdigest() != stated:
+        raise DigestError(f"{item.name} does not match its digest: the file was changed after it was written")
+
+
+def _converted(chunk: memoryview, item: _Item) -> memoryview:
+    import numpy as np
+
+    assert item.function is not None
+    values = np.frombuffer(chunk, FLOATS[item.tensor.dtype])
+    if item.tensor.dtype == "BF16":
+        values = (values.astype("<u4") << 16).view("<f4")
+    return item.function(values.astype(np.float64)).astype(FLOATS[item.dtype]).data.cast("B")

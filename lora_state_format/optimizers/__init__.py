@@ -1,0 +1,1 @@
+"""What is known of optimizers, as data: classes, kinds of hyperparameters, roles of slots, quantised moments."""
