@@ -19,7 +19,7 @@ test-frameworks: .venv-frameworks/ready  ## the converters against every framewo
 	OMP_NUM_THREADS=1 .venv-frameworks/bin/pytest -m frameworks
 
 fuzz: .venv/ready  ## ten minutes of random inputs for every reader
-	.venv/bin/python tests/fuzz.py --seconds 600
+	.venv/bin/python tests/hostile/fuzz.py --seconds 600
 
 bench: .venv/ready .venv-frameworks/ready  ## what it costs, beside cp, torch and DCP; an hour of a machine with 24 GB
 	.venv/bin/python tests/bench/bench.py --megabytes 2048 1024 4096
@@ -27,16 +27,16 @@ bench: .venv/ready .venv-frameworks/ready  ## what it costs, beside cp, torch an
 	.venv-frameworks/bin/python tests/bench/sharded.py
 
 crashes: .venv/ready  ## four ways to write, each killed at 200 random moments
-	OMP_NUM_THREADS=1 .venv/bin/python tests/crash_writer.py random 200
+	OMP_NUM_THREADS=1 .venv/bin/python tests/io/crash_writer.py random 200
 
 # Not the vector of all dtypes, which safetensors knows only since a later version, nor a message with NumPy 2's repr.
 test-lowest: .venv-lowest/ready  ## what needs no torch, with the lowest versions that pyproject.toml allows
-	.venv-lowest/bin/pytest tests/test_fuzz.py tests/test_manifest.py tests/test_vectors.py \
-		--deselect 'tests/test_vectors.py::test_valid[dtypes]' \
-		--deselect 'tests/test_manifest.py::test_a_state_that_breaks_a_rule_is_not_written[4]'
+	.venv-lowest/bin/pytest tests/hostile/test_fuzz.py tests/format/test_manifest.py tests/spec/test_vectors.py \
+		--deselect 'tests/spec/test_vectors.py::test_valid[dtypes]' \
+		--deselect 'tests/format/test_manifest.py::test_a_state_that_breaks_a_rule_is_not_written[4]'
 
-WITHOUT_TORCH := $(patsubst %,tests/test_%.py,container crashes diff edit folders fuzz hostile imports manifest mapping \
-	mappings model plan properties readers registry sources vectors) \
+WITHOUT_TORCH := tests/binding tests/format tests/hostile tests/io tests/mapping tests/model tests/spec \
+	$(patsubst %,tests/operations/test_%.py,diff edit) tests/test_imports.py tests/test_registry.py \
 	$(patsubst %,tests/converters/test_%.py,flax_msgpack mlx paddlenlp)
 
 # A command of that name may be there and refuse to run: pyenv's, which run where they are asked for by version.

@@ -20,7 +20,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     copy = tmp_path_factory.mktemp("source")
     for path in ROOT.iterdir():
         if path.is_dir() and path.name in {"converters", "lora_state_format", "spec", "tests"}:
-            shutil.copytree(path, copy / path.name, ignore=shutil.ignore_patterns("__pycache__"))
+            shutil.copytree(path, copy / path.name, symlinks=True, ignore=shutil.ignore_patterns("__pycache__"))
         elif path.is_file():
             shutil.copy(path, copy)
     return copy
@@ -67,4 +67,4 @@ def test_the_source_distribution_holds_the_spec_and_the_tests(source: Path) -> N
         found = {name.partition("/")[2] for name in archive.getnames()}
     files = [path for path in (ROOT / "spec").rglob("*") if path.is_file() and path.suffix != ".pyc"]
     assert {str(path.relative_to(ROOT)) for path in files} <= found
-    assert {"tests/test_packaging.py", "converters/__init__.py", "Makefile", "constraints.txt", "LICENSE"} <= found
+    assert {"tests/test_packaging.py", "lora_state_format/converters/__init__.py", "Makefile", "constraints.txt", "LICENSE"} <= found

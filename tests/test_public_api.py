@@ -37,7 +37,7 @@ def test_names_of_the_torch_side() -> None:
 
 def test_a_function_stays_a_function_whatever_is_imported_first() -> None:
     code = (
-        "import lora_state_format as lsf, lora_state_format.cli, lora_state_format.conversion\n"
+        "import lora_state_format as lsf, lora_state_format.cli, lora_state_format.operations.conversion\n"
         "assert all(callable(getattr(lsf, name)) for name in lsf.__all__ if name != 'errors')\n"
         "assert lsf.errors.StateFormatError.exit_code == 3\n"
     )

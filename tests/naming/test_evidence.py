@@ -401,7 +401,7 @@ def test_as_json() -> None:
 
 @pytest.fixture(scope="module")
 def study() -> Iterator[ModuleType]:
-    path = Path(__file__).parent / "bench" / "evidence_study.py"
+    path = Path(__file__).parents[1] / "bench" / "evidence_study.py"
     spec = importlib.util.spec_from_file_location("evidence_study", path)
     assert spec is not None
     assert spec.loader is not None

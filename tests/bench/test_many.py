@@ -11,7 +11,7 @@ from typing import Final
 from lora_state_format.format import envelope, reading, writing
 from lora_state_format.model.sources import File
 
-BENCH: Final = Path(__file__).parent / "bench" / "bench.py"
+BENCH: Final = Path(__file__).with_name("bench.py")
 COUNT: Final = 142_000
 
 

@@ -42,7 +42,7 @@ from lora_state_format.model.states import Group, Naming, Optimizer, OptimizerSt
 from lora_state_format.model.tensors import Tensor, contiguous
 from lora_state_format.operations import conversion
 
-VECTORS: Final = Path(__file__).parent.parent / "spec" / "vectors"
+VECTORS: Final = Path(__file__).parents[2] / "spec" / "vectors"
 PICKLES: Final = runpy.run_path(os.fspath(Path(__file__).with_name("hostile_pickles.py")))["CASES"]
 SECONDS: Final = 5
 MEBIBYTES: Final = 512

@@ -15,7 +15,7 @@ from lora_state_format.foreign import optax
 from lora_state_format.mapping.algorithms import REFUSED, Layout
 from lora_state_format.mapping.maps import MAPS, Rule
 
-ROOT: Final = Path(__file__).parent.parent
+ROOT: Final = Path(__file__).parents[2]
 DOCUMENT: Final = ROOT / "spec" / "mappings.md"
 
 LAYOUTS: Final[Mapping[str, Iterable[Layout]]] = {

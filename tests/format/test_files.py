@@ -25,7 +25,7 @@ from lora_state_format.model.sources import File, Memory
 from lora_state_format.model.states import Group, Naming, Optimizer, OptimizerState, Parameter, Role, Scalar, Slot
 from lora_state_format.model.tensors import BITS, Box, Digest, Piece, Tensor, contiguous
 
-VECTORS: Final = Path(__file__).parent.parent / "spec" / "vectors"
+VECTORS: Final = Path(__file__).parents[2] / "spec" / "vectors"
 
 
 def make(*, scale: int = 1, parameters: int = 4, elements: int = 6, step: float = 1.0) -> OptimizerState:

@@ -33,7 +33,7 @@ from lora_state_format.foreign.zips import Archive
 from lora_state_format.model.sources import File, Memory, Range
 from lora_state_format.model.tensors import Tensor
 
-WILD = Path(__file__).parents[2] / "shared" / "wild"
+WILD = Path(__file__).parents[3] / "shared" / "wild"
 DTYPES = [
     torch.bool, torch.uint8, torch.int8, torch.uint16, torch.int16, torch.uint32, torch.int32, torch.uint64,
     torch.int64, torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.complex64, torch.float8_e4m3fn,
@@ -42,7 +42,9 @@ DTYPES = [
 
 
 def _corpus() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("hostile_pickles", Path(__file__).with_name("hostile_pickles.py"))
+    spec = importlib.util.spec_from_file_location(
+        "hostile_pickles", Path(__file__).parents[1] / "hostile" / "hostile_pickles.py"
+    )
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)

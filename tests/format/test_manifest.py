@@ -35,7 +35,7 @@ from lora_state_format.model.tensors import Digest, Tensor, contiguous
 from lora_state_format.naming.names import without_wrappers
 from lora_state_format.optimizers.roles import role_of
 
-VECTORS: Final = Path(__file__).parent.parent / "spec" / "vectors"
+VECTORS: Final = Path(__file__).parents[2] / "spec" / "vectors"
 
 
 # --- canonical JSON -----------------------------------------------------------------------------------------------

@@ -416,7 +416,7 @@ def test_a_format_that_is_not_there(founding: Founding, tmp_path: Path) -> None:
 def test_damage_is_not_carried_on(target: str, tmp_path: Path) -> None:
     """Most formats have no digests: what is wrong in a named file must not become what is right there."""
     source = tmp_path / "a.safetensors"
-    raw = bytearray(Path(__file__).parents[1].joinpath("spec/vectors/valid/example.safetensors").read_bytes())
+    raw = bytearray(Path(__file__).parents[2].joinpath("spec/vectors/valid/example.safetensors").read_bytes())
     raw[-1] ^= 1
     source.write_bytes(raw)
     with pytest.raises(DigestError) as caught:

@@ -24,7 +24,7 @@ from lora_state_format.io import strict_json
 from lora_state_format.io.strict_json import dumps, loads
 from lora_state_format.model.sources import File
 
-ROOT: Final = Path(__file__).parent.parent
+ROOT: Final = Path(__file__).parents[2]
 SPEC: Final = ROOT / "spec"
 TEXT: Final = (SPEC / "format.md").read_text(encoding="utf-8")
 RULES: Final = re.findall(r"^\*\*([RW][0-9]+)\. ", TEXT, flags=re.MULTILINE)
@@ -70,7 +70,7 @@ def test_every_rule_has_a_vector_and_every_vector_a_rule() -> None:
 
 
 def test_the_code_cites_every_rule_and_no_other() -> None:
-    code = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "lora_state_format").glob("*.py"))
+    code = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "lora_state_format").rglob("*.py"))
     raised = set(re.findall(r'"(R[0-9]+)"', code)) | set(re.findall(r"\[(R[0-9]+)\]", code))
     assert raised == {rule for rule in RULES if rule[0] == "R"}
     mentioned = set(re.findall(r"\b([RW][0-9]+)\b", (ROOT / "spec" / "reader.py").read_text(encoding="utf-8")))
@@ -113,7 +113,7 @@ def test_there_are_vectors_and_more_of_the_invalid() -> None:
 
 
 def test_vectors_are_as_they_were_written(load_module: Callable[[Path], ModuleType]) -> None:
-    made = load_module(ROOT / "tests" / "make_vectors.py").rendered()
+    made = load_module(ROOT / "tests" / "spec" / "make_vectors.py").rendered()
     folder = SPEC / "vectors"
     stored = {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
     assert sorted(made) == sorted(stored)

@@ -32,7 +32,7 @@ from lora_state_format.model.states import (
 from lora_state_format.model.tensors import contiguous
 from lora_state_format.numpy import array, load
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 DOCUMENT = (ROOT / "docs" / "readers.md").read_text(encoding="utf-8")
 VALID = sorted((ROOT / "spec" / "vectors" / "valid").glob("*.safetensors"))
 INVALID = sorted((ROOT / "spec" / "vectors" / "invalid").glob("*.json"))

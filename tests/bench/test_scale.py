@@ -20,7 +20,7 @@ from lora_state_format.format import reading, writing
 from lora_state_format.model.states import OptimizerState, Slot
 from lora_state_format.model.tensors import Tensor
 
-SCRIPT: Final = Path(__file__).parent / "bench" / "scale.py"
+SCRIPT: Final = Path(__file__).with_name("scale.py")
 
 
 @pytest.fixture(scope="module")

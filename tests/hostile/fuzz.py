@@ -3,8 +3,8 @@
 A reader may return or raise a ``StateFormatError``; anything else that escapes is a finding. Inputs depend on the seed
 and their number alone, so that a finding can be made again::
 
-    python tests/fuzz.py --seconds 600            # all targets, one after the other
-    python tests/fuzz.py container --first 4711 --count 1
+    python tests/hostile/fuzz.py --seconds 600            # all targets, one after the other
+    python tests/hostile/fuzz.py container --first 4711 --count 1
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ from lora_state_format.model.states import Checkpoint, Naming, Parameter, Positi
 from lora_state_format.model.tensors import Tensor, contiguous
 
 HERE: Final = Path(__file__).parent
-VECTORS: Final = HERE.parent / "spec" / "vectors"
+VECTORS: Final = HERE.parents[1] / "spec" / "vectors"
 
 Make = Callable[[random.Random], bytes]
 Read = Callable[[bytes, Path], None]

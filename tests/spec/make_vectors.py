@@ -1,4 +1,4 @@
-"""Makes the files of ``spec/vectors``: ``python tests/make_vectors.py`` writes those that are missing.
+"""Makes the files of ``spec/vectors``: ``python tests/spec/make_vectors.py`` writes those that are missing.
 
 It never replaces one: the vectors are the format, and a file that would come out differently is an error. The valid
 ones are mostly what the package writes; everything else is put together here, from bytes, by the text.
@@ -33,7 +33,7 @@ from lora_state_format.model.states import (
 )
 from lora_state_format.model.tensors import BITS, Digest, contiguous
 
-FOLDER: Final = Path(__file__).parent.parent / "spec" / "vectors"
+FOLDER: Final = Path(__file__).parents[2] / "spec" / "vectors"
 NAME: Final = "optimizer.safetensors"
 """The path to open in a folder that holds a set."""
 

@@ -27,7 +27,7 @@ from lora_state_format.naming.rules import RULES, Described
 if TYPE_CHECKING:
     import torch
 
-WILD = Path(__file__).parents[1] / ".." / "shared" / "wild"
+WILD = Path(__file__).parents[2] / ".." / "shared" / "wild"
 LAYER = "model.layers.{}.{}.weight"
 
 

@@ -201,7 +201,7 @@ def test_what_cannot_be_decoded(tmp_path: Path) -> None:
 
 
 def test_a_public_8_bit_checkpoint(tmp_path: Path) -> None:
-    folder = Path(__file__).parents[2] / "shared" / "wild" / "llama-lora-bnb8-32"
+    folder = Path(__file__).parents[3] / "shared" / "wild" / "llama-lora-bnb8-32"
     if not folder.exists():
         pytest.skip("no public checkpoints beside the project")
     report = convert(folder, tmp_path / "x.safetensors", dequantize=True)
