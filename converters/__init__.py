@@ -8,18 +8,18 @@ To add a format, write ``converters/FORMAT.py`` with
     what is recognised, in a phrase: it is shown by ``lora-state formats`` and where nothing was recognised.
 ``detect(path: Path) -> Match | None``
     whether an existing file or folder is of this format. Look at names, magic bytes and headers, at most one folder
-    deep; read no tensor, run nothing, import no framework. ``Match.reason`` says what was found. Mark the match
-    ``generic`` if other writers leave the same signs.
-``read(path: Path) -> Checkpoint``
-    the state with its tensors as byte ranges: nothing is decoded, cast or copied here. A format that has names makes an
-    ``OptimizerState``; one that has ids makes a ``PositionalState`` and leaves the naming to the core. Slots get their
-    ``Role`` from the optimizer's description; ``OPAQUE`` where it is unknown.
-``write(state, path, *, base, force)``
+    deep; read no tensor, run nothing, import no framework. ``Match.reason`` says what was found, ``Match.path``
+    what is to be read. Mark the match ``generic`` if other writers leave the same signs.
+``read(match: Match, options: Mapping[str, Any]) -> Checkpoint``
+    the state at ``match.path`` with its tensors as byte ranges: nothing is decoded, cast or copied here. A format that
+    has names makes an ``OptimizerState``; one that has ids makes a ``PositionalState`` and leaves the naming to the
+    core. Slots get their ``Role`` from the optimizer's description; ``OPAQUE`` where it is unknown.
+``write(state, path, *, base, force, options)``
     only if the format can hold the state exactly; raise ``UnrepresentableError`` for what it cannot hold. ``base`` is a
     checkpoint of the format to take the rest from (``--base``), or ``None``.
 ``OPTIONS``
     only if something has to be told that no file says: a mapping from key to what it means (``--option KEY=VALUE``).
-    ``read`` and ``write`` then take ``options: Mapping[str, Any] | None = None`` as well.
+    ``options`` holds those that were given.
 
 then add one row to ``registry.BUILT_IN``, one to the table in ``README.md``, and tests with checkpoints that the real
 framework wrote. Naming, checks, reports, the command line and the API come by themselves.

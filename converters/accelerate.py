@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
 
-from lora_state_format.errors import FileError, OptionError, RefusedError, TargetExistsError
+from lora_state_format.errors import OptionError, RefusedError, TargetExistsError
 from lora_state_format.foreign import keyed, pickles
 from lora_state_format.foreign.state_dict import Found, from_state_dict, to_state_dict
 from lora_state_format.foreign.torch_save import save
@@ -41,9 +41,9 @@ def detect(path: Path) -> Match | None:
         return None
     local = sorted(file for file in path.iterdir() if _LOCAL.fullmatch(file.name))
     if local:
-        return Match("FSDP state of single ranks", local[0])
+        return Match("FSDP state of single ranks", path)
     files = _files(path)
-    return Match(f"{len(files)} optimizer.bin of accelerate or FSDP", files[0]) if files else None
+    return Match(f"{len(files)} optimizer.bin of accelerate or FSDP", path) if files else None
 
 
 def _files(path: Path) -> list[Path]:
@@ -51,8 +51,9 @@ def _files(path: Path) -> list[Path]:
     return [found[number] for number in sorted(found)]
 
 
-def read(path: Path, options: Mapping[str, Any] | None = None) -> Checkpoint:
+def read(match: Match, options: Mapping[str, Any]) -> Checkpoint:
     """Raises ``RefusedError`` for files that hold the shards of one rank. ``options`` are for writing."""
+    path = match.path
     if local := sorted(file for file in path.iterdir() if _LOCAL.fullmatch(file.name)):
         raise RefusedError(
             f"one of {len(local)} files with the shards of single ranks, which do not say how they fit together: load "
@@ -60,8 +61,6 @@ def read(path: Path, options: Mapping[str, Any] | None = None) -> Checkpoint:
             path=local[0],
         )
     places = _files(path)
-    if not places:
-        raise FileError("no optimizer.bin", path=path)
     with reading() as files:
         found = [Found((place.name,), pickles.load(files[place], place).value) for place in places]
         weights = _weights(path, files, len(found))
@@ -84,13 +83,11 @@ def _weights(path: Path, files: Files, optimizers: int) -> dict[str, Tensor]:
     return {name: tensor for name, tensor in weights.items() if split_adapter(name)} or weights
 
 
-def write(
-    state: OptimizerState, path: Path, *, base: Path | None, force: bool, options: Mapping[str, Any] | None = None
-) -> None:
+def write(state: OptimizerState, path: Path, *, base: Path | None, force: bool, options: Mapping[str, Any]) -> None:
     """Write ``optimizer.bin``, and ``optimizer_1.bin`` and so on for further optimizers, into a folder."""
     if base is not None:
         raise OptionError(f"{NAME} writes whole files and takes nothing from another ({base})")
-    chosen = options or {}
+    chosen = options
     targets = [path / f"optimizer{f'_{index}' if index else ''}.bin" for index in range(len(state.optimizers))]
     for target in targets:
         if target.exists() and not force:

@@ -5,6 +5,7 @@ Sharded checkpoints are DCP folders. The layout is that of ``composer/core/state
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
 
@@ -36,7 +37,8 @@ def detect(path: Path) -> Match | None:
     return None
 
 
-def read(path: Path) -> Checkpoint:
+def read(match: Match, options: Mapping[str, Any]) -> Checkpoint:
+    path = match.path
     with reading() as files:
         tree = member(pickles.load(files[path], path).value, "state", dict, path)
         key = "optimizers" if "optimizers" in tree else "_optimizers"

@@ -15,7 +15,7 @@ from typing import Any, Final
 
 from lora_state_format.errors import FileError
 from lora_state_format.foreign import keyed
-from lora_state_format.foreign.dcp import METADATA, Folder, is_folder, metadata, open_folder, write_folder
+from lora_state_format.foreign.dcp import Folder, is_folder, metadata, open_folder, write_folder
 from lora_state_format.foreign.state_dict import Found, from_state_dict, is_state_dict
 from lora_state_format.model.states import Checkpoint, OptimizerState, Scalar
 from lora_state_format.model.tensors import Tensor
@@ -33,7 +33,7 @@ def detect(path: Path) -> Match | None:
     folders = _folders(path)
     if not folders:
         return None
-    return Match("a .metadata file that lists an optimizer's param_groups", folders[0] / METADATA)
+    return Match("a .metadata file that lists an optimizer's param_groups", path)
 
 
 def _folders(path: Path) -> list[Path]:
@@ -44,11 +44,10 @@ def _folders(path: Path) -> list[Path]:
     return [folder for folder in candidates if b"param_groups" in metadata(folder)]
 
 
-def read(path: Path, options: Mapping[str, Any] | None = None) -> Checkpoint:
+def read(match: Match, options: Mapping[str, Any]) -> Checkpoint:
     """``options`` are for writing."""
+    path = match.path
     places = _folders(path)
-    if not places:
-        raise FileError("no DCP folder whose .metadata lists an optimizer's param_groups", path=path)
     others = [] if is_folder(path) else sorted(f for f in path.iterdir() if is_folder(f) and f not in places)
     opened: list[Folder] = []
     try:
@@ -156,11 +155,9 @@ def _check_steps(found: Found) -> None:
                 )
 
 
-def write(
-    state: OptimizerState, path: Path, *, base: Path | None, force: bool, options: Mapping[str, Any] | None = None
-) -> None:
+def write(state: OptimizerState, path: Path, *, base: Path | None, force: bool, options: Mapping[str, Any]) -> None:
     """Write a folder for ``torch.distributed.checkpoint.load`` and ``set_optimizer_state_dict``."""
-    chosen = options or {}
+    chosen = options
     key = str(chosen.get("key", "optimizer"))
     laid_out = _flat_entries if chosen.get("flattened") else _nested_entries
     entries: dict[tuple[Any, ...], Any] = {}

@@ -39,7 +39,7 @@ _MODEL: Final = re.compile(r"(?:zero_pp_rank_0_)?mp_rank_\d+(?:_\d+)?_model_stat
 
 def detect(path: Path) -> Match | None:
     folder = _folder(path)
-    return Match("a folder zero with an optimizer_state.pt", folder / _GLOBAL) if folder else None
+    return Match("a folder zero with an optimizer_state.pt", folder) if folder else None
 
 
 def _folder(path: Path) -> Path | None:
@@ -51,14 +51,10 @@ def _folder(path: Path) -> Path | None:
     return next((folder for folder in (path, *inner) if (folder / _GLOBAL).is_file()), None)
 
 
-def read(path: Path, options: Mapping[str, Any] | None = None) -> Checkpoint:
-    options = options or {}
-    folder = _folder(path)
-    if folder is None:
-        raise FileError("no folder zero with an optimizer_state.pt", path=path)
+def read(match: Match, options: Mapping[str, Any]) -> Checkpoint:
     files = Files()
     try:
-        return _read(folder, files, bool(options.get("masters")))
+        return _read(match.path, files, bool(options.get("masters")))
     except BaseException:
         files.close()
         raise
@@ -189,9 +185,7 @@ def _shaped(tensor: Tensor, shape: tuple[int, ...], path: Path) -> Tensor:
 # --- writing ------------------------------------------------------------------------------------------------------
 
 
-def write(
-    state: OptimizerState, path: Path, *, base: Path | None, force: bool, options: Mapping[str, Any] | None = None
-) -> None:
+def write(state: OptimizerState, path: Path, *, base: Path | None, force: bool, options: Mapping[str, Any]) -> None:
     """Write a folder for ``load_checkpoint`` with ``checkpoint.load_universal``: a tag and ``latest_universal``.
 
     ``base`` is a DeepSpeed checkpoint of the same run (its tag folder): what is not optimizer state, the model's files

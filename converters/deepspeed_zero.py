@@ -77,11 +77,8 @@ class _Rank:
     partitions: Sequence[int]
 
 
-def read(path: Path, options: Mapping[str, Any] | None = None) -> Checkpoint:
-    options = options or {}
-    folder = _tag_folder(path)
-    if folder is None:
-        raise FileError("no ZeRO optimizer files (zero_pp_rank_*_optim_states.pt)", path=path)
+def read(match: Match, options: Mapping[str, Any]) -> Checkpoint:
+    folder = match.path
     with reading() as files:
         ranks = [_rank(files[file]) for file in _rank_files(folder)]
         model_file = folder / f"{'zero_pp_rank_0_' if ranks[0].stage == 3 else ''}mp_rank_00_model_states.pt"

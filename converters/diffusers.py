@@ -6,10 +6,10 @@ weights' keys name the same parameters without the adapter's name. Layout: ``exa
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
-from lora_state_format.errors import FileError
 from lora_state_format.foreign import pickles
 from lora_state_format.foreign.state_dict import from_state_dict
 from lora_state_format.foreign.weights import read_weights
@@ -26,13 +26,12 @@ _WEIGHTS: Final = "pytorch_lora_weights.safetensors"
 
 def detect(path: Path) -> Match | None:
     if (path / _OPTIMIZER).is_file() and (path / _WEIGHTS).is_file():
-        return Match(f"{_OPTIMIZER} beside {_WEIGHTS}", path / _OPTIMIZER)
+        return Match(f"{_OPTIMIZER} beside {_WEIGHTS}", path)
     return None
 
 
-def read(path: Path) -> Checkpoint:
-    if detect(path) is None:
-        raise FileError(f"no {_OPTIMIZER} with {_WEIGHTS} beside it", path=path)
+def read(match: Match, options: Mapping[str, Any]) -> Checkpoint:
+    path = match.path
     step = path.name.removeprefix("checkpoint-")
     with reading() as files:
         state = from_state_dict(

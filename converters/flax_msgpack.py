@@ -34,14 +34,13 @@ def detect(path: Path) -> Match | None:
     return Match(f"msgpack whose first key, '{key}', is one of an optimizer's state as flax writes it", path)
 
 
-def read(path: Path, options: Mapping[str, Any] | None = None) -> Checkpoint:
+def read(match: Match, options: Mapping[str, Any]) -> Checkpoint:
     """The state, and the parameters if they are in the file, or in ``flax_model.msgpack`` beside ``opt_state.msgpack``.
 
     Raises ``FileError`` for a damaged file, ``RefusedError`` for a tree that is not known or does not convert, and
     ``OptionError`` where the rule has to be said.
     """
-    options = options or {}
-    path = path / STATE if path.is_dir() else path
+    path = match.path
     beside = path.with_name(WEIGHTS)
     files = [File(path)]
     try:
@@ -60,15 +59,12 @@ def read(path: Path, options: Mapping[str, Any] | None = None) -> Checkpoint:
         raise
 
 
-def write(
-    state: OptimizerState, path: Path, *, base: Path | None, force: bool, options: Mapping[str, Any] | None = None
-) -> None:
+def write(state: OptimizerState, path: Path, *, base: Path | None, force: bool, options: Mapping[str, Any]) -> None:
     """Write bytes for ``flax.serialization.from_bytes(tx.init(params), ...)``.
 
     ``base`` is a file of the same optimizer, ``to_bytes(tx.init(params))`` for example, or a ``TrainState``, all of
     which but the optimizer's state is copied. Without one the optimizer is taken to be ``optax.NAME(learning_rate)``.
     """
-    options = options or {}
     state = apply.on_writing(state, options.get("map"), NAME)
     if base is None:
         flax.save(optax.to_tree(state, options=options), path, force=force)

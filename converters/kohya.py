@@ -7,10 +7,10 @@ weights' keys have the modules' dots made underscores, and an order of their own
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
-from lora_state_format.errors import FileError
 from lora_state_format.foreign import pickles
 from lora_state_format.foreign.state_dict import from_state_dict
 from lora_state_format.foreign.weights import read_weights
@@ -28,13 +28,12 @@ _STATE: Final = "train_state.json"
 
 def detect(path: Path) -> Match | None:
     if (path / _OPTIMIZER).is_file() and (path / _STATE).is_file():
-        return Match(f"{_OPTIMIZER} beside {_STATE}; support is from source only", path / _OPTIMIZER)
+        return Match(f"{_OPTIMIZER} beside {_STATE}; support is from source only", path)
     return None
 
 
-def read(path: Path) -> Checkpoint:
-    if detect(path) is None:
-        raise FileError(f"no {_OPTIMIZER} with {_STATE} beside it", path=path)
+def read(match: Match, options: Mapping[str, Any]) -> Checkpoint:
+    path = match.path
     with reading() as files:
         step = read_json_object(path / _STATE).get("current_step")
         state = from_state_dict(

@@ -29,7 +29,7 @@ GROUPS: Final = "optimizer_param_groups.json"
 
 def detect(path: Path) -> Match | None:
     folders = _folders(path)
-    return Match(f"{STATE} beside {GROUPS}", folders[0] / STATE) if folders else None
+    return Match(f"{STATE} beside {GROUPS}", path) if folders else None
 
 
 def _folders(path: Path) -> list[Path]:
@@ -47,10 +47,8 @@ def _holds(folder: Path) -> bool:
     return (folder / STATE).is_file() and (folder / GROUPS).is_file()
 
 
-def read(path: Path) -> Checkpoint:
-    folders = _folders(path)
-    if not folders:
-        raise FileError(f"no {STATE} with {GROUPS} beside it", path=path)
+def read(match: Match, options: Mapping[str, Any]) -> Checkpoint:
+    folders = _folders(match.path)
     with reading() as files:
         trees = [Found((folder.name,), _tree(folder, files)) for folder in folders]
         model = folders[0].parent / "pretrained_model" / "model.safetensors"
@@ -72,7 +70,7 @@ def _tree(folder: Path, files: Files) -> dict[str, Any]:
     return {"state": state, "param_groups": groups}
 
 
-def write(state: OptimizerState, path: Path, *, base: Path | None, force: bool) -> None:
+def write(state: OptimizerState, path: Path, *, base: Path | None, force: bool, options: Mapping[str, Any]) -> None:
     """Write a ``training_state`` folder. Raises ``UnrepresentableError`` for what JSON or safetensors cannot hold."""
     if base is not None:
         raise OptionError(f"{NAME} writes a whole folder and takes nothing from another ({base})")

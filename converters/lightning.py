@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 from lora_state_format.errors import FileError, OptionError, TargetExistsError, UnrepresentableError
 from lora_state_format.foreign import pickles
@@ -43,7 +43,8 @@ def detect(path: Path) -> Match | None:
     return None
 
 
-def read(path: Path) -> Checkpoint:
+def read(match: Match, options: Mapping[str, Any]) -> Checkpoint:
+    path = match.path
     with reading() as files:
         tree = pickles.load(files[path], path).value
         states = member(tree, "optimizer_states", list, path)
@@ -98,7 +99,7 @@ def _fit(names: Sequence[str], state: PositionalState, weights: Mapping[str, Ten
     )
 
 
-def write(state: OptimizerState, path: Path, *, base: Path | None, force: bool) -> None:
+def write(state: OptimizerState, path: Path, *, base: Path | None, force: bool, options: Mapping[str, Any]) -> None:
     """Write ``base``, a ``.ckpt`` of the same run, with the state in place of its ``optimizer_states``.
 
     Raises ``UnrepresentableError`` where the number of optimizers differs, or for a value that torch could not load.

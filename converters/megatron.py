@@ -35,9 +35,7 @@ def detect(path: Path) -> Match | None:
     folder = _folder(path)
     if folder is None:
         return None
-    return Match(
-        "metadata.json with a sharded_backend beside .metadata; support is from source only", folder / METADATA
-    )
+    return Match("metadata.json with a sharded_backend beside .metadata; support is from source only", folder)
 
 
 def _folder(path: Path) -> Path | None:
@@ -48,12 +46,10 @@ def _folder(path: Path) -> Path | None:
     return None
 
 
-def read(path: Path, options: Mapping[str, Any] | None = None) -> Checkpoint:
+def read(match: Match, options: Mapping[str, Any]) -> Checkpoint:
     """Raises ``RefusedError`` for buckets of flat buffers, which only the model can take apart."""
-    chosen = options or {}
-    place = _folder(path)
-    if place is None:
-        raise FileError("no .metadata with a metadata.json that names a sharded_backend", path=path)
+    chosen = options
+    place = match.path
     backend = read_json_object(place / "metadata.json").get("sharded_backend")
     if backend != "torch_dist":
         raise RefusedError(f"sharded_backend {backend!r}; torch_dist is read", path=place / "metadata.json")

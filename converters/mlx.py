@@ -75,26 +75,21 @@ def _counters(entries: Mapping[str, Entry]) -> dict[str, Any]:
     return {key: (entries[key].dtype, entries[key].shape) for key in COUNTERS if key in entries}
 
 
-def read(path: Path, options: Mapping[str, Any] | None = None) -> Checkpoint:
+def read(match: Match, options: Mapping[str, Any]) -> Checkpoint:
     """The state, and the adapter beside it. Parameters are in the order of the file.
 
     Raises ``RefusedError`` for what does not convert (8-bit moments, MultiOptimizer), ``OptionError`` for what has to
     be said: the rule, and of Adam and AdamW whether they correct the bias.
     """
-    options = options or {}
-    match = detect(path)
-    path = match.path if match else path
+    path = match.path
     files = [File(path)]
     try:
         if path.suffix == ".zip":
             raise RefusedError(f"compressed: unzip it and convert the file *{SUFFIX} in it", path=path)
         found = read_header(files[0], foreign=True)
-        if _counters(found.entries) != COUNTERS:
-            several = "states.0.learning_rate" in found.entries
+        if "states.0.learning_rate" in found.entries:
             raise RefusedError(
-                "the state of a MultiOptimizer, whose parts do not say their rules: save the state of each part"
-                if several
-                else "no step and learning_rate, which MLX keeps beside the moments",
+                "the state of a MultiOptimizer, whose parts do not say their rules: save the state of each part",
                 path=path,
             )
         weights = _weights(path, files)
@@ -182,14 +177,11 @@ def _parameter(
 # --- writing ------------------------------------------------------------------------------------------------------
 
 
-def write(
-    state: OptimizerState, path: Path, *, base: Path | None, force: bool, options: Mapping[str, Any] | None = None
-) -> None:
+def write(state: OptimizerState, path: Path, *, base: Path | None, force: bool, options: Mapping[str, Any]) -> None:
     """Write ``optimizer.state`` for ``tree_unflatten(list(mx.load(path).items()))``.
 
     Raises ``UnrepresentableError`` for what MLX has no place for: steps that differ, more than one learning rate.
     """
-    options = options or {}
     if base is not None:
         raise OptionError(f"{NAME} writes a whole file and takes nothing from another ({base})")
     state = apply.on_writing(state, options.get("map"), NAME)

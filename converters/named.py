@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from lora_state_format.format import envelope, reading
 from lora_state_format.model.states import Checkpoint, OptimizerState
@@ -26,12 +27,11 @@ def detect(path: Path) -> Match | None:
     return None
 
 
-def read(path: Path) -> Checkpoint:
-    match = detect(path)
-    return Checkpoint(reading.open_state(match.path if match else path))
+def read(match: Match, options: Mapping[str, Any]) -> Checkpoint:
+    return Checkpoint(reading.open_state(match.path))
 
 
-def write(state: OptimizerState, path: Path, *, base: Path | None, force: bool) -> Written:
+def write(state: OptimizerState, path: Path, *, base: Path | None, force: bool, options: Mapping[str, Any]) -> Written:
     from lora_state_format.format import writing  # ``inspect`` comes here too, and writes nothing
 
     return writing.write(state, path, force=force)

@@ -32,7 +32,7 @@ _FILE: Final = re.compile(r"optimizer_pp-(\d+)-of-\d+(?:_dp-(\d+)-of-\d+)?_tp-\d
 
 def detect(path: Path) -> Match | None:
     folder = _folder(path)
-    return Match(f"{_CONFIG} of nanotron; support is from source only", folder / _CONFIG) if folder else None
+    return Match(f"{_CONFIG} of nanotron; support is from source only", folder) if folder else None
 
 
 def _folder(path: Path) -> Path | None:
@@ -42,19 +42,17 @@ def _folder(path: Path) -> Path | None:
     return None
 
 
-def read(path: Path) -> Checkpoint:
-    folder = _folder(path)
-    if folder is None:
-        raise FileError(f"no {_CONFIG} with rank files beside it", path=path)
+def read(match: Match, options: Mapping[str, Any]) -> Checkpoint:
+    folder = match.path
     config = read_json_object(folder / _CONFIG)
     sizes = {key: int(value) for key, value in member(config, "parallelism", dict, folder / _CONFIG).items()}
     for kind in ("tp_size", "expert_parallel_size"):
         if sizes.get(kind, 1) > 1:
             raise RefusedError(f"parameters are sharded ({kind} {sizes[kind]}), and nothing says how", path=folder)
     ranks = {
-        (int(match[1]), int(match[2] or 0)): file
+        (int(found[1]), int(found[2] or 0)): file
         for file in sorted(folder.iterdir())
-        if (match := _FILE.fullmatch(file.name))
+        if (found := _FILE.fullmatch(file.name))
     }
     offsets = config.get("configs", {}).get("param_name_to_dp_rank_offsets", {})
     data_ranks = sizes.get("dp_size", 1) if offsets else 1

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import base64
 import binascii
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 from lora_state_format.errors import FileError, RefusedError
 from lora_state_format.foreign import keyed, pickles
@@ -31,7 +32,7 @@ _PICKLED: Final = "optim.safetensors"
 
 def detect(path: Path) -> Match | None:
     if (path / _OPTIMIZER).is_file() and (path / "model.pt").is_file():
-        return Match(f"{_OPTIMIZER} beside model.pt", path / _OPTIMIZER)
+        return Match(f"{_OPTIMIZER} beside model.pt", path)
     for place in (path, path / _PICKLED):
         if place.name == _PICKLED and place.is_file() and _is_pickled(place):
             return Match(f"{_PICKLED} whose keys are pickles", place)
@@ -47,15 +48,15 @@ def _is_pickled(path: Path) -> bool:
             return False
 
 
-def read(path: Path) -> Checkpoint:
+def read(match: Match, options: Mapping[str, Any]) -> Checkpoint:
     """Raises ``RefusedError`` for the safetensors variant."""
-    for place in (path, path / _PICKLED):
-        if place.name == _PICKLED and place.is_file():
-            raise RefusedError(
-                "its tensors' names and all other values are pickles; save the run's state as optim.pt "
-                "(save_format torch) and convert that. Nothing was run",
-                path=place,
-            )
+    path = match.path
+    if path.name == _PICKLED:
+        raise RefusedError(
+            "its tensors' names and all other values are pickles; save the run's state as optim.pt "
+            "(save_format torch) and convert that. Nothing was run",
+            path=path,
+        )
     with reading() as files:
         place = path / _OPTIMIZER
         weights = read_weights(path / "model.pt", files)

@@ -37,7 +37,7 @@ def detect(path: Path) -> Match | None:
         found = _item(path)
     except FileError:
         return None
-    return Match(f"{METADATA} of Orbax, which lists an optimizer's state", found / METADATA) if found else None
+    return Match(f"{METADATA} of Orbax, which lists an optimizer's state", found) if found else None
 
 
 def _item(path: Path) -> Path | None:
@@ -61,23 +61,19 @@ def _listed(path: Path) -> Iterator[tuple[Keys, str]]:
         yield keys, member(member(entry, "value_metadata", dict, path), "value_type", str, path)
 
 
-def read(path: Path, options: Mapping[str, Any] | None = None) -> Checkpoint:
+def read(match: Match, options: Mapping[str, Any]) -> Checkpoint:
     """The state, and the parameters where they are in the same item.
 
     Raises ``MissingDependencyError`` without tensorstore, and what ``optax.from_tree`` raises.
     """
-    options = options or {}
-    folder = _item(path)
-    if folder is None:
-        raise FileError(f"no {METADATA} that lists an optimizer's state", path=path)
-    tree = _tree(folder)
+    tree = _tree(match.path)
     weights: dict[str, Tensor] = {}
     if "params" in tree and "opt_state" in tree:
         weights = {".".join(keys): leaf for keys, leaf in leaves(tree["params"]) if isinstance(leaf, Tensor)}
         tree = {"opt_state": tree["opt_state"]}
     state = optax.from_tree(
         tree["opt_state"] if tree.keys() == {"opt_state"} else tree,
-        path=path, options=options, origin={"format": NAME}, weights=weights,
+        path=match.path, options=options, origin={"format": NAME}, weights=weights,
     )  # fmt: skip
     return apply.on_reading(Checkpoint(state, weights), options.get("map"))
 

@@ -61,13 +61,12 @@ def detect(path: Path) -> Match | None:
     return Match(f"{INDEX} with a member 'master_weights'", index)
 
 
-def read(path: Path, options: Mapping[str, Any] | None = None) -> Checkpoint:
+def read(match: Match, options: Mapping[str, Any]) -> Checkpoint:
     """The state, and the parameters if their index lies beside it.
 
     Raises ``RefusedError`` for compressed and unmerged checkpoints, ``FileError`` where steps and powers disagree.
     """
-    options = options or {}
-    index = path / INDEX if path.is_dir() else path
+    index = match.path
     with reading() as files:
         tensors = _indexed(index, files)
         slots: dict[str, dict[str, Tensor]] = {}
@@ -151,14 +150,11 @@ def _state(
 # --- writing ------------------------------------------------------------------------------------------------------
 
 
-def write(
-    state: OptimizerState, path: Path, *, base: Path | None, force: bool, options: Mapping[str, Any] | None = None
-) -> None:
+def write(state: OptimizerState, path: Path, *, base: Path | None, force: bool, options: Mapping[str, Any]) -> None:
     """Write a folder with the state, and ``trainer_state.json`` where all parameters are at one step.
 
     Raises ``UnrepresentableError`` for what the layout has no place for, and for Adam without betas.
     """
-    options = options or {}
     if base is not None:
         raise OptionError(f"{NAME} writes a whole folder and takes nothing from another ({base})")
     state = apply.on_writing(state, options.get("map"), NAME)

@@ -63,13 +63,13 @@ def detect(path: Path) -> Match | None:
     return Match(f"a {kind}, as torch.save writes them", path, generic=True) if kind else None
 
 
-def read(path: Path) -> Checkpoint:
+def read(match: Match, options: Mapping[str, Any]) -> Checkpoint:
     """The state, and what lies beside it. Several optimizers in one file make up one state.
 
     Raises ``FileError`` for a file that is damaged or holds no optimizer, ``RefusedError`` for one that would need
     code to be run, ``UnrepresentableError`` for a value without a form.
     """
-    path = path / OPTIMIZER if path.is_dir() else path
+    path = match.path
     beside = {name: path.parent / name for name in (*WEIGHTS, *CONFIGS, TRAINER) if (path.parent / name).is_file()}
     files = [File(path)]
     try:
@@ -95,7 +95,7 @@ def read(path: Path) -> Checkpoint:
     return Checkpoint(state, weights, {name: beside[name] for name in CONFIGS if name in beside})
 
 
-def write(state: OptimizerState, path: Path, *, base: Path | None, force: bool) -> None:
+def write(state: OptimizerState, path: Path, *, base: Path | None, force: bool, options: Mapping[str, Any]) -> None:
     """Write ``optimizer.pt``: what the optimizer's ``state_dict()`` was, for ``torch.load(weights_only=True)``.
 
     Raises ``UnrepresentableError`` for several optimizers, for parameters that are in no group, and for values that

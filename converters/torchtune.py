@@ -47,10 +47,8 @@ def _place(path: Path) -> Path | None:
     return next((p for p in (path / RECIPE, path / "recipe_state" / RECIPE) if p.is_file()), None)
 
 
-def read(path: Path) -> Checkpoint:
-    place = _place(path)
-    if place is None:
-        raise FileError(f"no {RECIPE}", path=path)
+def read(match: Match, options: Mapping[str, Any]) -> Checkpoint:
+    place = match.path
     with reading() as files:
         tree = pickles.load(files[place], place).value
         optimizer = member(tree, "optimizer", dict, place)

@@ -226,10 +226,10 @@ def inspect(
     from lora_state_format import registry
     from lora_state_format.operations import report
 
-    converter = registry.get(source_format) if source_format else registry.detect(path)[0]
+    converter, match = registry.find(path, source_format)
     told = {key: value for key, value in (("optimizer", optimizer), ("map", layout)) if value is not None} | options
     registry.check_options(told, converter)
-    state = converter.read(path, **({"options": told} if told else {})).state
+    state = converter.read(match, told).state
     with contextlib.ExitStack() as stack:
         for resource in state.resources:
             stack.enter_context(resource)

@@ -28,9 +28,12 @@ __all__ = [
     "Writer",
     "check_options",
     "detect",
+    "find",
     "get",
     "names",
     "options",
+    "own_options",
+    "read",
     "writer",
 ]
 
@@ -67,8 +70,8 @@ ENTRY_POINTS: Final = "lora_state_format.converters"
 class Match(NamedTuple):
     """A converter's claim to a path.
 
-    ``reason`` says what was found, in words; ``path`` is the file or folder that decided. A ``generic`` match, one
-    whose signs many writers leave, gives way to any that is not.
+    ``reason`` says what was found, in words; ``path`` is the file or folder to read. A ``generic`` match, one whose
+    signs many writers leave, gives way to any that is not.
     """
 
     reason: str
@@ -79,7 +82,7 @@ class Match(NamedTuple):
 class Converter(Protocol):
     """What reads one foreign format. ``NAME`` is what ``--from`` calls it; ``DESCRIPTION`` says what is recognised.
 
-    A converter that has to be told what its files do not say lists that in ``OPTIONS``: key -> what it means.
+    ``OPTIONS`` lists what its files do not say and the caller may: key -> what it means.
     """
 
     NAME: str
@@ -91,15 +94,15 @@ class Converter(Protocol):
         Looks at most one folder deep; reads no tensor and runs nothing.
         """
 
-    def read(self, path: Path, options: Mapping[str, Any] = ...) -> Checkpoint:
-        """The state, lazily, and beside it whatever can name its parameters. ``options`` only with ``OPTIONS``."""
+    def read(self, match: Match, options: Mapping[str, Any]) -> Checkpoint:
+        """Return the state at ``match.path``, lazily, and next to it whatever can name its parameters."""
 
 
 class Writer(Converter, Protocol):
     """A converter that can also write its format, exactly or not at all."""
 
     def write(
-        self, state: OptimizerState, path: Path, *, base: Path | None, force: bool, options: Mapping[str, Any] = ...
+        self, state: OptimizerState, path: Path, *, base: Path | None, force: bool, options: Mapping[str, Any]
     ) -> Any:
         """Write the state. ``base`` is a checkpoint of the format to take from what the state does not hold."""
 
@@ -146,6 +149,43 @@ def writer(name: str) -> Writer:
     if not hasattr(converter, "write"):
         raise OptionError(f"format '{name}' can be read but not written")
     return cast("Writer", converter)
+
+
+def read(
+    path: str | os.PathLike[str], source_format: str | None = None, options: Mapping[str, Any] | None = None
+) -> Checkpoint:
+    """Read a checkpoint with the converter that it belongs to.
+
+    Args:
+        path: A file or folder of any known format.
+        source_format: The converter's name; by default the format is detected.
+        options: The converter's own options; others are ignored.
+
+    Raises ``UnknownFormatError`` for a path that is not of the format, and what ``detect`` and the converter raise.
+    """
+    converter, match = find(path, source_format)
+    return converter.read(match, own_options(options or {}, converter))
+
+
+def find(path: str | os.PathLike[str], source_format: str | None = None) -> tuple[Converter, Match]:
+    """Return the converter of a path, and what it found there: the one called ``source_format``, or the detected one.
+
+    Raises ``UnknownFormatError`` if the path is not of the format that was asked for, and what ``detect`` raises.
+    """
+    if source_format is None:
+        return detect(path)
+    converter, path = get(source_format), Path(path)
+    match = converter.detect(path) if path.exists() or source_format == NAMED else None
+    if match is None:
+        if not path.exists():
+            raise FileNotFoundError(f"{path}: no such file or folder")
+        raise UnknownFormatError(f"{path}: not recognised as '{source_format}': expected {converter.DESCRIPTION}")
+    return converter, match
+
+
+def own_options(given: Mapping[str, Any], converter: Converter) -> dict[str, Any]:
+    """Return the given options that a converter knows."""
+    return {key: value for key, value in given.items() if key in options(converter)}
 
 
 def detect(path: str | os.PathLike[str]) -> tuple[Converter, Match]:

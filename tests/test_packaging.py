@@ -67,4 +67,10 @@ def test_the_source_distribution_holds_the_spec_and_the_tests(source: Path) -> N
         found = {name.partition("/")[2] for name in archive.getnames()}
     files = [path for path in (ROOT / "spec").rglob("*") if path.is_file() and path.suffix != ".pyc"]
     assert {str(path.relative_to(ROOT)) for path in files} <= found
-    assert {"tests/test_packaging.py", "lora_state_format/converters/__init__.py", "Makefile", "constraints.txt", "LICENSE"} <= found
+    assert {
+        "tests/test_packaging.py",
+        "lora_state_format/converters/__init__.py",
+        "Makefile",
+        "constraints.txt",
+        "LICENSE",
+    } <= found

@@ -34,7 +34,7 @@ from lora_state_format.optimizers import quantised
 
 if TYPE_CHECKING:
     from lora_state_format.naming.evidence import Evidence, Pairing
-    from lora_state_format.registry import Converter, Writer
+    from lora_state_format.registry import Converter, Match, Writer
 
 __all__ = ["ConversionReport", "Names", "belongs", "convert", "read"]
 
@@ -117,9 +117,9 @@ def read(
     Raises ``FileNotFoundError``, ``UnknownFormatError``, ``FileError`` for a damaged file, ``MissingNamesError`` and
     other ``ConversionError``\\ s where the parameters cannot be named, ``OptionError`` for what does not apply.
     """
-    converter = registry.detect(path)[0] if source_format is None else registry.get(source_format)
+    converter, match = registry.find(path, source_format)
     registry.check_options(options or {}, converter)
-    return _read(converter, Path(path), names, rule, optimizer, options or {})[0]
+    return _read(converter, match, Path(path), names, rule, optimizer, options or {})[0]
 
 
 def convert(
@@ -156,10 +156,10 @@ def convert(
     if target.exists() and not force:
         raise TargetExistsError(f"{target} exists; pass force=True (--force) to replace it")
     writer = registry.writer(target_format)
-    converter = registry.detect(source)[0] if source_format is None else registry.get(source_format)
+    converter, match = registry.find(source, source_format)
     options = options or {}
     registry.check_options(options, converter, writer)
-    state, weights = _read(converter, source, names, rule, optimizer, options)
+    state, weights = _read(converter, match, source, names, rule, optimizer, options)
     with state:
         if not dry_run and (dequantize or target_format != registry.NAMED):
             _check_digests(state)  # ``writing.write`` does so itself with what it copies
@@ -200,7 +200,7 @@ def belongs(path: str | os.PathLike[str], weights: str | os.PathLike[str]) -> tu
     from lora_state_format.naming.evidence import paired, weigh
 
     path = Path(path)
-    checkpoint = _with_weights(Path(weights), registry.detect(path)[0].read(path))
+    checkpoint = _with_weights(Path(weights), registry.read(path))
     if isinstance(checkpoint.state, PositionalState):
         checkpoint = _named(None, checkpoint, path, None)
     assert isinstance(checkpoint.state, OptimizerState)
@@ -213,14 +213,9 @@ def belongs(path: str | os.PathLike[str], weights: str | os.PathLike[str]) -> tu
         return (pairing if compared else None), evidence
 
 
-def _options(options: Mapping[str, Any], converter: Converter) -> dict[str, Mapping[str, Any]]:
-    """The options that a converter knows, as the keyword argument that it takes them by."""
-    own = {key: value for key, value in options.items() if key in registry.options(converter)}
-    return {"options": own} if own else {}
-
-
 def _read(
     converter: Converter,
+    match: Match,
     path: Path,
     names: Names | None,
     rule: str | None,
@@ -231,7 +226,7 @@ def _read(
     asks = "optimizer" in registry.options(converter)
     if optimizer is not None and asks:
         options = {"optimizer": optimizer, **options}
-    checkpoint = converter.read(path, **_options(options, converter))
+    checkpoint = converter.read(match, registry.own_options(options, converter))
     if optimizer is not None and not asks:
         checkpoint = replace(checkpoint, state=_classed(checkpoint.state, optimizer, path))
     if isinstance(checkpoint.state, PositionalState):
@@ -377,7 +372,7 @@ def _write(
     progress: Progress | None,
 ) -> str | None:
     if writer.NAME != registry.NAMED:
-        writer.write(state, target, base=base, force=force, **_options(options, writer))
+        writer.write(state, target, base=base, force=force, options=registry.own_options(options, writer))
         return None
     total, done = sum(tensor.size for tensor in tensors(state)), 0
 

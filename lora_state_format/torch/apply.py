@@ -301,7 +301,7 @@ def _open(path: Path, live: LiveOptimizer, model: Models) -> OptimizerState:
     """The named state at a path; positions are named in the live optimizer's order, or else by the live model."""
     if envelope.is_state(path):
         return reading.open_state(path)
-    checkpoint = registry.detect(path)[0].read(path)
+    checkpoint = registry.read(path)
     if not isinstance(checkpoint.state, PositionalState):
         return checkpoint.state
     named = named_tensors(model)

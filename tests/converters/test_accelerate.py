@@ -69,9 +69,9 @@ def test_several_optimizers_come_back_the_same(saved: Any, tmp_path: Path) -> No
         assert [group.count for group in state.groups] == [2, 2, 0, 4]
         assert torch.equal(state["0.2.bias"]["exp_avg"].torch(), optimizers[0].state[models[0][2].bias]["exp_avg"])
         assert torch.equal(state["1.0.bias"]["exp_avg"].torch(), optimizers[1].state[models[1][0].bias]["exp_avg"])
-        accelerate.write(state, tmp_path / "again", base=None, force=False)
+        accelerate.write(state, tmp_path / "again", base=None, force=False, options={})
         with pytest.raises(TargetExistsError):
-            accelerate.write(state, tmp_path / "again", base=None, force=False)
+            accelerate.write(state, tmp_path / "again", base=None, force=False, options={})
     for name in ("optimizer.bin", "optimizer_1.bin"):
         ours, theirs = (torch.load(place / name, weights_only=True) for place in (tmp_path / "again", folder))
         assert same(ours, theirs)
@@ -130,7 +130,7 @@ def test_files_of_single_ranks_are_refused(fsdp: Callable[[str], Path]) -> None:
 def test_a_base_is_refused(tmp_path: Path, saved: Any) -> None:
     state = OptimizerState((), (), (), read(saved[0], names=[str(i) for i in range(8)]).naming)
     with pytest.raises(OptionError) as error:
-        accelerate.write(state, tmp_path / "x", base=tmp_path, force=False)
+        accelerate.write(state, tmp_path / "x", base=tmp_path, force=False, options={})
     assert str(error.value) == f"accelerate writes whole files and takes nothing from another ({tmp_path})"
 
 

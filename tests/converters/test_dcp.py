@@ -36,7 +36,7 @@ def slots_of(live: Any) -> dict[str, Any]:
 
 
 def read(path: Path) -> OptimizerState:
-    state = dcp.read(path).state
+    state = registry.read(path, "dcp").state
     assert isinstance(state, OptimizerState)
     return state
 
@@ -70,7 +70,7 @@ def test_chunks_along_another_axis_come_together(fsdp: Callable[[str], Path]) ->
 
 def test_sharded_fsdp1(fsdp: Callable[[str], Path], assert_holds: Any) -> None:
     path = fsdp("fsdp1")
-    assert registry.detect(path)[1].path == path / "optimizer_0" / ".metadata"
+    assert registry.detect(path)[1].path == path
     with read(path) as state:
         live = live_of(path)["state"]
         steps = {name: {"step": slots["step"]} for name, slots in live.items() if slots}
@@ -81,7 +81,7 @@ def test_sharded_fsdp1(fsdp: Callable[[str], Path], assert_holds: Any) -> None:
 
 
 def test_a_saved_state_dict_keeps_its_ids(fsdp: Callable[[str], Path]) -> None:
-    state = dcp.read(fsdp("positional")).state
+    state = registry.read(fsdp("positional"), "dcp").state
     assert isinstance(state, PositionalState)
     assert state.ids == (0, 1, 2, 3, 4, 5)
     assert list(state.names or ()) == NAMES
@@ -103,10 +103,10 @@ def test_torch_loads_what_is_written(
     fsdp: Callable[[str], Path], tmp_path: Path, run_ranks: Any, flattened: bool
 ) -> None:
     """``torch.distributed.checkpoint.load`` and ``set_optimizer_state_dict`` on 2 ranks give back the run's state."""
-    options = {"flattened": True, "key": ""} if flattened else None
+    options = {"flattened": True, "key": ""} if flattened else {}
     with read(fsdp("nested")) as state:
         dcp.write(state, tmp_path / "written", base=None, force=False, options=options)
-    again = dcp.read(tmp_path / "written").state
+    again = registry.read(tmp_path / "written", "dcp").state
     assert isinstance(again, PositionalState)  # nothing in the folder says the shape of what never took a step
     assert (list(again.names or ()), again.groups) == (NAMES, state.groups)
     run_ranks("fsdp_run", tmp_path, 2, "load:written" + (":flattened" if flattened else ""))
@@ -154,15 +154,15 @@ def test_an_optimizer_may_stand_anywhere_in_the_tree(
 def test_nothing_is_overwritten_and_nothing_foreign_deleted(fsdp: Callable[[str], Path], tmp_path: Path) -> None:
     target = tmp_path / "written"
     with read(fsdp("nested")) as state:
-        dcp.write(state, target, base=None, force=False)
+        dcp.write(state, target, base=None, force=False, options={})
         before = (target / "__0_0.distcp").read_bytes()
         with pytest.raises(TargetExistsError):
-            dcp.write(state, target, base=None, force=False)
-        dcp.write(state, target, base=None, force=True)
+            dcp.write(state, target, base=None, force=False, options={})
+        dcp.write(state, target, base=None, force=True, options={})
         assert (target / "__0_0.distcp").read_bytes() == before
         (target / "model.safetensors").write_bytes(b"")
         with pytest.raises(TargetExistsError) as foreign:
-            dcp.write(state, target, base=None, force=True)
+            dcp.write(state, target, base=None, force=True, options={})
         assert str(foreign.value) == f"{target} holds other files too (model.safetensors); choose another folder"
     assert [path.name for path in tmp_path.iterdir()] == ["written"]
 
@@ -178,7 +178,7 @@ def test_a_missing_rank_file_is_named(fsdp: Callable[[str], Path], tmp_path: Pat
     folder = copied(fsdp("nested"), tmp_path)
     (folder / "__1_0.distcp").unlink()
     with pytest.raises(FileError) as error:
-        dcp.read(folder)
+        registry.read(folder, "dcp")
     assert str(error.value) == f"{folder / '__1_0.distcp'}: missing: .metadata says that it holds a part of the state"
 
 
@@ -187,7 +187,7 @@ def test_a_truncated_rank_file_is_named(fsdp: Callable[[str], Path], tmp_path: P
     cut = folder / "__1_0.distcp"
     cut.write_bytes(cut.read_bytes()[:-10])
     with pytest.raises(FileError) as error:
-        dcp.read(folder)
+        registry.read(folder, "dcp")
     assert str(error.value).startswith(f"{cut}: is cut short: {cut.stat().st_size} bytes, where .metadata places '")
 
 
@@ -196,7 +196,7 @@ def test_files_of_another_number_of_ranks_are_refused(fsdp: Callable[[str], Path
     folder = copied(fsdp("nested"), tmp_path)
     shutil.copy(fsdp("three") / ".metadata", folder)
     with pytest.raises(FileError) as fewer:
-        dcp.read(folder)
+        registry.read(folder, "dcp")
     assert str(fewer.value).startswith(f"{folder / '__'}")
     folder = copied(fsdp("nested"), tmp_path / "more")
     shutil.copy(fsdp("three") / "__1_0.distcp", folder)
@@ -211,7 +211,7 @@ def test_files_of_two_steps_are_refused(fsdp: Callable[[str], Path], tmp_path: P
     folder = copied(fsdp("three"), tmp_path)
     shutil.copy(fsdp("three-5") / "__2_0.distcp", folder)
     with pytest.raises(FileError) as error:
-        dcp.read(folder)
+        registry.read(folder, "dcp")
     assert str(error.value) == (
         f"{folder / '__2_0.distcp'}: every step in it differs from those in __1_0.distcp: files of two checkpoints"
     )

@@ -28,7 +28,7 @@ def live_of(path: Path) -> Any:
 
 
 def masters(converter: Any, path: Path) -> OptimizerState:
-    state = converter.read(path, {"masters": True}).state
+    state = registry.read(path, converter.NAME, {"masters": True}).state
     assert isinstance(state, OptimizerState)
     return state
 
@@ -74,7 +74,7 @@ def test_deepspeed_loads_what_is_written_with_another_number_of_ranks(
 ) -> None:
     base = zero(2, case) / "global_step3"
     with masters(deepspeed_zero, base) as state:
-        deepspeed_universal.write(state, tmp_path / "written", base=base, force=False)
+        deepspeed_universal.write(state, tmp_path / "written", base=base, force=False, options={})
     assert (tmp_path / "written" / "latest_universal").read_text() == "global_step3_universal"
     run_ranks("deepspeed_run", tmp_path, 3, f"load:{case.removesuffix('-next')}:written")
     loaded = torch.load(tmp_path / "written.loaded.pt")
@@ -88,9 +88,9 @@ def test_writing_and_reading_gives_the_same_state(
     zero: Callable[[int, str], Path], universal: Callable[[str], Path], tmp_path: Path, assert_holds: Any
 ) -> None:
     with masters(deepspeed_universal, universal("1-bf16")) as state:
-        deepspeed_universal.write(state, tmp_path / "again", base=universal("1-bf16"), force=False)
+        deepspeed_universal.write(state, tmp_path / "again", base=universal("1-bf16"), force=False, options={})
         with pytest.raises(TargetExistsError):
-            deepspeed_universal.write(state, tmp_path / "again", base=universal("1-bf16"), force=False)
+            deepspeed_universal.write(state, tmp_path / "again", base=universal("1-bf16"), force=False, options={})
         with masters(deepspeed_universal, tmp_path / "again") as again:
             assert_holds(again, live_of(zero(2, "1-bf16")))
             assert again.groups == state.groups
@@ -100,22 +100,22 @@ def test_what_cannot_be_written_is_refused(zero: Callable[[int, str], Path], tmp
     base = zero(2, "1-bf16") / "global_step3"
     with masters(deepspeed_zero, base) as state:
         with pytest.raises(OptionError) as needs_base:
-            deepspeed_universal.write(state, tmp_path / "x", base=None, force=False)
+            deepspeed_universal.write(state, tmp_path / "x", base=None, force=False, options={})
         assert str(needs_base.value) == (
             "deepspeed_universal needs a DeepSpeed checkpoint of the same run (base=, --base): the model's files come "
             "from it"
         )
         other = zero(2, "1-bf16-accum-flat") / "global_step3"
         with pytest.raises(UnrepresentableError) as differs:
-            deepspeed_universal.write(state, tmp_path / "x", base=other, force=False)
+            deepspeed_universal.write(state, tmp_path / "x", base=other, force=False, options={})
         assert str(differs.value) == (
             f"{other} is not of the same run: its groups have [5] parameters, those of the state [2, 3], or names or "
             "shapes differ"
         )
-    plain = deepspeed_zero.read(base).state
+    plain = registry.read(base, "deepspeed_zero").state
     assert isinstance(plain, OptimizerState)
     with plain, pytest.raises(UnrepresentableError) as bare:
-        deepspeed_universal.write(plain, tmp_path / "x", base=base, force=False)
+        deepspeed_universal.write(plain, tmp_path / "x", base=base, force=False, options={})
     assert str(bare.value) == (
         "5 parameters have no fp32 master weight (the first is 'lora_A.weight'): read the checkpoint with the option "
         "masters, which keeps them as a slot 'master_param'"
@@ -128,11 +128,11 @@ def test_damaged_folders_are_refused_by_name(universal: Callable[[str], Path], t
     slot = folder / "zero" / "norm.weight" / "exp_avg.pt"
     slot.write_bytes(slot.read_bytes()[:-50])
     with pytest.raises(FileError) as cut:
-        deepspeed_universal.read(folder)
+        registry.read(folder, "deepspeed_universal")
     assert str(cut.value) == f"{slot}: the zip archive has no directory at its end: the file is cut short"
     shutil.rmtree(slot.parent)
     with pytest.raises(FileError) as missing:
-        deepspeed_universal.read(folder)
+        registry.read(folder, "deepspeed_universal")
     assert str(missing.value) == f"{slot.parent}: missing: the model's file names a parameter of this name"
 
 
@@ -142,7 +142,7 @@ def test_files_of_two_steps_are_refused(universal: Callable[[str], Path], tmp_pa
     held = torch.load(step)
     torch.save(held + 3, step)
     with pytest.raises(FileError) as mixed:
-        deepspeed_universal.read(folder)
+        registry.read(folder, "deepspeed_universal")
     assert str(mixed.value) == f"{step}: is 6.0, where 'norm.weight' has 3.0: files of different steps"
 
 
@@ -152,6 +152,6 @@ def test_a_missing_slot_is_named(universal: Callable[[str], Path], tmp_path: Pat
     slot = folder / "zero" / name / "exp_avg_sq.pt"
     slot.unlink()
     with pytest.raises(FileError) as missing:
-        deepspeed_universal.read(folder)
+        registry.read(folder, "deepspeed_universal")
     other = "norm.bias" if name == "norm.weight" else "norm.weight"
     assert str(missing.value) == f"{slot}: missing: '{other}' has this slot"

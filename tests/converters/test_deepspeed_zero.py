@@ -11,7 +11,6 @@ import pytest
 import torch
 
 from lora_state_format import registry
-from lora_state_format.converters import deepspeed_zero
 from lora_state_format.errors import FileError, OptionError, RefusedError
 from lora_state_format.format.reading import open_state
 from lora_state_format.model.states import OptimizerState, Role
@@ -34,7 +33,7 @@ def live_of(path: Path) -> Any:
 
 
 def read(path: Path) -> OptimizerState:
-    state = deepspeed_zero.read(path, {"masters": True}).state
+    state = registry.read(path, "deepspeed_zero", {"masters": True}).state
     assert isinstance(state, OptimizerState)
     return state
 
@@ -73,7 +72,7 @@ def test_it_holds_what_the_ranks_held(
 
 def test_masters_come_on_request_only(zero: Callable[[int, str], Path]) -> None:
     path = zero(2, "1-bf16")
-    state = deepspeed_zero.read(path).state
+    state = registry.read(path, "deepspeed_zero").state
     assert isinstance(state, OptimizerState)
     assert set(state["norm.bias"].state or {}) == {"step", "exp_avg", "exp_avg_sq"}
     state.close()
@@ -159,7 +158,7 @@ def test_a_missing_rank_is_named(zero: Callable[[int, str], Path], tmp_path: Pat
     folder = copied(zero(3, "1-bf16"), tmp_path)
     (folder / optim_file(1)).unlink()
     with pytest.raises(FileError) as error:
-        deepspeed_zero.read(folder)
+        registry.read(folder, "deepspeed_zero")
     assert str(error.value) == f"{folder / optim_file(1)}: missing: there are files of ranks [0, 2]"
 
 
@@ -170,7 +169,7 @@ def test_a_last_rank_that_is_missing_is_a_wrong_number_of_ranks(
         folder = copied(zero(3, case), tmp_path / case)
         (folder / optim_file(2)).unlink()
         with pytest.raises(FileError) as error:
-            deepspeed_zero.read(folder)
+            registry.read(folder, "deepspeed_zero")
         assert str(error.value) == (f"{folder / optim_file(0)}: says the state was cut over 3 ranks; there are 2 files")
 
 
@@ -179,7 +178,7 @@ def test_files_of_two_steps_are_refused(zero: Callable[[int, str], Path], tmp_pa
     folder = copied(path, tmp_path)
     shutil.copy(path / "global_step6" / optim_file(1), folder)
     with pytest.raises(FileError) as error:
-        deepspeed_zero.read(folder)
+        registry.read(folder, "deepspeed_zero")
     assert str(error.value) == (
         f"{folder / optim_file(1)}: 'step' is 6.0, where {optim_file(0)} has 3.0: files of different steps"
     )
@@ -190,7 +189,7 @@ def test_a_truncated_file_is_refused(zero: Callable[[int, str], Path], tmp_path:
     damaged = folder / optim_file(1)
     damaged.write_bytes(damaged.read_bytes()[:-100])
     with pytest.raises(FileError) as error:
-        deepspeed_zero.read(folder)
+        registry.read(folder, "deepspeed_zero")
     assert str(error.value) == f"{damaged}: the zip archive has no directory at its end: the file is cut short"
 
 
@@ -212,13 +211,13 @@ def test_model_file_of_another_world_is_refused(zero: Callable[[int, str], Path]
     folder = copied(zero(2, "1-bf16"), tmp_path)
     shutil.copy(zero(3, "1-bf16") / "global_step3" / "mp_rank_00_model_states.pt", folder)
     with pytest.raises(FileError) as error:
-        deepspeed_zero.read(folder)
+        registry.read(folder, "deepspeed_zero")
     assert str(error.value) == (
         f"{folder / 'mp_rank_00_model_states.pt'}: says there were 3 ranks; there are optimizer files of 2"
     )
     (folder / "mp_rank_00_model_states.pt").unlink()
     with pytest.raises(FileError) as error:
-        deepspeed_zero.read(folder)
+        registry.read(folder, "deepspeed_zero")
     assert str(error.value) == (
         f"{folder / 'mp_rank_00_model_states.pt'}: missing: it has the parameters' names and shapes"
     )
@@ -237,7 +236,7 @@ def test_layouts_that_are_not_read_name_the_way_out(
     folder = copied(zero(2, "1-bf16"), tmp_path)
     (folder / name).write_bytes(b"")
     with pytest.raises(RefusedError) as error:
-        deepspeed_zero.read(folder)
+        registry.read(folder, "deepspeed_zero")
     assert str(error.value) == (
         f"{folder / name}: {detail}: make a universal checkpoint of it with DeepSpeed's ds_to_universal.py and convert "
         "that"

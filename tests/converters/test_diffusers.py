@@ -9,7 +9,6 @@ import pytest
 import torch
 
 from lora_state_format import registry
-from lora_state_format.converters import diffusers
 from lora_state_format.operations.conversion import read
 
 pytestmark = [pytest.mark.frameworks, pytest.mark.filterwarnings("ignore")]
@@ -46,7 +45,7 @@ def test_a_lora_of_a_flux_transformer(tmp_path: Path, assert_holds: Any) -> None
     accelerator.save_state(str(folder))
 
     assert registry.detect(folder)[0].NAME == "diffusers"
-    weights = diffusers.read(folder).weights
+    weights = registry.read(folder, "diffusers").weights
     assert {
         key.removeprefix("transformer.").replace(".lora_A.", ".lora_A.default.") for key in weights if "_A" in key
     } == {name for name in trained if "_A" in name}

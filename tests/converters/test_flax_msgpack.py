@@ -32,7 +32,7 @@ from lora_state_format.model.tensors import Tensor, contiguous
 
 
 def read(path: Path, **options: Any) -> OptimizerState:
-    state = flax_msgpack.read(path, options).state
+    state = registry.read(path, "flax_msgpack", options).state
     assert isinstance(state, OptimizerState)
     return state
 
@@ -290,7 +290,7 @@ def test_a_state_that_took_no_step_is_none(tmp_path: Path) -> None:
     path = written(tmp_path / "opt_state.msgpack", tree)
     state = read(path, optimizer="adam")
     assert state["w"].state is None
-    flax_msgpack.write(state, tmp_path / "back", base=None, force=False)
+    flax_msgpack.write(state, tmp_path / "back", base=None, force=False, options={})
     assert (tmp_path / "back").read_bytes() == path.read_bytes()
     tree["0"]["mu"]["w"] = ndarray(np.ones((2, 3), np.float16))
     assert read(written(path, tree), optimizer="adam")["w"].state is not None
@@ -310,7 +310,7 @@ def test_every_dtype_and_key(tmp_path: Path) -> None:
     assert list(state)[-11:] == [f"l.{index}" for index in range(11)]
     writing.write(state, tmp_path / "state.safetensors")
     with reading.open_state(tmp_path / "state.safetensors") as named:
-        flax_msgpack.write(named, tmp_path / "back", base=None, force=False)
+        flax_msgpack.write(named, tmp_path / "back", base=None, force=False, options={})
     back = msgpack.unpackb((tmp_path / "back").read_bytes(), ext_hook=lambda code, data: (code, data))
     assert back == msgpack.unpackb(path.read_bytes(), ext_hook=lambda code, data: (code, data))
 
@@ -330,7 +330,7 @@ def test_no_second_copy_of_an_array(tmp_path: Path) -> None:
     tracemalloc.start()
     state = read(path, optimizer="sgd")
     writing.write(state, tmp_path / "state.safetensors")
-    flax_msgpack.write(state, tmp_path / "back", base=None, force=False)
+    flax_msgpack.write(state, tmp_path / "back", base=None, force=False, options={})
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert (tmp_path / "back").stat().st_size > size
@@ -483,14 +483,14 @@ def test_what_optax_has_no_place_for(tmp_path: Path) -> None:
     ]
     for state, kind, message in cases:
         with pytest.raises(kind) as caught:
-            flax_msgpack.write(state, tmp_path / "never", base=None, force=False)
+            flax_msgpack.write(state, tmp_path / "never", base=None, force=False, options={})
         assert str(caught.value) == message
     base = written(tmp_path / "base", adam())
     with pytest.raises(ConversionError) as caught:
-        flax_msgpack.write(state_of(one), tmp_path / "never", base=base, force=False)
+        flax_msgpack.write(state_of(one), tmp_path / "never", base=base, force=False, options={})
     assert str(caught.value) == "only the state has a parameter 'a': the base is of another model"
     with pytest.raises(TargetExistsError) as exists:
-        flax_msgpack.write(state_of(one), base, base=None, force=False)
+        flax_msgpack.write(state_of(one), base, base=None, force=False, options={})
     assert str(exists.value) == f"{base} exists; pass force=True (--force) to replace it"
     assert not (tmp_path / "never").exists()
 
@@ -601,13 +601,13 @@ def test_it_holds_what_flax_reads_and_comes_back_byte_for_byte(tmp_path: Path, n
 
     writing.write(ours, tmp_path / "state.safetensors")
     with reading.open_state(tmp_path / "state.safetensors") as named:
-        flax_msgpack.write(named, tmp_path / "back", base=None, force=False)
+        flax_msgpack.write(named, tmp_path / "back", base=None, force=False, options={})
         # A fresh state of the same optimizer says all that is around the moments; so does a TrainState.
         (tmp_path / "fresh").write_bytes(to_bytes(tx.init(params)))
-        flax_msgpack.write(named, tmp_path / "filled", base=tmp_path / "fresh", force=False)
+        flax_msgpack.write(named, tmp_path / "filled", base=tmp_path / "fresh", force=False, options={})
         train_state = TrainState.create(apply_fn=None, params=params, tx=tx)
         (tmp_path / "fresh").write_bytes(to_bytes(train_state))
-        flax_msgpack.write(named, tmp_path / "train_state", base=tmp_path / "fresh", force=False)
+        flax_msgpack.write(named, tmp_path / "train_state", base=tmp_path / "fresh", force=False, options={})
     if name not in ("multi steps", "apply if finite"):  # fields of theirs come back in another order
         assert (tmp_path / "back").read_bytes() == path.read_bytes()
     for back, target in (("back", tx.init(params)), ("filled", tx.init(params)), ("train_state", train_state)):
@@ -680,7 +680,7 @@ def test_factors_of_adafactor_are_named_by_the_parameters_shape(tmp_path: Path) 
         squared = np.asarray(gradient) ** 2 + 1e-30
         np.testing.assert_allclose(ours["w"]["exp_avg_sq_row"].numpy(), squared.mean(1), rtol=1e-6)
         np.testing.assert_allclose(ours["w"]["exp_avg_sq_col"].numpy(), squared.mean(0), rtol=1e-6)
-        flax_msgpack.write(ours, tmp_path / "back", base=path, force=True)
+        flax_msgpack.write(ours, tmp_path / "back", base=path, force=True, options={})
         assert (tmp_path / "back").read_bytes() == path.read_bytes()
         alone = tmp_path / "opt_state.msgpack"
         alone.write_bytes(to_bytes(state.opt_state))
@@ -706,7 +706,7 @@ def test_arrays_above_the_limit_come_in_chunks(tmp_path: Path, monkeypatch: pyte
     assert path.read_bytes().count(b"__msgpack_chunked_array__") == 2
     ours = read(path, optimizer="adam")
     assert ours["b"]["exp_avg"].bytes() == np.asarray(state[0].mu["b"]).tobytes()
-    flax_msgpack.write(ours, tmp_path / "back", base=None, force=False)
+    flax_msgpack.write(ours, tmp_path / "back", base=None, force=False, options={})
     assert (tmp_path / "back").read_bytes() == path.read_bytes()
 
 
@@ -737,7 +737,7 @@ def test_an_nnx_optimizer(tmp_path: Path) -> None:
         _, index, _, factor = name.split(".")
         for slot, field in (("exp_avg", "mu"), ("exp_avg_sq", "nu")):
             assert parameter[slot].bytes() == np.asarray(moments[field]["layers"][int(index)]["lora"][factor]).tobytes()
-    flax_msgpack.write(ours, tmp_path / "back", base=None, force=False)
+    flax_msgpack.write(ours, tmp_path / "back", base=None, force=False, options={})
     assert (tmp_path / "back").read_bytes() == path.read_bytes()
 
     # Under PEFT's names, and back by the map that it was read with.
@@ -745,7 +745,7 @@ def test_an_nnx_optimizer(tmp_path: Path) -> None:
     assert list(named)[-1] == "base_model.model.layers.10.lora_B.default.weight"
     moment = named["base_model.model.layers.10.lora_B.default.weight"]["exp_avg"]
     assert np.array_equal(moment.numpy(), np.asarray(moments["mu"]["layers"][10]["lora"]["lora_b"]).T)
-    flax_msgpack.write(named, tmp_path / "again", base=None, force=False)
+    flax_msgpack.write(named, tmp_path / "again", base=None, force=False, options={})
     assert (tmp_path / "again").read_bytes() == path.read_bytes()
 
 
@@ -764,7 +764,7 @@ def test_a_stream_of_easylm(tmp_path: Path) -> None:
             file.write(msgpack.packb((keys, to_bytes(leaf))))
     converter, _match = registry.detect(path)
     assert converter.NAME == "flax_msgpack"
-    checkpoint = flax_msgpack.read(path, {"optimizer": "adamw"})
+    checkpoint = registry.read(path, "flax_msgpack", {"optimizer": "adamw"})
     ours = checkpoint.state
     assert isinstance(ours, OptimizerState)
     assert ours["b"]["exp_avg"].bytes() == np.asarray(state[1][0].mu["b"]).tobytes()

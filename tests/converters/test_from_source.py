@@ -12,7 +12,6 @@ from safetensors.torch import save_file
 
 from lora_state_format import registry
 from lora_state_format.cli import run
-from lora_state_format.converters import kohya, megatron, nanotron
 from lora_state_format.errors import FileError, MissingNamesError, RefusedError
 from lora_state_format.foreign.dcp import write_folder
 from lora_state_format.model.sources import Memory
@@ -52,7 +51,7 @@ def test_accelerates_files_with_another_scripts_mark(tmp_path: Path, name: str, 
             {**tensors, keys[0].replace("lora_down.weight", "alpha"): torch.ones(())}, folder / "model.safetensors"
         )
         (folder / marker).write_text(json.dumps({"current_epoch": 1, "current_step": 3}))
-        assert set(kohya.read(folder).weights) == set(keys)
+        assert set(registry.read(folder, "kohya").weights) == set(keys)
     else:
         save_file(tensors, folder / marker)
     assert name == registry.detect(folder)[0].NAME
@@ -122,13 +121,13 @@ def test_nanotron_refuses_what_it_cannot_put_together(tmp_path: Path) -> None:
     folder, _ = nanotron_folder(tmp_path, 3)
     (folder / "optimizer_pp-0-of-1_dp-1-of-3_tp-0-of-1_exp-0-of-1.pt").unlink()
     with pytest.raises(FileError) as missing:
-        nanotron.read(folder)
+        registry.read(folder, "nanotron")
     assert str(missing.value) == f"{folder}: no file of pipeline rank 0, data rank 1"
     config = json.loads((folder / "optimizer_config.json").read_text())
     config["parallelism"]["tp_size"] = "2"
     (folder / "optimizer_config.json").write_text(json.dumps(config))
     with pytest.raises(RefusedError) as parallel:
-        nanotron.read(folder)
+        registry.read(folder, "nanotron")
     assert str(parallel.value) == f"{folder}: parameters are sharded (tp_size 2), and nothing says how"
 
 
@@ -168,7 +167,7 @@ def test_megatron_splits_stacked_layers(tmp_path: Path) -> None:
             assert state[name]["step"] == 3
         assert dict(state.groups[0].options) == {"lr": 1e-3, "betas": (0.9, 0.95)}
         assert state.origin == {"format": "megatron", "support": "from source only", "groups": 2}
-    plain = megatron.read(folder).state
+    plain = registry.read(folder, "megatron").state
     assert isinstance(plain, OptimizerState)
     assert "master_param" not in (plain[single].state or {})
     report = convert(folder, tmp_path / "optimizer.safetensors")
@@ -178,7 +177,7 @@ def test_megatron_splits_stacked_layers(tmp_path: Path) -> None:
 def test_megatrons_flat_buckets_are_refused(tmp_path: Path) -> None:
     folder = megatron_folder(tmp_path, {("optimizer.distributed.dp_group_idx_0.gbuf_idx_0.exp_avg",): f32(8)})
     with pytest.raises(RefusedError) as error:
-        megatron.read(folder)
+        registry.read(folder, "megatron")
     assert str(error.value) == (
         f"{folder / '.metadata'}: the optimizer's state lies in buckets of flat buffers, which only the model can take "
         "apart: save with dist_ckpt_optim_fully_reshardable"

@@ -12,7 +12,7 @@ import torch
 
 from lora_state_format import registry
 from lora_state_format.cli import run
-from lora_state_format.converters import composer, lerobot, olmo, torchtune
+from lora_state_format.converters import lerobot
 from lora_state_format.errors import RefusedError, TargetExistsError, UnrepresentableError
 from lora_state_format.foreign.state_dict import to_state_dict
 from lora_state_format.model.states import OptimizerState, PositionalState
@@ -82,7 +82,7 @@ def test_from_one_framework_to_others_on_the_command_line(tmp_path: Path, assert
 def test_lerobot_positional(tmp_path: Path) -> None:
     folder = GOLDEN / "lerobot" / "files" / "000003"
     assert registry.detect(folder)[0].NAME == registry.detect(folder / "training_state")[0].NAME == "lerobot"
-    checkpoint = lerobot.read(folder)
+    checkpoint = registry.read(folder, "lerobot")
     state = checkpoint.state
     assert isinstance(state, PositionalState)
     assert equal(as_torch(to_state_dict(state)), expected("lerobot")["actor"])
@@ -93,10 +93,10 @@ def test_lerobot_positional(tmp_path: Path) -> None:
     with read(folder, names=names) as named:
         assert named["2.bias"]["exp_avg"].shape == (3,)
         assert named["idle"].state is None
-        lerobot.write(named, tmp_path / "training_state", base=None, force=False)
+        lerobot.write(named, tmp_path / "training_state", base=None, force=False, options={})
         with pytest.raises(TargetExistsError):
-            lerobot.write(named, tmp_path / "training_state", base=None, force=False)
-    again = lerobot.read(tmp_path).state
+            lerobot.write(named, tmp_path / "training_state", base=None, force=False, options={})
+    again = registry.read(tmp_path, "lerobot").state
     assert isinstance(again, PositionalState)
     assert equal(as_torch(to_state_dict(again)), expected("lerobot")["actor"])
     for name in ("optimizer_state.safetensors", "optimizer_param_groups.json"):
@@ -110,7 +110,7 @@ def test_lerobot_positional(tmp_path: Path) -> None:
 def test_lerobot_several_optimizers() -> None:
     folder = GOLDEN / "lerobot" / "files" / "several"
     assert registry.detect(folder)[0].NAME == "lerobot"
-    state = lerobot.read(folder).state
+    state = registry.read(folder, "lerobot").state
     assert [optimizer.id for optimizer in state.optimizers] == ["actor", "critic"]
     for index, name in enumerate(("actor", "critic")):
         assert equal(as_torch(to_state_dict(state, index)), expected("lerobot")[name])
@@ -123,7 +123,9 @@ def test_lerobot_refuses_what_json_cannot_hold(tmp_path: Path) -> None:
         from dataclasses import replace
 
         with pytest.raises(UnrepresentableError) as error:
-            lerobot.write(replace(state, groups=(odd, *state.groups[1:])), tmp_path / "x", base=None, force=False)
+            lerobot.write(
+                replace(state, groups=(odd, *state.groups[1:])), tmp_path / "x", base=None, force=False, options={}
+            )
     assert str(error.value).startswith("an option has no form in JSON: Out of range float values")
     assert list(tmp_path.iterdir()) == []
 
@@ -144,7 +146,7 @@ def test_composer(assert_holds: Any) -> None:
         assert state["idle"].shape == (2,)
         assert state.global_step == 3
         assert state.origin == {"format": "composer", "composer": "0.32.1"}
-    assert isinstance(composer.read(path).state, OptimizerState)
+    assert isinstance(registry.read(path, "composer").state, OptimizerState)
 
 
 def test_an_old_public_composer_file_is_positional() -> None:
@@ -152,7 +154,7 @@ def test_an_old_public_composer_file_is_positional() -> None:
     if not path.exists():
         pytest.skip("no public checkpoints beside the project")
     assert registry.detect(path)[0].NAME == "composer"
-    state = composer.read(path).state
+    state = registry.read(path, "composer").state
     assert isinstance(state, PositionalState)
     assert state.origin == {"format": "composer"}
     assert all(slots == {"momentum_buffer": None} for slots in state.entries.values())
@@ -173,7 +175,7 @@ def test_composers_older_layouts_are_positional(
     state = {optimizers: {"AdamW": adam.state_dict()}, model: module.state_dict(), sign: 0}
     torch.save({"state": state, "rng": []}, tmp_path / "ep1.pt")
     assert registry.detect(tmp_path / "ep1.pt")[0].NAME == "composer"
-    checkpoint = composer.read(tmp_path / "ep1.pt")
+    checkpoint = registry.read(tmp_path / "ep1.pt", "composer")
     assert isinstance(checkpoint.state, PositionalState)
     assert list(checkpoint.weights) == ["weight", "bias"]
     with read(tmp_path / "ep1.pt", names=["weight", "bias"]) as named:
@@ -194,7 +196,7 @@ def test_torchtune_with_one_optimizer(assert_holds: Any) -> None:
 
 
 def test_torchtune_with_one_optimizer_per_parameter(assert_holds: Any) -> None:
-    state = torchtune.read(GOLDEN / "torchtune" / "files" / "in_backward").state
+    state = registry.read(GOLDEN / "torchtune" / "files" / "in_backward", "torchtune").state
     assert isinstance(state, OptimizerState)
     assert_holds(state, expected("torchtune")["in_backward"])
     assert [group.count for group in state.groups] == [8]
@@ -206,7 +208,7 @@ def test_torchtune_with_one_optimizer_per_parameter(assert_holds: Any) -> None:
 def test_olmo(tmp_path: Path, assert_holds: Any) -> None:
     folder = GOLDEN / "olmo" / "files"
     assert registry.detect(folder)[0].NAME == "olmo"
-    state = olmo.read(folder).state
+    state = registry.read(folder, "olmo").state
     assert isinstance(state, PositionalState)
     assert state.names == ("0.weight", "2.weight", "0.bias", "2.bias")
     report = convert(folder, tmp_path / "optimizer.safetensors")

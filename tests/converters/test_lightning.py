@@ -80,7 +80,7 @@ def test_it_holds_what_the_run_held(run: Any, tmp_path: Path, assert_holds: Any)
     path, model, ran, several = run
     converter, match = registry.detect(path)
     assert (converter.NAME, match.generic) == ("lightning", False)
-    state = lightning.read(path).state
+    state = registry.read(path, "lightning").state
     assert isinstance(state, PositionalState)
     assert state.global_step == ran.global_step
     names = {parameter: name for name, parameter in model.named_parameters()}
@@ -112,7 +112,7 @@ def test_lightning_resumes_from_what_is_written(run: Any, tmp_path: Path) -> Non
                 slots[slot] = slots[slot] * 0
     fresh.save_checkpoint(tmp_path / "zeros.ckpt")
     with read(path, names=names) if several else read(path) as state:
-        lightning.write(state, tmp_path / "written.ckpt", base=tmp_path / "zeros.ckpt", force=False)
+        lightning.write(state, tmp_path / "written.ckpt", base=tmp_path / "zeros.ckpt", force=False, options={})
     resumed, again = build(several), trainer(tmp_path, 1)
     again.fit(resumed, ckpt_path=tmp_path / "written.ckpt")
     written = torch.load(tmp_path / "written.ckpt", weights_only=True)
@@ -147,7 +147,7 @@ def test_callbacks_that_are_keyed_by_their_classes(run: Any, tmp_path: Path, mon
 
     names = [f"p{number}" for number in range(sum(len(g["params"]) for o in ran.optimizers for g in o.param_groups))]
     with read(tmp_path / "old.ckpt", names=names) as state:
-        lightning.write(state, tmp_path / "written.ckpt", base=tmp_path / "old.ckpt", force=False)
+        lightning.write(state, tmp_path / "written.ckpt", base=tmp_path / "old.ckpt", force=False, options={})
     written = torch.load(tmp_path / "written.ckpt", weights_only=False)
     assert torch.equal(written["callbacks"][kind]["best_model_score"], torch.ones(2))
     for ours, theirs in zip(written["optimizer_states"], tree["optimizer_states"], strict=True):
@@ -159,12 +159,12 @@ def test_it_needs_a_base_with_as_many_optimizers(run: Any, tmp_path: Path) -> No
     path, _, _, several = run
     with read(path, names=[f"p{number}" for number in range(7)]) if several else read(path) as state:
         with pytest.raises(OptionError) as base:
-            lightning.write(state, tmp_path / "x.ckpt", base=None, force=False)
+            lightning.write(state, tmp_path / "x.ckpt", base=None, force=False, options={})
         assert str(base.value) == (
             "lightning needs a .ckpt of the same run (base=, --base): all but the optimizers comes from it"
         )
         torch.save({"optimizer_states": [{}] * 3}, tmp_path / "three.ckpt")
         with pytest.raises(UnrepresentableError) as three:
-            lightning.write(state, tmp_path / "x.ckpt", base=tmp_path / "three.ckpt", force=False)
+            lightning.write(state, tmp_path / "x.ckpt", base=tmp_path / "three.ckpt", force=False, options={})
         count = 2 if several else 1
         assert str(three.value) == f"{tmp_path / 'three.ckpt'} has 3 optimizers, the state {count}"

@@ -12,7 +12,14 @@ import pytest
 
 from lora_state_format import registry
 from lora_state_format.converters import mlx
-from lora_state_format.errors import ConversionError, FileError, OptionError, RefusedError, UnrepresentableError
+from lora_state_format.errors import (
+    ConversionError,
+    FileError,
+    OptionError,
+    RefusedError,
+    UnknownFormatError,
+    UnrepresentableError,
+)
 from lora_state_format.format import reading, writing
 from lora_state_format.io import safetensors
 from lora_state_format.io.plain import header
@@ -48,7 +55,7 @@ CORRECTED = {"optimizer": "adam", "bias_correction": True}
 
 
 def read(path: Path, **options: Any) -> OptimizerState:
-    state = mlx.read(path, options).state
+    state = registry.read(path, "mlx", options).state
     assert isinstance(state, OptimizerState)
     return state
 
@@ -70,12 +77,15 @@ def test_it_is_found_by_its_counters(tmp_path: Path) -> None:
     (tmp_path / "broken.safetensors").write_bytes(b"1234")
     assert mlx.detect(tmp_path / "broken.safetensors") is None
     assert mlx.detect(tmp_path) is None
+    path = written(tmp_path / "other.safetensors", {"w.m": MOMENT})
+    with pytest.raises(UnknownFormatError) as error:
+        registry.read(path, "mlx")
+    assert str(error.value) == f"{path}: not recognised as 'mlx': expected {mlx.DESCRIPTION}"
 
 
 @pytest.mark.parametrize(
     ("tensors", "kind", "message"),
     [
-        ({"w.m": MOMENT}, RefusedError, "no step and learning_rate, which MLX keeps beside the moments"),
         (
             {f"states.{n}.{key}": value for n in range(2) for key, value in ADAM.items()},
             RefusedError,
@@ -135,10 +145,10 @@ def test_what_the_caller_has_to_say(tmp_path: Path) -> None:
     plain = read(path, optimizer="adam", bias_correction=False)
     assert plain.optimizers[0].class_path == "mlx.optimizers.Adam"
     assert plain.groups[0].options == (("lr", float(RATE)), ("bias_correction", False))
-    mlx.write(plain, tmp_path / "back.safetensors", base=None, force=False)
+    mlx.write(plain, tmp_path / "back.safetensors", base=None, force=False, options={})
     flax = registry.writer("flax_msgpack")
     with pytest.raises(UnrepresentableError) as refused:
-        flax.write(plain, tmp_path / "never", base=None, force=False)
+        flax.write(plain, tmp_path / "never", base=None, force=False, options={})
     assert str(refused.value) == "the target has no place for the state of adam_uncorrected"
 
 
@@ -158,7 +168,7 @@ def test_a_compressed_archive_is_to_be_unzipped(tmp_path: Path) -> None:
 def test_the_adapter_beside_it_says_the_names(tmp_path: Path) -> None:
     path = written(tmp_path / "0000100_optimizer.safetensors", ADAM)
     written(tmp_path / "0000100_adapter.safetensors", {"w": MOMENT})
-    assert list(mlx.read(path, CORRECTED).weights) == ["w"]
+    assert list(registry.read(path, "mlx", CORRECTED).weights) == ["w"]
     written(tmp_path / "0000100_adapter.safetensors", {"other": MOMENT})
     with pytest.raises(FileError) as caught:
         read(path, **CORRECTED)
@@ -177,7 +187,7 @@ def test_a_state_that_took_no_step_is_none(tmp_path: Path) -> None:
     path = written(tmp_path / "optimizer.safetensors", tensors)
     state = read(path, **CORRECTED)
     assert state["w"].state is None
-    mlx.write(state, tmp_path / "back.safetensors", base=None, force=False)
+    mlx.write(state, tmp_path / "back.safetensors", base=None, force=False, options={})
     assert_same(path, tmp_path / "back.safetensors")
 
 
@@ -241,7 +251,7 @@ def test_what_mlx_has_no_place_for(tmp_path: Path) -> None:
             mlx.write(found, target, base=None, force=False, options=options)
         assert str(caught.value) == message
     with pytest.raises(OptionError) as refused:
-        mlx.write(cases[0][0], target, base=tmp_path / "base", force=False)
+        mlx.write(cases[0][0], target, base=tmp_path / "base", force=False, options={})
     assert str(refused.value) == f"mlx writes a whole file and takes nothing from another ({tmp_path / 'base'})"
     sgd = OptimizerState(
         (Optimizer("torch.optim.sgd.SGD"),),
@@ -250,7 +260,7 @@ def test_what_mlx_has_no_place_for(tmp_path: Path) -> None:
         Naming("model"),
     )
     with pytest.raises(UnrepresentableError, match=r"^the state does not say how many steps were taken: say --option "):
-        mlx.write(sgd, target, base=None, force=False)
+        mlx.write(sgd, target, base=None, force=False, options={})
     assert not target.exists()
     mlx.write(sgd, target, base=None, force=False, options={"step": 7})
     assert read(target, optimizer="sgd").global_step == 7
@@ -336,7 +346,7 @@ def test_it_holds_what_mlx_holds_and_comes_back(tmp_path: Path, name: str, dora:
     )
 
     # By the map of mlx-lm, which is taken where all names are of LoRA, and back.
-    checkpoint: Checkpoint = mlx.read(path, {"optimizer": rule, **options})
+    checkpoint: Checkpoint = registry.read(path, "mlx", {"optimizer": rule, **options})
     state = checkpoint.state
     assert isinstance(state, OptimizerState)
     named = "base_model.model.model.layers.1.self_attn.q_proj.lora_A.default.weight"
@@ -349,7 +359,7 @@ def test_it_holds_what_mlx_holds_and_comes_back(tmp_path: Path, name: str, dora:
     assert any(name.endswith(other) for name in state)
     writing.write(state, tmp_path / "state.safetensors")
     with reading.open_state(tmp_path / "state.safetensors") as reopened:
-        mlx.write(reopened, tmp_path / "back.safetensors", base=None, force=False)
+        mlx.write(reopened, tmp_path / "back.safetensors", base=None, force=False, options={})
     assert_same(path, tmp_path / "back.safetensors")
 
 

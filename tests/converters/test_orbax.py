@@ -24,7 +24,7 @@ SHAPES = {"b": (4, 6), "a": {"k": (3,), "s": ()}}
 
 
 def read(path: Path, **options: Any) -> OptimizerState:
-    state = orbax.read(path, {"optimizer": "adamw", **options}).state
+    state = registry.read(path, "orbax", {"optimizer": "adamw", **options}).state
     assert isinstance(state, OptimizerState)
     return state
 
@@ -85,7 +85,7 @@ def test_a_train_state_and_a_step_of_a_manager(tmp_path: Path) -> None:
     params, state = trained()
     whole = {"step": jax.numpy.int32(3), "params": params, "opt_state": state}
     ocp.PyTreeCheckpointer().save(tmp_path / "whole", whole)
-    checkpoint = orbax.read(tmp_path / "whole", {"optimizer": "adamw"})
+    checkpoint = registry.read(tmp_path / "whole", "orbax", {"optimizer": "adamw"})
     assert isinstance(checkpoint.state, OptimizerState)
     assert_holds(checkpoint.state, state[1][0])
     assert checkpoint.weights["b"].bytes() == np.asarray(params["b"]).tobytes()

@@ -76,7 +76,7 @@ def checkpoint(
 
 
 def read(path: Path, **options: Any) -> OptimizerState:
-    state = paddlenlp.read(path, {"optimizer": "adamw", **options}).state
+    state = registry.read(path, "paddlenlp", {"optimizer": "adamw", **options}).state
     assert isinstance(state, OptimizerState)
     return state
 
@@ -209,17 +209,17 @@ def test_masters_and_shards_come_and_go(tmp_path: Path) -> None:
     masters = {"q.lora_A": np.full((2, 3), 7, np.float32), "k.lora_A": np.full((2, 3), 8, np.float32)}
     folder = checkpoint(tmp_path / "a", {**adam(3), **other}, step=3, shards=2, masters=masters)
     assert "master_param" not in (read(folder)["q.lora_A"].state or {})
-    weights = paddlenlp.read(folder, {"optimizer": "adamw", "map": "paddlenlp"}).weights
+    weights = registry.read(folder, "paddlenlp", {"optimizer": "adamw", "map": "paddlenlp"}).weights
     assert np.array_equal(weights["base_model.model.q.lora_A.weight"].numpy(), masters["q.lora_A"].T)
     state = read(folder, masters=True)
     assert np.array_equal(state["k.lora_A"]["master_param"].numpy(), masters["k.lora_A"])
-    paddlenlp.write(state, tmp_path / "b", base=None, force=False)
+    paddlenlp.write(state, tmp_path / "b", base=None, force=False, options={})
     assert tensors_of(tmp_path / "b") == tensors_of(folder)
     assert tensors_of(tmp_path / "b", "master_weights") == tensors_of(folder, "master_weights")
     assert json.loads((tmp_path / "b" / "trainer_state.json").read_text()) == {"global_step": 3}
     with pytest.raises(TargetExistsError):
-        paddlenlp.write(state, tmp_path / "b", base=None, force=False)
-    paddlenlp.write(state, tmp_path / "b", base=None, force=True)
+        paddlenlp.write(state, tmp_path / "b", base=None, force=False, options={})
+    paddlenlp.write(state, tmp_path / "b", base=None, force=True, options={})
 
 
 def tensors_of(folder: Path, kind: str = "optimizer") -> dict[str, Any]:
@@ -240,14 +240,14 @@ def test_a_parameter_that_took_no_step(tmp_path: Path) -> None:
     folder = checkpoint(tmp_path / "a", none, step=0)
     state = read(folder)
     assert state["q.lora_A"].state is None
-    paddlenlp.write(state, tmp_path / "b", base=None, force=False)
+    paddlenlp.write(state, tmp_path / "b", base=None, force=False, options={})
     assert tensors_of(tmp_path / "b") == tensors_of(folder)
 
 
 def test_what_the_layout_has_no_place_for(tmp_path: Path) -> None:
     state = read(checkpoint(tmp_path / "a", adam(5000), step=5000))
     with pytest.raises(UnrepresentableError) as caught:
-        paddlenlp.write(state, tmp_path / "b", base=None, force=False)
+        paddlenlp.write(state, tmp_path / "b", base=None, force=False, options={})
     assert str(caught.value) == (
         "the target keeps powers of betas, and the groups have none, or not the same: say --option betas=(b1,b2)"
     )
@@ -258,7 +258,7 @@ def test_what_the_layout_has_no_place_for(tmp_path: Path) -> None:
         read(tmp_path / "a")
     assert str(step.value) == f"{tmp_path / 'a' / 'trainer_state.json'}: 'global_step' is a str, where int is expected"
     with pytest.raises(OptionError) as refused:
-        paddlenlp.write(state, tmp_path / "b", base=tmp_path / "a", force=False)
+        paddlenlp.write(state, tmp_path / "b", base=tmp_path / "a", force=False, options={})
     assert str(refused.value) == f"paddlenlp writes a whole folder and takes nothing from another ({tmp_path / 'a'})"
     paddlenlp.write(state, tmp_path / "b", base=None, force=False, options={"betas": [0.9, 0.999]})
     assert tensors_of(tmp_path / "b") == tensors_of(tmp_path / "a")

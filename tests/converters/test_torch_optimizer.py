@@ -86,7 +86,7 @@ def test_a_trainer_checkpoint(founding: Founding, part: str) -> None:
         founding.path / "optimizer.pt",
         generic=bool(part),
     )
-    checkpoint = converter.read(path)
+    checkpoint = registry.read(path, converter.NAME)
     state = positional(checkpoint)
     with torch.serialization.safe_globals([]):
         theirs = torch.load(founding.path / "optimizer.pt", weights_only=True)
@@ -119,7 +119,7 @@ def test_a_file_without_an_optimizer_says_so(tmp_path: Path, model: torch.nn.Mod
     torch.save(model.state_dict(), path)
     assert registry.detect(path)[1].generic
     with pytest.raises(FileError) as caught:
-        converter.read(path)
+        registry.read(path, converter.NAME)
     assert str(caught.value) == f"{path}: no optimizer's state dict in it (a dict with state and param_groups)"
 
 
@@ -129,7 +129,7 @@ def test_an_interrupted_save_is_claimed_to_say_so(tmp_path: Path) -> None:
     for path in (tmp_path, tmp_path / "optimizer.pt"):
         assert registry.detect(path)[0] is converter
         with pytest.raises(FileError) as caught:
-            converter.read(path)
+            registry.read(path, converter.NAME)
         assert str(caught.value) == (
             f"{tmp_path / 'optimizer.pt'}: the zip archive has no data.pkl among its 1 members: an interrupted "
             "torch.save, or another kind of archive"
@@ -142,7 +142,7 @@ def test_a_bare_file_and_the_model_beside_it(tmp_path: Path, model: torch.nn.Mod
     torch.save(optimizer.state_dict(), tmp_path / "optim_3.pt", _use_new_zipfile_serialization=zipped)
     torch.save(model.state_dict(), tmp_path / "model_3.pt", _use_new_zipfile_serialization=zipped)
     assert registry.detect(tmp_path / "optim_3.pt")[1].generic
-    checkpoint = converter.read(tmp_path / "optim_3.pt")
+    checkpoint = registry.read(tmp_path / "optim_3.pt", converter.NAME)
     assert_holds(positional(checkpoint).entries, optimizer.state_dict()["state"])
     assert {key: tensor.shape for key, tensor in checkpoint.weights.items()} == {
         key: tuple(tensor.shape) for key, tensor in model.state_dict().items()
@@ -152,7 +152,7 @@ def test_a_bare_file_and_the_model_beside_it(tmp_path: Path, model: torch.nn.Mod
 def test_a_whole_module_beside_it_is_left_alone(tmp_path: Path, model: torch.nn.Module) -> None:
     torch.save(trained(model).state_dict(), tmp_path / "optimizer.pt")
     torch.save(model, tmp_path / "model.pt")
-    assert converter.read(tmp_path).weights == {}
+    assert registry.read(tmp_path, converter.NAME).weights == {}
 
 
 def test_sharded_weights_and_versions_beside_it(tmp_path: Path, model: torch.nn.Module) -> None:
@@ -164,7 +164,7 @@ def test_sharded_weights_and_versions_beside_it(tmp_path: Path, model: torch.nn.
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
     (tmp_path / "config.json").write_text(json.dumps({"transformers_version": "4.49.0"}))
     (tmp_path / "trainer_state.json").write_text(json.dumps({"global_step": 7}))
-    checkpoint = converter.read(tmp_path)
+    checkpoint = registry.read(tmp_path, converter.NAME)
     assert sorted(checkpoint.weights) == sorted(NAMES)
     assert all(checkpoint.weights[key].torch().equal(weights[key]) for key in NAMES)
     assert checkpoint.state.origin == {"format": "torch_optimizer", "transformers": "4.49.0"}
@@ -195,7 +195,7 @@ def test_a_damaged_neighbour_is_named(
     torch.save(trained(model).state_dict(), tmp_path / "optimizer.pt")
     (tmp_path / name).write_text(text)
     with pytest.raises(FileError) as caught:
-        converter.read(tmp_path)
+        registry.read(tmp_path, converter.NAME)
     assert str(caught.value) == f"{tmp_path / name}: {message}"
 
 
@@ -211,7 +211,7 @@ def test_a_state_dict_in_a_checkpoint(tmp_path: Path, model: torch.nn.Module, pl
     for key in reversed(place.split(".")):
         tree = {key: tree}
     torch.save({**tree, "model": model.state_dict(), "global_step": 5, "path": Path("x")}, tmp_path / "last.ckpt")
-    checkpoint = converter.read(tmp_path / "last.ckpt")
+    checkpoint = registry.read(tmp_path / "last.ckpt", converter.NAME)
     assert_holds(positional(checkpoint).entries, optimizer.state_dict()["state"])
     assert (checkpoint.state.origin["place"], checkpoint.state.global_step) == (where, 5)
     assert sorted(checkpoint.weights) == sorted(NAMES)
@@ -222,7 +222,7 @@ def test_the_optimizers_of_one_file_are_one_state(tmp_path: Path, model: torch.n
     torch.save(
         {f"optimizer_{key}": o.state_dict() for key, o in zip("GD", optimizers, strict=True)}, tmp_path / "gan.pt"
     )
-    state = positional(converter.read(tmp_path / "gan.pt"))
+    state = positional(registry.read(tmp_path / "gan.pt", converter.NAME))
     assert [optimizer.id for optimizer in state.optimizers] == ["optimizer_G", "optimizer_D"]
     assert state.ids == ("0:0", "0:1", "1:0", "1:1")
 
@@ -238,7 +238,7 @@ def test_an_archive_of_stable_baselines(tmp_path: Path, model: torch.nn.Module) 
             archive.writestr(name, buffer.getvalue())
     path = tmp_path / "ppo.zip"
     assert registry.detect(path)[1] == registry.Match("a zip archive with members called *optimizer.pth", path)
-    checkpoint = converter.read(path)
+    checkpoint = registry.read(path, converter.NAME)
     assert_holds(positional(checkpoint).entries, optimizer.state_dict()["state"])
     assert checkpoint.weights["0.weight"].torch().equal(model.state_dict()["0.weight"])
 
@@ -249,7 +249,7 @@ def test_stable_baselines_itself(tmp_path: Path) -> None:
     agent = sb3.SAC("MlpPolicy", "Pendulum-v1", learning_starts=2, buffer_size=100, device="cpu")
     agent.learn(6)
     agent.save(tmp_path / "sac")
-    checkpoint = converter.read(tmp_path / "sac.zip")
+    checkpoint = registry.read(tmp_path / "sac.zip", converter.NAME)
     state = positional(checkpoint)
     found = {optimizer.id: number for number, optimizer in enumerate(state.optimizers)}
     for key, live in (
@@ -267,7 +267,7 @@ def test_one_rank_of_deepspeed_is_not_taken_for_a_whole(tmp_path: Path, model: t
     path = tmp_path / "zero_pp_rank_0_mp_rank_00_optim_states.pt"
     torch.save({"optimizer_state_dict": {"base": trained(model).state_dict()}, "ds_version": "0.19"}, path)
     with pytest.raises(FileError) as caught:
-        converter.read(path)
+        registry.read(path, converter.NAME)
     assert str(caught.value) == (f"{path}: one rank's part of a DeepSpeed checkpoint: convert the folder that holds it")
 
 
@@ -333,9 +333,9 @@ def test_a_flipped_bit_of_a_storage_stops_the_conversion(tmp_path: Path, strided
 def test_written_back_it_is_what_torch_saved(founding: Founding, tmp_path: Path) -> None:
     """Ids, the empty group, options in their order and of their types, every byte."""
     with converted(founding.path, tmp_path / "x.safetensors") as state:
-        converter.write(state, tmp_path / "optimizer.pt", base=None, force=False)
+        converter.write(state, tmp_path / "optimizer.pt", base=None, force=False, options={})
         with pytest.raises(TargetExistsError):
-            converter.write(state, tmp_path / "optimizer.pt", base=None, force=False)
+            converter.write(state, tmp_path / "optimizer.pt", base=None, force=False, options={})
     original = torch.load(founding.path / "optimizer.pt", weights_only=True)
     again = torch.load(tmp_path / "optimizer.pt", weights_only=True)
     assert list(again["state"]) == list(original["state"])
@@ -362,7 +362,7 @@ def test_old_ids_and_odd_values_are_written_back(tmp_path: Path) -> None:
     torch.save({"a": torch.ones(3), "b": torch.ones(2)}, tmp_path / "model.pt")
     with converted(tmp_path / "optimizer.pt", tmp_path / "x.safetensors", ["a", "b"]) as state:
         assert state.origin["converted"] == ["param_groups.0.lr: NumPy f8 to float"]
-        converter.write(state, tmp_path / "again.pt", base=None, force=False)
+        converter.write(state, tmp_path / "again.pt", base=None, force=False, options={})
     again = torch.load(tmp_path / "again.pt", weights_only=True)
     tree["param_groups"][0]["lr"] = 0.1  # type: ignore[index]
     assert again["param_groups"] == tree["param_groups"]
@@ -378,10 +378,10 @@ def test_what_one_optimizer_file_cannot_hold_is_refused(tmp_path: Path, model: t
     torch.save({"optimizer_states": optimizers}, tmp_path / "x.pt")
     with converted(tmp_path / "x.pt", tmp_path / "x.safetensors", NAMES) as state:
         with pytest.raises(UnrepresentableError) as caught:
-            converter.write(state, tmp_path / "y.pt", base=None, force=False)
+            converter.write(state, tmp_path / "y.pt", base=None, force=False, options={})
         assert str(caught.value) == "the state of 2 optimizers; optimizer.pt holds that of one"
         with pytest.raises(OptionError) as refused:
-            converter.write(state, tmp_path / "y.pt", base=tmp_path / "x.pt", force=False)
+            converter.write(state, tmp_path / "y.pt", base=tmp_path / "x.pt", force=False, options={})
         assert str(refused.value) == (
             f"torch_optimizer writes a whole file and takes nothing from another ({tmp_path / 'x.pt'})"
         )
@@ -423,7 +423,7 @@ def test_other_peoples_checkpoints_convert_exactly(folder: Path, tmp_path: Path)
 def test_other_peoples_checkpoints_without_names_ask_for_them(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(MissingNamesError):
         lsf.convert(optimizer_file(folder), tmp_path / "x.safetensors")
-    state = positional(converter.read(optimizer_file(folder)))
+    state = positional(registry.read(optimizer_file(folder), converter.NAME))
     assert state.ids
     assert state.entries
     assert list(tmp_path.iterdir()) == []

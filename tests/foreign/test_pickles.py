@@ -319,7 +319,7 @@ def test_an_archive_beyond_4_gib(tmp_path: Path) -> None:
 def test_nothing_is_imported_that_could_run_a_pickle(tmp_path: Path) -> None:
     torch.save({"x": torch.ones(2), "n": np.float64(1.0)}, tmp_path / "x.pt")
     script = (
-        "import sys; from lora_state_format import sources; from lora_state_format.foreign import pickles\n"
+        "import sys; from lora_state_format.model import sources; from lora_state_format.foreign import pickles\n"
         f"pickles.load(sources.File({str(tmp_path / 'x.pt')!r}))\n"
         "print([name for name in ('torch', 'pickle', '_pickle', 'numpy') if name in sys.modules])"
     )
@@ -389,7 +389,8 @@ def test_hostile_files_take_little_memory(tmp_path: Path) -> None:
     subprocess.run([sys.executable, str(hostile.__file__), tmp_path], check=True)
     script = """
 import json, pathlib, re, sys
-from lora_state_format import errors, sources
+from lora_state_format import errors
+from lora_state_format.model import sources
 from lora_state_format.foreign import pickles
 peaks = {}
 for path in sorted(pathlib.Path(sys.argv[1]).iterdir()):

@@ -26,8 +26,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, Final
 
-from lora_state_format.converters import dcp as dcp_converter
-from lora_state_format.converters import flax_msgpack, torch_optimizer
+from lora_state_format import registry
 from lora_state_format.errors import FileError, StateFormatError
 from lora_state_format.foreign import dcp, flax, pickles, torch_save
 from lora_state_format.foreign.pickles import Global, Record
@@ -349,7 +348,7 @@ def _tensors(value: Any, depth: int = 0) -> list[Tensor]:
 def read_state_dict(data: bytes, folder: Path) -> None:
     path = folder / "optimizer.pt"
     path.write_bytes(data)
-    write_converted(torch_optimizer.read(path), folder)
+    write_converted(registry.read(path, "torch_optimizer"), folder)
 
 
 def write_converted(checkpoint: Checkpoint, folder: Path) -> None:
@@ -388,7 +387,7 @@ def make_message(chance: random.Random) -> bytes:
 def read_message(data: bytes, folder: Path) -> None:
     path = folder / "opt_state.msgpack"
     path.write_bytes(data)
-    write_converted(flax_msgpack.read(path, {"optimizer": "adamw"}), folder)
+    write_converted(registry.read(path, "flax_msgpack", {"optimizer": "adamw"}), folder)
 
 
 def _entries() -> dict[tuple[Any, ...], Any]:
@@ -435,7 +434,7 @@ def _records(tree: Any) -> list[dict[Any, Any]]:
 def read_metadata(data: bytes, folder: Path) -> None:
     for name, content in (dcp_folder() | {dcp.METADATA: data}).items():
         (folder / name).write_bytes(content)
-    write_converted(dcp_converter.read(folder), folder)
+    write_converted(registry.read(folder, "dcp"), folder)
 
 
 # --- models' configs ----------------------------------------------------------------------------------------------

@@ -313,7 +313,7 @@ def test_messages(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str])
     path = tmp_path / "opt_state.msgpack"
     path.write_bytes(make())
     with pytest.raises(FileError, match=re.escape(detail)) as caught:
-        registry.get("flax_msgpack").read(path)
+        registry.read(path, "flax_msgpack")
     assert caught.type is error
     assert command(capsys, "inspect", path)[0] == 3
     assert command(capsys, "convert", path, tmp_path / "out")[0] == 3
@@ -399,7 +399,7 @@ def test_checkpoints(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[st
     before = listing(tmp_path)
     start = time.process_time()
     with pytest.raises(FileError, match=re.escape(detail)) as caught:
-        registry.get("dcp").read(folder)
+        registry.read(folder, "dcp")
     assert time.process_time() - start < SECONDS
     assert caught.type is error
     assert command(capsys, "inspect", folder)[0] == 3

@@ -604,7 +604,7 @@ def test_a_wrong_order_of_a_full_model(
 
 def test_a_live_order_that_the_weights_contradict(founding: Any) -> None:
     """A rule that they bear out takes its place; where they bear out none, the live order stands, contradicted."""
-    checkpoint = registry.detect(founding.path)[0].read(founding.path)
+    checkpoint = registry.read(founding.path)
     assert isinstance(checkpoint.state, PositionalState)
     parameters = adapter_parameters(checkpoint.weights)
     live = [[WRONG["reversed"](28)(name) for name in founding.slots]]

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from lora_state_format import registry
 from lora_state_format.converters import torch_optimizer
 from lora_state_format.errors import OptionError, UnrepresentableError
 from lora_state_format.format.reading import open_state
@@ -37,7 +38,7 @@ def trained(optimizer_class: Any, shapes: Mapping[str, tuple[int, ...]] = SHAPES
 def named(optimizer: Any, parameters: Mapping[str, torch.Tensor], path: Path) -> OptimizerState:
     """The optimizer's state through an ``optimizer.pt``."""
     torch.save(optimizer.state_dict(), path)
-    state = torch_optimizer.read(path).state
+    state = registry.read(path, "torch_optimizer").state
     assert isinstance(state, PositionalState)
     return state.named([Parameter(name, tuple(p.shape), None) for name, p in parameters.items()], Naming("names"))
 
@@ -132,7 +133,7 @@ def test_torchao_comes_back_as_torch_saved_it(torchao_run: Any, tmp_path: Path) 
     with named(optimizer, parameters, tmp_path / "optimizer.pt") as state:
         write(state, tmp_path / "named.safetensors")
     with open_state(tmp_path / "named.safetensors") as again:
-        torch_optimizer.write(again, tmp_path / "back.pt", base=None, force=False)
+        torch_optimizer.write(again, tmp_path / "back.pt", base=None, force=False, options={})
     back = torch.load(tmp_path / "back.pt", weights_only=True)
     original = torch.load(tmp_path / "optimizer.pt", weights_only=True)
     assert back["param_groups"] == original["param_groups"]

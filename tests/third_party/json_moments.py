@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import struct
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from lora_state_format.foreign.keyed import named
 from lora_state_format.foreign.state_dict import from_state_dict
@@ -21,8 +23,8 @@ def detect(path: Path) -> Match | None:
     return Match("a name that ends in .moments.json", path) if path.name.endswith(".moments.json") else None
 
 
-def read(path: Path) -> Checkpoint:
-    moments = json.loads(path.read_text())["moments"]
+def read(match: Match, options: Mapping[str, Any]) -> Checkpoint:
+    moments = json.loads(match.path.read_text())["moments"]
     state = {
         name: {slot: value if slot == "step" else tensor(value) for slot, value in slots.items()}
         for name, slots in moments.items()

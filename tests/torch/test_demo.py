@@ -36,7 +36,7 @@ def test_a_run_that_is_not_equal_is_a_finding(monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_what_the_demo_needs(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.delitem(sys.modules, "lora_state_format.torch.demo")
+    monkeypatch.delitem(sys.modules, "lora_state_format.demo")
     monkeypatch.setitem(sys.modules, "peft", None)
     assert run(["demo"]) == 2
     assert capsys.readouterr().err == "error: the demo needs 'peft': pip install 'lora_state_format[demo]'\n"
