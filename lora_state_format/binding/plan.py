@@ -12,9 +12,9 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Final, Literal, TypeAlias
+from typing import Any, Final, Literal, TypeAlias, TypedDict
 
-from lora_state_format.binding.live import LiveGroup, LiveOptimizer, LiveParameter, Problem
+from lora_state_format.binding.live import LiveOptimizer, LiveParameter, Problem
 from lora_state_format.binding.options import choose
 from lora_state_format.errors import BindError, ConversionError, OptionError
 from lora_state_format.model.gc import paused
@@ -24,12 +24,9 @@ from lora_state_format.optimizers.options import Kind, kind_of
 
 __all__ = [
     "Binding",
-    "LiveGroup",
-    "LiveOptimizer",
-    "LiveParameter",
     "LoadPlan",
     "Policies",
-    "Problem",
+    "PolicyArguments",
     "plan",
 ]
 
@@ -92,6 +89,17 @@ class Policies:
                 )
 
 
+class PolicyArguments(TypedDict, total=False):
+    """The members of ``Policies``, for functions that take them as keywords."""
+
+    missing: Missing
+    unexpected: Unexpected
+    mismatch: Mismatch
+    dtype: Dtype
+    options: Mapping[str, Any]
+    rename: Rename | None
+
+
 @dataclass(frozen=True, slots=True)
 class Binding:
     """What becomes of one parameter of the live optimizer.
@@ -150,23 +158,12 @@ class LoadPlan:
 
 
 @paused()
-def plan(
-    state: OptimizerState,
-    live: LiveOptimizer,
-    *,
-    missing: Missing = "error",
-    unexpected: Unexpected = "error",
-    mismatch: Mismatch = "error",
-    dtype: Dtype = "saved",
-    options: Mapping[str, Any] | None = None,
-    rename: Rename | None = None,
-) -> LoadPlan:
-    """What loading ``state`` into ``live`` would do; see ``Policies`` for the arguments.
+def plan(state: OptimizerState, live: LiveOptimizer, policies: Policies | None = None) -> LoadPlan:
+    """Return what loading ``state`` into ``live`` would do, under these policies; the strict ones by default.
 
-    Raises ``OptionError`` for policies that do not exist or do not apply. Everything else that is wrong is in the
-    plan's ``problems``.
+    Raises ``OptionError`` for policies that do not apply. Everything else that is wrong is in the plan's ``problems``.
     """
-    policies = Policies(missing, unexpected, mismatch, dtype, options or {}, rename)
+    policies = policies or Policies()
     matching = _match(state, live, policies.rename)
     bindings = tuple(_bindings(state, live, matching, policies))
     restored = [binding for binding in bindings if binding.saved]

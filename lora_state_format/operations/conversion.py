@@ -7,21 +7,18 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from lora_state_format import registry
-from lora_state_format.errors import ConversionError, MissingNamesError, OptionError, TargetExistsError
+from lora_state_format.errors import OptionError, TargetExistsError
 from lora_state_format.format import envelope, writing
-from lora_state_format.io import safetensors
-from lora_state_format.io.json_files import read_json_object
 from lora_state_format.model import digests
 from lora_state_format.model.digests import ALGORITHM
-from lora_state_format.model.sources import File
-from lora_state_format.model.states import Checkpoint, Naming, OptimizerState, Parameter, PositionalState, Slot, walk
+from lora_state_format.model.states import Naming, OptimizerState, PositionalState, Slot, walk
 from lora_state_format.model.tensors import Digest, Tensor
-from lora_state_format.naming import order, rules
 from lora_state_format.naming.evidence import head_size
-from lora_state_format.naming.names import adapter_parameters, peft_key, read_names
+from lora_state_format.naming.rules import Described
+from lora_state_format.naming.sources import CONFIG, Names, config_of, name_state, resolve, with_weights
 from lora_state_format.operations.report import (
     NOTHING_HELD,
     SCHEMA_VERSION,
@@ -38,16 +35,7 @@ if TYPE_CHECKING:
 
 __all__ = ["ConversionReport", "Names", "belongs", "convert", "read"]
 
-ADAPTER: Final = "adapter_model.safetensors"
-MODEL: Final = "model.safetensors"
-ADAPTER_CONFIG: Final = "adapter_config.json"
-CONFIG: Final = "config.json"
-
 Progress: TypeAlias = "Callable[[int, int], None]"
-
-Names: TypeAlias = "str | os.PathLike[str] | Sequence[str]"
-"""Where names come from: the path of a file with one name a line in optimizer order, of an adapter file, or of a folder
-with ``config.json`` and, for an adapter, ``adapter_config.json``; or the names themselves, in optimizer order."""
 
 
 @dataclass(frozen=True)
@@ -200,15 +188,12 @@ def belongs(path: str | os.PathLike[str], weights: str | os.PathLike[str]) -> tu
     from lora_state_format.naming.evidence import paired, weigh
 
     path = Path(path)
-    checkpoint = _with_weights(Path(weights), registry.read(path))
-    if isinstance(checkpoint.state, PositionalState):
-        checkpoint = _named(None, checkpoint, path, None)
-    assert isinstance(checkpoint.state, OptimizerState)
-    with checkpoint.state as state:
+    checkpoint = with_weights(registry.read(path), Path(weights))
+    with name_state(checkpoint, path, rebuild=rebuild) as state:
         pairing = paired(state, checkpoint.weights)
         settled = state.naming.rule is None and pairing.matching == len(state)
         compared = pairing.matching + len(pairing.differing) > 0
-        head_dim = head_size(_config(checkpoint, CONFIG) or {})
+        head_dim = head_size(config_of(checkpoint, CONFIG) or {})
         evidence = None if settled else weigh(state, checkpoint.weights, head_dim=head_dim)
         return (pairing if compared else None), evidence
 
@@ -229,12 +214,15 @@ def _read(
     checkpoint = converter.read(match, registry.own_options(options, converter))
     if optimizer is not None and not asks:
         checkpoint = replace(checkpoint, state=_classed(checkpoint.state, optimizer, path))
-    if isinstance(checkpoint.state, PositionalState):
-        checkpoint = _named(*_resolve(names, checkpoint), path, rule)
-    elif names is not None or rule is not None:
-        raise OptionError(f"{path}: its parameters have names; --names and --rule (names=, rule=) do not apply")
-    assert isinstance(checkpoint.state, OptimizerState)
-    return checkpoint.state, checkpoint.weights
+    checkpoint = resolve(checkpoint, names)
+    return name_state(checkpoint, path, names=names, rule=rule, rebuild=rebuild), checkpoint.weights
+
+
+def rebuild(folder: Path, adapter: Path | None = None) -> Sequence[Described]:
+    """Return the parameters of the model that the configs in a folder describe."""
+    from lora_state_format.torch.rebuild import rebuild
+
+    return rebuild(folder, adapter)
 
 
 def _classed(state: OptimizerState | PositionalState, class_path: str, path: Path) -> OptimizerState | PositionalState:
@@ -242,109 +230,6 @@ def _classed(state: OptimizerState | PositionalState, class_path: str, path: Pat
         if found.class_path not in (None, class_path):
             raise OptionError(f"{path}: the optimizer is {found.class_path}, not {class_path}")
     return replace(state, optimizers=tuple(replace(found, class_path=class_path) for found in state.optimizers))
-
-
-# --- names --------------------------------------------------------------------------------------------------------
-
-
-def _resolve(names: Names | None, checkpoint: Checkpoint) -> tuple[Sequence[str] | Path | None, Checkpoint]:
-    """What was given to take names from: the names themselves, a folder of configs, or nothing but the checkpoint, into
-    which an adapter that was given goes as if it lay beside it."""
-    if not isinstance(names, (str, os.PathLike)):
-        return names, checkpoint
-    path = Path(names)
-    if not path.exists():
-        raise FileNotFoundError(f"{path}: no such file or folder to take names from")
-    if (path / CONFIG).exists():
-        return path, checkpoint
-    if path.is_dir() or path.suffix == ".safetensors":
-        return None, _with_weights(path, checkpoint)
-    return read_names(path), checkpoint
-
-
-def _with_weights(path: Path, checkpoint: Checkpoint) -> Checkpoint:
-    """The checkpoint as if these weights, a file or in a folder, lay beside it."""
-    if path.is_dir():
-        path = next((path / name for name in (ADAPTER, MODEL) if (path / name).exists()), path / ADAPTER)
-    weights = safetensors.read_header(File(path)).tensors
-    configs = {name: path.with_name(name) for name in (ADAPTER_CONFIG, CONFIG) if path.with_name(name).exists()}
-    return replace(checkpoint, weights=weights, configs=configs)
-
-
-def _named(names: Sequence[str] | Path | None, checkpoint: Checkpoint, path: Path, rule: str | None) -> Checkpoint:
-    state, configs = checkpoint.state, checkpoint.configs
-    assert isinstance(state, PositionalState)
-    parameters: Sequence[Parameter | rules.Described]
-    if isinstance(names, Path):
-        parameters, source = _rebuilt(names, checkpoint), "configs"
-    elif names is not None:
-        parameters, source, rule = _listed(state, names, checkpoint), "names", "listed"
-    elif _is_adapter(checkpoint):
-        parameters, source = adapter_parameters(checkpoint.weights, config=_config(checkpoint)), "adapter"
-    elif state.names is not None:
-        parameters, source, rule = _listed(state, state.names, checkpoint), "checkpoint", "listed"
-    elif CONFIG in configs:
-        parameters, source = _rebuilt(configs[CONFIG].parent, checkpoint), "configs"
-    else:
-        raise MissingNamesError(
-            f"{path}: the state of {len(state.ids)} parameters stands under positions, and nothing beside it says "
-            "which parameter a position means; pass --names (names=) with a file of names in optimizer order, the "
-            "adapter file, or a folder with config.json and adapter_config.json"
-        )
-    named = order.decide(
-        state,
-        parameters,
-        rule=rule,
-        weights=checkpoint.weights or None,
-        head_dim=head_size(_config(checkpoint, CONFIG) or {}),
-        source=source,
-    )
-    return replace(checkpoint, state=named)
-
-
-def _listed(state: PositionalState, names: Sequence[str], checkpoint: Checkpoint) -> list[Parameter]:
-    """Parameters for names in optimizer order: as the weights have them, else shaped as their slots are.
-
-    Keys of an adapter file are taken for the parameters that they stand for.
-    """
-    if len(names) != len(state.ids):
-        raise ConversionError(f"{len(names)} names for the state of {len(state.ids)} parameters")
-    adapter_file, config = _is_adapter(checkpoint), _config(checkpoint)
-    parameters = []
-    for name, identity, shape in zip(names, state.ids, state.shapes(), strict=True):
-        key, adapter = (name, "default") if name in checkpoint.weights else peft_key(name) or (name, "")
-        tensor = checkpoint.weights.get(key)
-        if tensor is not None and adapter_file:
-            parameters += adapter_parameters({key: tensor}, adapter, config)
-        elif tensor is not None:
-            parameters.append(Parameter(name, tensor.shape, None, dtype=tensor.dtype))
-        elif shape is not None:
-            parameters.append(Parameter(name, shape, None))
-        else:
-            raise MissingNamesError(
-                f"'{name}' (id {identity}) has no slot that shows its shape; pass --names (names=) with the adapter "
-                "file or a folder with configs"
-            )
-    return parameters
-
-
-def _is_adapter(checkpoint: Checkpoint) -> bool:
-    """Whether the weights are those of a PEFT adapter file, whose keys all begin alike."""
-    first = next(iter(checkpoint.weights), None)
-    return first is not None and (ADAPTER_CONFIG in checkpoint.configs or first.startswith("base_model.model."))
-
-
-def _rebuilt(folder: Path, checkpoint: Checkpoint) -> Sequence[rules.Described]:
-    """The parameters of the model that the configs in a folder describe; an adapter's may lie beside the checkpoint."""
-    from lora_state_format.torch.rebuild import rebuild
-
-    return rebuild(folder, None if (folder / ADAPTER_CONFIG).exists() else checkpoint.configs.get(ADAPTER_CONFIG))
-
-
-def _config(checkpoint: Checkpoint, name: str = ADAPTER_CONFIG) -> Mapping[str, Any] | None:
-    """The parsed configuration file of that name, if there is one."""
-    path = checkpoint.configs.get(name)
-    return None if path is None else read_json_object(path)
 
 
 # --- writing and the report ---------------------------------------------------------------------------------------

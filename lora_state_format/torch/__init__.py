@@ -1,9 +1,11 @@
 """Save and load optimizer state by parameter name, in PyTorch. The only part of this package that imports torch."""
 
-from lora_state_format.torch.apply import LoadReport, apply, load_optimizer, plan, save_optimizer
+from lora_state_format.torch.apply import LoadReport, apply
 from lora_state_format.torch.background import BackgroundSave
 from lora_state_format.torch.capture import capture
 from lora_state_format.torch.hooks import Following, follow_names
+from lora_state_format.torch.load import load_optimizer, plan
+from lora_state_format.torch.save import save_optimizer
 
 __all__ = [
     "BackgroundSave",

@@ -2,58 +2,42 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
-import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Any, Final, Literal, cast, overload
+from typing import Any, Final
 
 import torch
 
-from lora_state_format import registry
-from lora_state_format.binding import plan as planning
-from lora_state_format.binding.live import LiveOptimizer, LiveParameter
+from lora_state_format.binding.live import LiveOptimizer
 from lora_state_format.binding.plan import RESIZABLE, Binding, LoadPlan
-from lora_state_format.errors import BindError, CaptureError, ConversionError, OptionError
-from lora_state_format.format import envelope, reading, writing
+from lora_state_format.errors import BindError
 from lora_state_format.io.ledger import Ledger
-from lora_state_format.model import digests
 from lora_state_format.model.digests import ALGORITHM
 from lora_state_format.model.sources import File
-from lora_state_format.model.states import OptimizerState, Parameter, PositionalState, Role, Scalar, Slot, Value
-from lora_state_format.model.tensors import Digest, Tensor
-from lora_state_format.naming import order, rules
-from lora_state_format.naming.names import Rename, peft_key
+from lora_state_format.model.states import Parameter, Role, Scalar, Slot, Value
 from lora_state_format.optimizers.classes import Known
-from lora_state_format.torch.background import BackgroundSave, settle, start
 from lora_state_format.torch.capture import (
     CARRIED,
     Models,
     Named,
     Optimizers,
-    capture,
-    capture_with,
-    describe,
     named_tensors,
     optimizers_of,
-    with_weights,
 )
-from lora_state_format.torch.fsdp1 import Part, full_state, parts_of, run_of, whole_weights
+from lora_state_format.torch.fsdp1 import Part, run_of
 from lora_state_format.torch.objects import flat, packed
 from lora_state_format.torch.tensors import (
     dtype_of,
     from_torch,
     is_sharded,
     read_into,
-    refusal,
     scalar_to_torch,
     to_torch,
 )
 
-__all__ = ["LoadReport", "apply", "load_optimizer", "plan", "save_optimizer"]
+__all__ = ["LoadReport", "apply"]
 
 logger = logging.getLogger("lora_state_format")
 
@@ -99,262 +83,6 @@ class LoadReport:
 
 def _span(bounds: tuple[int, int]) -> str:
     return str(bounds[0]) if bounds[0] == bounds[1] else f"{bounds[0]} to {bounds[1]}"
-
-
-# --- the interface --------------------------------------------------------------------------------------------------
-
-
-@overload
-def save_optimizer(
-    optimizer: Optimizers,
-    model: Models,
-    path: str | os.PathLike[str],
-    *,
-    weights: bool = True,
-    extra: Mapping[str, Any] | None = None,
-    global_step: int | None = None,
-    max_shard_size: int | None = None,
-    force: bool = True,
-    background: Literal[False] = False,
-) -> writing.Written: ...
-
-
-@overload
-def save_optimizer(
-    optimizer: Optimizers,
-    model: Models,
-    path: str | os.PathLike[str],
-    *,
-    weights: bool = True,
-    extra: Mapping[str, Any] | None = None,
-    global_step: int | None = None,
-    max_shard_size: int | None = None,
-    force: bool = True,
-    background: Literal[True],
-) -> BackgroundSave: ...
-
-
-def save_optimizer(
-    optimizer: Optimizers,
-    model: Models,
-    path: str | os.PathLike[str],
-    *,
-    weights: bool = True,
-    extra: Mapping[str, Any] | None = None,
-    global_step: int | None = None,
-    max_shard_size: int | None = None,
-    force: bool = True,
-    background: bool = False,
-) -> writing.Written | BackgroundSave:
-    """Write the state of an optimizer, or of several, under the model's names; see ``capture``.
-
-    An older file at the path is replaced, as a training loop wants it; it stays whole until the new one is. Folders on
-    the way are made. With ``force=False`` an existing file is a ``TargetExistsError``. The optimizer is only read: no
-    step is run, and gradients may be there.
-
-    The optimizer of a sharded model (DTensors: FSDP2, tensor parallel) is saved by all ranks together: call this on
-    every one. One tensor at a time is brought together for rank 0, which writes. If a rank fails, all raise. Of FSDP1
-    (``FullyShardedDataParallel`` with ``use_orig_params=True``) the whole state is brought together on rank 0.
-
-    With ``background=True`` the state is copied into the host's memory and written behind the run; what is returned
-    has ``wait()``. The save before, if it is still being written, is waited for, and its error raised here.
-    """
-    path = Path(path)
-    if sharding := _sharding(optimizer, model):
-        if background:
-            raise OptionError("background=True: the state of a sharded model is brought together while it is written")
-        save = _save_together if sharding == "DTensor" else _save_whole
-        return save(optimizer, model, path, weights, extra, global_step, max_shard_size, force)
-
-    def captured() -> Callable[[], writing.Written]:
-        state = capture(optimizer, model, weights=weights, extra=extra, global_step=global_step, copy=background)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        return lambda: writing.write(state, path, force=force, max_shard_size=max_shard_size)
-
-    if background:
-        return start(captured)
-    settle()
-    return captured()()
-
-
-def _sharding(optimizer: Optimizers, model: Models) -> Literal["DTensor", "FSDP1"] | None:
-    groups = (group for found in optimizers_of(optimizer) for group in found.param_groups)
-    if any(is_sharded(parameter) for group in groups for parameter in group["params"]):
-        return "DTensor"
-    modules = model.values() if isinstance(model, Mapping) else [model]
-    return "FSDP1" if any(map(parts_of, modules)) else None
-
-
-def _save_together(
-    optimizer: Optimizers,
-    model: Models,
-    path: Path,
-    weights: bool,
-    extra: Mapping[str, Any] | None,
-    global_step: int | None,
-    max_shard_size: int | None,
-    force: bool,
-) -> writing.Written:
-    """Rank 0 writes; every rank takes part in bringing each tensor together."""
-    from lora_state_format.torch.distributed import Together, follow, from_first
-
-    written = None
-    with Together() as together:
-        state = capture(optimizer, model, weights=False, extra=extra, global_step=global_step)
-        order = [(key, tensor.dtype, tensor.shape) for key, tensor in writing.in_file_order(state, max_shard_size)]
-        together.compare(repr((order, [(p.name, p.shape) for p in state.parameters])))
-        if weights:
-            state = with_weights(state, model)
-        if torch.distributed.get_rank() == 0:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            written = writing.write(state, path, force=force, max_shard_size=max_shard_size)
-        else:
-            follow(tensor for _, tensor in writing.in_file_order(state, max_shard_size))
-    return from_first(written)
-
-
-def _save_whole(
-    optimizer: Optimizers,
-    model: Models,
-    path: Path,
-    weights: bool,
-    extra: Mapping[str, Any] | None,
-    global_step: int | None,
-    max_shard_size: int | None,
-    force: bool,
-) -> writing.Written:
-    """Rank 0 writes what FSDP1 brings together in its memory."""
-    from lora_state_format.torch.distributed import agreement, from_first
-
-    optimizers = optimizers_of(optimizer)
-    if isinstance(model, Mapping) or len(optimizers) > 1:
-        raise CaptureError("FullyShardedDataParallel is saved for one model and one optimizer at a time")
-    entries = full_state(optimizers[0], model)
-    written = None
-    with agreement(True) as agree, whole_weights(model) if weights else contextlib.nullcontext():
-        if torch.distributed.get_rank() == 0:
-            state = capture_with(entries, optimizer, model, weights=False, extra=extra, global_step=global_step)
-            if weights:
-                state = with_weights(state, model, copy=True)
-            path.parent.mkdir(parents=True, exist_ok=True)
-            written = writing.write(state, path, force=force, max_shard_size=max_shard_size)
-        agree()
-    return from_first(written)
-
-
-@contextlib.contextmanager
-def _agreed(optimizer: Optimizers, model: Models) -> Iterator[Callable[[], None]]:
-    """What is called before anything changes: of a sharded model it returns when every rank is there."""
-    if _sharding(optimizer, model) is None:
-        yield lambda: None
-        return
-    from lora_state_format.torch.distributed import agreement
-
-    with agreement(True) as agree:
-        yield agree
-
-
-def load_optimizer(
-    optimizer: Optimizers,
-    model: Models,
-    path: str | os.PathLike[str],
-    *,
-    missing: planning.Missing = "error",
-    unexpected: planning.Unexpected = "error",
-    mismatch: planning.Mismatch = "error",
-    dtype: planning.Dtype = "saved",
-    options: Mapping[str, Any] | None = None,
-    rename: Rename | None = None,
-) -> LoadReport:
-    """Load state into a live optimizer, or several, by the names of the model's parameters: all of it, or nothing.
-
-    ``path`` is a file or a set of shards of this format, or any checkpoint that a converter reads. Where that one has
-    positions instead of names, the order of the live optimizer says what they mean, with a warning: order alone is no
-    proof. The policies are those of ``plan.Policies``.
-
-    Of a sharded model each rank reads its own part, whatever the placement; call this on every rank. If one fails, all
-    do. Tensors that are read in parts are not verified against their digests, and weights are not compared.
-
-    Raises ``BindError`` that names everything that does not fit, ``DigestError`` and ``FileError`` for damaged bytes,
-    ``RankError`` if another rank raised something, and what opening the path raises. The optimizer is then as it was.
-    """
-    with _agreed(optimizer, model) as agree, _open(Path(path), live := describe(optimizer, model), model) as state:
-        loading = planning.plan(
-            state,
-            live,
-            missing=missing,
-            unexpected=unexpected,
-            mismatch=mismatch,
-            dtype=dtype,
-            options=options,
-            rename=rename,
-        )
-        return apply(loading, optimizer, model, agree)
-
-
-def plan(state: OptimizerState, optimizer: Optimizers, model: Models, **policies: Any) -> LoadPlan:
-    """What loading a state into a live optimizer would do; nothing is read or changed. See ``plan.plan``."""
-    return planning.plan(state, describe(optimizer, model), **policies)
-
-
-def _open(path: Path, live: LiveOptimizer, model: Models) -> OptimizerState:
-    """The named state at a path; positions are named in the live optimizer's order, or else by the live model."""
-    if envelope.is_state(path):
-        return reading.open_state(path)
-    checkpoint = registry.read(path)
-    if not isinstance(checkpoint.state, PositionalState):
-        return checkpoint.state
-    named = named_tensors(model)
-    parameters = [
-        rules.Described(
-            _beside(p, checkpoint.weights),
-            p.requires_grad,
-            tuple(kind.__name__ for kind in named.owners[p.name].__mro__[:-1]),
-        )
-        for p in live.parameters.values()
-    ]
-    own = {name: from_torch(tensor) for name, tensor in named.tensors.items() if refusal(tensor) is None}
-    where = "beside it" if checkpoint.weights else "of the live model"
-    state = order.decide(
-        checkpoint.state,
-        parameters,
-        weights=checkpoint.weights or own,
-        live=[group.parameters for group in live.groups],
-        source="model",
-    )
-    details = state.naming.details
-    evidence = cast("Mapping[str, str]", details.get("evidence", {}))
-    verdict = evidence.get("verdict")
-    if verdict == "contradicted":
-        raise ConversionError(
-            f"{path}: its parameters do not stand in the order of the live optimizer, say the weights {where}\n"
-            "hint: give it names first, with convert(path, 'optimizer.safetensors'), and load that file"
-        )
-    logger.warning(
-        "%s has no names; its %d parameters were named by the order of the live %s. Order alone is no proof: %s of "
-        "them could be swapped without a shape that shows it%s",
-        path,
-        len(state),
-        "optimizer" if state.naming.rule == order.LIVE else f"model (rule '{state.naming.rule}')",
-        details["interchangeable"],
-        f"; the order was weighed against the weights {where}: {verdict}" if verdict else "",
-    )
-    return state
-
-
-def _beside(parameter: LiveParameter, weights: Mapping[str, Tensor]) -> Parameter:
-    """The parameter, with the digest of its own bytes where they lie beside the state."""
-    key = peft_key(parameter.name)
-    tensor = weights.get(key[0] if key else parameter.name)
-    return Parameter(
-        name=parameter.name,
-        shape=parameter.shape,
-        state=None,
-        dtype=parameter.dtype,
-        tied=parameter.tied,
-        keys={"peft": key[0]} if key else {},
-        weights=Digest(ALGORITHM, tensor.dtype, digests.hash_tensor(tensor)) if tensor else None,
-    )
 
 
 # --- carrying it out ------------------------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ import logging
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Final, TypeAlias, cast
+from typing import Any, Final, Literal, TypeAlias, cast
 from weakref import WeakKeyDictionary
 
 import torch
@@ -50,6 +50,7 @@ __all__ = [
     "describe",
     "named_tensors",
     "optimizers_of",
+    "sharding",
     "with_weights",
 ]
 
@@ -174,6 +175,15 @@ def optimizers_of(optimizer: Optimizers) -> tuple[torch.optim.Optimizer, ...]:
     """The optimizers of a run, without the shells that frameworks put around them."""
     listed = [optimizer] if isinstance(optimizer, torch.optim.Optimizer) else optimizer
     return tuple(map(_shelled, listed))
+
+
+def sharding(optimizer: Optimizers, model: Models) -> Literal["DTensor", "FSDP1"] | None:
+    """Return how the parameters of a run are sharded; ``None`` if they are not."""
+    groups = (group for found in optimizers_of(optimizer) for group in found.param_groups)
+    if any(is_sharded(parameter) for group in groups for parameter in group["params"]):
+        return "DTensor"
+    modules = model.values() if isinstance(model, Mapping) else [model]
+    return "FSDP1" if any(map(parts_of, modules)) else None
 
 
 def _shelled(optimizer: Any) -> torch.optim.Optimizer:

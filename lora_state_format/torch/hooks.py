@@ -8,17 +8,20 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import chain
 from types import FrameType
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
 from lora_state_format.binding import plan as planning
+from lora_state_format.binding.plan import Policies, PolicyArguments
 from lora_state_format.errors import CaptureError, ConversionError
 from lora_state_format.foreign.state_dict import Leaf, from_state_dict
 from lora_state_format.model.states import Naming, OptimizerState, Parameter
-from lora_state_format.naming.names import Rename
 from lora_state_format.torch.apply import apply
 from lora_state_format.torch.capture import Models, as_leaf, describe, named_tensors, optimizers_of
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 __all__ = ["Following", "follow_names"]
 
@@ -42,13 +45,7 @@ class Following:
 def follow_names(
     optimizer: torch.optim.Optimizer,
     model: Models,
-    *,
-    missing: planning.Missing = "error",
-    unexpected: planning.Unexpected = "error",
-    mismatch: planning.Mismatch = "error",
-    dtype: planning.Dtype = "saved",
-    options: Mapping[str, Any] | None = None,
-    rename: Rename | None = None,
+    **policies: Unpack[PolicyArguments],
 ) -> Following:
     """Let ``optimizer.state_dict()`` carry the model's names, and ``optimizer.load_state_dict()`` bind by them.
 
@@ -69,6 +66,7 @@ def follow_names(
             f"{type(own).__module__}.{type(own).__qualname__} has a load_state_dict of its own that calls no hooks; "
             "use save_optimizer and load_optimizer"
         )
+    asked = Policies(**policies)
     pending: list[tuple[planning.LoadPlan, list[dict[str, Any]]]] = []
 
     def put_names(found: torch.optim.Optimizer, state_dict: dict[str, Any]) -> None:
@@ -88,16 +86,7 @@ def follow_names(
                 "proves; the next one that is saved will have names"
             )
             return None
-        loading = planning.plan(
-            state,
-            describe(found, model),
-            missing=missing,
-            unexpected=unexpected,
-            mismatch=mismatch,
-            dtype=dtype,
-            options=options,
-            rename=rename,
-        )
+        loading = planning.plan(state, describe(found, model), asked)
         loading.check()
         pending.append((loading, found.param_groups))
         # torch goes on with this: nothing that it could cast or mix up. What it replaces is put back behind it.

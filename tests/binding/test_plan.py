@@ -10,7 +10,9 @@ from typing import Any
 
 import pytest
 
-from lora_state_format.binding.plan import LiveGroup, LiveOptimizer, LiveParameter, LoadPlan, plan
+from lora_state_format.binding import plan as planning
+from lora_state_format.binding.live import LiveGroup, LiveOptimizer, LiveParameter
+from lora_state_format.binding.plan import LoadPlan, Policies
 from lora_state_format.errors import BindError, OptionError
 from lora_state_format.model.sources import Memory
 from lora_state_format.model.states import (
@@ -30,6 +32,11 @@ from lora_state_format.optimizers.options import OPTIONS, Kind, kind_of
 ADAMW = "torch.optim.adamw.AdamW"
 PREFIX = "base_model.model.model.layers.0.self_attn."
 MATH: dict[str, Value] = {"lr": 1e-3, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.01, "foreach": None}
+
+
+def plan(saved: OptimizerState, found: LiveOptimizer, **policies: Any) -> LoadPlan:
+    """A plan under policies that are given one by one."""
+    return planning.plan(saved, found, Policies(**policies))
 
 
 def slot(shape: tuple[int, ...], dtype: str = "F32", role: Role = Role.PARAM) -> Slot:

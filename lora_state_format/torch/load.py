@@ -1,0 +1,148 @@
+"""Load state into a live optimizer: open it, name it where it has positions, plan, apply."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+from lora_state_format import registry
+from lora_state_format.binding import plan as planning
+from lora_state_format.binding.live import LiveOptimizer, LiveParameter
+from lora_state_format.binding.plan import LoadPlan, Policies, PolicyArguments
+from lora_state_format.errors import ConversionError
+from lora_state_format.format import envelope, reading
+from lora_state_format.model import digests
+from lora_state_format.model.digests import ALGORITHM
+from lora_state_format.model.states import OptimizerState, Parameter
+from lora_state_format.model.tensors import Digest, Tensor
+from lora_state_format.naming import order, rules
+from lora_state_format.naming.names import Rename, peft_key
+from lora_state_format.naming.sources import Live, name_state
+from lora_state_format.torch.apply import LoadReport, apply
+from lora_state_format.torch.capture import (
+    Models,
+    Optimizers,
+    describe,
+    named_tensors,
+    sharding,
+)
+from lora_state_format.torch.rebuild import rebuild
+from lora_state_format.torch.tensors import (
+    from_torch,
+    refusal,
+)
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+__all__ = ["load_optimizer", "plan"]
+
+logger = logging.getLogger("lora_state_format")
+
+
+def load_optimizer(
+    optimizer: Optimizers,
+    model: Models,
+    path: str | os.PathLike[str],
+    *,
+    missing: planning.Missing = "error",
+    unexpected: planning.Unexpected = "error",
+    mismatch: planning.Mismatch = "error",
+    dtype: planning.Dtype = "saved",
+    options: Mapping[str, Any] | None = None,
+    rename: Rename | None = None,
+) -> LoadReport:
+    """Load state into a live optimizer, or several, by the names of the model's parameters: all of it, or nothing.
+
+    ``path`` is a file or a set of shards of this format, or any checkpoint that a converter reads. Where that one has
+    positions instead of names, the order of the live optimizer says what they mean, with a warning: order alone is no
+    proof. The policies are those of ``plan.Policies``.
+
+    Of a sharded model each rank reads its own part, whatever the placement; call this on every rank. If one fails, all
+    do. Tensors that are read in parts are not verified against their digests, and weights are not compared.
+
+    Raises ``BindError`` that names everything that does not fit, ``DigestError`` and ``FileError`` for damaged bytes,
+    ``RankError`` if another rank raised something, and what opening the path raises. The optimizer is then as it was.
+    """
+    policies = Policies(missing, unexpected, mismatch, dtype, options or {}, rename)
+    with _agreed(optimizer, model) as agree, _open(Path(path), live := describe(optimizer, model), model) as state:
+        return apply(planning.plan(state, live, policies), optimizer, model, agree)
+
+
+def plan(state: OptimizerState, optimizer: Optimizers, model: Models, **policies: Unpack[PolicyArguments]) -> LoadPlan:
+    """Return what loading a state into a live optimizer would do; nothing is read or changed.
+
+    The policies are those of ``binding.plan.Policies``.
+    """
+    return planning.plan(state, describe(optimizer, model), Policies(**policies))
+
+
+def _open(path: Path, live: LiveOptimizer, model: Models) -> OptimizerState:
+    """The named state at a path; positions are named in the live optimizer's order, or else by the live model."""
+    if envelope.is_state(path):
+        return reading.open_state(path)
+    checkpoint = registry.read(path)
+    if isinstance(checkpoint.state, OptimizerState):
+        return checkpoint.state
+    named = named_tensors(model)
+    parameters = [
+        rules.Described(
+            _beside(p, checkpoint.weights),
+            p.requires_grad,
+            tuple(kind.__name__ for kind in named.owners[p.name].__mro__[:-1]),
+        )
+        for p in live.parameters.values()
+    ]
+    own = {name: from_torch(tensor) for name, tensor in named.tensors.items() if refusal(tensor) is None}
+    where = "beside it" if checkpoint.weights else "of the live model"
+    groups = [group.parameters for group in live.groups]
+    state = name_state(checkpoint, path, live=Live(parameters, groups, own), rebuild=rebuild)
+    details = state.naming.details
+    evidence = cast("Mapping[str, str]", details.get("evidence", {}))
+    verdict = evidence.get("verdict")
+    if verdict == "contradicted":
+        raise ConversionError(
+            f"{path}: its parameters do not stand in the order of the live optimizer, say the weights {where}\n"
+            "hint: give it names first, with convert(path, 'optimizer.safetensors'), and load that file"
+        )
+    logger.warning(
+        "%s has no names; its %d parameters were named by the order of the live %s. Order alone is no proof: %s of "
+        "them could be swapped without a shape that shows it%s",
+        path,
+        len(state),
+        "optimizer" if state.naming.rule == order.LIVE else f"model (rule '{state.naming.rule}')",
+        details["interchangeable"],
+        f"; the order was weighed against the weights {where}: {verdict}" if verdict else "",
+    )
+    return state
+
+
+def _beside(parameter: LiveParameter, weights: Mapping[str, Tensor]) -> Parameter:
+    """The parameter, with the digest of its own bytes where they lie beside the state."""
+    key = peft_key(parameter.name)
+    tensor = weights.get(key[0] if key else parameter.name)
+    return Parameter(
+        name=parameter.name,
+        shape=parameter.shape,
+        state=None,
+        dtype=parameter.dtype,
+        tied=parameter.tied,
+        keys={"peft": key[0]} if key else {},
+        weights=Digest(ALGORITHM, tensor.dtype, digests.hash_tensor(tensor)) if tensor else None,
+    )
+
+
+@contextlib.contextmanager
+def _agreed(optimizer: Optimizers, model: Models) -> Iterator[Callable[[], None]]:
+    """What is called before anything changes: of a sharded model it returns when every rank is there."""
+    if sharding(optimizer, model) is None:
+        yield lambda: None
+        return
+    from lora_state_format.torch.distributed import agreement
+
+    with agreement(True) as agree:
+        yield agree
