@@ -27,9 +27,9 @@ from lora_state_format.foreign.masters import check_masters
 from lora_state_format.foreign.state_dict import Found, from_state_dict
 from lora_state_format.foreign.trees import member
 from lora_state_format.io.json_files import read_json_object
-from lora_state_format.model.sources import File
-from lora_state_format.model.states import Checkpoint, OptimizerState, Scalar, Value
-from lora_state_format.model.tensors import Box, Piece, Tensor
+from lora_state_format.model.sources import File, Memory
+from lora_state_format.model.states import Checkpoint, OptimizerState, Value
+from lora_state_format.model.tensors import Box, Piece, Tensor, contiguous
 from lora_state_format.registry import Match
 
 NAME: Final = "megatron"
@@ -195,8 +195,8 @@ def _groups(place: Path, entries: Mapping[str, Any]) -> dict[int, tuple[list[dic
 
 
 def _read_now(step: Any) -> Any:
-    """Return a 0-d tensor as a scalar, since its file is closed before the state is read."""
-    return Scalar(step.dtype, bytes(step.bytes())) if isinstance(step, Tensor) else step
+    """Return a tensor with its bytes in memory: its file is closed before the state is read."""
+    return contiguous(step.dtype, step.shape, Memory(step.bytes())) if isinstance(step, Tensor) else step
 
 
 def _tree(

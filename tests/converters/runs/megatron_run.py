@@ -76,10 +76,10 @@ def build(case: str) -> tuple[Any, Any, Any]:
     norm = "RMSNorm" if "rms" in words else "LayerNorm"
     torch.manual_seed(7)
     config = TransformerConfig(
-        num_layers=LAYERS * size["pp"], hidden_size=32, num_attention_heads=4, ffn_hidden_size=64,
+        num_layers=LAYERS * size["pp"], hidden_size=16, num_attention_heads=4, ffn_hidden_size=32,
         num_query_groups=2 if "gated" in words else 4, gated_linear_unit="gated" in words, normalization=norm,
         activation_func=torch.nn.functional.silu if "gated" in words else torch.nn.functional.gelu,
-        num_moe_experts=experts, moe_ffn_hidden_size=16 if experts else None, add_bias_linear=experts is None,
+        num_moe_experts=experts, moe_ffn_hidden_size=8 if experts else None, add_bias_linear=experts is None,
         tensor_model_parallel_size=size["tp"], pipeline_model_parallel_size=size["pp"],
         expert_model_parallel_size=size["ep"], pipeline_dtype=low, params_dtype=low, bf16=low is torch.bfloat16,
         use_cpu_initialization=True, hidden_dropout=0.0, attention_dropout=0.0,
@@ -87,7 +87,7 @@ def build(case: str) -> tuple[Any, Any, Any]:
     )  # fmt: skip
     model = GPTModel(
         config, get_gpt_layer_local_spec(num_experts=experts, moe_grouped_gemm=False, normalization=norm),
-        vocab_size=64, max_sequence_length=16, pre_process=parallel_state.is_pipeline_first_stage(),
+        vocab_size=32, max_sequence_length=16, pre_process=parallel_state.is_pipeline_first_stage(),
         post_process=parallel_state.is_pipeline_last_stage(),
         share_embeddings_and_output_weights="tied" in words, position_embedding_type="rope",
     ).to(low)  # fmt: skip
