@@ -184,13 +184,19 @@ def _with_experts(
     _check_alike(trees, folder)
     of_experts = [name for name in weights if ".deepspeed_experts." in name]
     experts = deepspeed.local_experts(of_experts)
-    local, rest = divmod(experts, len(trees))
-    if not local or rest:
+    trained = model.get("num_experts")
+    if isinstance(trained, list) and trained and experts != max(trained):
         raise FileError(
-            f"there are files of {experts} experts, which the {len(trees)} expert-parallel ranks cannot share evenly: "
-            "a file is missing",
-            path=folder,
+            f"there are files of {experts} experts, where {max(trained)} were trained: a file is missing", path=folder
         )
+    for group in trees[0]["param_groups"]:
+        if group.get("moe") and group.get("name") not in (None, f"ep_size_{len(trees)}"):
+            raise FileError(
+                f"there are files of {len(trees)} expert-parallel ranks, where group '{group['name']}' had another "
+                "number: a file is missing",
+                path=folder,
+            )
+    local = experts // len(trees)
     groups: list[dict[str, Any]] = []
     state: dict[int, Any] = {}
     count = 0

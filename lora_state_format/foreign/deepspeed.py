@@ -132,6 +132,27 @@ def weights(folder: Path, models: Mapping[int, Mapping[str, Any]], slices: Slice
     }
 
 
+def check_whole(tree: Any, found: Sequence[Mapping[str, Any]], path: object) -> None:
+    """Raise ``RefusedError`` if a checkpoint, wherever it lies, says that it is that of one rank of several.
+
+    Args:
+        tree: the checkpoint.
+        found: the optimizers' state dicts in it.
+        path: the file, for messages.
+    """
+    remedy = "give the checkpoint's folder, with the files of all ranks under the names that DeepSpeed gave them"
+    for state in found:
+        for number, group in enumerate(state["param_groups"]):
+            if group.get("moe") is True:
+                raise RefusedError(
+                    f"group {number} holds the experts of one of DeepSpeed's ranks, and others may have more of them: "
+                    f"{remedy}",
+                    path=path,
+                )
+    if isinstance(tree, dict) and type(world := tree.get("mp_world_size")) is int and world > 1:
+        raise RefusedError(f"one of {world} model-parallel ranks' files of a DeepSpeed checkpoint: {remedy}", path=path)
+
+
 def global_expert(name: str, rank: int, local: int) -> str:
     """Return a rank's name of an expert's parameter as the whole model has it; ``local`` is how many a rank has."""
     match = _LOCAL_EXPERT.fullmatch(name)

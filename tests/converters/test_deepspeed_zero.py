@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from lora_state_format import registry
-from lora_state_format.errors import FileError, OptionError, RefusedError
+from lora_state_format.errors import FileError, OptionError
 from lora_state_format.format.reading import open_state
 from lora_state_format.model.states import OptimizerState, Role
 from lora_state_format.operations.conversion import convert
@@ -80,7 +80,8 @@ def test_masters_come_on_request_only(zero: Callable[[int, str], Path]) -> None:
         read_any(path, options={"weights": True})
     assert str(error.value) == (
         "no option 'weights' for deepspeed_zero; there are: masters (keep the fp32 master weights as a slot "
-        "'master_param')"
+        "'master_param'); slices (how tensor-parallel slices join if no file says it: 'megatron', or a JSON file with "
+        "DeepSpeed's patterns)"
     )
     with read_any(path, options={"masters": True}) as asked:
         assert "master_param" in (asked["norm.bias"].state or {})
@@ -223,21 +224,15 @@ def test_model_file_of_another_world_is_refused(zero: Callable[[int, str], Path]
     )
 
 
-@pytest.mark.parametrize(
-    ("name", "detail"),
-    [
-        ("zero_pp_rank_0_mp_rank_01_optim_states.pt", "written by a tensor- or pipeline-parallel run"),
-        ("expp_rank_0_mp_rank_00_optim_states.pt", "state of experts (MoE), which ranks hold differently"),
-    ],
-)
-def test_layouts_that_are_not_read_name_the_way_out(
-    zero: Callable[[int, str], Path], tmp_path: Path, name: str, detail: str
+def test_a_model_parallel_rank_that_the_model_files_do_not_know(
+    zero: Callable[[int, str], Path], tmp_path: Path
 ) -> None:
     folder = copied(zero(2, "1-bf16"), tmp_path)
-    (folder / name).write_bytes(b"")
-    with pytest.raises(RefusedError) as error:
+    for kind in ("bf16_zero_pp_rank_0_mp_rank_{}_optim_states.pt", "mp_rank_{}_model_states.pt"):
+        shutil.copy(folder / kind.format("00"), folder / kind.format("01"))
+    with pytest.raises(FileError) as error:
         registry.read(folder, "deepspeed_zero")
     assert str(error.value) == (
-        f"{folder / name}: {detail}: make a universal checkpoint of it with DeepSpeed's ds_to_universal.py and convert "
-        "that"
+        f"{folder / 'bf16_zero_pp_rank_0_mp_rank_01_optim_states.pt'}: says the state was cut over 2 ranks; there "
+        "are 1 files"
     )
