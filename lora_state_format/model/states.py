@@ -316,7 +316,8 @@ class PositionalState:
     """State whose parameters have ids, not names: ``ids`` run through the groups as ``OptimizerState.parameters`` do.
 
     ``entries`` maps an id to its slots; an id without an entry never took a step. ``names`` are the names that the file
-    itself states, id by id, if it does; they are a hint to verify, since torch overwrites them on load.
+    itself states, id by id, if it states all of them; ``stated`` holds those that it states of a parameter and not of a
+    group, by id, be it of some parameters only: no order of parameters may contradict them.
     """
 
     optimizers: tuple[Optimizer, ...]
@@ -324,6 +325,7 @@ class PositionalState:
     ids: tuple[int | str, ...]
     entries: Mapping[int | str, Mapping[str, Value]]
     names: tuple[str, ...] | None = None
+    stated: Mapping[int | str, str] = field(default_factory=dict)
     globals: Mapping[str, Value] = field(default_factory=dict)
     origin: Mapping[str, Value] = field(default_factory=dict)
     global_step: int | None = None

@@ -22,6 +22,7 @@ __all__ = [
     "Rename",
     "adapter_parameters",
     "peft_key",
+    "plain_name",
     "read_names",
     "rename",
     "split_adapter",
@@ -47,6 +48,14 @@ def strip_wrappers(name: str) -> str:
     if "_" not in name:
         return name
     return ".".join(segment for segment in name.split(".") if segment not in WRAPPERS)
+
+
+def plain_name(name: str) -> str:
+    """Return the name without wrapper segments and in lower case, to compare names that others spelled."""
+    plain = strip_wrappers(name).casefold()
+    while plain.startswith(f"{DATA_PARALLEL}."):
+        plain = plain[len(DATA_PARALLEL) + 1 :]
+    return plain
 
 
 def without_wrappers(names: Iterable[str]) -> tuple[list[str], tuple[str, ...]]:

@@ -31,7 +31,7 @@ from lora_state_format.model.states import Naming, OptimizerState, Parameter, Po
 from lora_state_format.model.tensors import Tensor
 from lora_state_format.naming.evidence import Evidence, weigh
 from lora_state_format.naming.modules import in_module_order
-from lora_state_format.naming.names import split_adapter, with_adapter
+from lora_state_format.naming.names import plain_name, split_adapter, with_adapter
 from lora_state_format.naming.rules import RULES, Candidate, Described, Split, Splits, _trainable
 
 __all__ = ["candidates", "decide", "interchangeable", "side_by_side"]
@@ -146,7 +146,7 @@ def _survey(
         for splits in row.splits(parameters, positional):
             order = tuple(item.parameter for split in splits for item in split.members)
             names = tuple(parameter.name for parameter in order)
-            reason = _regrouped(positional, splits) or (None if names in fitting else _misshaped(positional, order))
+            reason = _regrouped(positional, splits) or (None if names in fitting else _unfit(positional, order))
             if reason is None:
                 fitting.setdefault(names, ({}, order))[0][row.name] = None
             elif (row.name, reason) not in reasons:
@@ -162,7 +162,7 @@ def _live(
     splits = [Split([known[name] for name in group]) for group in live if group and set(group) <= set(known)]
     order = tuple(item.parameter for split in splits for item in split.members)
     full = replace(positional, groups=tuple(group for group in positional.groups if group.count))
-    if not live or _regrouped(full, splits) or _misshaped(positional, order):
+    if not live or _regrouped(full, splits) or _unfit(positional, order):
         return None
     return Candidate((LIVE,), order)
 
@@ -186,7 +186,7 @@ def _adapter_orders(positional: PositionalState, candidate: Candidate) -> Iterat
             members = sorted(numbers, key=lambda n: order.index(parts[n][1]) if parts[n][1] else 0)
             for number, member in zip(numbers, members, strict=True):
                 moved[number] = candidate.parameters[member]
-        if _misshaped(positional, moved) is None:
+        if _unfit(positional, moved) is None:
             rules = tuple(f"{rule}, adapters {', '.join(order)}" for rule in candidate.rules)
             yield Candidate(rules, tuple(moved))
 
@@ -200,6 +200,27 @@ def _regrouped(positional: PositionalState, splits: Splits) -> str | None:
         decay = dict(group.options).get("weight_decay")
         if not split.decays and split.members and isinstance(decay, (int, float)) and decay != 0:
             return f"gives group {number} no weight decay, but it has {decay}"
+    return None
+
+
+def _unfit(positional: PositionalState, order: Sequence[Parameter]) -> str | None:
+    """Return why the parameters cannot have the state in this order, by shapes or by the names that the file states."""
+    return _misshaped(positional, order) or _misnamed(positional, order)
+
+
+def _misnamed(positional: PositionalState, order: Sequence[Parameter]) -> str | None:
+    """Return the first contradiction between the order and the names that the file itself states.
+
+    A stated name may lack what leads the parameter's name, or have more of it (a wrapper's attribute), or be the key
+    of an adapter file.
+    """
+    for identity, parameter in zip(positional.ids, order, strict=True):
+        if (stated := positional.stated.get(identity)) is None:
+            continue
+        theirs = plain_name(stated)
+        names = [plain_name(name) for name in (parameter.name, *parameter.tied, *parameter.keys.values())]
+        if not any(a == theirs or a.endswith(f".{theirs}") or theirs.endswith(f".{a}") for a in names):
+            return f"takes id {identity} for '{parameter.name}', but the file itself calls it '{stated}'"
     return None
 
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import re
+from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import compress
+from itertools import accumulate, compress
 from typing import Final, NamedTuple, TypeAlias
 
 from lora_state_format.model.states import Parameter, PositionalState
-from lora_state_format.naming.names import strip_wrappers
+from lora_state_format.naming.names import plain_name
 
 __all__ = ["RULES", "Candidate", "Described", "Rule"]
 
@@ -157,14 +158,27 @@ def _filled(splits: Iterable[Split]) -> Splits:
 
 
 def _stated(parameters: Sequence[Described], state: PositionalState) -> Iterator[Splits]:
-    """The names that the file itself states, in any case: Adam-mini lowers them."""
-    if state.names is None:
+    """The names that the file itself states, in any case: Adam-mini lowers them.
+
+    Where it states those of stepped parameters only, the others of a single group follow in the model's order: they
+    have no state that could be exchanged.
+    """
+    names = dict(zip(state.ids, state.names, strict=True)) if state.names is not None else state.stated
+    known = {plain_name(item.name): item for item in parameters}
+    found = {identity: known.get(plain_name(name)) for identity, name in names.items()}
+    members = {identity: item for identity, item in found.items() if item is not None}
+    if not names or len(members) < len(names) or len({item.name for item in members.values()}) < len(names):
         return
-    known = {strip_wrappers(item.name).casefold(): item for item in parameters}
-    found = [known.get(strip_wrappers(name).casefold()) for name in state.names]
-    members = [item for item in found if item is not None]
-    if len(members) == len(found) == len({item.name for item in members}):
-        yield from _listed(members, state)
+    unnamed = [identity for identity in state.ids if identity not in names]
+    if unnamed:
+        taken = {item.name for item in members.values()}
+        rest = [item for item in _trainable(parameters) if item.name not in taken]
+        bounds = list(accumulate(state.sizes()))
+        groups = {bisect_right(bounds, number) for number, i in enumerate(state.ids) if i not in names}
+        if len(rest) != len(unnamed) or len(groups) > 1:
+            return
+        members |= dict(zip(unnamed, rest, strict=True))
+    yield from _listed([members[identity] for identity in state.ids], state)
 
 
 def _flat(parameters: Sequence[Described], state: PositionalState) -> Iterator[Splits]:
