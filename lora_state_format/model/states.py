@@ -34,6 +34,7 @@ __all__ = [
     "Scalar",
     "Slot",
     "Value",
+    "Weights",
     "walk",
 ]
 
@@ -371,13 +372,37 @@ class PositionalState:
 
 
 @dataclass(frozen=True)
+class Weights:
+    """Tensors under names that may be those of a model's parameters: a state dict in a file, a file of weights.
+
+    ``where`` is what messages call it: the keys that lead to it, or the name of its file. ``ordered`` says that they
+    stand in the model's order, as pickles keep it and safetensors does not. ``own`` says that they were saved with the
+    state, so that their values are those of its moment.
+    """
+
+    where: str
+    tensors: Mapping[str, Tensor]
+    ordered: bool = False
+    own: bool = True
+
+
+@dataclass(frozen=True)
 class Checkpoint:
     """What a converter found: the state, and beside it what can name it.
 
     ``weights`` are the tensors of a sibling weights or adapter file under their own keys; ``configs`` are sibling
-    configuration files by name (``adapter_config.json``).
+    configuration files by name (``adapter_config.json``). Where more than one thing may be the model, ``candidates``
+    holds them in tiers, the nearest to the state first: those of one tier are equally near. ``skipped`` says which
+    files next to the state could not be read, and why.
     """
 
     state: OptimizerState | PositionalState
     weights: Mapping[str, Tensor] = field(default_factory=dict)
     configs: Mapping[str, Path] = field(default_factory=dict)
+    candidates: tuple[tuple[Weights, ...], ...] = ()
+    skipped: tuple[str, ...] = ()
+
+    def tiers(self) -> tuple[tuple[Weights, ...], ...]:
+        """Return the candidates, or else the weights as the only one."""
+        alone = Weights("the weights next to it", self.weights)
+        return self.candidates or (((alone,),) if self.weights else ())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -18,7 +19,7 @@ from lora_state_format.model.states import Naming, OptimizerState, PositionalSta
 from lora_state_format.model.tensors import Digest, Tensor
 from lora_state_format.naming.evidence import head_size
 from lora_state_format.naming.rules import Described
-from lora_state_format.naming.sources import CONFIG, Names, config_of, name_state, resolve, with_weights
+from lora_state_format.naming.sources import CONFIG, Named, Names, config_of, name_state, resolve, with_weights
 from lora_state_format.operations.report import (
     NOTHING_HELD,
     SCHEMA_VERSION,
@@ -34,6 +35,8 @@ if TYPE_CHECKING:
     from lora_state_format.registry import Converter, Match, Writer
 
 __all__ = ["ConversionReport", "Names", "belongs", "convert", "read"]
+
+logger = logging.getLogger("lora_state_format")
 
 Progress: TypeAlias = "Callable[[int, int], None]"
 
@@ -107,7 +110,10 @@ def read(
     """
     converter, match = registry.find(path, source_format)
     registry.check_options(options or {}, converter)
-    return _read(converter, match, Path(path), names, rule, optimizer, options or {})[0]
+    named = _read(converter, match, Path(path), names, rule, optimizer, options or {})
+    for skipped in named.skipped:
+        logger.warning("%s", skipped)
+    return named.state
 
 
 def convert(
@@ -147,12 +153,12 @@ def convert(
     converter, match = registry.find(source, source_format)
     options = options or {}
     registry.check_options(options, converter, writer)
-    state, weights = _read(converter, match, source, names, rule, optimizer, options)
-    with state:
+    named = _read(converter, match, source, names, rule, optimizer, options)
+    with named.state as state:
         if not dry_run and (dequantize or target_format != registry.NAMED):
             _check_digests(state)  # ``writing.write`` does so itself with what it copies
         decoded = quantised.dequantize(state) if dequantize else None
-        state = _paired(decoded.state if decoded else state, weights)
+        state = _paired(decoded.state if decoded else state, named.weights)
         sizes = [tensor.size for tensor in tensors(state)]
         digest = None
         if not dry_run:
@@ -174,7 +180,7 @@ def convert(
             paired=sum(parameter.weights is not None for parameter in state.parameters),
             digest=digest,
             notes=(*([str(decoded)] if decoded else []), *_notes(state)),
-            warnings=tuple(beside_weights(target)),
+            warnings=(*named.skipped, *beside_weights(target)),
         )
 
 
@@ -189,12 +195,13 @@ def belongs(path: str | os.PathLike[str], weights: str | os.PathLike[str]) -> tu
 
     path = Path(path)
     checkpoint = with_weights(registry.read(path), Path(weights))
-    with name_state(checkpoint, path, rebuild=rebuild) as state:
-        pairing = paired(state, checkpoint.weights)
+    named = name_state(checkpoint, path, rebuild=rebuild)
+    with named.state as state:
+        pairing = paired(state, named.weights)
         settled = state.naming.rule is None and pairing.matching == len(state)
         compared = pairing.matching + len(pairing.differing) > 0
         head_dim = head_size(config_of(checkpoint, CONFIG) or {})
-        evidence = None if settled else weigh(state, checkpoint.weights, head_dim=head_dim)
+        evidence = None if settled else weigh(state, named.weights, head_dim=head_dim)
         return (pairing if compared else None), evidence
 
 
@@ -206,7 +213,7 @@ def _read(
     rule: str | None,
     optimizer: str | None,
     options: Mapping[str, Any],
-) -> tuple[OptimizerState, Mapping[str, Tensor]]:
+) -> Named:
     """The named state, and the parameters' own weights as far as they were found."""
     asks = "optimizer" in registry.options(converter)
     if optimizer is not None and asks:
@@ -215,7 +222,7 @@ def _read(
     if optimizer is not None and not asks:
         checkpoint = replace(checkpoint, state=_classed(checkpoint.state, optimizer, path))
     checkpoint = resolve(checkpoint, names)
-    return name_state(checkpoint, path, names=names, rule=rule, rebuild=rebuild), checkpoint.weights
+    return name_state(checkpoint, path, names=names, rule=rule, rebuild=rebuild)
 
 
 def rebuild(folder: Path, adapter: Path | None = None) -> Sequence[Described]:
@@ -239,7 +246,7 @@ def _paired(state: OptimizerState, weights: Mapping[str, Tensor]) -> OptimizerSt
     """The state with a digest of each parameter's own bytes, where they are at hand."""
     parameters = []
     for parameter in state.parameters:
-        tensor = weights.get(parameter.keys.get("peft", parameter.name))
+        tensor = weights.get(parameter.name, weights.get(parameter.keys.get("peft", "")))
         if parameter.weights is None and tensor is not None and tensor.shape == parameter.shape:
             digest = Digest(ALGORITHM, tensor.dtype, digests.hash_tensor(tensor))
             parameter = replace(parameter, weights=digest)

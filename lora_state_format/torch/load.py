@@ -100,7 +100,9 @@ def _open(path: Path, live: LiveOptimizer, model: Models) -> OptimizerState:
     own = {name: from_torch(tensor) for name, tensor in named.tensors.items() if refusal(tensor) is None}
     where = "beside it" if checkpoint.weights else "of the live model"
     groups = [group.parameters for group in live.groups]
-    state = name_state(checkpoint, path, live=Live(parameters, groups, own), rebuild=rebuild)
+    state, _, skipped = name_state(checkpoint, path, live=Live(parameters, groups, own), rebuild=rebuild)
+    for file in skipped:
+        logger.warning("%s", file)
     details = state.naming.details
     evidence = cast("Mapping[str, str]", details.get("evidence", {}))
     verdict = evidence.get("verdict")
@@ -109,6 +111,8 @@ def _open(path: Path, live: LiveOptimizer, model: Models) -> OptimizerState:
             f"{path}: its parameters do not stand in the order of the live optimizer, say the weights {where}\n"
             "hint: give it names first, with convert(path, 'optimizer.safetensors'), and load that file"
         )
+    if state.naming.rule == "stated":
+        return state
     logger.warning(
         "%s has no names; its %d parameters were named by the order of the live %s. Order alone is no proof: %s of "
         "them could be swapped without a shape that shows it%s",
