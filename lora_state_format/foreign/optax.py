@@ -24,8 +24,9 @@ from lora_state_format.mapping.algorithms import (
     values_of,
     zeros,
 )
+from lora_state_format.model.dtypes import item_size
 from lora_state_format.model.states import Group, Naming, Optimizer, OptimizerState, Parameter, Scalar, Value
-from lora_state_format.model.tensors import Tensor, item_size
+from lora_state_format.model.tensors import Tensor
 
 __all__ = ["LAYOUTS", "OPTIONS", "from_tree", "to_tree"]
 

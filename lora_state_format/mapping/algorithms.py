@@ -17,9 +17,10 @@ from dataclasses import dataclass, field
 from typing import Any, Final
 
 from lora_state_format.errors import FileError, OptionError, UnrepresentableError
+from lora_state_format.model.dtypes import item_size
 from lora_state_format.model.sources import Memory
 from lora_state_format.model.states import OptimizerState, Parameter, Scalar, Slot, Value
-from lora_state_format.model.tensors import Box, Piece, Tensor, item_size
+from lora_state_format.model.tensors import Box, Piece, Tensor
 from lora_state_format.optimizers.roles import role_of
 
 __all__ = [

@@ -13,9 +13,10 @@ from enum import Enum
 from functools import cached_property
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Final, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from lora_state_format.errors import ConversionError, OptionError
+from lora_state_format.model.dtypes import DTYPES
 from lora_state_format.model.sources import Memory
 
 if TYPE_CHECKING:
@@ -56,12 +57,6 @@ class Role(str, Enum):
     """Nothing is known: copied whole or not at all."""
 
 
-_CODES: Final[Mapping[str, str]] = {
-    "BOOL": "?", "U8": "B", "I8": "b", "U16": "H", "I16": "h", "U32": "I", "I32": "i", "U64": "Q", "I64": "q",
-    "F16": "e", "F32": "f", "F64": "d",
-}  # fmt: skip
-
-
 @dataclass(frozen=True, slots=True)
 class Scalar:
     """A 0-d tensor: its dtype and its little-endian bytes, so that every dtype and every NaN survives."""
@@ -73,7 +68,7 @@ class Scalar:
     def of(cls, dtype: str, value: bool | int | float) -> Scalar:
         """A number as a scalar. Raises ``TypeError`` for a dtype, or a number for it, that ``struct`` does not take."""
         try:
-            return cls(dtype, struct.pack(f"<{_CODES[dtype]}", value))
+            return cls(dtype, struct.pack(f"<{DTYPES[dtype].struct or dtype}", value))
         except (KeyError, struct.error, OverflowError) as error:
             raise TypeError(f"{value!r} has no form as a scalar of type {dtype}") from error
 
@@ -83,9 +78,10 @@ class Scalar:
             return float(struct.unpack("<f", b"\0\0" + self.data)[0])
         if self.dtype == "C64":
             return complex(*struct.unpack("<2f", self.data))
-        if self.dtype not in _CODES:
+        code = DTYPES[self.dtype].struct
+        if code is None:
             raise TypeError(f"a scalar of type {self.dtype} has no Python number")
-        value: bool | int | float = struct.unpack(f"<{_CODES[self.dtype]}", self.data)[0]
+        value: bool | int | float = struct.unpack(f"<{code}", self.data)[0]
         return value
 
 
