@@ -318,17 +318,17 @@ def _check_same(
 
 
 def _group_step(group: Sequence[Parameter]) -> Value:
-    """The step of a group's parameters. DeepSpeed keeps a group as one flat tensor per slot, so it counts them as one.
+    """Return the step of a group's parameters; DeepSpeed keeps a group as one flat tensor per slot, with one step.
 
-    Raises ``UnrepresentableError`` for parameters that took a step with other slots, or at another step, than the first.
+    Raises ``UnrepresentableError`` for parameters with other slots, or at another step, than the first that has any.
     """
     stepped = [p for p in group if (p.state or {}).keys() - {MASTER_SLOT}]
     for parameter in stepped:
         first, other = stepped[0].state or {}, parameter.state or {}
         if odd := first.keys() ^ other.keys():
             raise UnrepresentableError(
-                f"only one of '{stepped[0].name}' and '{parameter.name}' has a slot '{min(odd)}', and DeepSpeed keeps the "
-                "same slots for all parameters of a group"
+                f"only one of '{stepped[0].name}' and '{parameter.name}' has a slot '{min(odd)}', and DeepSpeed keeps "
+                "the same slots for all parameters of a group"
             )
         if first.get("step") != other.get("step"):
             raise UnrepresentableError(

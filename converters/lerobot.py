@@ -17,6 +17,7 @@ from lora_state_format.io import plain
 from lora_state_format.io.files import Files, reading
 from lora_state_format.io.folders import new_folder
 from lora_state_format.io.json_files import read_json
+from lora_state_format.io.strict_json import utf8
 from lora_state_format.model.sources import Memory
 from lora_state_format.model.states import Checkpoint, OptimizerState, Scalar
 from lora_state_format.model.tensors import Tensor, contiguous
@@ -89,7 +90,7 @@ def write(state: OptimizerState, path: Path, *, base: Path | None, force: bool, 
                 text = json.dumps(tree["param_groups"], indent=4, ensure_ascii=False, allow_nan=False)
             except (TypeError, ValueError) as error:
                 raise UnrepresentableError(f"an option has no form in JSON: {error}") from None
-            folder.write((*place, GROUPS), [text.encode()])
+            folder.write((*place, GROUPS), [utf8(text)])
             folder.write((*place, STATE), plain.pack(tensors))
 
 

@@ -20,6 +20,7 @@ from lora_state_format.errors import FileError, RefusedError, UnrepresentableErr
 from lora_state_format.foreign.optax_nodes import Tree
 from lora_state_format.io.atomic import write_file
 from lora_state_format.io.ledger import Ledger
+from lora_state_format.io.strict_json import utf8
 from lora_state_format.model.dtypes import NAMES, item_size
 from lora_state_format.model.sources import File
 from lora_state_format.model.states import Scalar
@@ -291,6 +292,7 @@ def _packed(tree: Tree, ledger: Ledger, buffer: memoryview) -> Iterator[bytes | 
     elif isinstance(tree, Mapping):
         yield msgpack.Packer().pack_map_header(len(tree))
         for key, value in tree.items():
+            utf8(key)
             yield msgpack.packb(key)
             yield from _packed(value, ledger, buffer)
     else:

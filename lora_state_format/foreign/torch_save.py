@@ -16,6 +16,7 @@ from lora_state_format.errors import UnrepresentableError
 from lora_state_format.foreign.pickles import Global, Record
 from lora_state_format.io.atomic import write_file
 from lora_state_format.io.ledger import Ledger, crc32
+from lora_state_format.io.strict_json import utf8
 from lora_state_format.model.dtypes import NAMES
 from lora_state_format.model.sources import Memory
 from lora_state_format.model.states import Scalar, Slot
@@ -143,7 +144,7 @@ class _Pickler:
             case float():
                 out += b"G" + struct.pack(">d", value)
             case str():
-                text = value.encode()
+                text = utf8(value)
                 out += b"X" + struct.pack("<L", len(text)) + text
             case bytes():
                 # Protocol 2 has no bytes: this is how pickle itself writes them.
@@ -221,4 +222,6 @@ def _integer(value: int) -> bytes:
     if -(1 << 31) <= value < 1 << 31:
         return b"J" + struct.pack("<i", value)
     data = value.to_bytes((value.bit_length() + 8) // 8, "little", signed=True)
+    if len(data) > 255:
+        raise UnrepresentableError(f"an integer of {len(data)} bytes cannot be written into a file that torch loads")
     return b"\x8a" + bytes([len(data)]) + data

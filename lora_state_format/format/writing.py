@@ -33,7 +33,7 @@ from lora_state_format.io import plain
 from lora_state_format.io.atomic import TemporaryFile, check_target, locked, sync_folder
 from lora_state_format.io.ledger import Ledger
 from lora_state_format.io.safetensors import MAX_DIMENSIONS, MAX_HEADER, is_too_large
-from lora_state_format.io.strict_json import MAX_VALUES, dumps, most_values
+from lora_state_format.io.strict_json import MAX_VALUES, dumps, most_values, utf8
 from lora_state_format.model.digests import ALGORITHM
 from lora_state_format.model.dtypes import BITS
 from lora_state_format.model.gc import paused
@@ -157,10 +157,7 @@ def _header(layout: _Layout, identity: str = ZERO) -> bytes:
         members["set"] = members["set"].replace(ZERO, identity)
     manifest = ",".join(f"{dumps(key)}:{members[key]}" for key in sorted(members))
     metadata = dumps('{"digest":"' + ZERO + '","manifest":{' + manifest + "}}")
-    try:
-        header = f'{{"__metadata__":{{"{METADATA}":{metadata}}}{layout.entries}}}'.encode()
-    except UnicodeEncodeError:
-        raise UnrepresentableError("the state holds a string with a lone surrogate, which is no text") from None
+    header = utf8(f'{{"__metadata__":{{"{METADATA}":{metadata}}}{layout.entries}}}')
     whole = plain.padded(header)
     header = whole[8:]
     values = most_values(header)

@@ -15,6 +15,7 @@ from typing import TypeVar
 from lora_state_format.io.atomic import write_file
 from lora_state_format.io.ledger import Ledger
 from lora_state_format.io.safetensors import ALIGNMENT
+from lora_state_format.io.strict_json import utf8
 from lora_state_format.model.dtypes import BITS
 from lora_state_format.model.tensors import CHUNK, Tensor
 
@@ -78,6 +79,7 @@ def pack(items: Mapping[str, Tensor | Item], metadata: Mapping[str, str] | None 
     """
     named = {key: Item(key, item, item.dtype) if isinstance(item, Tensor) else item for key, item in items.items()}
     ordered = in_data_order(sorted(named.items()), lambda pair: pair[1].dtype)
+    utf8("".join(named))
     yield header(((key, item.dtype, item.tensor.shape, item.size) for key, item in ordered), metadata)
     ledger, buffer = Ledger(), memoryview(bytearray(CHUNK))
     for _, item in ordered:

@@ -87,7 +87,7 @@ def export(
             damping = _damping(parameter, slot, options.get(name, {}), eps) if inverse_root else None
             dtype = tensor.dtype if tensor.dtype == "F64" else "F32"
             function = _converting(tensor.dtype, dtype, _function(where, decay, damping))
-        item = plain.Item(where, tensor, dtype, function)
+        item = plain.Item(f"{name}/{slot}", tensor, dtype, function)
         other = items.setdefault(_key(parameter, keys), item)
         if other is not item:
             raise OptionError(
