@@ -91,7 +91,7 @@ def write(state: OptimizerState, path: Path, *, base: Path | None, force: bool, 
             except (TypeError, ValueError) as error:
                 raise UnrepresentableError(f"an option has no form in JSON: {error}") from None
             folder.write((*place, GROUPS), [utf8(text)])
-            folder.write((*place, STATE), plain.pack(tensors))
+            folder.write((*place, STATE), plain.pack(tensors, alignment=8))
 
 
 def _flat(node: Any, path: tuple[Any, ...]) -> Iterator[tuple[str, Tensor]]:

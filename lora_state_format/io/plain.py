@@ -1,6 +1,7 @@
 """The one writer of safetensors: tensors under keys, and strings about them; our own format adds its metadata.
 
-Every file is laid out alike: wide elements first, so that all are aligned, and the data at a multiple of ``ALIGNMENT``.
+Every file is laid out alike: wide elements first, so that all are aligned, and the data at a multiple of ``ALIGNMENT``,
+or of what the program that is to read it uses.
 While the bytes stream by, what their files state of them is checked.
 """
 
@@ -56,23 +57,27 @@ def entries(described: Iterable[tuple[str, str, Sequence[int], int]]) -> Iterato
         position = end
 
 
-def padded(members: bytes) -> bytes:
+def padded(members: bytes, alignment: int = ALIGNMENT) -> bytes:
     """Return the length and the header, with spaces behind it up to the alignment."""
-    raw = members + b" " * (-(8 + len(members)) % ALIGNMENT)
+    raw = members + b" " * (-(8 + len(members)) % alignment)
     return len(raw).to_bytes(8, "little") + raw
 
 
 def header(
-    described: Iterable[tuple[str, str, Sequence[int], int]], metadata: Mapping[str, str] | None = None
+    described: Iterable[tuple[str, str, Sequence[int], int]],
+    metadata: Mapping[str, str] | None = None,
+    alignment: int = ALIGNMENT,
 ) -> bytes:
     """Return the length and the header of a file with these keys, dtypes, shapes and sizes in bytes, in data order."""
     text = json.dumps(metadata, separators=(",", ":")) if metadata else ""
     members = [f'"__metadata__":{text}'] if metadata else []
     members += entries((json.dumps(key), dtype, shape, size) for key, dtype, shape, size in described)
-    return padded(f"{{{','.join(members)}}}".encode())
+    return padded(f"{{{','.join(members)}}}".encode(), alignment)
 
 
-def pack(items: Mapping[str, Tensor | Item], metadata: Mapping[str, str] | None = None) -> Iterator[bytes | memoryview]:
+def pack(
+    items: Mapping[str, Tensor | Item], metadata: Mapping[str, str] | None = None, alignment: int = ALIGNMENT
+) -> Iterator[bytes | memoryview]:
     """Yield the bytes of a file; each chunk is valid until the next one is asked for.
 
     Raises ``FileError`` and ``DigestError`` at the end for bytes that are not what their files state.
@@ -80,7 +85,7 @@ def pack(items: Mapping[str, Tensor | Item], metadata: Mapping[str, str] | None 
     named = {key: Item(key, item, item.dtype) if isinstance(item, Tensor) else item for key, item in items.items()}
     ordered = in_data_order(sorted(named.items()), lambda pair: pair[1].dtype)
     utf8("".join(named))
-    yield header(((key, item.dtype, item.tensor.shape, item.size) for key, item in ordered), metadata)
+    yield header(((key, item.dtype, item.tensor.shape, item.size) for key, item in ordered), metadata, alignment)
     ledger, buffer = Ledger(), memoryview(bytearray(CHUNK))
     for _, item in ordered:
         for chunk in ledger.chunks(item.tensor, buffer, item.name):

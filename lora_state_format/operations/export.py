@@ -91,7 +91,7 @@ def export(
         other = items.setdefault(_key(parameter, keys), item)
         if other is not item:
             raise OptionError(
-                f"{other.name} and {item.name} would have the same key, '{_key(parameter, keys)}': export one adapter "
+                f"'{other.name}' and '{item.name}' would have the same key, '{_key(parameter, keys)}': export one adapter "
                 "at a time (`lora-state prune`)"
             )
     # "format" is what loaders of model weights look for in a file of tensors
