@@ -37,7 +37,7 @@ def detect(path: Path) -> Match | None:
 
 
 def _folders(path: Path) -> list[Path]:
-    """The DCP folders with optimizer state: the path itself, or folders in it (``optimizer_0``, ``optimizer_1``)."""
+    """Return the DCP folders with optimizer state: the path itself, or folders in it (``optimizer_0``)."""
     if not path.is_dir() or (path / "metadata.json").exists():  # metadata.json: Megatron
         return []
     candidates = [path] if is_folder(path) else sorted(folder for folder in path.iterdir() if is_folder(folder))
@@ -67,14 +67,14 @@ def read(match: Match, options: Mapping[str, Any]) -> Checkpoint:
 
 
 def _weights(folder: Folder) -> Iterator[tuple[str, Tensor]]:
-    """The tensors that are no optimizer state, under the last step of their path: the name."""
+    """Yield the tensors that are no optimizer state, under the last step of their path: the name."""
     for path, value in folder.entries.items():
         if isinstance(value, Tensor) and not any(str(step).partition(".")[0] == "state" for step in path):
             yield str(path[-1]), value
 
 
 def _optimizers(folder: Folder) -> Iterator[Found]:
-    """Every optimizer's state dict in the folder's tree."""
+    """Yield every optimizer's state dict in the folder's tree."""
 
     def search(node: Any, path: tuple[str | int, ...]) -> Iterator[Found]:
         if not isinstance(node, dict):
@@ -102,7 +102,7 @@ def _nested(node: Mapping[Any, Any]) -> dict[str, Any]:
 
 
 def _lists(node: Any) -> Any:
-    """The node with every dict whose keys are 0..n-1 made the list that it was."""
+    """Return the node with every dict whose keys are 0..n-1 made the list that it was."""
     if not isinstance(node, dict):
         return node
     inner = {key: _lists(value) for key, value in node.items()}

@@ -114,7 +114,7 @@ def _models(folder: Path, files: Files) -> list[tuple[Path, dict[str, Any]]]:
 def _described(
     models: Sequence[tuple[Path, dict[str, Any]]],
 ) -> tuple[list[dict[str, tuple[int, ...]]], dict[str, Tensor], dict[str, tuple[str, ...]]]:
-    """Names and shapes by group, weights, and tied names, of all model-parallel ranks together."""
+    """Return names and shapes by group, weights, and tied names, of all model-parallel ranks together."""
     shapes: list[dict[str, tuple[int, ...]]] = []
     weights: dict[str, Tensor] = {}
     tied: dict[str, tuple[str, ...]] = {}
@@ -132,7 +132,7 @@ def _described(
 
 
 def _steps(common: Any) -> list[Any]:
-    """The step of each (sub)group where the state of stage 3 was kept whole."""
+    """Return the step of each (sub)group where the state of stage 3 was kept whole."""
     inner = common.get("optimizer_state_dict") if isinstance(common, dict) else None
     states = inner.get("state") if isinstance(inner, dict) else None
     if not isinstance(states, dict):
@@ -175,7 +175,7 @@ def _number(tensor: Tensor) -> Any:
 
 
 def _shaped(tensor: Tensor, shape: tuple[int, ...], path: Path) -> Tensor:
-    """A flat tensor in its parameter's shape."""
+    """Return a flat tensor in its parameter's shape."""
     if tensor.count != prod(shape):
         raise FileError(f"has {tensor.count} elements for a parameter of shape {list(shape)}", path=path)
     run = tensor.runs[0] if tensor.runs and len(tensor.runs) == 1 else Run(tensor, 0, tensor.size)
@@ -231,7 +231,7 @@ def _write(state: OptimizerState, base: Path, target: Path, files: Files) -> Non
 
 
 def _common(base: Path, files: Files) -> tuple[dict[str, Any], list[list[int]], bool]:
-    """What every rank of ``base`` holds beside the state, each group's (sub)groups, and whether it is of stage 3."""
+    """Return what each rank of ``base`` holds besides the state, each group's (sub)groups, and whether it is stage 3."""
     places = [base / _GLOBAL, *sorted(base.glob("*zero_pp_rank_0_mp_rank_00_optim_states.pt"))]
     place = next((place for place in places if place.is_file()), None)
     if place is None:

@@ -62,7 +62,7 @@ def detect(path: Path) -> Match | None:
 
 
 def read(match: Match, options: Mapping[str, Any]) -> Checkpoint:
-    """The state, and the parameters if their index lies beside it.
+    """Return the state, and the parameters if their index lies beside it.
 
     Raises ``RefusedError`` for compressed and unmerged checkpoints, ``FileError`` where steps and powers disagree.
     """
@@ -83,7 +83,7 @@ def read(match: Match, options: Mapping[str, Any]) -> Checkpoint:
 
 
 def _indexed(index: Path, files: Files) -> dict[str, Tensor]:
-    """The tensors that an index names, in the index's order."""
+    """Return the tensors that an index names, in the index's order."""
     members = read_json(index)
     stage = members.get("ckpt_quant_stage", "O0") if isinstance(members, dict) else None
     if stage not in ("O0", None):

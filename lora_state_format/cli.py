@@ -35,7 +35,7 @@ SHOWN = 5
 
 
 def main() -> NoReturn:
-    """The command ``lora-state``."""
+    """Run the command ``lora-state``."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # a name that the terminal's encoding lacks is no error
@@ -85,7 +85,7 @@ def _say(*lines: str) -> None:
 
 
 def _printable(text: str) -> str:
-    """The text on one line, with nothing in it that a terminal would act on: names come out of files."""
+    """Return the text on one line, with nothing in it that a terminal would act on: names come out of files."""
     if text.isprintable():
         return text
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
@@ -104,7 +104,7 @@ def _say_json(members: Any) -> None:
 
 @contextlib.contextmanager
 def _progress(label: str) -> Iterator[Progress | None]:
-    """A bar on stderr, if that is a terminal."""
+    """Show a bar on stderr, if that is a terminal."""
     if not sys.stderr.isatty():
         yield None
         return
@@ -138,7 +138,7 @@ def _parse_options(context: click.Context, option: click.Parameter, given: Seque
 
 
 def _literal(text: str) -> Any:
-    """A value as Python writes it; text that is none stands for itself."""
+    """Return a value as Python writes it; text that is none stands for itself."""
     import ast
 
     try:
@@ -365,7 +365,7 @@ def export(
 
 
 def _housekeeping(command: Callable[..., None]) -> click.Command:
-    """What the commands that write a changed state into a new file have in common."""
+    """Add what the commands have in common that write a changed state into a new file."""
     for option in (_json, _force, click.argument("target", type=PATH), click.argument("source", type=PATH)):
         command = option(command)
     return commands.command()(command)

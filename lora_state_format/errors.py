@@ -77,7 +77,7 @@ class FileError(StateFormatError, ValueError):
 
 
 def _located(detail: str, path: object, rule: str | None) -> str:
-    """A message with the file in front and the rule behind. A name in it may be as long as a file."""
+    """Return a message with the file in front and the rule behind. A name in it may be as long as a file."""
     if len(detail) > MAX_DETAIL:
         detail = f"{detail[: MAX_DETAIL // 2]} ... {detail[-MAX_DETAIL // 2 :]}"
     return f"{'' if path is None else f'{path}: '}{detail}{'' if rule is None else f' [{rule}]'}"

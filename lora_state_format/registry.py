@@ -89,7 +89,7 @@ class Converter(Protocol):
     DESCRIPTION: str
 
     def detect(self, path: Path) -> Match | None:
-        """Whether a file or folder that exists is of this format, by names, magic bytes and headers.
+        """Return whether a file or folder that exists is of this format, by names, magic bytes and headers.
 
         Looks at most one folder deep; reads no tensor and runs nothing.
         """
@@ -108,12 +108,12 @@ class Writer(Converter, Protocol):
 
 
 def names() -> list[str]:
-    """The names of all converters, sorted. None is imported."""
+    """Return the names of all converters, sorted. None is imported."""
     return sorted({*BUILT_IN, *_entries()})
 
 
 def get(name: str) -> Converter:
-    """The converter called ``name``.
+    """Return the converter called ``name``.
 
     Raises ``OptionError`` if there is none and ``MissingDependencyError`` if it cannot be imported.
     """
@@ -128,7 +128,7 @@ def get(name: str) -> Converter:
 
 
 def options(converter: Converter) -> Mapping[str, str]:
-    """What a converter can be told: key -> what it means."""
+    """Return the options of a converter: key -> what it means."""
     found: Mapping[str, str] = getattr(converter, "OPTIONS", {})
     return found
 
@@ -144,7 +144,10 @@ def check_options(options: Mapping[str, Any], *converters: Converter) -> None:
 
 
 def writer(name: str) -> Writer:
-    """The converter called ``name``, if it can write. Raises ``OptionError`` if it cannot, and what ``get`` raises."""
+    """Return the converter called ``name``.
+
+    Raises ``OptionError`` if it cannot write, and what ``get`` raises.
+    """
     converter = get(name)
     if not hasattr(converter, "write"):
         raise OptionError(f"format '{name}' can be read but not written")
@@ -189,7 +192,7 @@ def own_options(given: Mapping[str, Any], converter: Converter) -> dict[str, Any
 
 
 def detect(path: str | os.PathLike[str]) -> tuple[Converter, Match]:
-    """The converter that a path belongs to, and why.
+    """Return the converter that a path belongs to, and why.
 
     This package's own format is asked first: where a folder holds it beside the file it was converted from, the one
     with names is meant. Raises ``FileNotFoundError``, ``UnknownFormatError`` and ``AmbiguousFormatError``.
@@ -217,7 +220,7 @@ def detect(path: str | os.PathLike[str]) -> tuple[Converter, Match]:
 
 @cache
 def _entries() -> Mapping[str, Any]:
-    """The entry points of other packages by name, listed but not loaded."""
+    """Return the entry points of other packages by name, listed but not loaded."""
     from importlib.metadata import entry_points
 
     found: dict[str, Any] = {}

@@ -30,7 +30,7 @@ class Files:
         self._open: OrderedDict[Path, File] = OrderedDict()
 
     def __getitem__(self, path: Path) -> PooledFile:
-        """The file at a path. Raises ``FileNotFoundError``, and ``FileError`` for what is no regular file."""
+        """Return the file at a path. Raises ``FileNotFoundError``, and ``FileError`` for what is no regular file."""
         if path not in self._files:
             self._files[path] = PooledFile(path, self)
         return self._files[path]
@@ -99,7 +99,7 @@ class PooledFile:
 
 @contextlib.contextmanager
 def new_folder(target: Path, *, force: bool, replaceable: tuple[str, ...]) -> Iterator[Path]:
-    """A folder beside ``target`` that becomes it where the block ends well, and vanishes where it does not.
+    """Make a folder next to ``target`` that becomes it if the block ends well, and vanishes if it does not.
 
     Raises ``TargetExistsError`` if the target exists and ``force`` is not given, or if it holds an entry whose name
     fits none of the patterns ``replaceable``: what this program did not write, it does not delete.

@@ -93,7 +93,7 @@ class Ledger:
 
 
 def _combined_crc(source: Source, parts: Sequence[tuple[int, int, int]], buffer: memoryview) -> int:
-    """The CRC of a source whose parts (offset, size, CRC) were seen; what lies between them is read."""
+    """Return the CRC of a source whose parts (offset, size, CRC) were seen; what lies between them is read."""
     if [part[:2] for part in parts] == [(0, source.size)]:
         return parts[0][2]
     if combine is None or any(a[0] + a[1] > b[0] for a, b in pairwise(parts)):

@@ -18,7 +18,7 @@ ALIGNMENT: Final = 64
 
 
 def header(entries: Sequence[tuple[str, str, Sequence[int], int]], metadata: Mapping[str, str] | None = None) -> bytes:
-    """The length and the header of a file with these keys, dtypes, shapes and sizes in bytes, in data order."""
+    """Return the length and the header of a file with these keys, dtypes, shapes and sizes in bytes, in data order."""
     members: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
     position = 0
     for key, dtype, shape, size in entries:

@@ -71,7 +71,7 @@ class Header:
 
 
 def read_header(file: File, *, foreign: bool = False) -> Header:
-    """The header of any safetensors file, strictly: ours or a model's. Raises ``FileError`` with the broken rule.
+    """Return the header of any safetensors file, strictly read. Raises ``FileError`` with the broken rule.
 
     ``foreign`` takes ``"__metadata__":null`` too, as MLX writes it.
     """
@@ -79,7 +79,7 @@ def read_header(file: File, *, foreign: bool = False) -> Header:
 
 
 def raw_header(file: File) -> Raw:
-    """The length and the header (R1)."""
+    """Return the length and the header (R1)."""
 
     def fail(detail: str) -> FileError:
         return FileError(detail, path=file.path, rule="R1")
@@ -129,7 +129,7 @@ def parse_header(raw: Raw, file: File, *, foreign: bool = False) -> Header:
 
 
 def _entry(name: str, item: Any, seen: dict[str, Spec], fail: Callable[[str, str], FileError]) -> Entry:
-    """A tensor as the header describes it (R4, R5). ``seen`` has the types and shapes that were found good."""
+    """Return a tensor as the header describes it (R4, R5). ``seen`` has the types and shapes that were found good."""
     try:
         dtype, shape, (begin, end) = item["dtype"], item["shape"], item["data_offsets"]
     except (KeyError, TypeError, ValueError):

@@ -29,7 +29,7 @@ class Source(Protocol):
         """Fill ``out`` (format ``B``) with the bytes from ``offset`` on; reading past the end is a ``FileError``."""
 
     def view(self, offset: int, size: int) -> memoryview | None:
-        """The same bytes without a copy, where they are in memory anyway; else ``None``."""
+        """Return the same bytes without a copy, where they are in memory anyway; else ``None``."""
 
 
 class File:

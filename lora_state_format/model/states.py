@@ -71,14 +71,14 @@ class Scalar:
 
     @classmethod
     def of(cls, dtype: str, value: bool | int | float) -> Scalar:
-        """A number as a scalar. Raises ``TypeError`` for a dtype, or a number for it, that ``struct`` does not take."""
+        """Return a number as a scalar. Raises ``TypeError`` for a dtype or a number that ``struct`` does not take."""
         try:
             return cls(dtype, struct.pack(f"<{_CODES[dtype]}", value))
         except (KeyError, struct.error, OverflowError) as error:
             raise TypeError(f"{value!r} has no form as a scalar of type {dtype}") from error
 
     def item(self) -> bool | int | float | complex:
-        """The value as a Python number. Raises ``TypeError`` for a dtype that ``struct`` does not know."""
+        """Return the value as a Python number. Raises ``TypeError`` for a dtype that ``struct`` does not know."""
         if self.dtype == "BF16":
             return float(struct.unpack("<f", b"\0\0" + self.data)[0])
         if self.dtype == "C64":
@@ -104,7 +104,7 @@ Value: TypeAlias = (
 
 
 def walk(value: Value, path: tuple[Any, ...] = ()) -> Iterator[tuple[tuple[Any, ...], Value]]:
-    """Every leaf of a value tree with its path, in order."""
+    """Yield every leaf of a value tree with its path, in order."""
     if isinstance(value, Mapping):
         for key, inner in value.items():
             yield from walk(inner, (*path, key))
@@ -157,14 +157,14 @@ class Parameter:
     original_id: int | str | None = None
 
     def __getitem__(self, slot: str) -> Any:
-        """The slot's value; a ``Tensor`` where it is one. Raises ``KeyError``."""
+        """Return the slot's value; a ``Tensor`` where it is one. Raises ``KeyError``."""
         if self.state is None or slot not in self.state:
             raise KeyError(slot)
         value = self.state[slot]
         return value.tensor if isinstance(value, Slot) else value
 
     def tensors(self) -> Iterator[tuple[tuple[Any, ...], Slot]]:
-        """Every tensor of the slot tree with its path."""
+        """Yield every tensor of the slot tree with its path."""
         for path, leaf in walk(self.state or {}):
             if isinstance(leaf, Slot):
                 yield path, leaf
@@ -247,7 +247,7 @@ class OptimizerState(Mapping[str, Parameter]):
         return len(self.parameters)
 
     def members(self) -> list[tuple[Parameter, ...]]:
-        """The parameters of each group, in order."""
+        """Return the parameters of each group, in order."""
         result, start = [], 0
         for group in self.groups:
             result.append(self.parameters[start : start + group.count])
@@ -330,15 +330,15 @@ class PositionalState:
     resources: tuple[Any, ...] = field(default=(), repr=False)
 
     def sizes(self) -> list[int]:
-        """How many parameters each group has."""
+        """Return how many parameters each group has."""
         return [group.count for group in self.groups]
 
     def shapes(self) -> list[tuple[int, ...] | None]:
-        """The shape of each parameter as its ``param`` slots, or ``row`` and ``col``, show it; else ``None``."""
+        """Return the shape of each parameter as its ``param`` slots, or ``row`` and ``col``, show it; else ``None``."""
         return [_shape_of(self.entries.get(identity, {})) for identity in self.ids]
 
     def named(self, parameters: Sequence[Parameter], naming: Naming) -> OptimizerState:
-        """The same state under names. ``parameters`` stand in the order of ``ids``; their state is filled in from here.
+        """Return the same state under names. ``parameters`` are in the order of ``ids``; their state comes from here.
 
         Raises ``ConversionError`` if the counts differ, a name occurs twice, or a ``param`` slot has another shape than
         its parameter.

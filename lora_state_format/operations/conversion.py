@@ -81,7 +81,7 @@ class ConversionReport:
         return "\n".join([*lines, *(f"note: {note}" for note in self.notes)])
 
     def to_json(self) -> dict[str, Any]:
-        """The report as JSON values."""
+        """Return the report as JSON values."""
         naming = naming_json(self.naming)
         evidence = naming["details"].pop("evidence", None)
         return {"schema_version": SCHEMA_VERSION, **vars(self), "naming": naming, "evidence": evidence}
@@ -96,7 +96,7 @@ def read(
     optimizer: str | None = None,
     options: Mapping[str, Any] | None = None,
 ) -> OptimizerState:
-    """The named state in a checkpoint of any known format, lazily: close it, or use it in a ``with`` block.
+    """Return the named state in a checkpoint of any known format, lazily: close it, or use it in a ``with`` block.
 
     ``names`` says which parameter a position means where the checkpoint itself does not; ``rule`` forces one of
     ``order.RULES``; ``optimizer`` is the optimizer's class path where the file does not say it; ``options`` are those
@@ -179,7 +179,7 @@ def convert(
 
 
 def belongs(path: str | os.PathLike[str], weights: str | os.PathLike[str]) -> tuple[Pairing | None, Evidence | None]:
-    """Whether a state and weights belong together: by the digests that the state keeps, and by the numbers.
+    """Return whether a state and weights belong together: by the digests that the state keeps, and by the numbers.
 
     ``weights`` is a safetensors file, or a folder with an adapter or a model in one. The first result is ``None`` where
     the state keeps no digest that could be compared; the second where digests settle it, because the state was saved
@@ -207,7 +207,7 @@ def _read(
     optimizer: str | None,
     options: Mapping[str, Any],
 ) -> tuple[OptimizerState, Mapping[str, Tensor]]:
-    """The named state, and the parameters' own weights as far as they were found."""
+    """Return the named state, and the parameters' own weights as far as they were found."""
     asks = "optimizer" in registry.options(converter)
     if optimizer is not None and asks:
         options = {"optimizer": optimizer, **options}
@@ -236,7 +236,7 @@ def _classed(state: OptimizerState | PositionalState, class_path: str, path: Pat
 
 
 def _paired(state: OptimizerState, weights: Mapping[str, Tensor]) -> OptimizerState:
-    """The state with a digest of each parameter's own bytes, where they are at hand."""
+    """Return the state with a digest of each parameter's own bytes, where they are at hand."""
     parameters = []
     for parameter in state.parameters:
         tensor = weights.get(parameter.keys.get("peft", parameter.name))
@@ -293,7 +293,7 @@ def _notes(state: OptimizerState) -> list[str]:
 
 
 def beside_weights(target: Path) -> list[str]:
-    """A warning where a file would lie beside a model's weights, or nothing."""
+    """Return a warning where a file would lie beside a model's weights, or nothing."""
     for beside in sorted(target.parent.glob("*.safetensors")):
         if beside != target and not envelope.is_state(beside):
             warning = (

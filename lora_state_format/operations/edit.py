@@ -124,7 +124,7 @@ def prune(state: OptimizerState, match: str | None = None, *, carried: bool = Fa
 
 
 def _like(key: str, old: Value, new: Value) -> Value:
-    """The new value in the type of the old one, as far as numbers go; ``None`` goes with everything."""
+    """Return the new value in the type of the old one, as far as numbers go; ``None`` goes with everything."""
     if isinstance(old, Scalar) and isinstance(new, (int, float)):
         with contextlib.suppress(TypeError):
             return Scalar.of(old.dtype, new)

@@ -131,7 +131,7 @@ def _key(parameter: Parameter, keys: Keys) -> str:
 
 
 def _correction(parameter: Parameter, slot: str, options: Mapping[str, Value]) -> float:
-    """What a moment is divided by to be unbiased."""
+    """Return what a moment is divided by to be unbiased."""
     if slot not in DECAYS:
         raise OptionError(f"slot '{slot}' is no mean with a known decay; known are: {', '.join(DECAYS)}")
     betas, step = options.get("betas"), _number((parameter.state or {}).get("step"))
@@ -153,7 +153,7 @@ def _damping(parameter: Parameter, slot: str, options: Mapping[str, Value], eps:
 
 
 def _number(value: Value) -> float | None:
-    """An option or a step as a number, if it is one."""
+    """Return an option or a step as a number, if it is one."""
     number = value.item() if isinstance(value, Scalar) else value
     return number if isinstance(number, (int, float)) else None
 
@@ -199,7 +199,7 @@ def _write(path: Path, items: Mapping[str, _Item]) -> None:
 
 
 def _computed(item: _Item, ledger: Ledger, buffer: memoryview) -> Iterator[memoryview]:
-    """The bytes to write, chunk by chunk; those that are read are checked."""
+    """Yield the bytes to write, chunk by chunk; those that are read are checked."""
     stated = stated_hash(item.tensor)
     hasher = xxhash.xxh3_128()
     for chunk in ledger.chunks(item.tensor, buffer):

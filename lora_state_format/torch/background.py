@@ -45,7 +45,7 @@ class BackgroundSave:
         return not self._thread.is_alive()
 
     def wait(self) -> Written:
-        """What was written, once it is on the disk. Raises what writing raised."""
+        """Wait until the file is on the disk and return what was written. Raises what writing raised."""
         self._thread.join()
         self.seen = True
         if self._error is not None:
