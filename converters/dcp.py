@@ -1,5 +1,7 @@
-"""Folders of ``torch.distributed.checkpoint``: FSDP2, sharded FSDP1, torchtitan, torchtune's async saves, accelerate's
-``optimizer_0``, Lightning's and Composer's sharded checkpoints.
+"""Folders of ``torch.distributed.checkpoint``.
+
+FSDP2, sharded FSDP1, torchtitan, torchtune's async saves, accelerate (``optimizer_0``), Lightning and Composer write
+them.
 
 The optimizer's state dict stands somewhere in the saved tree, in one of two forms: nested (``state``, ``param_groups``,
 the latter a list), keyed by name or, where the writer saved ``optimizer.state_dict()`` itself, by id; or flattened

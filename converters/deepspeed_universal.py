@@ -231,7 +231,7 @@ def _write(state: OptimizerState, base: Path, target: Path, files: Files) -> Non
 
 
 def _common(base: Path, files: Files) -> tuple[dict[str, Any], list[list[int]], bool]:
-    """Return what each rank of ``base`` holds besides the state, each group's (sub)groups, and whether it is stage 3."""
+    """Return what each rank of ``base`` holds besides the state, each group's (sub)groups, whether it is stage 3."""
     places = [base / _GLOBAL, *sorted(base.glob("*zero_pp_rank_0_mp_rank_00_optim_states.pt"))]
     place = next((place for place in places if place.is_file()), None)
     if place is None:

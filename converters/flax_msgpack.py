@@ -1,5 +1,8 @@
-"""What ``flax.serialization.to_bytes`` makes of an optax state: ``opt_state.msgpack``, a ``TrainState``, the dict of an
-``nnx.Optimizer`` as ``nnx.to_pure_dict`` makes it; and EasyLM's stream of a ``TrainState``."""
+"""Optax states in flax's msgpack.
+
+``flax.serialization.to_bytes`` makes them of an ``opt_state``, a ``TrainState``, or the dict of an ``nnx.Optimizer`` by
+``nnx.to_pure_dict``; EasyLM writes a stream of a ``TrainState``.
+"""
 
 from __future__ import annotations
 

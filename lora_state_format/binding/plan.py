@@ -270,7 +270,7 @@ def _bindings(state: OptimizerState, live: LiveOptimizer, matching: _Matching, p
 
 
 def _scaling(state: OptimizerState, parameter: Parameter) -> float | None:
-    """alpha / r of a saved parameter, if the file says it."""
+    """Return alpha / r of a saved parameter, if the file says it."""
     stated = state.origin.get(SCALING)
     if not isinstance(stated, Mapping):
         return None

@@ -52,9 +52,11 @@ class Folder:
         return root
 
     def check_unchanged(self) -> None:
+        """Raise ``FileError`` if a file of the folder changed since it was opened."""
         self.files.check_unchanged()
 
     def close(self) -> None:
+        """Close the folder's files."""
         self.files.close()
 
     def __enter__(self) -> Folder:

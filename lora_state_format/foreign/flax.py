@@ -115,7 +115,7 @@ class _Reader:
         return self._window[start : start + size]
 
     def head(self) -> tuple[str, Any]:
-        """Return what begins here: its kind, and its value or size. An ext is ``ext`` with its size; the type follows."""
+        """Return what begins here: its kind, and its value or size. An ext is ``ext`` with its size."""
         code = self.take(1)[0]
         if code in _FIXED:
             return "value", _FIXED[code]

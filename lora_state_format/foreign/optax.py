@@ -161,8 +161,10 @@ Members: TypeAlias = "tuple[Mapping[Keys, Parameter], Sequence[Keys]]"
 
 
 def to_tree(state: OptimizerState, *, options: Mapping[str, Any], base: Tree = None) -> Tree:
-    """Return the tree of a state. ``base`` is one of the same optimizer, as ``tx.init(params)`` makes, for all around
-    the parameters' state; without it that is as the state's own origin had it, else as ``optax.NAME(lr)`` makes it.
+    """Return the tree of a state.
+
+    ``base`` is a tree of the same optimizer, as ``tx.init(params)`` makes it, for all around the parameters' state;
+    without it that is as the state's own origin had it, else as ``optax.NAME(lr)`` makes it.
 
     Raises ``UnrepresentableError`` for what optax has no place for, ``ConversionError`` if ``base`` is of another
     optimizer.

@@ -81,6 +81,7 @@ class Node:
 
     @property
     def where(self) -> str:
+        """Where the node is in the tree, for messages."""
         return "/".join(self.place) or "the root"
 
     @property
@@ -90,6 +91,7 @@ class Node:
 
     @property
     def paths(self) -> tuple[Keys, ...]:
+        """The paths of its parameters."""
         return tuple(next(iter(self.fields.values())))
 
     @property

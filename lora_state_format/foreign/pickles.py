@@ -482,7 +482,7 @@ class _Machine:
     def tensor(
         self, storage: _Storage, offset: int, shape: tuple[int, ...], strides: tuple[int, ...], *_: Any
     ) -> Tensor | Record:
-        """Return a view of a storage, ``offset`` and ``strides`` in elements; inert if safetensors has no such dtype."""
+        """Return a view of a storage, ``offset`` and ``strides`` in elements; inert if its dtype is unknown."""
         if type(storage) is not _Storage or type(offset) is not int or len(shape) != len(strides):
             raise _MalformedError("a tensor that is not made of a storage, an offset, a shape and strides")
         for n in (*shape, *strides):

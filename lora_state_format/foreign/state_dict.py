@@ -50,6 +50,7 @@ class Found:
 
     @property
     def where(self) -> str:
+        """The path, joined by dots."""
         return _dotted(self.path)
 
 

@@ -16,7 +16,7 @@ class TemporaryFile:
     """A file beside the target that becomes it, or another file beside it, by a rename; or vanishes.
 
     It is locked while its writer lives, so that the next writer knows a killed one's left-over and removes it.
-    ``OSError``\\ s of writing name the target.
+    An ``OSError`` of writing names the target.
     """
 
     def __init__(self, target: Path) -> None:
@@ -30,6 +30,7 @@ class TemporaryFile:
                 fcntl.flock(self._descriptor, fcntl.LOCK_EX)
 
     def write(self, position: int, data: bytes | memoryview) -> None:
+        """Write bytes at a position."""
         try:
             while len(data):
                 count = os.pwrite(self._descriptor, data, position)
@@ -46,6 +47,7 @@ class TemporaryFile:
             raise self._named(error) from None
 
     def commit(self, target: Path) -> None:
+        """Rename the file to ``target`` and sync the folder."""
         self.path.replace(target)
         sync_folder(target.parent)
 

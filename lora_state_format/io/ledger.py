@@ -12,7 +12,7 @@ from lora_state_format.model.tensors import CHUNK, Tensor
 
 if TYPE_CHECKING:
 
-    def crc32(data: bytes | memoryview, value: int = 0) -> int: ...
+    def crc32(data: bytes | memoryview, value: int = 0) -> int: ...  # noqa: D103
 
     combine: Callable[[int, int, int], int] | None
 else:
@@ -43,6 +43,7 @@ class Ledger:
         self._files: dict[int, _Changeable] = {}
 
     def chunks(self, tensor: Tensor, buffer: memoryview) -> Iterator[memoryview]:
+        """Yield all bytes of a tensor in order, and note their CRCs; each chunk is valid until the next."""
         if tensor.runs is None:
             for piece in tensor.pieces:
                 self._note(piece.source)
@@ -78,8 +79,7 @@ class Ledger:
         return self._seen.setdefault(id(source), (source, []))[1]
 
     def check(self) -> None:
-        """Raise ``FileError`` for a file that changed while it was read, and for a source whose bytes do not have the
-        CRC that it states."""
+        """Raise ``FileError`` for a file that changed while it was read, and for bytes that do not have their CRC."""
         for file in self._files.values():
             file.check_unchanged()
         buffer = memoryview(bytearray(CHUNK))

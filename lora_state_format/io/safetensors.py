@@ -60,9 +60,11 @@ class Header:
 
     @cached_property
     def tensors(self) -> dict[str, Tensor]:
+        """Every tensor by its key, in data order."""
         return {key: self.tensor(key) for key in self.entries}
 
     def tensor(self, key: str, digest: Digest | None = None) -> Tensor:
+        """Return the tensor of a key; nothing is read."""
         entry = self.entries[key]
         return contiguous(entry.dtype, entry.shape, self.file, self.size + entry.begin, digest)
 

@@ -359,6 +359,7 @@ def is_zero(leaf: Tensor | Scalar) -> bool:
 
 
 def shape_of(leaf: Tensor | Scalar) -> tuple[int, ...]:
+    """Return the shape of a tensor or of a scalar."""
     return leaf.shape if isinstance(leaf, Tensor) else ()
 
 

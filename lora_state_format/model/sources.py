@@ -54,6 +54,7 @@ class File:
         self.size = self._opened.st_size
 
     def readinto(self, offset: int, out: memoryview) -> None:
+        """Fill ``out`` with the bytes from ``offset`` on. Raises ``FileError`` at the file's end."""
         done = 0
         while done < len(out):
             count = os.preadv(self._descriptor, [out[done:]], offset + done)
@@ -65,6 +66,7 @@ class File:
             done += count
 
     def view(self, offset: int, size: int) -> memoryview | None:
+        """Return ``None``: a file's bytes are not in memory."""
         return None
 
     def read(self, offset: int, size: int) -> bytearray:
@@ -80,6 +82,7 @@ class File:
             raise FileError("changed while it was read", path=self.path)
 
     def close(self) -> None:
+        """Close the file; closing it again does nothing."""
         if self._descriptor >= 0:
             os.close(self._descriptor)
             self._descriptor = -1
@@ -108,11 +111,13 @@ class Range:
         self.crc32 = crc32
 
     def readinto(self, offset: int, out: memoryview) -> None:
+        """Fill ``out`` with the bytes from ``offset`` on. Raises ``FileError`` at the range's end."""
         if offset + len(out) > self.size:
             raise FileError(f"bytes {offset} to {offset + len(out)} of a range that holds {self.size}")
         self.source.readinto(self.start + offset, out)
 
     def view(self, offset: int, size: int) -> memoryview | None:
+        """Return the bytes without a copy, where the source has them in memory."""
         return self.source.view(self.start + offset, size)
 
 
@@ -126,9 +131,11 @@ class Memory:
         self.size = len(self._view)
 
     def readinto(self, offset: int, out: memoryview) -> None:
+        """Fill ``out`` with the bytes from ``offset`` on. Raises ``FileError`` at the buffer's end."""
         if offset + len(out) > self.size:
             raise FileError(f"bytes {offset} to {offset + len(out)} of a buffer that holds {self.size}")
         out[:] = self._view[offset : offset + len(out)]
 
     def view(self, offset: int, size: int) -> memoryview | None:
+        """Return the bytes without a copy."""
         return self._view[offset : offset + size]

@@ -183,6 +183,7 @@ class Tensor:
         return list(accumulate(run.size for run in self.runs or ()))
 
     def view(self, offset: int, size: int) -> memoryview | None:
+        """Return bytes without a copy, where they are one run in memory."""
         if self.runs is not None and len(self.runs) == 1:
             return self.runs[0].source.view(self.runs[0].offset + offset, size)
         return None

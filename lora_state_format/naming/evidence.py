@@ -50,6 +50,7 @@ class Exchanges(NamedTuple):
     undecided: int
 
     def plus(self, other: Exchanges) -> Exchanges:
+        """Return the counts of both."""
         return Exchanges(self.excluded + other.excluded, self.undecided + other.undecided)
 
     def share(self) -> float:

@@ -28,10 +28,12 @@ class Described:
 
     @property
     def name(self) -> str:
+        """The parameter's name."""
         return self.parameter.name
 
     @property
     def axes(self) -> int:
+        """How many axes the parameter has."""
         return len(self.parameter.shape)
 
 
@@ -70,6 +72,7 @@ class Candidate:
 
     @property
     def names(self) -> list[str]:
+        """The names in the candidate's order."""
         return [parameter.name for parameter in self.parameters]
 
 

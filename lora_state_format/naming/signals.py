@@ -93,9 +93,11 @@ class Term(NamedTuple):
 
 
 class Rule(NamedTuple):
-    """Two sums that gradients keep equal in a layer, since the loss is the same when one side's lines grow and the
-    other's shrink. Biases may be absent. ``turning``: rotary embeddings turn pairs of lines, which share a channel.
-    ``unless`` is a place that must be empty."""
+    """Two sums that gradients keep equal in a layer.
+
+    The loss is the same when one side's lines grow and the other's shrink. Biases may be absent. ``turning``: rotary
+    embeddings turn pairs of lines, which share a channel. ``unless`` is a place that must be empty.
+    """
 
     left: tuple[Term, ...]
     right: tuple[Term, ...]
@@ -190,6 +192,7 @@ class Unit:
 
     @property
     def shapes(self) -> tuple[tuple[str, tuple[int, ...]], ...]:
+        """The kinds of its parts with their shapes."""
         return tuple((kind, part.shape) for kind, part in sorted(self.parts.items()))
 
     @property
@@ -309,6 +312,7 @@ def _split(name: str) -> tuple[str, str | None, str]:
 
 
 def value_of(weights: Mapping[str, Tensor], parameter: Parameter) -> Tensor | None:
+    """Return a parameter's own values, found by its name or a foreign one."""
     return next((weights[key] for key in (parameter.name, *parameter.keys.values()) if key in weights), None)
 
 

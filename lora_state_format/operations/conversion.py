@@ -103,7 +103,7 @@ def read(
     of the converter.
 
     Raises ``FileNotFoundError``, ``UnknownFormatError``, ``FileError`` for a damaged file, ``MissingNamesError`` and
-    other ``ConversionError``\\ s where the parameters cannot be named, ``OptionError`` for what does not apply.
+    other ``ConversionError`` subclasses where the parameters cannot be named, ``OptionError`` for what does not apply.
     """
     converter, match = registry.find(path, source_format)
     registry.check_options(options or {}, converter)
@@ -271,8 +271,10 @@ def _write(
 
 
 def _check_digests(state: OptimizerState) -> None:
-    """Raise ``DigestError`` for a tensor that is not what its file's digest says, before a format without digests, or
-    a decoded value, takes the damage on."""
+    """Raise ``DigestError`` for a tensor that is not what its file's digest says.
+
+    A format without digests, or a decoded value, would take the damage on.
+    """
     trees = [*((parameter.name, parameter.state or {}) for parameter in state.parameters), ("globals", state.globals)]
     for name, tree in trees:
         for path, leaf in walk(tree):

@@ -75,8 +75,10 @@ def tensors(state: OptimizerState | PositionalState) -> Iterator[Tensor]:
 
 @dataclass(slots=True)
 class Statistics:
-    """Of the elements of tensors: how many, how many are zero, how many not finite (``broken``); of the finite ones the
-    sum of squares and the largest magnitude."""
+    """Counts of elements: all, those that are zero, those that are not finite (``broken``).
+
+    Of the finite ones also the sum of squares and the largest magnitude.
+    """
 
     elements: int = 0
     zeros: int = 0
@@ -85,6 +87,7 @@ class Statistics:
     largest: float = 0.0
 
     def add(self, tensor: Tensor) -> None:
+        """Count the elements of a tensor; one of a dtype without numbers is left out."""
         import numpy as np
 
         for chunk in tensor.chunks():
@@ -103,6 +106,7 @@ class Statistics:
 
     @property
     def rms(self) -> float:
+        """The root of the mean square of the finite elements."""
         return math.sqrt(self.squares / max(self.elements - self.broken, 1))
 
     def __str__(self) -> str:
@@ -113,6 +117,7 @@ class Statistics:
         return f" (rms {self.rms:.3g}, largest {self.largest:.3g}{zeros}{broken})"
 
     def to_json(self) -> dict[str, float]:
+        """Return the statistics as JSON values."""
         return {
             "elements": self.elements, "zeros": self.zeros, "not_finite": self.broken,
             "rms": self.rms, "largest": self.largest,

@@ -68,8 +68,10 @@ def _settle() -> None:
 
 
 def start(prepare: Callable[[], Callable[[], Written]]) -> BackgroundSave:
-    """Let ``prepare`` copy a state out, and write it with what it returns; after ``settle``, so that only one copy is
-    held and no path has two writers."""
+    """Let ``prepare`` copy a state out, and write it with what it returns.
+
+    ``settle`` comes first, so that only one copy is held and no path has two writers.
+    """
     global _last
     with _lock:
         _settle()

@@ -424,7 +424,7 @@ def _parameter(
 
 
 def _scalings(parameters: Iterable[Parameter], named: Named) -> Mapping[str, Value]:
-    """alpha / r by adapter, and by parameter where it differs from that of the adapter's first."""
+    """Return alpha / r by adapter, and by parameter where it differs from that of the adapter's first."""
     found: dict[str, Value] = {}
     for parameter in parameters:
         scale = named.scaling.get(parameter.name)

@@ -38,6 +38,7 @@ class Following:
     handles: tuple[Any, ...]
 
     def remove(self) -> None:
+        """Take the hooks off again."""
         for handle in self.handles:
             handle.remove()
 
