@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
+from lora_state_format import __version__
 from lora_state_format.errors import MissingDependencyError, StateFormatError
 
 if TYPE_CHECKING:
@@ -118,7 +119,7 @@ def _progress(label: str) -> Iterator[Progress | None]:
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120})
-@click.version_option(package_name="lora_state_format")
+@click.version_option(__version__)
 def commands() -> None:
     """Optimizer state keyed by parameter name, in safetensors."""
 
@@ -466,7 +467,7 @@ def formats(as_json: bool) -> None:
     from lora_state_format import registry
     from lora_state_format.operations.report import SCHEMA_VERSION
 
-    converters = [registry.get(name) for name in registry.names()]
+    converters = registry.available()
     if as_json:
         members = [
             {

@@ -26,10 +26,7 @@ never at the text.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Final
-
-if TYPE_CHECKING:
-    from lora_state_format.binding.plan import LoadPlan
+from typing import Any, Final
 
 __all__ = [
     "AmbiguousFormatError",
@@ -128,11 +125,14 @@ class CaptureError(StateFormatError, ValueError):
 
 
 class BindError(StateFormatError, ValueError):
-    """The state does not fit the live optimizer; nothing was changed. ``plan`` holds every problem."""
+    """The state does not fit the live optimizer; nothing was changed.
+
+    ``plan`` is the ``binding.plan.LoadPlan``, which holds every problem.
+    """
 
     exit_code = 1
 
-    def __init__(self, message: str, plan: LoadPlan | None = None) -> None:
+    def __init__(self, message: str, plan: Any = None) -> None:
         super().__init__(message)
         self.plan = plan
 

@@ -56,7 +56,7 @@ def named(
                 dtype=tensor.dtype if tensor is not None else None,
                 adapter=parts[1] if parts else None,
                 tied=tied.get(raw, ()),
-                keys={"peft": peft[0]} if peft else {},
+                foreign_names={"peft": peft[0]} if peft else {},
             )
         )
     result = state.named(parameters, Naming("checkpoint", details={"removed": list(removed)} if removed else {}))

@@ -125,7 +125,7 @@ def _parameter(
     if layout.rule == "adafactor":
         values, shape = _unfolded(values, weight, name, path)
     parameter = parameter_of(name, values, algorithm, count, weight=weight, path=path, shape=shape)
-    return replace(parameter, keys={"jax": _pointer(keys)}) if any("." in key for key in keys) else parameter
+    return replace(parameter, foreign_names={"jax": _pointer(keys)}) if any("." in key for key in keys) else parameter
 
 
 def _unfolded(
@@ -264,7 +264,7 @@ def _pointer(keys: Keys) -> str:
 
 
 def _path(parameter: Parameter) -> Keys:
-    pointer = parameter.keys.get("jax")
+    pointer = parameter.foreign_names.get("jax")
     if pointer is None:
         return tuple(parameter.name.split("."))
     return tuple(key.replace("~1", "/").replace("~0", "~") for key in pointer.split("/")[1:])

@@ -197,8 +197,8 @@ def _encode_parameter(parameter: Parameter) -> dict[str, Any]:
         entry["adapter"] = parameter.adapter
     if parameter.tied:
         entry["tied"] = list(parameter.tied)
-    if parameter.keys:
-        entry["keys"] = dict(parameter.keys)
+    if parameter.foreign_names:
+        entry["keys"] = dict(parameter.foreign_names)
     if parameter.original_id is not None:
         entry["id"] = encode_value(parameter.original_id, f"the id of {parameter.name!r}", None)
     return entry
@@ -494,7 +494,7 @@ def _decode_parameters(
                 dtype=item.get("dtype"),
                 adapter=item.get("adapter"),
                 tied=tuple(item["tied"]) if "tied" in item else (),
-                keys=item.get("keys", {}),
+                foreign_names=item.get("keys", {}),
                 weights=digest,
                 original_id=_decode_id(reader, item["id"], index) if "id" in item else None,
             )

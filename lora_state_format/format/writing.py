@@ -259,7 +259,7 @@ def _bounds(state: OptimizerState, max_size: int | None) -> list[tuple[int, int]
 
 def _cost(parameter: Parameter) -> tuple[int, int]:
     """Return bytes of tensors and, within some percent, of header: a name stands there once, and once per tensor."""
-    texts = [parameter.name, *parameter.tied, *parameter.keys, *parameter.keys.values()]
+    texts = [parameter.name, *parameter.tied, *parameter.foreign_names, *parameter.foreign_names.values()]
     size, header = 0, 160 + sum(len(text) + 8 for text in texts)
     values: list[Value] = [*(parameter.state or {}).values()]
     for value in values:  # which grows

@@ -148,7 +148,7 @@ def _here(parameter: Parameter, name: str, rule: Rule, layer: int) -> Parameter:
         shape=_moved(Tensor("U8", parameter.shape, ()), rule, layer).shape,
         state=state,
         adapter=adapter[1] if adapter else None,
-        keys={**parameter.keys, **({"peft": peft[0]} if peft else {})},
+        foreign_names={**parameter.foreign_names, **({"peft": peft[0]} if peft else {})},
         weights=None if rule.moves else parameter.weights,
     )
 
@@ -257,7 +257,7 @@ def _there(foreign: str, rule: Rule, stack: Mapping[int, Parameter], shapes: Any
         shape=shape,
         state=states[0] if rule.unstack is None else _stacked(foreign, states, shape, rule.unstack),
         adapter=None,
-        keys={kind: key for kind, key in first.keys.items() if kind != "peft"},
+        foreign_names={kind: key for kind, key in first.foreign_names.items() if kind != "peft"},
         weights=None if rule.moves else first.weights,
     )
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import stat
+import weakref
 from typing import TYPE_CHECKING, Protocol
 
 from lora_state_format.errors import FileError
@@ -43,10 +44,10 @@ class File:
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = os.fspath(path)
-        self._descriptor = -1
         # O_NONBLOCK: opening a pipe that nobody writes to must not hang. It changes nothing for a regular file.
         descriptor = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
         self._descriptor = descriptor
+        self._finalizer = weakref.finalize(self, os.close, descriptor)  # also runs at interpreter exit
         self._opened = os.fstat(descriptor)
         if not stat.S_ISREG(self._opened.st_mode):
             self.close()
@@ -70,7 +71,7 @@ class File:
         return None
 
     def read(self, offset: int, size: int) -> bytearray:
-        """``size`` bytes from ``offset`` on. Check ``size`` against ``self.size`` before asking for it."""
+        """Return ``size`` bytes from ``offset`` on. Check ``size`` against ``self.size`` before asking for it."""
         buffer = bytearray(size)
         self.readinto(offset, memoryview(buffer))
         return buffer
@@ -83,9 +84,8 @@ class File:
 
     def close(self) -> None:
         """Close the file; closing it again does nothing."""
-        if self._descriptor >= 0:
-            os.close(self._descriptor)
-            self._descriptor = -1
+        self._descriptor = -1
+        self._finalizer()
 
     def __enter__(self) -> File:
         return self
@@ -93,9 +93,6 @@ class File:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.close()
-
-    def __del__(self) -> None:
         self.close()
 
 

@@ -95,12 +95,14 @@ class Digest:
     hex: str
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Tensor:
     """A tensor as the places of its bytes. Nothing is read before it is asked for.
 
     ``dtype`` is spelled as in safetensors. The pieces cover every element exactly once. ``digest`` is the checksum that
     the file states, if any. A tensor is itself a ``Source``: of its little-endian bytes in C order.
+
+    ``tensor[2:4, :8]`` is a part, still unread; ``np.asarray(tensor)``, ``numpy()`` and ``torch()`` read.
     """
 
     dtype: str
@@ -108,6 +110,30 @@ class Tensor:
     pieces: tuple[Piece, ...]
     digest: Digest | None = None
     crc32 = None
+
+    def __repr__(self) -> str:
+        return f"Tensor({self.dtype}, {list(self.shape)})"
+
+    def __getitem__(self, index: slice | tuple[slice, ...]) -> Tensor:
+        """Return a part as a tensor of its own; nothing is read.
+
+        Args:
+            index: A slice for each of the first axes, without a step. The number of axes stays: ``tensor[2:3]``.
+        """
+        slices = index if isinstance(index, tuple) else (index,)
+        if len(slices) > len(self.shape) or not all(isinstance(item, slice) for item in slices):
+            raise TypeError(f"{index!r}: a tensor of shape {list(self.shape)} takes up to {len(self.shape)} slices")
+        ranges = [item.indices(size) for item, size in zip(slices, self.shape, strict=False)]
+        if any(step != 1 for _, _, step in ranges):
+            raise ValueError(f"{index!r}: a slice of a tensor has no step")
+        rest = self.shape[len(slices) :]
+        start = [first for first, _, _ in ranges] + [0] * len(rest)
+        return self.part(start, [max(last - first, 0) for first, last, _ in ranges] + list(rest))
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray[Any, Any]:
+        if copy is False:
+            raise ValueError("a tensor's bytes are read from its file: an array of them is always a copy")
+        return self.numpy() if dtype is None else self.numpy().astype(dtype)
 
     @property
     def count(self) -> int:
@@ -285,11 +311,8 @@ class Tensor:
             raise TypeError(f"elements of {self.dtype} are smaller than a byte: such a tensor is taken whole")
 
     def read(self, slices: Sequence[slice]) -> bytearray:
-        """Return the bytes of a part, in C order; only what the part needs is read. Steps other than 1 are refused."""
-        ranges = [s.indices(n) for s, n in zip(slices, self.shape, strict=True)]
-        if any(step != 1 for _, _, step in ranges):
-            raise ValueError("slices with a step")
-        return self.part([a for a, _, _ in ranges], [max(b - a, 0) for a, b, _ in ranges]).bytes()
+        """Return the bytes of a part, in C order; only what the part needs is read. See ``__getitem__``."""
+        return self[tuple(slices)].bytes()
 
     def numpy(self) -> np.ndarray[Any, Any]:
         """Return a NumPy array of its own. NumPy has no bfloat16 and no 8-bit floats: those raise ``TypeError``."""

@@ -188,7 +188,7 @@ def adapter_parameters(
                 state=None,
                 dtype=tensor.dtype,
                 adapter=parts[1] if parts else None,
-                keys={"peft": found[name]},
+                foreign_names={"peft": found[name]},
             )
         )
     return parameters

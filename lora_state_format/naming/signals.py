@@ -313,7 +313,7 @@ def _split(name: str) -> tuple[str, str | None, str]:
 
 def value_of(weights: Mapping[str, Tensor], parameter: Parameter) -> Tensor | None:
     """Return a parameter's own values, found by its name or a foreign one."""
-    return next((weights[key] for key in (parameter.name, *parameter.keys.values()) if key in weights), None)
+    return next((weights[key] for key in (parameter.name, *parameter.foreign_names.values()) if key in weights), None)
 
 
 def _part(

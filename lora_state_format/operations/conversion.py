@@ -239,7 +239,7 @@ def _paired(state: OptimizerState, weights: Mapping[str, Tensor]) -> OptimizerSt
     """Return the state with a digest of each parameter's own bytes, where they are at hand."""
     parameters = []
     for parameter in state.parameters:
-        tensor = weights.get(parameter.keys.get("peft", parameter.name))
+        tensor = weights.get(parameter.foreign_names.get("peft", parameter.name))
         if parameter.weights is None and tensor is not None and tensor.shape == parameter.shape:
             digest = Digest(ALGORITHM, tensor.dtype, digests.hash_tensor(tensor))
             parameter = replace(parameter, weights=digest)

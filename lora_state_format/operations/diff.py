@@ -109,7 +109,7 @@ def _parameter(a: Parameter, b: Parameter) -> Iterator[str]:
         yield f"{a.name}: {a.dtype} {list(a.shape)} and {b.dtype} {list(b.shape)}"
     if (a.state is None) != (b.state is None):
         yield f"{a.name}: never stepped in the {'first' if a.state is None else 'second'}"
-    for what in ("adapter", "tied", "keys", "original_id"):
+    for what in ("adapter", "tied", "foreign_names", "original_id"):
         if getattr(a, what) != getattr(b, what):
             yield f"{a.name}: {what}: {_text(getattr(a, what))} and {_text(getattr(b, what))}"
     for path, values in _values(a.state or {}, b.state or {}):

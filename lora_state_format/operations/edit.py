@@ -64,8 +64,9 @@ def rename(state: OptimizerState, rule: Rename) -> Edited:
         new = replace(old, name=table[old.name], tied=tuple(table[name] for name in old.tied))
         if new.name != old.name:
             adapter, key = split_adapter(new.name), peft_key(new.name)
-            keys = {kind: value for kind, value in old.keys.items() if kind != "peft"}
-            new = replace(new, adapter=adapter[1] if adapter else None, keys=keys | ({"peft": key[0]} if key else {}))
+            others = {kind: value for kind, value in old.foreign_names.items() if kind != "peft"}
+            foreign = others | ({"peft": key[0]} if key else {})
+            new = replace(new, adapter=adapter[1] if adapter else None, foreign_names=foreign)
         parameters.append(new)
     return Edited(replace(state, parameters=tuple(parameters)), count)
 

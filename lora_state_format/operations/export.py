@@ -122,9 +122,9 @@ def export(
 def _key(parameter: Parameter, keys: Keys) -> str:
     if keys == "model":
         return parameter.name
-    if "peft" not in parameter.keys:
+    if "peft" not in parameter.foreign_names:
         raise OptionError(f"'{parameter.name}' has no key in an adapter file: export with keys='model' (--keys model)")
-    return parameter.keys["peft"]
+    return parameter.foreign_names["peft"]
 
 
 # --- what is computed -----------------------------------------------------------------------------------------------

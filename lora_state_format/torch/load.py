@@ -131,7 +131,7 @@ def _beside(parameter: LiveParameter, weights: Mapping[str, Tensor]) -> Paramete
         state=None,
         dtype=parameter.dtype,
         tied=parameter.tied,
-        keys={"peft": key[0]} if key else {},
+        foreign_names={"peft": key[0]} if key else {},
         weights=Digest(ALGORITHM, tensor.dtype, digests.hash_tensor(tensor)) if tensor else None,
     )
 

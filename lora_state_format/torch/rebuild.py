@@ -127,7 +127,7 @@ def describe(model: Models) -> list[Described]:
                     state=None,
                     adapter=parts[1] if parts else None,
                     tied=found.tied.get(name, ()),
-                    keys={"peft": key[0]} if key else {},
+                    foreign_names={"peft": key[0]} if key else {},
                 ),
                 tensor.requires_grad,
                 tuple(kind.__name__ for kind in found.owners[name].__mro__[:-1]),

@@ -305,7 +305,7 @@ def test_what_does_not_apply(
 
 def test_two_adapters_with_the_same_keys(tmp_path: Path) -> None:
     state = small({}, exp_avg=floats(1, 2))
-    pair = tuple(replace(state["w"], name=name, keys={"peft": "w.lora_A.weight"}) for name in ("one", "two"))
+    pair = tuple(replace(state["w"], name=name, foreign_names={"peft": "w.lora_A.weight"}) for name in ("one", "two"))
     state = replace(state, groups=(Group(0, (), 2),), parameters=pair)
     with pytest.raises(OptionError) as caught:
         export(state, tmp_path / "a.safetensors", "exp_avg", keys="peft")
