@@ -52,7 +52,7 @@ def _files(path: Path) -> list[Path]:
 
 
 def read(match: Match, options: Mapping[str, Any]) -> Checkpoint:
-    """Raises ``RefusedError`` for files that hold the shards of one rank. ``options`` are for writing."""
+    """Read the state. Raises ``RefusedError`` for files with one rank's shards. ``options`` are for writing."""
     path = match.path
     if local := sorted(file for file in path.iterdir() if _LOCAL.fullmatch(file.name)):
         raise RefusedError(
@@ -72,7 +72,7 @@ def read(match: Match, options: Mapping[str, Any]) -> Checkpoint:
 
 
 def _weights(path: Path, files: Files, optimizers: int) -> dict[str, Tensor]:
-    """The model's tensors; of an adapter only, where the model has one: what it was put on is frozen.
+    """Return the model's tensors; of an adapter only, where the model has one: what it was put on is frozen.
 
     Which of several optimizers trains which model is not said, so their weights are not taken for names.
     """

@@ -129,7 +129,7 @@ def _models(folder: Path, files: Files) -> list[tuple[Path, dict[str, Any]]]:
 def _described(
     models: Sequence[tuple[Path, dict[str, Any]]],
 ) -> tuple[list[dict[str, tuple[int, ...]]], dict[str, Tensor], dict[str, tuple[str, ...]]]:
-    """Names and shapes by group, weights, and tied names, of all model-parallel ranks together."""
+    """Return names and shapes by group, weights, and tied names, of all model-parallel ranks together."""
     shapes: list[dict[str, tuple[int, ...]]] = []
     weights: dict[str, Tensor] = {}
     tied: dict[str, tuple[str, ...]] = {}
@@ -147,7 +147,7 @@ def _described(
 
 
 def _steps(common: Any) -> list[Any]:
-    """The step of each (sub)group where the state of stage 3 was kept whole."""
+    """Return the step of each (sub)group where the state of stage 3 was kept whole."""
     inner = common.get("optimizer_state_dict") if isinstance(common, dict) else None
     states = inner.get("state") if isinstance(inner, dict) else None
     if not isinstance(states, dict):
@@ -190,7 +190,7 @@ def _number(tensor: Tensor) -> Any:
 
 
 def _shaped(tensor: Tensor, shape: tuple[int, ...], path: Path) -> Tensor:
-    """A flat tensor in its parameter's shape."""
+    """Return a flat tensor in its parameter's shape."""
     if tensor.count != prod(shape):
         raise FileError(f"has {tensor.count} elements for a parameter of shape {list(shape)}", path=path)
     run = tensor.runs[0] if tensor.runs and len(tensor.runs) == 1 else Run(tensor, 0, tensor.size)
@@ -261,7 +261,7 @@ def _place(name: str, slot: str) -> tuple[str, ...]:
 
 
 def _held(folder: Path) -> set[str]:
-    """The files of a universal checkpoint that is in a tag's folder, as the model's files in it name them."""
+    """Return the files of a universal checkpoint in a tag's folder, as the model's files in it name them."""
     if not folder.is_dir():
         return set()
     with Files() as files, contextlib.suppress(FileError):
@@ -276,7 +276,7 @@ def _held(folder: Path) -> set[str]:
 
 
 def _common(base: Path, files: Files) -> tuple[dict[str, Any], list[list[int]], bool]:
-    """What every rank of ``base`` holds beside the state, each group's (sub)groups, and whether it is of stage 3."""
+    """Return what each rank of ``base`` holds besides the state, each group's (sub)groups, whether it is stage 3."""
     places = [base.joinpath(*_GLOBAL), *sorted(base.glob("*zero_pp_rank_0_mp_rank_00_optim_states.pt"))]
     place = next((place for place in places if place.is_file()), None)
     if place is None:
@@ -343,7 +343,7 @@ def _shown(step: Value) -> object:
 
 
 def _slot(slot: str, value: Value, parameter: Parameter, flat: bool) -> Any:
-    """What the file of a slot holds. Raises ``UnrepresentableError`` for a value that DeepSpeed would not read back."""
+    """Return what the file of a slot holds. Raises ``UnrepresentableError`` for what DeepSpeed would not read back."""
     if not isinstance(value, Slot):
         raise UnrepresentableError(
             f"slot '{slot}' of '{parameter.name}' is {_shown(value)!r:.60}, and DeepSpeed keeps tensors and the step"

@@ -36,7 +36,7 @@ def detect(path: Path) -> Match | None:
 
 
 def _folders(path: Path) -> list[Path]:
-    """The folders of the optimizers: the path itself, its ``training_state``, or one in it for each of several."""
+    """Return the optimizers' folders: the path itself, its ``training_state``, or one in it for each of several."""
     if not path.is_dir():
         return []
     for folder in (path, path / "training_state"):

@@ -67,7 +67,7 @@ def read(match: Match, options: Mapping[str, Any]) -> Checkpoint:
 
 
 def _names(state: PositionalState, weights: Mapping[str, Tensor]) -> tuple[str, ...] | None:
-    """The names that positions mean, where the order of ``state_dict`` leaves no choice and no shape contradicts."""
+    """Return the names of the positions, if the order of ``state_dict`` leaves no choice and no shape contradicts."""
     if state.names is not None or len(state.optimizers) > 1:
         return state.names
     listed = _parameters(weights)
@@ -82,7 +82,7 @@ def _names(state: PositionalState, weights: Mapping[str, Tensor]) -> tuple[str, 
 
 
 def _parameters(weights: Mapping[str, Tensor]) -> list[str]:
-    """The model's parameters: no buffers, and of tied ones the first."""
+    """Return the model's parameters: no buffers, and of tied ones the first."""
     seen: set[tuple[int, int]] = set()
     names = []
     for name, tensor in weights.items():

@@ -76,7 +76,7 @@ def _counters(entries: Mapping[str, Entry]) -> dict[str, Any]:
 
 
 def read(match: Match, options: Mapping[str, Any]) -> Checkpoint:
-    """The state, and the adapter beside it. Parameters are in the order of the file.
+    """Return the state, and the adapter beside it. Parameters are in the order of the file.
 
     Raises ``RefusedError`` for what does not convert (8-bit moments, MultiOptimizer), ``OptionError`` for what has to
     be said: the rule, and of Adam and AdamW whether they correct the bias.
@@ -217,7 +217,7 @@ def _steps(state: OptimizerState, algorithm: Algorithm, options: Mapping[str, An
 
 
 def _rate(state: OptimizerState, options: Mapping[str, Any]) -> float:
-    """The learning rate of all groups, or as the caller states it."""
+    """Return the learning rate of all groups, or as the caller states it."""
     found = [dict(group.options).get("lr") for group in state.groups if group.count]
     rates = {rate.item() if isinstance(rate, Scalar) else rate for rate in found}
     rate = options["lr"] if "lr" in options else rates.pop() if len(rates) == 1 else None

@@ -43,7 +43,7 @@ def detect(path: Path) -> Match | None:
 
 
 def _item(path: Path) -> Path | None:
-    """The folder of the state: the path itself, or the only such item of a step of a ``CheckpointManager``."""
+    """Return the folder of the state: the path itself, or the only such item of a step of a ``CheckpointManager``."""
     if not path.is_dir():
         return None
     folders = [path] if (path / METADATA).is_file() else sorted(p.parent for p in path.glob(f"*/{METADATA}"))
@@ -56,7 +56,7 @@ def _item(path: Path) -> Path | None:
 
 
 def _listed(path: Path) -> Iterator[tuple[Keys, str]]:
-    """The paths of a tree's leaves, and their types."""
+    """Yield the paths of a tree's leaves, and their types."""
     entries = member(read_json(path), "tree_metadata", dict, path)
     for entry in entries.values():
         keys = tuple(str(member(key, "key", (str, int), path)) for key in member(entry, "key_metadata", list, path))
@@ -64,7 +64,7 @@ def _listed(path: Path) -> Iterator[tuple[Keys, str]]:
 
 
 def read(match: Match, options: Mapping[str, Any]) -> Checkpoint:
-    """The state, and the parameters where they are in the same item.
+    """Return the state, and the parameters where they are in the same item.
 
     Raises ``MissingDependencyError`` without tensorstore, and what ``optax.from_tree`` raises.
     """

@@ -64,7 +64,7 @@ def detect(path: Path) -> Match | None:
 
 
 def read(match: Match, options: Mapping[str, Any]) -> Checkpoint:
-    """The state, and the parameters if their index lies beside it.
+    """Return the state, and the parameters if their index lies beside it.
 
     Raises ``RefusedError`` for compressed and unmerged checkpoints, ``FileError`` where steps and powers disagree.
     """
@@ -85,7 +85,7 @@ def read(match: Match, options: Mapping[str, Any]) -> Checkpoint:
 
 
 def _indexed(index: Path, files: Files) -> dict[str, Tensor]:
-    """The tensors that an index names, in the index's order."""
+    """Return the tensors that an index names, in the index's order."""
     members = read_json(index)
     stage = members.get("ckpt_quant_stage", "O0") if isinstance(members, dict) else None
     if stage not in ("O0", None):
@@ -192,7 +192,7 @@ def write(state: OptimizerState, path: Path, *, base: Path | None, force: bool, 
 
 
 def _files(folder: Path) -> set[str]:
-    """The files of a checkpoint that is in a folder, as its indexes name them."""
+    """Return the files of a checkpoint that is in a folder, as its indexes name them."""
     found = {INDEX, MASTERS, TRAINER}
     for index in (folder / INDEX, folder / MASTERS):
         with contextlib.suppress(FileError, OSError):

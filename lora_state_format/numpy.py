@@ -24,7 +24,7 @@ EXTENDED: Final = {dtype: row.name for dtype, row in DTYPES.items() if row.name 
 
 
 def load(path: str | os.PathLike[str], *, verify: bool = True) -> dict[str, dict[str, Any] | None]:
-    """Every parameter's slots by its name, in optimizer order; ``None`` for one that never took a step.
+    """Return every parameter's slots by its name, in optimizer order; ``None`` for one that never took a step.
 
     Tensors are arrays of their own, those without axes too; other values are what they are. ``verify`` compares the
     digest of each tensor. Raises ``DigestError`` for one that differs, ``MissingDependencyError`` for a dtype that
@@ -38,7 +38,7 @@ def load(path: str | os.PathLike[str], *, verify: bool = True) -> dict[str, dict
 
 
 def array(tensor: Tensor | Scalar) -> np.ndarray[Any, Any]:
-    """A tensor as an array of its own; of a dtype of ``ml_dtypes`` where NumPy has none."""
+    """Return a tensor as an array of its own; of a dtype of ``ml_dtypes`` where NumPy has none."""
     if isinstance(tensor, Scalar):
         tensor = contiguous(tensor.dtype, (), Memory(tensor.data))
     if tensor.dtype not in EXTENDED:
@@ -52,7 +52,7 @@ def array(tensor: Tensor | Scalar) -> np.ndarray[Any, Any]:
 
 
 def _values(value: Value, where: str, path: object) -> Any:
-    """A slot tree with arrays in it; digests are compared if there is a ``path`` to name."""
+    """Return a slot tree with arrays in it; digests are compared if there is a ``path`` to name."""
     if isinstance(value, Mapping):
         return {key: _values(inner, f"{where}: {key}", path) for key, inner in value.items()}
     if isinstance(value, (list, tuple)):

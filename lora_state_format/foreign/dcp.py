@@ -43,7 +43,7 @@ class Folder:
     files: Files
 
     def tree(self) -> dict[Any, Any]:
-        """The entries as nested dicts; the keys of what was a list are integers."""
+        """Return the entries as nested dicts; the keys of what was a list are integers."""
         root: dict[Any, Any] = {}
         for path, value in self.entries.items():
             node = root
@@ -55,9 +55,11 @@ class Folder:
         return root
 
     def check_unchanged(self) -> None:
+        """Raise ``FileError`` if a file of the folder changed since it was opened."""
         self.files.check_unchanged()
 
     def close(self) -> None:
+        """Close the folder's files."""
         self.files.close()
 
     def __enter__(self) -> Folder:
@@ -68,12 +70,12 @@ class Folder:
 
 
 def is_folder(path: Path) -> bool:
-    """Whether a path is a folder that DCP wrote."""
+    """Return whether a path is a folder that DCP wrote."""
     return (path / METADATA).is_file()
 
 
 def metadata(path: Path) -> bytes:
-    """The bytes of a folder's ``.metadata``. Raises ``FileError`` if they are more than a pickle may have."""
+    """Return the bytes of a folder's ``.metadata``. Raises ``FileError`` if they are more than a pickle may have."""
     with File(path / METADATA) as file:
         if file.size > pickles.MAX_PICKLE:
             raise FileError(f"a pickle of {file.size} bytes; the limit is {pickles.MAX_PICKLE}", path=file.path)
@@ -81,7 +83,7 @@ def metadata(path: Path) -> bytes:
 
 
 def open_folder(path: Path) -> Folder:
-    """The folder's entries, lazily: tensors as byte ranges, other values as they were pickled.
+    """Return the folder's entries, lazily: tensors as byte ranges, other values as they were pickled.
 
     Raises ``FileError`` for a missing or truncated file and for chunks that do not make up a tensor, ``RefusedError``
     for transformed (compressed) items.
@@ -159,7 +161,7 @@ class _Item:
         self.place.file.check_unchanged()
 
     def _source(self) -> Source:
-        """The archive's member, which states a CRC, where it holds exactly the tensor in C order; else the tensor."""
+        """Return the archive's member, which states a CRC, if it is exactly the tensor in C order; else the tensor."""
         if self._opened is None:
             tensor = self.place.value()
             if not isinstance(tensor, Tensor) or (tensor.dtype, tensor.shape) != (self.dtype, self.shape):
@@ -175,7 +177,7 @@ class _Item:
 
 
 def _fields(record: Any, path: object) -> Mapping[str, Any]:
-    """A dataclass's fields."""
+    """Return a dataclass's fields."""
     if isinstance(record, Record) and isinstance(record.state, dict):
         return record.state
     raise FileError(f"has a {type(record).__name__} where an object with fields is expected", path=path)
@@ -193,7 +195,7 @@ def _state(record: Any, key: str, kind: Any, path: object) -> Any:
 
 
 def _chunks(storage: Mapping[Any, Any], files: Files, path: Path) -> dict[str, dict[tuple[int, ...] | None, _Place]]:
-    """Every chunk's place by the entry's key and the chunk's offsets."""
+    """Return every chunk's place by the entry's key and the chunk's offsets."""
     found: dict[str, dict[tuple[int, ...] | None, _Place]] = {}
     opened: dict[str, PooledFile] = {}
     alike: dict[bytes, pickles.Pickled] = {}
@@ -318,7 +320,7 @@ def write_folder(entries: Mapping[tuple[Any, ...], Any], path: Path, *, force: b
 
 
 def _files(path: Path) -> set[str]:
-    """The files that the ``.metadata`` of a folder names, if there is one that can be read."""
+    """Return the files that the ``.metadata`` of a folder names, if there is one that can be read."""
     if not is_folder(path):
         return set()
     with contextlib.suppress(FileError):

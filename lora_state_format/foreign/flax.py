@@ -45,7 +45,7 @@ WINDOW: Final = 512
 
 
 def load(file: File) -> dict[str, Tree]:
-    """The tree in a file of flax, or in a stream of EasyLM. Raises ``FileError`` and ``RefusedError``."""
+    """Return the tree in a file of flax, or in a stream of EasyLM. Raises ``FileError`` and ``RefusedError``."""
     reader = _Reader(file)
     if reader.is_stream():
         return reader.stream()
@@ -58,7 +58,7 @@ def load(file: File) -> dict[str, Tree]:
 
 
 def first_key(file: File) -> str | None:
-    """The first key of a map of msgpack; of a stream, the first key of its first path; ``None`` if it is neither."""
+    """Return the first key of a msgpack map, or of a stream's first path; ``None`` if it is neither."""
     reader = _Reader(file)
     try:
         if reader.is_stream():
@@ -111,7 +111,7 @@ class _Reader:
         return self._window[start : start + size]
 
     def head(self) -> tuple[str, Any]:
-        """What begins here: its kind, and its value or size. An ext is ``ext`` with its size; its type comes next."""
+        """Return what begins here: its kind, and its value or size. An ext is ``ext`` with its size."""
         code = self.take(1)[0]
         if code in _FIXED:
             return "value", _FIXED[code]
@@ -201,7 +201,7 @@ class _Reader:
         return contiguous(dtype, sizes, self.file, start)
 
     def joined(self, parts: dict[str, Any]) -> Tensor:
-        """An array that was written in chunks."""
+        """Return an array that was written in chunks."""
 
         def items(tree: Any) -> list[Any]:
             if not isinstance(tree, dict) or set(tree) != {str(index) for index in range(len(tree))}:
@@ -225,14 +225,14 @@ class _Reader:
         return Tensor(chunks[0].dtype, tuple(shape), tuple(pieces))
 
     def is_stream(self) -> bool:
-        """Whether lists of two stand here, the first of each a list of keys."""
+        """Return whether lists of two stand here, the first of each a list of keys."""
         start = self.position
         found = self.file.size > 1 and self.head() == ("list", 2) and self.head()[0] == "list"
         self.position = start
         return found
 
     def stream(self) -> dict[str, Any]:
-        """The tree whose leaves stand one after the other, each under its path, in a bin of its own."""
+        """Return the tree whose leaves stand one after the other, each under its path, in a bin of its own."""
         tree: dict[str, Any] = {}
         while self.position < self.file.size:
             if self.head() != ("list", 2) or (head := self.head())[0] != "list" or not 0 < head[1] <= MAX_DEPTH:
@@ -265,7 +265,7 @@ def save(tree: Tree, path: Path, *, force: bool = False) -> None:
 
 
 def packed(tree: Tree) -> Iterator[bytes | memoryview]:
-    """The bytes that flax makes of a tree; each chunk is valid until the next is asked for.
+    """Yield the bytes that flax makes of a tree; each chunk is valid until the next is asked for.
 
     Raises ``UnrepresentableError`` for a dtype that flax has no name for, and ``FileError`` at the end if bytes do not
     have the CRC that their source states.
@@ -317,6 +317,6 @@ def _array_head(dtype: str, shape: tuple[int, ...], size: int) -> bytes:
 
 
 def _sized(code: int, size: int) -> bytes:
-    """The head of a kind whose three codes announce sizes of 1, 2 and 4 bytes."""
+    """Return the head of a kind whose three codes announce sizes of 1, 2 and 4 bytes."""
     index = 0 if size < 1 << 8 else 1 if size < 1 << 16 else 2
     return bytes([code + index]) + size.to_bytes(1 << index, "big")

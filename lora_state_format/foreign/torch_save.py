@@ -56,7 +56,7 @@ def pack(value: Any) -> Iterator[bytes | memoryview]:
 
 
 def archive(value: Any, ledger: Ledger, root: str = "archive") -> Iterator[bytes | memoryview]:
-    """The archive's bytes in order; each chunk is valid until the next is asked for.
+    """Yield the archive's bytes in order; each chunk is valid until the next is asked for.
 
     The CRCs that the tensors' sources state are noted in ``ledger``. Raises ``UnrepresentableError`` for a value
     that torch could not load back.
@@ -92,7 +92,7 @@ def archive(value: Any, ledger: Ledger, root: str = "archive") -> Iterator[bytes
 
 
 def _directory(members: list[tuple[bytes, int, int, int]], start: int) -> bytes:
-    """The central directory and the records behind it."""
+    """Return the central directory and the records behind it."""
     result = bytearray()
     for name, offset, size, crc in members:
         wide = [value for value in (size, size, offset) if value >= _BIG]
@@ -113,7 +113,7 @@ def _directory(members: list[tuple[bytes, int, int, int]], start: int) -> bytes:
 
 
 def dumps(value: Any) -> bytes:
-    """A pickle of values without tensors: DCP's ``.metadata``, for one."""
+    """Return a pickle of values without tensors: DCP's ``.metadata``, for one."""
     pickler = _Pickler()
     data = pickler.dump(value)
     if pickler.tensors:

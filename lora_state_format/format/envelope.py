@@ -42,7 +42,7 @@ def is_ours(raw: Raw) -> bool:
 
 
 def stated_digest(raw: Raw) -> str:
-    """The digest that a header states."""
+    """Return the digest that a header states."""
     return raw[8 + len(PREFIX) :][:32].decode("ascii", "replace")
 
 
@@ -56,7 +56,7 @@ def header_digest(raw: Raw) -> str:
 
 
 def is_state(path: str | os.PathLike[str]) -> bool:
-    """Whether a path looks like a file, or the index of a set, of named optimizer state; its first bytes say so."""
+    """Return whether a path looks, by its first bytes, like a file or the index of a set of named state."""
     path = Path(path)
     index = find_index(path)
     start, prefix = (8, PREFIX) if index is None else (0, INDEX_PREFIX)
@@ -67,7 +67,7 @@ def is_state(path: str | os.PathLike[str]) -> bool:
 
 
 def manifest_members(raw: Raw, header: Header, path: object) -> dict[str, Any]:
-    """The manifest's members, after the checks of the one metadata member that holds them (R7, R8)."""
+    """Return the manifest's members, after the checks of the one metadata member that holds them (R7, R8)."""
     if METADATA not in header.metadata:
         raise FileError(f"a safetensors file without '{METADATA}': not named optimizer state", path=path, rule="R7")
     if len(header.metadata) != 1 or not is_ours(raw):
@@ -104,7 +104,7 @@ def set_id(contents: Iterable[str]) -> str:
 
 
 def read_index(index: Path) -> dict[str, Any]:
-    """The members of an index, checked for themselves (R25)."""
+    """Return the members of an index, checked for themselves (R25)."""
 
     def fail(detail: str) -> FileError:
         return FileError(detail, path=index, rule="R25")

@@ -93,7 +93,7 @@ def write(
 
 
 def in_file_order(state: OptimizerState, max_shard_size: int | None = None) -> Iterator[tuple[str, Tensor]]:
-    """The tensors of a state with their keys, in the order in which ``write`` reads them."""
+    """Yield the tensors of a state with their keys, in the order in which ``write`` reads them."""
     for manifest in _manifests(state, max_shard_size):
         yield from _layout(manifest).tensors
 
@@ -114,7 +114,7 @@ class _Layout(NamedTuple):
 
 
 def _manifests(state: OptimizerState, max_shard_size: int | None) -> Iterator[Manifest]:
-    """The state's manifest, or those of its shards."""
+    """Yield the state's manifest, or those of its shards."""
     bounds = _bounds(state, max_shard_size)
     if len(bounds) == 1:
         yield encode(state)
@@ -170,7 +170,7 @@ def _header(layout: _Layout, identity: str = ZERO) -> bytes:
 
 
 def _sealed(layout: _Layout, identity: str = ZERO) -> bytes:
-    """The header with its digest."""
+    """Return the header with its digest."""
     raw = _header(layout, identity)
     start = 8 + len(PREFIX)
     return raw[:start] + header_digest(raw).encode() + raw[start + 32 :]
@@ -222,7 +222,7 @@ def _commit(path: Path, force: bool, keep: set[str]) -> Iterator[None]:
 
 
 def _siblings(path: Path) -> list[Path]:
-    """The files that may hold a state of this path: the index, the file itself, then the shards of any set.
+    """Return the files that may hold a state of this path: the index, the file itself, then the shards of any set.
 
     Shards that another index names, a renamed one for instance, are not among them.
     """
@@ -241,7 +241,7 @@ def _siblings(path: Path) -> list[Path]:
 
 
 def _bounds(state: OptimizerState, max_size: int | None) -> list[tuple[int, int]]:
-    """The runs of parameters that each become a file."""
+    """Return the runs of parameters that each become a file."""
     starts, size, header = [0], 0, 0
     for position, parameter in enumerate(state.parameters):
         own_size, own_header = _cost(parameter)
@@ -254,8 +254,8 @@ def _bounds(state: OptimizerState, max_size: int | None) -> list[tuple[int, int]
 
 
 def _cost(parameter: Parameter) -> tuple[int, int]:
-    """Bytes of tensors, and bytes of header within some percent: the name stands there once, and once per tensor."""
-    texts = [parameter.name, *parameter.tied, *parameter.keys, *parameter.keys.values()]
+    """Return bytes of tensors and, within some percent, of header: a name stands there once, and once per tensor."""
+    texts = [parameter.name, *parameter.tied, *parameter.foreign_names, *parameter.foreign_names.values()]
     size, header = 0, 160 + sum(len(text) + 8 for text in texts)
     values: list[Value] = [*(parameter.state or {}).values()]
     for value in values:  # which grows
@@ -271,7 +271,7 @@ def _cost(parameter: Parameter) -> tuple[int, int]:
 
 
 def _part(state: OptimizerState, first: int, last: int) -> OptimizerState:
-    """A shard's own part (W13): its parameters, groups with its own counts; what stands once stands in the first."""
+    """Return a shard's own part (W13): its parameters, groups with its own counts; the first has what stands once."""
     groups, start = [], 0
     for group in state.groups:
         stop = start + group.count

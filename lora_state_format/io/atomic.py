@@ -136,7 +136,7 @@ class TemporaryFile:
     """A file next to its target that becomes it, or another file next to it, by a rename; or vanishes.
 
     It is locked while its writer lives, so that the next writer knows a killed one's left-over and removes it.
-    ``OSError``\\ s of writing name the target.
+    An ``OSError`` of writing names the target.
     """
 
     def __init__(self, target: Path) -> None:
@@ -150,6 +150,7 @@ class TemporaryFile:
                 fcntl.flock(self._descriptor, fcntl.LOCK_EX)
 
     def write(self, position: int, data: bytes | memoryview) -> None:
+        """Write bytes at a position."""
         with _naming(self._target):
             write_all(self._descriptor, data, position)
 

@@ -48,12 +48,13 @@ class Files:
         self._open: OrderedDict[Path, File] = OrderedDict()
 
     def __getitem__(self, path: Path) -> PooledFile:
-        """The file at a path. Raises ``FileNotFoundError``, and ``FileError`` for what is no regular file."""
+        """Return the file at a path. Raises ``FileNotFoundError``, and ``FileError`` for what is no regular file."""
         if path not in self._files:
             self._files[path] = PooledFile(path, self)
         return self._files[path]
 
     def opened(self, path: Path) -> File:
+        """Return the open file at a path; the one used longest ago may be closed for it."""
         file = self._open.get(path)
         if file is None:
             file = self._open[path] = File(path)
@@ -70,6 +71,7 @@ class Files:
             file.check_unchanged()
 
     def close(self) -> None:
+        """Close the files; they open again when they are read."""
         for file in self._open.values():
             file.close()
         self._open.clear()
@@ -104,12 +106,15 @@ class PooledFile:
         self.size = files.opened(path).size
 
     def readinto(self, offset: int, out: memoryview) -> None:
+        """Fill ``out`` with the bytes from ``offset`` on."""
         self._files.opened(self.path).readinto(offset, out)
 
     def check_unchanged(self) -> None:
+        """Raise ``FileError`` if the file's size or modification time changed since it was first seen."""
         now = self.path.stat()
         if (now.st_size, now.st_mtime_ns) != (self._known.st_size, self._known.st_mtime_ns):
             raise FileError("changed while it was read", path=self.path)
 
     def view(self, offset: int, size: int) -> memoryview | None:
+        """Return ``None``: a file's bytes are not in memory."""
         return None

@@ -128,7 +128,7 @@ def _check(target: Path, force: bool, allowed: Collection[str]) -> None:
 
 
 def _entries(folder: Path) -> Iterator[str]:
-    """What a folder holds, as ``a/b``: files, links, and folders with nothing in them; what is nearest comes first."""
+    """Yield what a folder holds, as ``a/b``: files, links, and empty folders; those nearest to it first."""
     for inner, folders, files in os.walk(folder):
         links = [name for name in folders if Path(inner, name).is_symlink()]
         names = sorted((*files, *links))
@@ -200,7 +200,7 @@ class _Journal:
 
 
 def _beside(target: Path, token: str) -> tuple[Path, Path]:
-    """The names of a new folder while it is written, and of an old one that stepped aside."""
+    """Return the names of a new folder while it is written, and of an old one that stepped aside."""
     return target.with_name(f".{target.name}.{token}.tmp"), target.with_name(f".{target.name}.{token}.old")
 
 
@@ -227,7 +227,7 @@ def _sweep(target: Path) -> None:
 
 
 def _noted(descriptor: int) -> list[str] | None:
-    """The names in a journal; ``None`` if a file is no journal. A line that was not finished names nothing yet."""
+    """Return the names in a journal, ``None`` for another file. A line that was not finished names nothing yet."""
     status = os.fstat(descriptor)
     data = os.pread(descriptor, status.st_size, 0) if stat.S_ISREG(status.st_mode) else b""
     if not data.startswith(HEAD):

@@ -15,7 +15,7 @@ from lora_state_format.model.tensors import CHUNK, Tensor
 
 if TYPE_CHECKING:
 
-    def crc32(data: bytes | memoryview, value: int = 0) -> int: ...
+    def crc32(data: bytes | memoryview, value: int = 0) -> int: ...  # noqa: D103
 
     combine: Callable[[int, int, int], int] | None
 else:
@@ -105,8 +105,7 @@ class Ledger:
         return self._seen.setdefault(id(source), (source, []))[1]
 
     def check(self) -> None:
-        """Raise ``FileError`` for a file that changed while it was read, and for a source whose bytes do not have the
-        CRC that it states."""
+        """Raise ``FileError`` for a file that changed while it was read, and for bytes that do not have their CRC."""
         for file in self._files.values():
             file.check_unchanged()
         buffer = memoryview(bytearray(CHUNK))
@@ -120,7 +119,7 @@ class Ledger:
 
 
 def _combined_crc(source: Source, parts: Sequence[tuple[int, int, int]], buffer: memoryview) -> int:
-    """The CRC of a source whose parts (offset, size, CRC) were seen; what lies between them is read."""
+    """Return the CRC of a source whose parts (offset, size, CRC) were seen; what lies between them is read."""
     if [part[:2] for part in parts] == [(0, source.size)]:
         return parts[0][2]
     if combine is None or any(a[0] + a[1] > b[0] for a, b in pairwise(parts)):

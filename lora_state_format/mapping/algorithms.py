@@ -153,7 +153,7 @@ class Layout:
 
 
 def choose(name: str | None, layouts: Sequence[Layout], found: Iterable[str], where: str) -> tuple[Algorithm, Layout]:
-    """The algorithm that the caller named, and its layout with the fields that were found.
+    """Return the algorithm that the caller named, and its layout with the fields that were found.
 
     ``name`` is a rule or the path of a class. Raises ``OptionError`` where it is missing, unknown, refused, or has
     other fields; ``where`` names the place of the fields.
@@ -174,7 +174,7 @@ def choose(name: str | None, layouts: Sequence[Layout], found: Iterable[str], wh
 
 
 def of_state(state: OptimizerState, name: str | None) -> Algorithm:
-    """The rule of a state's one optimizer, from its class, or as the caller names it.
+    """Return the rule of a state's one optimizer, from its class, or as the caller names it.
 
     Raises ``UnrepresentableError`` for a class without a row, and for several optimizers.
     """
@@ -209,7 +209,7 @@ def _ends(class_path: str) -> tuple[str, str]:
 
 
 def layout_of(state: OptimizerState, algorithm: Algorithm, layouts: Sequence[Layout]) -> Layout:
-    """The layout that holds exactly the slots of a state, its step aside.
+    """Return the layout that holds exactly the slots of a state, its step aside.
 
     Raises ``UnrepresentableError`` that names the slot that has no place, with the reason where one is known.
     """
@@ -233,7 +233,7 @@ def layout_of(state: OptimizerState, algorithm: Algorithm, layouts: Sequence[Lay
 
 
 def group_options(algorithm: Algorithm, options: Mapping[str, Any]) -> tuple[tuple[str, Value], ...]:
-    """The options that the caller stated, in the rule's order. Raises ``OptionError`` for one of another rule."""
+    """Return the stated options in the rule's order. Raises ``OptionError`` for one of another rule."""
     for name in options:
         if name in HYPERPARAMETERS and name not in algorithm.options:
             raise OptionError(f"{algorithm.name} has no option '{name}'; it has: {', '.join(algorithm.options)}")
@@ -246,7 +246,7 @@ def group_options(algorithm: Algorithm, options: Mapping[str, Any]) -> tuple[tup
 
 
 def stated_step(options: Mapping[str, Any]) -> int:
-    """The option ``step``. Raises ``OptionError`` unless it is a number of steps."""
+    """Return the option ``step``. Raises ``OptionError`` unless it is a number of steps."""
     step = options["step"]
     if type(step) is not int or step < 0:
         raise OptionError(f"step={step!r} is no number of steps")
@@ -254,7 +254,7 @@ def stated_step(options: Mapping[str, Any]) -> int:
 
 
 def step_scalar(algorithm: Algorithm, count: int) -> Value:
-    """A step as the algorithm's class keeps it. Raises ``UnrepresentableError`` where a float32 does not hold it."""
+    """Return a step as the class keeps it. Raises ``UnrepresentableError`` where a float32 does not hold it."""
     if algorithm.step == "int":
         return count
     if count > 2**24:
@@ -263,7 +263,7 @@ def step_scalar(algorithm: Algorithm, count: int) -> Value:
 
 
 def steps(parameters: Iterable[Parameter]) -> int | None:
-    """The one step of these parameters, a parameter without state having taken none; ``None`` where none counts them.
+    """Return the one step of these parameters; one without state took none. ``None`` where none counts steps.
 
     Raises ``UnrepresentableError`` where they differ: other frameworks have one counter for all.
     """
@@ -293,7 +293,7 @@ def parameter_of(
     path: object,
     shape: tuple[int, ...] | None = None,
 ) -> Parameter:
-    """A parameter with its state as the algorithm's class keeps it; without, where all is as before the first step.
+    """Return a parameter with its state as the class keeps it; without state where all is as before step 1.
 
     ``values`` are its slots by their usual names, ``weight`` is the parameter itself, if it is known. Slots that are
     not shaped as the parameter come with its ``shape``. Raises ``FileError`` for shapes that disagree, ``OptionError``
@@ -321,7 +321,7 @@ def parameter_of(
 
 
 def values_of(parameter: Parameter, algorithm: Algorithm, layout: Layout) -> dict[str, Tensor | Scalar]:
-    """The slots of a layout that a parameter has, under their usual names; zeros where it never took a step."""
+    """Return the slots of a layout that a parameter has, under their usual names; zeros where it never took a step."""
     if parameter.state is None:
         return dict.fromkeys(layout.fields.values(), zeros(parameter))
     held = _slots(parameter, algorithm)
@@ -336,14 +336,14 @@ def values_of(parameter: Parameter, algorithm: Algorithm, layout: Layout) -> dic
 
 
 def _slots(parameter: Parameter, algorithm: Algorithm) -> dict[str, Value]:
-    """A parameter's slots as the class's ``state`` has them."""
+    """Return a parameter's slots as the class's ``state`` has them."""
     state = dict(parameter.state or {})
     inner = state.pop(algorithm.inside, None) if algorithm.inside else None
     return {**state, **inner} if isinstance(inner, Mapping) else state
 
 
 def zeros(parameter: Parameter) -> Tensor | Scalar:
-    """What a framework keeps for a parameter before its first step. One element is held, whatever the shape."""
+    """Return the zeros that a framework keeps before the first step. One element is held, whatever the shape."""
     if parameter.dtype is None:
         raise UnrepresentableError(f"'{parameter.name}' never took a step, and nothing says the type of its state")
     element = bytes(item_size(parameter.dtype))
@@ -354,12 +354,13 @@ def zeros(parameter: Parameter) -> Tensor | Scalar:
 
 
 def is_zero(leaf: Tensor | Scalar) -> bool:
-    """Whether all bytes are zero."""
+    """Return whether all bytes are zero."""
     chunks: Iterable[bytes | memoryview] = [leaf.data] if isinstance(leaf, Scalar) else leaf.chunks()
     return all(bytes(chunk).count(0) == len(chunk) for chunk in chunks)
 
 
 def shape_of(leaf: Tensor | Scalar) -> tuple[int, ...]:
+    """Return the shape of a tensor or of a scalar."""
     return leaf.shape if isinstance(leaf, Tensor) else ()
 
 

@@ -91,8 +91,8 @@ def export(
         other = items.setdefault(_key(parameter, keys), item)
         if other is not item:
             raise OptionError(
-                f"'{other.name}' and '{item.name}' would have the same key, '{_key(parameter, keys)}': export one adapter "
-                "at a time (`lora-state prune`)"
+                f"'{other.name}' and '{item.name}' would have the same key, '{_key(parameter, keys)}': export one "
+                "adapter at a time (`lora-state prune`)"
             )
     # "format" is what loaders of model weights look for in a file of tensors
     plain.save(items, path, metadata={"format": "pt"}, force=force)
@@ -103,16 +103,16 @@ def export(
 def _key(parameter: Parameter, keys: Keys) -> str:
     if keys == "model":
         return parameter.name
-    if "peft" not in parameter.keys:
+    if "peft" not in parameter.foreign_names:
         raise OptionError(f"'{parameter.name}' has no key in an adapter file: export with keys='model' (--keys model)")
-    return parameter.keys["peft"]
+    return parameter.foreign_names["peft"]
 
 
 # --- what is computed -----------------------------------------------------------------------------------------------
 
 
 def _correction(parameter: Parameter, slot: str, options: Mapping[str, Value]) -> float:
-    """What a moment is divided by to be unbiased."""
+    """Return what a moment is divided by to be unbiased."""
     if slot not in DECAYS:
         raise OptionError(f"slot '{slot}' is no mean with a known decay; known are: {', '.join(DECAYS)}")
     betas, step = options.get("betas"), _number((parameter.state or {}).get("step"))
@@ -134,7 +134,7 @@ def _damping(parameter: Parameter, slot: str, options: Mapping[str, Value], eps:
 
 
 def _number(value: Value) -> float | None:
-    """An option or a step as a number, if it is one."""
+    """Return an option or a step as a number, if it is one."""
     number = value.item() if isinstance(value, Scalar) else value
     return number if isinstance(number, (int, float)) else None
 

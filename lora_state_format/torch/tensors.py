@@ -39,12 +39,12 @@ _NAMES: Final = {dtype: name for name, dtype in DTYPES.items()}
 
 
 def dtype_name(dtype: torch.dtype) -> str | None:
-    """A torch dtype in safetensors' spelling, ``None`` if it has none."""
+    """Return a torch dtype in safetensors' spelling, ``None`` if it has none."""
     return _NAMES.get(dtype)
 
 
 def is_sharded(tensor: Any) -> bool:
-    """Whether this is a DTensor, of which each rank has its part; no more than a look where there can be none."""
+    """Return whether this is a DTensor, of which each rank has its part."""
     module = sys.modules.get("torch.distributed.tensor")
     return module is not None and isinstance(tensor, module.DTensor)
 
@@ -81,7 +81,7 @@ class _Device:
 
 
 def from_torch(tensor: torch.Tensor) -> Tensor:
-    """A live tensor as the places of its bytes: nothing is copied, and what changes there later changes here.
+    """Return a live tensor as the places of its bytes: nothing is copied, and what changes there later changes here.
 
     Other layouts than C order are described by their strides. Raises ``UnrepresentableError`` for tensors that have no
     plain bytes (subclasses, sparse ones, dtypes that safetensors lacks).
@@ -101,19 +101,19 @@ def from_torch(tensor: torch.Tensor) -> Tensor:
 
 
 def to_torch(tensor: Tensor) -> torch.Tensor:
-    """A tensor of its own in CPU memory. Raises ``UnrepresentableError`` for a dtype that torch lacks."""
+    """Return a tensor of its own in CPU memory. Raises ``UnrepresentableError`` for a dtype that torch lacks."""
     result = torch.empty(tensor.shape, dtype=dtype_of(tensor.dtype))
     read_into(tensor, result)
     return result
 
 
 def scalar_to_torch(scalar: Scalar) -> torch.Tensor:
-    """A 0-d tensor in CPU memory."""
+    """Return a 0-d tensor in CPU memory."""
     return torch.frombuffer(bytearray(scalar.data), dtype=dtype_of(scalar.dtype)).reshape(())
 
 
 def dtype_of(name: str) -> torch.dtype:
-    """The torch dtype that safetensors spells so. Raises ``UnrepresentableError`` if this torch has none."""
+    """Return the torch dtype that safetensors spells so. Raises ``UnrepresentableError`` if this torch has none."""
     if name not in DTYPES:
         raise UnrepresentableError(f"a tensor of type {name}, which this torch does not have")
     return DTYPES[name]

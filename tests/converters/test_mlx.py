@@ -352,8 +352,8 @@ def test_it_holds_what_mlx_holds_and_comes_back(tmp_path: Path, name: str, dora:
     named = "base_model.model.model.layers.1.self_attn.q_proj.lora_A.default.weight"
     adapter = dict(tree_flatten(model.trainable_parameters()))
     assert state[named].shape == adapter["model.layers.1.self_attn.q_proj.lora_a"].shape[::-1]
-    assert state[named].keys == {"peft": "base_model.model.model.layers.1.self_attn.q_proj.lora_A.weight"}
-    weight = checkpoint.weights[state[named].keys["peft"]]
+    assert state[named].foreign_names == {"peft": "base_model.model.model.layers.1.self_attn.q_proj.lora_A.weight"}
+    weight = checkpoint.weights[state[named].foreign_names["peft"]]
     assert np.array_equal(weight.numpy(), np.array(adapter["model.layers.1.self_attn.q_proj.lora_a"]).T)
     other = "lora_magnitude_vector.default.weight" if dora else "lora_embedding_A.default"
     assert any(name.endswith(other) for name in state)

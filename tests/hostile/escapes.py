@@ -1,10 +1,10 @@
 """Names that try to lead out of a folder, for every reader and writer that makes a path of a name in a file.
 
 An input is a checkpoint, or a state, in which names, slots, tags, keys and members of indexes are replaced by paths. It
-is read, and what could be read is written in every format. Every file that is opened, made, renamed or removed meanwhile
-is seen by an audit hook. A finding is: a file outside the source and the target; a name in the target that is not plain
-and printable; anything changed outside the target; an exception that is not in ``lora_state_format.errors``; anything
-left where nothing should be. Inputs depend on the seed and their number alone::
+is read, and what could be read is written in every format. An audit hook sees each file that is opened, made, renamed
+or removed meanwhile. A finding is: a file outside the source and the target; a name in the target that is not plain and
+printable; anything changed outside the target; an exception that is not in ``lora_state_format.errors``; anything left
+where nothing should be. Inputs depend on the seed and their number alone::
 
     python tests/hostile/escapes.py --seconds 3600
     python tests/hostile/escapes.py --first 4711 --count 1
@@ -27,6 +27,7 @@ import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
@@ -50,7 +51,7 @@ from lora_state_format.model.states import (
     Value,
 )
 from lora_state_format.model.tensors import Tensor, contiguous
-from lora_state_format.operations import diff, export
+from lora_state_format.operations import export
 
 NAMES: Final = ("w", "layers.0.weight", "base_model.model.layers.0.q_proj.lora_A.default.weight")
 SLOTS: Final = ("step", "exp_avg", "exp_avg_sq", "master_param")
@@ -130,7 +131,9 @@ def a_state(chance: random.Random | None = None, root: Path = Path("/")) -> Opti
     for name in NAMES:
         slots: dict[str, Value] = {}
         for slot in SLOTS:
-            slots[text(slot) if slot != "step" else slot] = Scalar.of("F32", 5.0) if slot == "step" else Slot(numbers(2, 2), Role.PARAM)
+            slots[text(slot) if slot != "step" else slot] = (
+                Scalar.of("F32", 5.0) if slot == "step" else Slot(numbers(2, 2), Role.PARAM)
+            )
         parameters.append(Parameter(text(name) or "w0", (2, 2), slots, "F32"))
     options: tuple[tuple[str, Value], ...] = (("lr", 1e-3), ("betas", (0.9, 0.999)), ("eps", 1e-8), (text("k"), 0.0))
     optimizers = (Optimizer("torch.optim.adamw.AdamW", text("a")), Optimizer("torch.optim.adamw.AdamW", text("b")))
@@ -146,7 +149,8 @@ def make_base(folder: Path) -> None:
     folder.mkdir()
     shapes = [{name: Record("torch", "Size", ((2, 2),)) for name in NAMES}]
     model = {"param_shapes": shapes, "module": {}, "ds_version": "0.19", "global_steps": 1}
-    optimizer = {"zero_stage": 1, "base_optimizer_state": {"state": {0: {}}, "param_groups": [{"lr": 0.1, "params": [0]}]}}
+    inner = {"state": {0: {}}, "param_groups": [{"lr": 0.1, "params": [0]}]}
+    optimizer = {"zero_stage": 1, "base_optimizer_state": inner}
     torch_save.save(model, folder / "mp_rank_00_model_states.pt")
     torch_save.save({"optimizer_state_dict": optimizer}, folder / "zero_pp_rank_0_mp_rank_00_optim_states.pt")
 
@@ -223,7 +227,7 @@ def from_trainer(folder: Path, chance: random.Random, root: Path) -> Path:
     folder.mkdir()
     shutil.copy(genuine(root, "torch_optimizer"), folder / "optimizer.pt")
     (folder / "trainer_state.json").write_text('{"global_step": 5}')
-    names = {name: "model-00001-of-00001.safetensors" for name in NAMES}
+    names = dict.fromkeys(NAMES, "model-00001-of-00001.safetensors")
     plain.save({name: numbers(2, 2) for name in NAMES}, folder / "model-00001-of-00001.safetensors")
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": names}))
     rewritten(folder / "model.safetensors.index.json", chance, root)
@@ -266,7 +270,9 @@ def from_zip(folder: Path, chance: random.Random, root: Path) -> Path:
     with zipfile.ZipFile(path, "w") as archive:
         for _ in range(2):
             name = hostile(chance, root).replace("\0", "").encode("utf-8", "replace").decode()[:200]
-            archive.writestr(f"{name}{chance.choice(('', 'optimizer.pth'))}", genuine(root, "torch_optimizer").read_bytes())
+            archive.writestr(
+                f"{name}{chance.choice(('', 'optimizer.pth'))}", genuine(root, "torch_optimizer").read_bytes()
+            )
     return path
 
 
@@ -292,6 +298,9 @@ SOURCES: Final[Sources] = {
 
 
 # --- what is done with it ---------------------------------------------------------------------------------------------
+
+TOLD: Final = {"masters": True, "optimizer": "adamw", "map": "none"}
+"""Options for reading."""
 
 OPTIONS: Final[dict[str, dict[str, Any]]] = {
     "mlx": {"map": "none"}, "flax_msgpack": {"map": "none"}, "paddlenlp": {"map": "none", "masters": True},
@@ -351,10 +360,11 @@ class Watch:
                 self.check(event, os.fsdecode(path), arguments)
 
     def check(self, event: str, path: str, arguments: tuple[Any, ...]) -> None:
-        whole = os.path.abspath(path)
+        whole = os.path.abspath(path)  # noqa: PTH100  # links are looked at, not followed
         if whole.startswith(self.allowed) or whole in self.folders:
             return
-        reads = event in ("os.listdir", "os.scandir") or (event == "open" and not arguments[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT))
+        changes = os.O_WRONLY | os.O_RDWR | os.O_CREAT
+        reads = event in ("os.listdir", "os.scandir") or (event == "open" and not arguments[2] & changes)
         if reads and os.path.realpath(whole).startswith((*self.program, "/proc/", "/sys/", "/usr/", "/dev/null")):
             return
         self.seen.append(f"{event} {path!r}")
@@ -407,12 +417,12 @@ class Sandbox:
             shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
 
     def watched(self, action: Callable[[], Any]) -> Any:
-        beside = str(self.target.parent)
+        beside, base = str(self.target.parent), str(self.root / "genuine" / "base")
         self.watch.allowed = (
             f"{self.source}/", f"{self.target}/", f"{beside}/.{self.target.name}.",
-            *([f"{self.root / 'genuine' / 'base'}/"]), f"{self.target}-",
+            f"{base}/", f"{self.target}-",
         )  # fmt: skip
-        self.watch.folders = (str(self.source), str(self.target), beside, f"{self.target}.index.json", str(self.root / "genuine" / "base"))
+        self.watch.folders = (str(self.source), str(self.target), beside, f"{self.target}.index.json", base)
         self.watch.on = True
         try:
             return action()
@@ -457,7 +467,7 @@ def attempt(box: Sandbox, chance: random.Random, counts: Counter[str]) -> list[s
                 counts["not made"] += 1
                 return []
             counts[f"read {kind}"] += 1
-            checkpoint = box.watched(lambda: registry.read(path, None, {"masters": True, "optimizer": "adamw", "map": "none"}))
+            checkpoint = box.watched(partial(registry.read, path, None, TOLD))
             counts["was read"] += 1
             state = names_for(checkpoint.state, chance, box.root)
     except StateFormatError:
@@ -472,7 +482,8 @@ def attempt(box: Sandbox, chance: random.Random, counts: Counter[str]) -> list[s
             force = chance.random() < 0.5
             lives, listed = False, {path.name for path in box.target.parent.iterdir()}
             try:
-                box.watched(lambda name=name, force=force: write(state, box.target, name, box.root / "genuine" / "base", force=force))
+                base = box.root / "genuine" / "base"
+                box.watched(partial(write, state, box.target, name, base, force=force))
                 counts[f"written {name}"] += 1
                 lives = True
             except StateFormatError:
@@ -489,7 +500,10 @@ def attempt(box: Sandbox, chance: random.Random, counts: Counter[str]) -> list[s
     return [*found, *problems(box, before, listed, True)]
 
 
-def run(*, seed: int = 0, first: int = 0, count: int | None = None, seconds: float | None = None) -> tuple[Counter[str], int]:
+def run(
+    *, seed: int = 0, first: int = 0, count: int | None = None, seconds: float | None = None
+) -> tuple[Counter[str], int]:
+    """Try inputs ``first``, ``first + 1``, ...; return what became of them, and how many had findings."""
     counts: Counter[str] = Counter()
     findings = 0
     stop = None if seconds is None else time.monotonic() + seconds

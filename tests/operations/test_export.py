@@ -305,7 +305,7 @@ def test_what_does_not_apply(
 
 def test_two_adapters_with_the_same_keys(tmp_path: Path) -> None:
     state = small({}, exp_avg=floats(1, 2))
-    pair = tuple(replace(state["w"], name=name, keys={"peft": "w.lora_A.weight"}) for name in ("one", "two"))
+    pair = tuple(replace(state["w"], name=name, foreign_names={"peft": "w.lora_A.weight"}) for name in ("one", "two"))
     state = replace(state, groups=(Group(0, (), 2),), parameters=pair)
     with pytest.raises(OptionError) as caught:
         export(state, tmp_path / "a.safetensors", "exp_avg", keys="peft")
@@ -330,9 +330,7 @@ def test_a_flipped_bit(saved: Path, tmp_path: Path) -> None:
     saved.write_bytes(data)
     with lsf.open_state(saved) as state, pytest.raises(DigestError) as caught:
         export(state, tmp_path / "a", "exp_avg")
-    assert str(caught.value) == (
-        f"tensor '{B}/exp_avg' does not match the digest in the file that it comes from [R21]"
-    )
+    assert str(caught.value) == (f"tensor '{B}/exp_avg' does not match the digest in the file that it comes from [R21]")
     assert not (tmp_path / "a").exists()
 
 

@@ -264,7 +264,7 @@ def written() -> Iterator[tuple[str, str, OptimizerState]]:
                     adam((2, 4), 3.0, 1),
                     dtype="F32",
                     adapter="default",
-                    keys={"peft": f"{prefix}.lora_A.weight"},
+                    foreign_names={"peft": f"{prefix}.lora_A.weight"},
                     weights=Digest("xxh3-128", "F32", xxh3(bytes(32))),
                 ),
                 Parameter(f"{prefix}.lora_B.default.weight", (4, 2), None, dtype="F32", adapter="default"),
@@ -378,7 +378,7 @@ def written() -> Iterator[tuple[str, str, OptimizerState]]:
         state(
             [
                 Parameter("embed.weight", (2,), None, tied=("head.weight", "decoder.weight"), original_id=3),
-                Parameter("w", (2,), None, keys={"peft": "x.w", "mlx": "w"}, original_id=2**64 + 1),
+                Parameter("w", (2,), None, foreign_names={"peft": "x.w", "mlx": "w"}, original_id=2**64 + 1),
                 Parameter("v", (2,), None, original_id="module.v"),
             ]
         ),
