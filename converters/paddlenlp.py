@@ -165,6 +165,7 @@ def write(state: OptimizerState, path: Path, *, base: Path | None, force: bool, 
         for p in state.parameters
     ]
     layout = algorithms.layout_of(replace(state, parameters=tuple(bare)), algorithm, LAYOUTS)
+    algorithms.check_alike(state.groups, algorithm, options)
     tensors: dict[str, Tensor] = {}
     counts: set[int] = set()
     powers = len(layout.fields) == 2

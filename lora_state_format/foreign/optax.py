@@ -13,6 +13,7 @@ from lora_state_format.mapping.algorithms import (
     OPTIMIZER,
     Algorithm,
     Layout,
+    check_alike,
     choose,
     group_options,
     layout_of,
@@ -172,9 +173,11 @@ def to_tree(state: OptimizerState, *, options: Mapping[str, Any], base: Tree = N
     """
     algorithm = of_state(state, options.get("optimizer"))
     layout = layout_of(state, algorithm, LAYOUTS)
-    if state.carried:
-        raise UnrepresentableError(f"'{state.carried[0].name}' is in no group, and optax has no place for its state")
     around, nodes = _surroundings(state, layout, base)
+    for parameters, _ in nodes:
+        names = {parameter.name for parameter in parameters.values()}
+        together = zip(state.groups, state.members(), strict=True)
+        check_alike([group for group, members in together if names & {p.name for p in members}], algorithm, options)
     step = steps(state.parameters) if layout.counts and algorithm.step is not None else None
     if step is None:
         step = stated_step(options) if "step" in options else state.global_step
