@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Final, Literal, TypeAlias
 
 import xxhash
 
-from lora_state_format.errors import DigestError, FileError, OptionError, TargetExistsError
+from lora_state_format.errors import DigestError, FileError, OptionError, Remedy, TargetExistsError
 from lora_state_format.io.atomic import TemporaryFile
 from lora_state_format.io.ledger import Ledger
 from lora_state_format.model.digests import stated_hash
@@ -93,7 +93,10 @@ def export(
     if path.exists() and not force:
         raise TargetExistsError(f"{path} exists; pass force=True (--force) to replace it")
     if eps is not None and not inverse_root:
-        raise OptionError("eps is a part of the inverse root; pass inverse_root=True (--inverse-root) with it")
+        raise OptionError(
+            "eps is used for the inverse root only",
+            remedy=Remedy("pass {inverse_root} with it", {"inverse_root": True}),
+        )
     found = state.slot(slot)
     options = {p.name: dict(g.options) for g, ps in zip(state.groups, state.members(), strict=True) for p in ps}
     items: dict[str, _Item] = {}
@@ -123,7 +126,9 @@ def _key(parameter: Parameter, keys: Keys) -> str:
     if keys == "model":
         return parameter.name
     if "peft" not in parameter.foreign_names:
-        raise OptionError(f"'{parameter.name}' has no key in an adapter file: export with keys='model' (--keys model)")
+        raise OptionError(
+            f"'{parameter.name}' has no key in an adapter file", remedy=Remedy("export with {keys}", {"keys": "model"})
+        )
     return parameter.foreign_names["peft"]
 
 
@@ -148,7 +153,7 @@ def _damping(parameter: Parameter, slot: str, options: Mapping[str, Value], eps:
         raise OptionError(f"slot '{slot}' holds no squares; known are: {', '.join(sorted(SQUARES))}")
     stated = _number(options.get("eps")) if eps is None else eps
     if stated is None:
-        raise OptionError(f"'{parameter.name}': its group states no eps; pass eps= (--eps)")
+        raise OptionError(f"'{parameter.name}': its group has no eps", remedy=Remedy("pass {eps}", {"eps": ...}))
     return stated
 
 

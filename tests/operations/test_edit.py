@@ -223,7 +223,9 @@ def test_prune_a_whole_group(state: OptimizerState) -> None:
 def test_prune_nothing_or_both(state: OptimizerState, arguments: dict[str, Any]) -> None:
     with pytest.raises(OptionError) as caught:
         prune(state, **arguments)
-    assert str(caught.value) == "prune: say which parameters, by match= (--match) or carried=True (--carried)"
+    assert str(caught.value) == (
+        "prune removes either the parameters that match an expression or those in no group; pass match= or carried=True"
+    )
 
 
 def test_prune_a_pattern_that_matches_nothing(state: OptimizerState) -> None:
