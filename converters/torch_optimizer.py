@@ -52,7 +52,7 @@ def detect(path: Path) -> Match | None:
 
 
 def read(match: Match, options: Mapping[str, Any]) -> Checkpoint:
-    """The state, and what lies beside it. Several optimizers in one file make up one state.
+    """Return the state, and what lies beside it. Several optimizers in one file make up one state.
 
     Raises ``FileError`` for a file that is damaged or holds no optimizer, ``RefusedError`` for one that would need
     code to be run, ``UnrepresentableError`` for a value without a form.
@@ -97,7 +97,7 @@ def write(state: OptimizerState, path: Path, *, base: Path | None, force: bool, 
 
 
 def _members(file: Source, path: Path) -> dict[str, Member]:
-    """The members of a stable-baselines3 archive that torch wrote: nothing if the file is none."""
+    """Return the members of a stable-baselines3 archive that torch wrote: nothing if the file is none."""
     if pickles.container(file) != "zip archive":
         return {}
     archive = Archive(file, path)
@@ -135,7 +135,7 @@ def _global_step(tree: Any, beside: Mapping[str, Mapping[str, Any]]) -> int | No
 
 
 def _origin(found: list[Found], beside: Mapping[str, Mapping[str, Any]]) -> dict[str, Value]:
-    """What wrote the state, as far as its surroundings tell."""
+    """Return what wrote the state, as far as its surroundings tell."""
     origin: dict[str, Value] = {"format": NAME}
     if len(found) == 1 and found[0].path:
         origin["place"] = found[0].where

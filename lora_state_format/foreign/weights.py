@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
@@ -11,7 +11,7 @@ from typing import Any, Final
 from lora_state_format.errors import FileError
 from lora_state_format.foreign import pickles
 from lora_state_format.foreign.state_dict import SEARCH_DEPTH, is_state_dict
-from lora_state_format.io.files import Files, PooledFile
+from lora_state_format.io.files import Files, PooledFile, inside
 from lora_state_format.io.json_files import read_json_object
 from lora_state_format.io.safetensors import read_header
 from lora_state_format.model.sources import File
@@ -41,7 +41,7 @@ MAX_NEIGHBOURS: Final = 16
 
 
 def read_weights(path: Path, files: Files) -> dict[str, Tensor]:
-    """The tensors of a weights file, safetensors or ``torch.save``, under its keys and in its order."""
+    """Return the tensors of a weights file, safetensors or ``torch.save``, under its keys and in its order."""
     if path.suffix == ".safetensors":
         with File(path) as file:
             header = read_header(file)
@@ -125,7 +125,4 @@ def _parts(path: Path) -> list[Path]:
     Raises ``FileError`` for one outside of its folder.
     """
     index = read_json_object(path).get("weight_map")
-    names: Iterable[Any] = set(index.values()) if isinstance(index, dict) else ()
-    if not all(isinstance(name, str) and Path(name).name == name for name in names):
-        raise FileError("its weight_map names files outside of its folder", path=path)
-    return [path.with_name(name) for name in sorted(names)]
+    return sorted({inside(path.parent, name, path) for name in index.values()}) if isinstance(index, dict) else []

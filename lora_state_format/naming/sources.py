@@ -420,7 +420,7 @@ def _parameter(name: str, tensor: Tensor) -> Parameter:
         None,
         dtype=tensor.dtype,
         adapter=parts[1] if parts else None,
-        keys={"peft": key[0]} if key else {},
+        foreign_names={"peft": key[0]} if key else {},
     )
 
 

@@ -183,7 +183,7 @@ def test_sharded_weights_and_versions_beside_it(tmp_path: Path, model: torch.nn.
         (
             "model.safetensors.index.json",
             '{"weight_map": {"x": "../model.safetensors"}}',
-            "its weight_map names files outside of its folder",
+            "names '../model.safetensors', which is not the name of a file in its folder",
         ),
         ("model.safetensors", "x", "1 bytes: too short for a safetensors file [R1]"),
     ],
@@ -424,7 +424,7 @@ TOLD = [WILD / name for name in ("broken-zip", "composer-momentum-none")]
 def test_other_peoples_checkpoints_name_themselves(folder: Path) -> None:
     """By the adapter, the model or the state dict next to the state, with nothing else given."""
     with lsf.read(optimizer_file(folder)) as state:
-        called = [parameter.keys.get("peft", parameter.name) for parameter in state.values()]
+        called = [parameter.foreign_names.get("peft", parameter.name) for parameter in state.values()]
         assert called == json.loads((folder / "names.json").read_text())["names"]
 
 
