@@ -23,7 +23,7 @@ MORE_STEPS: Final = 5
 TARGETS: Final = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
-def demonstrate(say: Callable[[str], None]) -> bool:
+def demonstrate(say: Callable[[str], None], out: Path | None = None) -> bool:
     """Run the demo in a temporary folder and say what happens. True if the resumed run equals the uninterrupted one."""
     logging.set_verbosity_error()
     logging.disable_progress_bar()

@@ -265,8 +265,13 @@ def _nothing_fits(
     lines = [head, *(f"  {', '.join(names)}: {reason}" for reason, names in by_reason.items())]
     if len(positional.ids) == 1 and not positional.entries:
         lines.append("hint: a layer-wise optimizer leaves one dummy parameter here; its moments are in no file")
+    elif len(positional.ids) < trainable and any(item.classes for item in parameters):
+        lines.append(
+            "hint: if only a part of the model was trained, say which: trainable='REGEX' for each part, or "
+            "names= with a file of names in optimizer order"
+        )
     elif len(reasons) > 1:
-        lines.append("hint: pass a file of names in optimizer order (--names), or the model that was trained")
+        lines.append("hint: pass names= with a file of names in optimizer order, or the model that was trained")
     return "\n".join(lines)
 
 

@@ -65,6 +65,7 @@ def name_state(
     rule: str | None = None,
     live: Live | None = None,
     rebuild: Rebuild,
+    weigh: bool = True,
 ) -> OptimizerState:
     """Return the state of a checkpoint under names; state that has names already is returned as it is.
 
@@ -75,6 +76,7 @@ def name_state(
         rule: The grouping rule to force, one of ``rules.RULES``.
         live: The live model to take names from; it goes before everything in the checkpoint.
         rebuild: Describes the model of a folder with configs; called only after everything else failed.
+        weigh: Whether the weights, if there are any, are read to tell how sure the order is.
 
     Raises:
         MissingNamesError: Nothing says which parameter a position means.
@@ -91,7 +93,7 @@ def name_state(
         state,
         source.parameters,
         rule=source.rule or rule,
-        weights=checkpoint.weights or (live.weights if live else None) or None,
+        weights=(checkpoint.weights or (live.weights if live else None) or None) if weigh else None,
         head_dim=head_size(config_of(checkpoint, CONFIG) or {}),
         live=live.groups if live else None,
         source=source.name,
@@ -144,9 +146,9 @@ def _source(
     if CONFIG in checkpoint.configs:
         return _Source(_rebuilt(checkpoint.configs[CONFIG].parent, checkpoint, rebuild), "configs", None)
     raise MissingNamesError(
-        f"{path}: the state of {len(state.ids)} parameters stands under positions, and nothing beside it says "
-        "which parameter a position means; pass --names (names=) with a file of names in optimizer order, the "
-        "adapter file, or a folder with config.json and adapter_config.json"
+        f"{path}: stores {len(state.ids)} parameters by position and contains no names, and no neighbouring file "
+        "names them; pass names= with a file of names in optimizer order, the adapter file, or a folder with "
+        "config.json and adapter_config.json"
     )
 
 

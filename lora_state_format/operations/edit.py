@@ -105,7 +105,7 @@ def prune(state: OptimizerState, match: str | None = None, *, carried: bool = Fa
     Groups that become empty stay. Raises ``OptionError`` if there is nothing to remove.
     """
     if (match is None) is not carried:
-        raise OptionError("prune: say which parameters, by match= (--match) or carried=True (--carried)")
+        raise OptionError("prune: say which parameters, by match= or carried=True")
     if match is None:
         goes = {parameter.name for parameter in state.carried}
         if not goes:
@@ -115,6 +115,8 @@ def prune(state: OptimizerState, match: str | None = None, *, carried: bool = Fa
         goes = {parameter.name for parameter in state.parameters if matches(parameter)}
         if not goes:
             raise _nothing("", match, state)
+        if len(goes) == len(state):
+            raise OptionError(f"prune: '{match}' matches all {len(state)} parameters, and nothing would be left")
     groups = tuple(
         replace(group, count=sum(parameter.name not in goes for parameter in members))
         for group, members in zip(state.groups, state.members(), strict=True)
