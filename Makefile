@@ -1,16 +1,20 @@
 # A fresh machine needs Python 3.10 or newer and make; `make demo` and `make test` do the rest, each by itself.
+.DEFAULT_GOAL := help
 PYTHON ?= python3
 PYTHONS ?= 3.10 3.12 3.13
 
-.PHONY: bench demo test test-frameworks lint fuzz crashes test-lowest test-pythons
+.PHONY: bench demo help test test-frameworks lint fuzz crashes test-lowest test-pythons
 
-demo: .venv/ready  ## train, convert, rebuild, resume: the main job, told step by step
-	.venv/bin/lora-state demo
+help:  ## this list
+	@sed -n 's/^\([a-z-]*\):.*##  */\1@/p' $(MAKEFILE_LIST) | awk -F@ '{ printf "make %-16s %s\n", $$1, $$2 }'
 
-test: lint
+demo: .venv/ready  ## train, convert, rebuild, resume: the main job, told step by step; OUT=DIR keeps what it makes
+	.venv/bin/lora-state demo $(if $(OUT),--out '$(OUT)')
+
+test: lint  ## lint, types and every test that needs no framework but torch, transformers and peft
 	OMP_NUM_THREADS=1 .venv/bin/pytest --numprocesses auto --dist loadfile
 
-lint: .venv/ready
+lint: .venv/ready  ## ruff and mypy
 	.venv/bin/ruff check
 	.venv/bin/ruff format --check
 	.venv/bin/mypy
@@ -55,8 +59,9 @@ test-pythons:  ## what needs no torch, with every other version of Python that i
 
 # A folder is ready until its constraints or the project's requirements change.
 .venv/ready: pyproject.toml constraints.txt
+	@echo 'Installing PyTorch, transformers, PEFT and the tests into .venv: some minutes, once.'
 	$(PYTHON) -m venv .venv
-	.venv/bin/pip install --quiet --constraint constraints.txt --editable '.[test]'
+	.venv/bin/pip install --disable-pip-version-check --constraint constraints.txt --editable '.[test]'
 	touch $@
 
 .venv-frameworks/ready: pyproject.toml constraints-frameworks.txt

@@ -669,6 +669,32 @@ def export(
             _say(f"note: {len(done.without)} parameters have no such slot: {', '.join(done.without[:3])}{more}")
 
 
+@_command(
+    examples="lora-state report checkpoint-300 -o report.html\n"
+    "lora-state report checkpoint-300 -o report.html --weights checkpoint-300\n"
+    "lora-state report checkpoint-300 -o report.html --compare checkpoint-200 --figures figures"
+)
+@click.argument("path", type=PATH)
+@click.option("-o", "--output", "target", type=PATH, required=True, metavar="FILE", help="The HTML file to write.")
+@click.option("--compare", type=PATH, help="An earlier checkpoint to compare with.")
+@click.option("--weights", type=PATH, help="The parameters' values: a safetensors file, or a folder with one.")
+@click.option("--figures", "figures_folder", type=PATH, metavar="DIR", help="Also write the figures as PNG and SVG.")
+@_reading
+@_force
+@_json
+def report(path: Path, target: Path, reading: dict[str, Any], as_json: bool, **options: Any) -> None:
+    """Draw what a checkpoint holds: one HTML page that needs no network. Needs the extra report."""
+    from lora_state_format.operations.page import write_report
+    from lora_state_format.operations.report import SCHEMA_VERSION
+
+    with _progress(f"measuring {path.name}") as progress:
+        written = write_report(path, target, progress=progress, **reading, **options)
+    if as_json:
+        _say_json({"schema_version": SCHEMA_VERSION, "source": str(path), "written": list(written)})
+    else:
+        _say(*(f"wrote {name}" for name in written))
+
+
 # --- housekeeping -------------------------------------------------------------------------------------------------
 
 
@@ -817,7 +843,9 @@ def demo(out: Path | None) -> int:
     try:
         from lora_state_format.demo import demonstrate
     except ImportError as error:
-        raise MissingDependencyError(f"the demo needs '{error.name}': pip install '.[demo]' in the checkout") from error
+        raise MissingDependencyError(
+            f"the demo needs '{error.name}': pip install torch transformers peft accelerate"
+        ) from error
     return 0 if demonstrate(_say, out) else FINDING
 
 

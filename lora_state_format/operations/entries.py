@@ -18,6 +18,10 @@ NUMBER: Final = re.compile(r"(?<![^.])\d+(?![^.])")
 """A segment of a parameter's name that is a number: a layer's, an expert's."""
 
 
+NO_LAYER: Final = -1
+"""Stands for the layer of a parameter whose name has no number."""
+
+
 class Entry(NamedTuple):
     """A parameter as both kinds of state have it; ``group`` is ``None`` for one that is in no group."""
 
@@ -31,6 +35,12 @@ class Entry(NamedTuple):
     def label(self) -> str:
         """The name; ``id N`` for a parameter that has none."""
         return self.name if self.name is not None else f"id {self.id}"
+
+    @property
+    def place(self) -> tuple[str, int]:
+        """The module, with ``*`` for the numbers of the name, and the layer: the first of these numbers."""
+        numbers = NUMBER.findall(self.label)
+        return NUMBER.sub("*", self.label), int(numbers[0]) if numbers else NO_LAYER
 
     @property
     def size(self) -> int:

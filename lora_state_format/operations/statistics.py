@@ -18,7 +18,7 @@ from lora_state_format.operations.entries import Entry, entries
 if TYPE_CHECKING:
     import numpy as np
 
-__all__ = ["Finding", "Measure", "Statistics", "Update", "findings", "measure"]
+__all__ = ["Finding", "Measure", "Statistics", "Update", "findings", "measure", "measure_tensor"]
 
 BLOCK: Final = 1 << 16
 """Elements that are held at a time, for each tensor of a parameter and each core."""
@@ -198,6 +198,14 @@ def measure(state: OptimizerState | PositionalState, progress: Callable[[int, in
             if progress:
                 progress(done, total)
     return Statistics(tuple(slots for slots, _ in results), tuple(update for _, update in results))
+
+
+def measure_tensor(tensor: Tensor) -> Measure:
+    """Read a tensor and measure it; integers are not measured."""
+    found = Measure()
+    for block in _blocks(tensor) if tensor.dtype in FLOATS else ():
+        found.add(block)
+    return found
 
 
 def _measured(entry: Entry, options: Mapping[str, Value]) -> tuple[dict[str, Measure], Update | None, int]:

@@ -243,7 +243,11 @@ def test_prune_a_pattern_that_matches_nothing(state: OptimizerState) -> None:
             ["edit", "--set", "lr=2", "--set", "betas=(0.5,0.9)", "--group", "slow"], None,
             lambda s: set_options(s, {"lr": 2.0}, "slow"),
         ),
-        (["rename", "--rename", r"\.default\.", ".a."], "renamed 5 parameters", lambda s: rename(s, [("default", "a")])),
+        (
+            ["rename", "--rename", r"\.default\.", ".a."],
+            "renamed 5 parameters",
+            lambda s: rename(s, [("default", "a")]),
+        ),
         (["reset", "--match", "lora_A"], "reset 2 parameters", lambda s: reset(s, "lora_A")),
         (["strip", "--slot", "exp_avg", "--slot", "step"], "dropped 10 slots", lambda s: strip(s, ["exp_avg", "step"])),
         (["prune", "--match", "score"], "removed 1 parameters", lambda s: prune(s, "score")),
