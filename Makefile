@@ -3,7 +3,7 @@
 PYTHON ?= python3
 PYTHONS ?= 3.10 3.12 3.13
 
-.PHONY: bench demo help test test-frameworks lint fuzz crashes test-lowest test-pythons
+.PHONY: bench demo docs help test test-frameworks lint fuzz crashes test-lowest test-pythons
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*##  */\1@/p' $(MAKEFILE_LIST) | awk -F@ '{ printf "make %-16s %s\n", $$1, $$2 }'
@@ -21,6 +21,9 @@ lint: .venv/ready  ## ruff and mypy
 
 test-frameworks: .venv-frameworks/ready  ## the converters against every framework they read
 	OMP_NUM_THREADS=1 .venv-frameworks/bin/pytest -m frameworks
+
+docs: .venv/docs  ## the documentation as a site, warnings are errors
+	.venv/bin/mkdocs build --strict
 
 fuzz: .venv/ready  ## ten minutes of random inputs for every reader
 	.venv/bin/python tests/hostile/fuzz.py --seconds 600
@@ -62,6 +65,10 @@ test-pythons:  ## what needs no torch, with every other version of Python that i
 	@echo 'Installing PyTorch, transformers, PEFT and the tests into .venv: some minutes, once.'
 	$(PYTHON) -m venv .venv
 	.venv/bin/pip install --disable-pip-version-check --constraint constraints.txt --editable '.[test]'
+	touch $@
+
+.venv/docs: .venv/ready
+	.venv/bin/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[docs]'
 	touch $@
 
 .venv-frameworks/ready: pyproject.toml constraints-frameworks.txt
