@@ -1,7 +1,7 @@
 """Make the pictures of the documentation: terminals and the report, as a browser shows them.
 
-    python docs/pictures.py              # docs/images; needs the extras demo, report and test, and chromium
-    python docs/pictures.py --all DIR    # every screen at 80 and 200 columns, the report on phone and desktop, to look at
+python docs/pictures.py              # docs/images; needs the extras demo, report and test, and chromium
+python docs/pictures.py --all DIR    # every screen at 80 and 200 columns, the report on phone and desktop
 """
 
 from __future__ import annotations
@@ -85,7 +85,9 @@ def browser() -> Iterator[Any]:
         driver.quit()
 
 
-def picture(driver: Any, page: Path, target: Path, width: int, *, dark: bool = False, height: int | None = None) -> None:
+def picture(
+    driver: Any, page: Path, target: Path, width: int, *, dark: bool = False, height: int | None = None
+) -> None:
     """Save a picture of a page, of its whole height unless one is given."""
     features = [{"name": "prefers-color-scheme", "value": "dark" if dark else "light"}]
     driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": features})

@@ -47,22 +47,25 @@ def resize_adapter(model: torch.nn.Module, path: str | os.PathLike[str], *, adap
         planned = []
         for key, tensor in read_header(file).tensors.items():
             if key not in own:
-                raise BindError(f"{path}: '{key}' is not in the model's adapter '{adapter}', which has {len(own)} weights")
+                raise BindError(
+                    f"{path}: '{key}' is not in the model's adapter '{adapter}', which has {len(own)} weights"
+                )
             name, parameter = own[key]
-            axis = next((AXES[part] for part in name.split(".") if part in AXES), None)
+            matrix = next((part for part in name.split(".") if part in AXES), "")
+            axis = AXES.get(matrix)
             differing = [n for n, (a, b) in enumerate(zip(tensor.shape, parameter.shape, strict=False)) if a != b]
             if len(tensor.shape) != parameter.dim() or not set(differing) <= ({axis} if axis is not None else set()):
                 raise BindError(
                     f"{path}: '{key}' has shape {list(tensor.shape)}, '{name}' in the model {list(parameter.shape)}: "
                     "more than the rank differs"
                 )
-            planned.append((parameter, axis, to_torch(tensor), name))
+            planned.append((parameter, axis, to_torch(tensor), matrix.endswith("_B")))
     with torch.no_grad():
-        for parameter, axis, values, name in planned:
+        for parameter, axis, values, is_b in planned:
             if axis is None or values.shape == parameter.shape:
                 parameter.copy_(values)
                 continue
-            if "_B" in name:
+            if is_b:
                 parameter.zero_()
             count = min(values.shape[axis], parameter.shape[axis])
             parameter.narrow(axis, 0, count).copy_(values.narrow(axis, 0, count))
