@@ -3,7 +3,8 @@
 PYTHON ?= python3
 PYTHONS ?= 3.10 3.12 3.13
 
-.PHONY: bench demo docs help test test-frameworks lint fuzz crashes test-lowest test-pythons
+.DEFAULT_GOAL := help
+.PHONY: bench crashes demo docs fuzz help lint test test-frameworks test-lowest test-pythons
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*##  */\1@/p' $(MAKEFILE_LIST) | awk -F@ '{ printf "make %-16s %s\n", $$1, $$2 }'

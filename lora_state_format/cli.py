@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any, Final, NoReturn
 import click
 from click.shell_completion import CompletionItem, get_completion_class, shell_complete
 
+from lora_state_format import __version__
 from lora_state_format.errors import MissingDependencyError, StateFormatError
 
 if TYPE_CHECKING:
@@ -93,7 +94,7 @@ def run(arguments: Sequence[str]) -> int:
     except click.exceptions.Exit as done:
         return done.exit_code
     except StateFormatError as error:
-        return fail(error, _in_options(str(error)), error.exit_code)
+        return fail(error, _in_options(error.on_command_line()), error.exit_code)
     except click.ClickException as error:
         return fail(error, error.format_message() + _try(error), USAGE)
     except KeyboardInterrupt as error:
@@ -248,7 +249,7 @@ class _Command(click.Command):
     "  lora-state convert checkpoint-300 optimizer.safetensors\n"
     "  lora-state check checkpoint-300 --model ./model",
 )
-@click.version_option(package_name="lora_state_format")
+@click.version_option(__version__)
 @click.option("--traceback", is_flag=True, expose_value=False, help="Show where an error was raised.")
 def commands() -> None:
     """Optimizer state keyed by parameter name, in safetensors."""
@@ -818,7 +819,7 @@ def formats(as_json: bool) -> None:
     from lora_state_format import registry
     from lora_state_format.operations.report import SCHEMA_VERSION
 
-    converters = [registry.get(name) for name in registry.names()]
+    converters = registry.available()
     if as_json:
         members = [
             {

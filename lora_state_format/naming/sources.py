@@ -12,7 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final, NamedTuple, TypeAlias
 
-from lora_state_format.errors import ConversionError, MissingNamesError, OptionError
+from lora_state_format.errors import ConversionError, MissingNamesError, OptionError, Remedy
 from lora_state_format.io.json_files import read_json_object
 from lora_state_format.io.safetensors import read_header
 from lora_state_format.model.sources import File
@@ -147,8 +147,12 @@ def _source(
         return _Source(_rebuilt(checkpoint.configs[CONFIG].parent, checkpoint, rebuild), "configs", None)
     raise MissingNamesError(
         f"{path}: stores {len(state.ids)} parameters by position and contains no names, and no neighbouring file "
-        "names them; pass names= with a file of names in optimizer order, the adapter file, or a folder with "
-        "config.json and adapter_config.json"
+        "names them",
+        remedy=Remedy(
+            "pass {names} with a file of names in optimizer order, the adapter file, or a folder with config.json and "
+            "adapter_config.json",
+            {"names": ...},
+        ),
     )
 
 

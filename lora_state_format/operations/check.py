@@ -6,18 +6,20 @@ import os
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from lora_state_format import registry
 from lora_state_format.binding.live import LiveGroup, LiveOptimizer, LiveParameter
 from lora_state_format.binding.plan import LoadPlan, Policies, plan
-from lora_state_format.errors import ConversionError, MissingNamesError
+from lora_state_format.errors import ConversionError, MissingNamesError, Remedy
 from lora_state_format.model.states import Optimizer, OptimizerState
 from lora_state_format.naming.rules import Described
 from lora_state_format.naming.sources import ADAPTER_CONFIG, CONFIG
 from lora_state_format.operations.conversion import only_trainable, read, rebuild
 
 __all__ = ["check"]
+
+MODEL: Final = {"model": ...}
 
 
 def check(
@@ -70,7 +72,9 @@ def _described(folder: Path, base: str | os.PathLike[str] | None) -> Sequence[De
     if not folder.exists():
         raise FileNotFoundError(f"{folder}: no such folder of a model's configs")
     if not (folder / CONFIG).exists() and not (folder / ADAPTER_CONFIG).exists():
-        raise ConversionError(f"{folder}: has no {CONFIG}; pass model= with the folder of the model's configs")
+        raise ConversionError(
+            f"{folder}: has no {CONFIG}", remedy=Remedy("pass {model} with the folder of the model's configs", MODEL)
+        )
     return rebuild(folder)
 
 

@@ -8,11 +8,12 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
 from lora_state_format import registry
-from lora_state_format.errors import ConversionError, MissingNamesError, OptionError, TargetExistsError
+from lora_state_format.errors import ConversionError, MissingNamesError, OptionError, Remedy
 from lora_state_format.format import envelope, writing
+from lora_state_format.io.atomic import refuse_existing
 from lora_state_format.model import digests
 from lora_state_format.model.digests import ALGORITHM
 from lora_state_format.model.states import Checkpoint, Naming, OptimizerState, PositionalState, Slot, walk
@@ -36,6 +37,8 @@ if TYPE_CHECKING:
     from lora_state_format.registry import Converter, Match, Writer
 
 __all__ = ["ConversionReport", "Found", "Names", "belongs", "convert", "look", "read", "read_either"]
+
+ASKED: Final = {"trainable": ..., "names": ...}
 
 Progress: TypeAlias = "Callable[[int, int], None]"
 
@@ -83,7 +86,7 @@ class ConversionReport:
         return "\n".join([*lines, *(f"note: {note}" for note in self.notes)])
 
     def to_json(self) -> dict[str, Any]:
-        """The report as JSON values."""
+        """Return the report as JSON values."""
         naming = naming_json(self.naming)
         evidence = naming["details"].pop("evidence", None)
         return {"schema_version": SCHEMA_VERSION, **vars(self), "naming": naming, "evidence": evidence}
@@ -224,8 +227,7 @@ def convert(
     source, target = Path(source), Path(target)
     if target.is_dir() and target_format == registry.NAMED:
         raise OptionError(f"{target} is a folder; name the file to write, as in {target / 'optimizer.safetensors'}")
-    if target.exists() and not force:
-        raise TargetExistsError(f"{target} exists; pass force=True (--force) to replace it")
+    refuse_existing(target, force=force)
     writer = registry.writer(target_format)
     converter, match = registry.find(source, source_format)
     options = options or {}
@@ -265,7 +267,7 @@ def convert(
 
 
 def belongs(path: str | os.PathLike[str], weights: str | os.PathLike[str]) -> tuple[Pairing | None, Evidence | None]:
-    """Whether a state and weights belong together: by the digests that the state keeps, and by the numbers.
+    """Return whether a state and weights belong together: by the digests that the state keeps, and by the numbers.
 
     ``weights`` is a safetensors file, or a folder with an adapter or a model in one. The first result is ``None`` where
     the state keeps no digest that could be compared; the second where digests settle it, because the state was saved
@@ -334,12 +336,11 @@ def only_trainable(described: Sequence[Described], trainable: Sequence[str]) -> 
         try:
             pattern = re.compile(text)
         except re.error as error:
-            raise OptionError(f"trainable='{text}' is not a regular expression: {error}") from error
+            raise OptionError(f"'{text}' is not a regular expression: {error}") from error
         matching = {item.name for item in described if pattern.search(item.name)}
         if not matching:
             raise OptionError(
-                f"trainable='{text}' finds none of the model's {len(described)} parameters; the first is "
-                f"'{described[0].name}'"
+                f"'{text}' matches none of the model's {len(described)} parameters; the first is '{described[0].name}'"
             )
         found |= matching
     return [replace(item, trainable=item.name in found) for item in described]
@@ -348,8 +349,9 @@ def only_trainable(described: Sequence[Described], trainable: Sequence[str]) -> 
 def _check_trainable(state: OptimizerState, trainable: Sequence[str], path: Path) -> None:
     if trainable and state.naming.source != "configs":
         raise OptionError(
-            f"{path}: trainable= says which parameters of a model built from its configs were trained, but the names "
-            f"come from {SOURCES[state.naming.source]}; leave it out, or pass names= with the folder of config.json"
+            f"{path}: which parameters were trained matters only for a model that is built from its configs, and the "
+            f"names come from {SOURCES[state.naming.source]}",
+            remedy=Remedy("leave {trainable} out, or pass {names} with the folder of config.json", ASKED),
         )
 
 
@@ -364,10 +366,10 @@ def _classed(state: OptimizerState | PositionalState, class_path: str, path: Pat
 
 
 def _paired(state: OptimizerState, weights: Mapping[str, Tensor]) -> OptimizerState:
-    """The state with a digest of each parameter's own bytes, where they are at hand."""
+    """Return the state with a digest of each parameter's own bytes, where they are at hand."""
     parameters = []
     for parameter in state.parameters:
-        tensor = weights.get(parameter.keys.get("peft", parameter.name))
+        tensor = weights.get(parameter.foreign_names.get("peft", parameter.name))
         if parameter.weights is None and tensor is not None and tensor.shape == parameter.shape:
             digest = Digest(ALGORITHM, tensor.dtype, digests.hash_tensor(tensor))
             parameter = replace(parameter, weights=digest)
@@ -399,8 +401,10 @@ def _write(
 
 
 def _check_digests(state: OptimizerState) -> None:
-    """Raise ``DigestError`` for a tensor that is not what its file's digest says, before a format without digests, or
-    a decoded value, takes the damage on."""
+    """Raise ``DigestError`` for a tensor that is not what its file's digest says.
+
+    A format without digests, or a decoded value, would take the damage on.
+    """
     trees = [*((parameter.name, parameter.state or {}) for parameter in state.parameters), ("globals", state.globals)]
     for name, tree in trees:
         for path, leaf in walk(tree):
@@ -426,7 +430,7 @@ def _notes(state: OptimizerState) -> list[str]:
 
 
 def beside_weights(target: Path) -> list[str]:
-    """A warning where a file would lie beside a model's weights, or nothing."""
+    """Return a warning where a file would lie beside a model's weights, or nothing."""
     for beside in sorted(target.parent.glob("*.safetensors")):
         if beside != target and not envelope.is_state(beside):
             warning = (

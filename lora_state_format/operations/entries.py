@@ -104,12 +104,12 @@ def matching(state: OptimizerState | PositionalState, match: str) -> OptimizerSt
     try:
         pattern = re.compile(match)
     except re.error as error:
-        raise OptionError(f"match='{match}' is not a regular expression: {error}") from error
+        raise OptionError(f"'{match}' is not a regular expression: {error}") from error
     found = list(entries(state))
     kept = [place for place, entry in enumerate(found) if pattern.search(entry.label)]
     if not kept:
         first = f"; the first is '{found[0].label}'" if found else ""
-        raise OptionError(f"match='{match}' finds none of the {len(found)} parameters{first}")
+        raise OptionError(f"none of the {len(found)} parameters matches '{match}'{first}")
     counts = Counter(found[place].group for place in kept)
     groups = tuple(replace(group, count=counts[number]) for number, group in enumerate(state.groups))
     if isinstance(state, OptimizerState):

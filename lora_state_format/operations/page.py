@@ -10,8 +10,8 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any, Final
 
-from lora_state_format.errors import ConversionError, MissingDependencyError, OptionError, TargetExistsError
-from lora_state_format.io.atomic import TemporaryFile
+from lora_state_format.errors import ConversionError, MissingDependencyError
+from lora_state_format.io.atomic import TemporaryFile, check_target
 from lora_state_format.io.safetensors import read_header
 from lora_state_format.model.sources import File
 from lora_state_format.model.states import OptimizerState, PositionalState, Scalar
@@ -89,10 +89,7 @@ def write_report(
         StateFormatError: What reading the checkpoints raises.
     """
     target = Path(target)
-    if target.is_dir():
-        raise OptionError(f"{target} is a folder; name the file to write, as in {target / 'report.html'}")
-    if target.exists() and not force:
-        raise TargetExistsError(f"{target} exists; pass force=True to replace it")
+    check_target(target, force=force)
     side = _side(Path(path), weights, progress, reading)
     before = None if compare is None else _side(Path(compare), None, progress, reading)
     try:
@@ -105,12 +102,11 @@ def write_report(
                 folder / f"{figure.name}.{kind}": figure.write(kind) for figure in drawn for kind in ("png", "svg")
             }
             for piece in pieces:
-                if piece.exists() and not force:
-                    raise TargetExistsError(f"{piece} exists; pass force=True to replace it")
+                check_target(piece, force=force)
         for piece, data in pieces.items():
             with TemporaryFile(piece) as file:
                 file.finish(data)
-                file.commit(piece)
+                file.commit(piece, force=force)
         return tuple(map(str, pieces))
     finally:
         for shown in (side, before):

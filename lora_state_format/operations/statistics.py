@@ -10,9 +10,10 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final
 
+from lora_state_format.model.dtypes import FLOATS, decoded, item_size
 from lora_state_format.model.sources import File
 from lora_state_format.model.states import OptimizerState, PositionalState, Scalar, Slot, Value, walk
-from lora_state_format.model.tensors import Tensor, item_size
+from lora_state_format.model.tensors import Tensor
 from lora_state_format.operations.entries import Entry, entries
 
 if TYPE_CHECKING:
@@ -22,9 +23,6 @@ __all__ = ["Finding", "Measure", "Statistics", "Update", "findings", "measure", 
 
 BLOCK: Final = 1 << 16
 """Elements that are held at a time, for each tensor of a parameter and each core."""
-
-FLOATS: Final = frozenset({"BF16", "F16", "F32", "F64"})
-"""The dtypes that are measured. Integers are the codes of quantised moments, whose size says nothing."""
 
 SQUARES: Final = frozenset(
     {"exp_avg_sq", "max_exp_avg_sq", "square_avg", "nu", "v", "exp_avg_sq_row", "exp_avg_sq_col"}
@@ -101,8 +99,9 @@ class Measure:
 
 @dataclass(slots=True)
 class Update:
-    """The sizes of a parameter's next update before the learning rate: ``|m| / (sqrt(v) + eps)``, bias corrected where
-    step and betas are known.
+    """The sizes of a parameter's next update before the learning rate: ``|m| / (sqrt(v) + eps)``.
+
+    The bias of the start is corrected where step and betas are known.
 
     ``bins`` counts elements by the power of ten of their size, from ``LOWEST`` to ``HIGHEST``; ``still`` counts those
     of size zero. ``beyond`` counts elements whose moments no run of Adam can reach together.
@@ -172,7 +171,7 @@ class _Rule:
 
 
 def measure(state: OptimizerState | PositionalState, progress: Callable[[int, int], None] | None = None) -> Statistics:
-    """Read every tensor of a state once and measure it.
+    """Read every tensor of a state once and measure it; integers, the codes of quantised moments, are left out.
 
     Args:
         state: The state. Blocks of ``BLOCK`` elements are held, whatever its size.
@@ -230,16 +229,11 @@ def _measured(entry: Entry, options: Mapping[str, Value]) -> tuple[dict[str, Mea
 
 def _blocks(tensor: Tensor) -> Iterator[np.ndarray[Any, Any]]:
     """Yield a tensor's elements as float64, a block at a time."""
-    import numpy as np
-
     width = item_size(tensor.dtype)
     for first in range(0, tensor.count, BLOCK):
         buffer = bytearray(min(BLOCK, tensor.count - first) * width)
         tensor.readinto(first * width, memoryview(buffer))
-        if tensor.dtype == "BF16":
-            yield (np.frombuffer(buffer, "<u2").astype("<u4") << 16).view("<f4").astype(np.float64)
-        else:
-            yield np.frombuffer(buffer, f"<f{width}").astype(np.float64)
+        yield decoded(buffer, tensor.dtype).astype("f8")
 
 
 def _rule(state: Mapping[str, Value], options: Mapping[str, Value]) -> _Rule:

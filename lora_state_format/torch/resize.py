@@ -45,19 +45,19 @@ def resize_adapter(model: torch.nn.Module, path: str | os.PathLike[str], *, adap
     }
     with File(path / "adapter_model.safetensors" if path.is_dir() else path) as file:
         planned = []
-        for key, tensor in read_header(file).tensors.items():
-            if key not in own:
+        for stored, tensor in read_header(file).tensors.items():
+            if stored not in own:
                 raise BindError(
-                    f"{path}: '{key}' is not in the model's adapter '{adapter}', which has {len(own)} weights"
+                    f"{path}: '{stored}' is not in the model's adapter '{adapter}', which has {len(own)} weights"
                 )
-            name, parameter = own[key]
+            name, parameter = own[stored]
             matrix = next((part for part in name.split(".") if part in AXES), "")
             axis = AXES.get(matrix)
             differing = [n for n, (a, b) in enumerate(zip(tensor.shape, parameter.shape, strict=False)) if a != b]
             if len(tensor.shape) != parameter.dim() or not set(differing) <= ({axis} if axis is not None else set()):
                 raise BindError(
-                    f"{path}: '{key}' has shape {list(tensor.shape)}, '{name}' in the model {list(parameter.shape)}: "
-                    "more than the rank differs"
+                    f"{path}: '{stored}' has shape {list(tensor.shape)}, and '{name}' in the model "
+                    f"{list(parameter.shape)}: more than the rank differs"
                 )
             planned.append((parameter, axis, to_torch(tensor), matrix.endswith("_B")))
     with torch.no_grad():
