@@ -1,17 +1,18 @@
 # A fresh machine needs Python 3.10 or newer and make; `make demo` and `make test` do the rest, each by itself.
+.DEFAULT_GOAL := help
 PYTHON ?= python3
 PYTHONS ?= 3.10 3.12 3.13
 
 .DEFAULT_GOAL := help
-.PHONY: bench crashes demo fuzz help lint test test-frameworks test-lowest test-pythons
+.PHONY: bench crashes demo docs fuzz help lint test test-frameworks test-lowest test-pythons
 
-help:  ## the targets
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## */\t/' | expand -t 20
+help:  ## this list
+	@sed -n 's/^\([a-z-]*\):.*##  */\1@/p' $(MAKEFILE_LIST) | awk -F@ '{ printf "make %-16s %s\n", $$1, $$2 }'
 
-demo: .venv/ready  ## train, convert, rebuild, resume: the main job, told step by step
-	.venv/bin/lora-state demo
+demo: .venv/ready  ## train, convert, rebuild, resume: the main job, told step by step; OUT=DIR keeps what it makes
+	.venv/bin/lora-state demo $(if $(OUT),--out '$(OUT)')
 
-test: lint  ## lint, types and the core tests
+test: lint  ## lint, types and every test that needs no framework but torch, transformers and peft
 	OMP_NUM_THREADS=1 .venv/bin/pytest --numprocesses auto --dist loadfile
 
 lint: .venv/ready  ## ruff and mypy
@@ -21,6 +22,9 @@ lint: .venv/ready  ## ruff and mypy
 
 test-frameworks: .venv-frameworks/ready  ## the converters against every framework they read
 	OMP_NUM_THREADS=1 .venv-frameworks/bin/pytest -m frameworks
+
+docs: .venv/docs  ## the documentation as a site, warnings are errors
+	.venv/bin/mkdocs build --strict
 
 fuzz: .venv/ready  ## ten minutes of random inputs for every reader
 	.venv/bin/python tests/hostile/fuzz.py --seconds 600
@@ -59,8 +63,13 @@ test-pythons:  ## what needs no torch, with every other version of Python that i
 
 # A folder is ready until its constraints or the project's requirements change.
 .venv/ready: pyproject.toml constraints.txt
+	@echo 'Installing PyTorch, transformers, PEFT and the tests into .venv: some minutes, once.'
 	$(PYTHON) -m venv .venv
-	.venv/bin/pip install --quiet --constraint constraints.txt --editable '.[test]'
+	.venv/bin/pip install --disable-pip-version-check --constraint constraints.txt --editable '.[test]'
+	touch $@
+
+.venv/docs: .venv/ready
+	.venv/bin/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[docs]'
 	touch $@
 
 .venv-frameworks/ready: pyproject.toml constraints-frameworks.txt

@@ -355,10 +355,15 @@ def _nothing_fits(
     elif len(positional.ids) > len(parameters):
         lines.append(
             "hint: the optimizer holds more parameters than these; if it was made of all of a model's, frozen ones "
-            "too, pass the folder with the model's config.json (--names, names=)"
+            "too, pass names= with the folder of the model's config.json"
+        )
+    elif len(positional.ids) < trainable and any(item.classes for item in parameters):
+        lines.append(
+            "hint: if only a part of the model was trained, say which: trainable='REGEX' for each part, or "
+            "names= with a file of names in optimizer order"
         )
     elif len(reasons) > 1:
-        lines.append("hint: pass a file of names in optimizer order (--names), or the model that was trained")
+        lines.append("hint: pass names= with a file of names in optimizer order, or the model that was trained")
     return "\n".join(lines)
 
 
