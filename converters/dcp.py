@@ -182,8 +182,8 @@ def _check(tree: Mapping[str, Any], flattened: bool) -> None:
         _check_keys(slots, f"slot of '{name}'")
         if flattened and (name not in listed or not slots or any("." in slot for slot in slots)):
             raise UnrepresentableError(
-                f"'{name}' has no slots, or one with a dot in its name, or belongs to no parameter: the flattened layout "
-                "would lose it; write the nested one"
+                f"'{name}' has no slots, one with a dot in its name, or is in no group: the flattened layout would "
+                "lose it; write the nested one"
             )
     groups = [{key: value for key, value in group.items() if key != "params"} for group in tree["param_groups"]]
     for number, options in enumerate(groups):
