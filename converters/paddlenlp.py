@@ -15,7 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
 
-from lora_state_format.errors import FileError, OptionError, RefusedError, UnrepresentableError
+from lora_state_format.errors import FileError, OptionError, RefusedError, Remedy, UnrepresentableError
 from lora_state_format.foreign.powers import counted, power
 from lora_state_format.foreign.trees import member
 from lora_state_format.foreign.weights import read_weights
@@ -205,7 +205,8 @@ def _stored_betas(state: OptimizerState) -> tuple[float, ...]:
     found = [dict(group.options).get("betas") for group in state.groups if group.count]
     if not found or found[0] is None or any(betas != found[0] for betas in found):
         raise UnrepresentableError(
-            "the target keeps powers of betas, and the groups have none, or not the same: say --option betas=(b1,b2)"
+            "PaddleNLP keeps powers of one pair of betas, and the groups have no betas, or different ones",
+            remedy=Remedy("pass the two numbers as {options}", {"options": {"betas": ...}}),
         )
     return _betas(found[0])
 

@@ -56,7 +56,7 @@ def run(arguments: Sequence[str]) -> int:
     except click.exceptions.Exit as done:
         return done.exit_code
     except StateFormatError as error:
-        return _fail(str(error), error.exit_code)
+        return _fail(error.on_command_line(), error.exit_code)
     except click.ClickException as error:
         return _fail(error.format_message(), USAGE)
     except KeyboardInterrupt:

@@ -17,7 +17,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, Final
 
-from lora_state_format.errors import TargetExistsError
+from lora_state_format.errors import Remedy, TargetExistsError
 
 __all__ = [
     "TemporaryFile",
@@ -40,6 +40,8 @@ TOKEN: Final = "[0-9a-f]{16}"
 SMALL: Final = 1 << 16
 """Bytes up to which chunks are written together."""
 
+REPLACE: Final = Remedy("pass {force} to replace it", {"force": True})
+
 _AT_FDCWD: Final = -100
 _NOREPLACE: Final = 1
 _EXCHANGE: Final = 2
@@ -53,7 +55,7 @@ _UNSUPPORTED: Final = frozenset({errno.EINVAL, errno.ENOSYS, errno.ENOTSUP})
 def refuse_existing(path: Path, *, force: bool) -> None:
     """Raise ``TargetExistsError`` if anything is at a path, a link that points nowhere included, unless ``force``."""
     if not force and os.path.lexists(path):
-        raise TargetExistsError(f"{path} exists; pass force=True (--force) to replace it")
+        raise TargetExistsError(f"{path} exists", remedy=REPLACE)
 
 
 def check_target(path: Path, *, force: bool) -> None:
@@ -95,7 +97,7 @@ def move_new(source: Path, target: Path) -> None:
             refuse_existing(target, force=False)
             source.rename(target)
     except FileExistsError:
-        raise TargetExistsError(f"{target} exists; pass force=True (--force) to replace it") from None
+        raise TargetExistsError(f"{target} exists", remedy=REPLACE) from None
 
 
 def exchange(first: Path, second: Path) -> bool:

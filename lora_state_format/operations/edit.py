@@ -12,7 +12,7 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
 from typing import NamedTuple
 
-from lora_state_format.errors import OptionError
+from lora_state_format.errors import OptionError, Remedy
 from lora_state_format.model.states import OptimizerState, Parameter, Scalar, Value
 from lora_state_format.naming import names
 from lora_state_format.naming.names import Rename, peft_key, split_adapter
@@ -107,7 +107,10 @@ def prune(state: OptimizerState, match: str | None = None, *, carried: bool = Fa
     Groups that become empty stay. Raises ``OptionError`` if there is nothing to remove.
     """
     if (match is None) is not carried:
-        raise OptionError("prune: say which parameters, by match= (--match) or carried=True (--carried)")
+        raise OptionError(
+            "prune removes either the parameters that match an expression or those in no group",
+            remedy=Remedy("pass {match} or {carried}", {"match": ..., "carried": True}),
+        )
     if match is None:
         goes = {parameter.name for parameter in state.carried}
         if not goes:

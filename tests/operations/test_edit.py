@@ -223,7 +223,9 @@ def test_prune_a_whole_group(state: OptimizerState) -> None:
 def test_prune_nothing_or_both(state: OptimizerState, arguments: dict[str, Any]) -> None:
     with pytest.raises(OptionError) as caught:
         prune(state, **arguments)
-    assert str(caught.value) == "prune: say which parameters, by match= (--match) or carried=True (--carried)"
+    assert str(caught.value) == (
+        "prune removes either the parameters that match an expression or those in no group; pass match= or carried=True"
+    )
 
 
 def test_prune_a_pattern_that_matches_nothing(state: OptimizerState) -> None:
@@ -277,7 +279,7 @@ def test_a_command_overwrites_only_by_force(
     lsf.write(state, path)
     command = ["edit", str(path), str(path), "--set", "lr=1e-5"]
     assert run(command) == 2
-    assert capsys.readouterr().err == f"error: {path} exists; pass force=True (--force) to replace it\n"
+    assert capsys.readouterr().err == f"error: {path} exists; pass --force to replace it\n"
     assert run([*command, "--force", "--json"]) == 0
     out, err = capsys.readouterr()
     with lsf.open_state(path) as found:
