@@ -29,6 +29,8 @@ from lora_state_format.registry import Match
 NAME: Final = "lightning"
 DESCRIPTION: Final = "a Lightning .ckpt file: optimizer_states beside pytorch-lightning_version"
 
+TARGET: Final = "last.ckpt"
+
 _BUFFERS: Final = ("running_mean", "running_var", "num_batches_tracked", "inv_freq")
 
 

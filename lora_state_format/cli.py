@@ -175,7 +175,7 @@ _force = click.option("--force", is_flag=True, help="Replace the target if it ex
 
 @commands.command()
 @click.argument("source", type=PATH)
-@click.argument("target", type=PATH)
+@click.argument("target", type=click.Path())  # as it is given: a slash at its end means a folder
 @_from
 @click.option("--to", "target_format", metavar="FORMAT", default="named", show_default=True, help="Format to write.")
 @_names
@@ -191,7 +191,7 @@ _force = click.option("--force", is_flag=True, help="Replace the target if it ex
 @_force
 @click.option("--dry-run", is_flag=True, help="Do everything but write.")
 @_json
-def convert(source: Path, target: Path, layout: str | None, as_json: bool, **options: Any) -> None:
+def convert(source: Path, target: str, layout: str | None, as_json: bool, **options: Any) -> None:
     """Convert the checkpoint SOURCE into the file TARGET, keyed by parameter name."""
     from lora_state_format.operations.conversion import convert
 

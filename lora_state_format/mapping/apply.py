@@ -49,9 +49,7 @@ def on_writing(state: OptimizerState, name: str | None, converter: str) -> Optim
         known = ", ".join(layout.name for layout in MAPS)
         raise OptionError(
             f"the names and axes of the state are not those of {converter}; maps are known for {known}",
-            remedy=Remedy(
-                "pass one of them, a file, or 'none' to keep the names, as {options}", {"options": {"map": ...}}
-            ),
+            remedy=Remedy("pass one, a file, or 'none' to keep the names, as {options}", {"options": {"map": ...}}),
         )
     return state if name == "none" else invert(state, load(name))
 

@@ -299,7 +299,7 @@ def test_what_mlx_has_no_place_for(tmp_path: Path) -> None:
         mlx.write(sgd, target, base=None, force=False, options={})
     assert str(unnamed.value) == (
         "the names and axes of the state are not those of mlx; maps are known for "
-        f"{', '.join(layout.name for layout in MAPS)}; pass one of them, a file, or 'none' to keep the names, as "
+        f"{', '.join(layout.name for layout in MAPS)}; pass one, a file, or 'none' to keep the names, as "
         "options={'map': ...}"
     )
     assert not target.exists()
