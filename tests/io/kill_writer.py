@@ -15,6 +15,7 @@ import argparse
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -163,7 +164,7 @@ def meaning(folder: Path, references: dict[int, dict[str, bytes]]) -> int | None
 def strace(
     writer: str, folder: Path, base: Path, *options: str, log: str | Path = os.devnull
 ) -> subprocess.CompletedProcess[str]:
-    trace = ["strace", "-f", "--seccomp-bpf", "-qq", "-o", os.fspath(log), "-e", f"trace={','.join(CALLS)}", *options]
+    trace = ["strace", "-f", "-qq", "-o", os.fspath(log), "-e", f"trace={','.join(CALLS)}", *options]
     own = [sys.executable, "-B", __file__, "--once", writer, os.fspath(folder / "target"), "1", os.fspath(base)]
     return subprocess.run([*trace, *own], capture_output=True, text=True, check=False)
 
@@ -216,7 +217,7 @@ def stop_at_every_call(writer: str, folder: Path, points: int | None) -> Counter
             done = strace(writer, place, base, "-e", inject)
             found = meaning(place, references)
             counts[kind] += 1
-            clean = kind == "killed" or done.returncode in (0, 3)
+            clean = done.returncode == -signal.SIGKILL if kind == "killed" else done.returncode in (0, 3)
             if found not in (before, 1) or (done.returncode == 0 and found != 1) or not clean:
                 counts["lost"] += 1
                 print(f"{writer}: {inject}: lost: {found}, exit {done.returncode}\n{done.stderr[-2000:]}")
