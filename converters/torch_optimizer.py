@@ -27,6 +27,7 @@ NAME: Final = "torch_optimizer"
 DESCRIPTION: Final = "optimizer.pt, any other torch.save file with an optimizer in it, a Trainer's checkpoint folder"
 
 OPTIMIZER: Final = "optimizer.pt"
+TARGET: Final = OPTIMIZER
 TRAINER: Final = "trainer_state.json"
 CONFIGS: Final = ("adapter_config.json", "config.json")
 

@@ -372,7 +372,7 @@ def _reading(command: Callable[..., Any]) -> Callable[..., Any]:
     "lora-state convert optimizer.safetensors optimizer.pt --to torch_optimizer"
 )
 @click.argument("source", type=PATH)
-@click.argument("target", type=PATH)
+@click.argument("target", type=click.Path())  # as it is given: a slash at its end means a folder
 @_reading
 @click.option(
     "--to", "target_format", metavar="FORMAT", default="named", show_default=True, shell_complete=_complete_formats,
@@ -383,7 +383,7 @@ def _reading(command: Callable[..., Any]) -> Callable[..., Any]:
 @_force
 @click.option("--dry-run", is_flag=True, help="Do everything but write.")
 @_json
-def convert(source: Path, target: Path, reading: dict[str, Any], as_json: bool, **options: Any) -> None:
+def convert(source: Path, target: str, reading: dict[str, Any], as_json: bool, **options: Any) -> None:
     """Convert the checkpoint SOURCE into the file TARGET, keyed by parameter name."""
     from lora_state_format.operations.conversion import convert
 

@@ -125,6 +125,8 @@ class Reader:
             return known
         if isinstance(raw, Tensor):
             return raw if raw.shape else _scalar(raw, place)
+        if isinstance(raw, Scalar):
+            return raw
         if isinstance(raw, NumpyScalar) and not isinstance(raw.value, complex):
             self.converted.append(f"{_dotted(place)}: NumPy {raw.dtype} to {type(raw.value).__name__}")
             return raw.value

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Final, TypeAlias
 from lora_state_format import registry
 from lora_state_format.errors import ConversionError, MissingNamesError, OptionError, Remedy
 from lora_state_format.format import envelope, writing
-from lora_state_format.io.atomic import refuse_existing
+from lora_state_format.io.atomic import made_folders, refuse_existing
 from lora_state_format.model import digests
 from lora_state_format.model.digests import ALGORITHM
 from lora_state_format.model.states import Checkpoint, Naming, OptimizerState, PositionalState, Slot, walk
@@ -221,8 +221,9 @@ def convert(
     """Convert a checkpoint into a file of named optimizer state, or into another format that can hold it exactly.
 
     Takes the arguments of ``read``; ``options`` may also be those of the target's converter, and ``base`` is a
-    checkpoint of the target's format to take the rest from, where it has one. ``dequantize`` decodes 8-bit and 4-bit
-    moments to float32, so that a run can go on with an ordinary Adam; the report says what that loses. ``force``
+    checkpoint of the target's format to take the rest from, where it has one. A ``target`` with a slash at its end is a
+    folder, in which the file gets its usual name; folders that are missing are made. ``dequantize`` decodes 8-bit and
+    4-bit moments to float32, so that a run can go on with an ordinary Adam; the report says what that loses. ``force``
     replaces an existing target; ``dry_run`` does everything but write; ``progress`` is told the bytes of tensors
     written and their total. Where the parameters' own weights were found, their digests are kept, so that loading can
     tell whether weights and state belong together.
@@ -230,11 +231,9 @@ def convert(
     Raises what ``read`` raises, ``DigestError`` for a named source that is damaged, ``TargetExistsError``, and
     ``UnrepresentableError`` for what the target cannot hold.
     """
-    source, target = Path(source), Path(target)
-    if target.is_dir() and target_format == registry.NAMED:
-        raise OptionError(f"{target} is a folder; name the file to write, as in {target / 'optimizer.safetensors'}")
-    refuse_existing(target, force=force)
     writer = registry.writer(target_format)
+    source, target = Path(source), _target(target, writer)
+    refuse_existing(target, force=force)
     converter, match = registry.find(source, source_format)
     options = options or {}
     registry.check_options(options, converter, writer)
@@ -251,7 +250,8 @@ def convert(
         digest = None
         if not dry_run:
             given = None if base is None else Path(base)
-            digest = _write(writer, state, target, given, force, options, progress)
+            with made_folders(target):
+                digest = _write(writer, state, target, given, force, options, progress)
         return ConversionReport(
             source=str(source),
             source_format=converter.NAME,
@@ -267,7 +267,7 @@ def convert(
             naming=state.naming,
             paired=sum(parameter.weights is not None for parameter in state.parameters),
             digest=digest,
-            notes=(*([str(decoded)] if decoded else []), *_notes(state)),
+            notes=(*([str(decoded)] if decoded else []), *_notes(state, target_format)),
             warnings=(*named.skipped, *beside_weights(target)),
         )
 
@@ -382,6 +382,17 @@ def _paired(state: OptimizerState, weights: Mapping[str, Tensor]) -> OptimizerSt
     return replace(state, parameters=tuple(parameters))
 
 
+def _target(given: str | os.PathLike[str], writer: Writer) -> Path:
+    """Return the path to write to: in a folder, which a slash at the end stands for, the usual name of a file."""
+    path = Path(given)
+    usual: str | None = getattr(writer, "TARGET", None)
+    if usual is not None and os.fspath(given).endswith(os.sep):
+        return path / usual
+    if usual is not None and path.is_dir():
+        raise OptionError(f"{path} is a folder; name the file to write, as in {path / usual}")
+    return path
+
+
 def _write(
     writer: Writer,
     state: OptimizerState,
@@ -423,8 +434,11 @@ def _naming_lines(naming: Naming) -> list[str]:
     return [f"names: {head}", *(f"how sure: {line}" for line in rest)]
 
 
-def _notes(state: OptimizerState) -> list[str]:
+def _notes(state: OptimizerState, target_format: str) -> list[str]:
     notes = []
+    if target_format != registry.NAMED and state.extra:
+        held = ", ".join(map(str, state.extra))
+        notes.append(f"extra ({held}) is not written: only the named format has a place for it")
     if idle := sum(parameter.state is None for parameter in state.parameters):
         notes.append(f"{idle} parameters never took a step; they are kept as such")
     if state.carried:
@@ -436,6 +450,8 @@ def _notes(state: OptimizerState) -> list[str]:
 
 def beside_weights(target: Path) -> list[str]:
     """Return a warning where a file would lie beside a model's weights, or nothing."""
+    if target.suffix != ".safetensors":
+        return []
     for beside in sorted(target.parent.glob("*.safetensors")):
         if beside != target and not envelope.is_state(beside):
             warning = (
