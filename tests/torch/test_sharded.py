@@ -15,7 +15,7 @@ import pytest
 Said = dict[tuple[str, int], list[dict[str, Any]]]
 
 CASES = {
-    2: "save,columns,replicas,fsdp1,shards,shards-columns,refused-save,missing-file,damaged,disagree",
+    2: "save,background,columns,replicas,fsdp1,shards,shards-columns,refused-save,missing-file,damaged,disagree",
     1: "load,shards",
     3: "load,shards",
     4: "load,hybrid,tensor-parallel,shards,shards-hybrid,shards-tensor-parallel",
@@ -93,7 +93,10 @@ def test_sets_of_shards_are_those_of_one_process_whatever_the_placement(said: Sa
 
 
 def test_a_damaged_tensor_stops_all_ranks_and_nothing_changes(said: Said) -> None:
-    message = "DigestError: 'up.weight': slot 'exp_avg_sq' does not match its digest: the file was changed after it was written"
+    message = (
+        "DigestError: 'up.weight': slot 'exp_avg_sq' does not match its digest: the file was changed after it was "
+        "written"
+    )
     errors = [rank["error"] for rank in said["damaged", 2]]
     assert message in errors
     assert all(error in (message, f"RankError: rank {errors.index(message)} failed: {message}") for error in errors)
@@ -140,6 +143,15 @@ def test_what_fsdp1_does_not_allow_is_refused(said: Said) -> None:
         )
 
 
+def test_behind_the_run_the_state_is_saved_as_it_was(said: Said, folder: Path) -> None:
+    ranks = said["background", 2]
+    assert [rank["same"] for rank in ranks] == [True, True]
+    assert ranks[0]["digest"] == ranks[1]["digest"]
+    error = f"FileExistsError: [Errno 17] File exists: '{folder}/folder'"
+    assert [rank["later"] for rank in ranks] == [error, f"RankError: rank 0 failed: {error}"]
+    assert [rank["after"] for rank in ranks] == [True, True]
+
+
 def test_a_rank_that_cannot_write_stops_all(said: Said, folder: Path) -> None:
     first, second = said["refused-save", 2]
     assert first["error"] == f"FileExistsError: [Errno 17] File exists: '{folder}/folder'"
@@ -156,7 +168,7 @@ def test_a_rank_that_cannot_read_stops_all_and_nothing_changes(said: Said, folde
 def test_ranks_that_do_not_hold_the_same_are_refused(said: Said) -> None:
     for rank, result in enumerate(said["disagree", 2]):
         assert result["error"] == (
-            f"CaptureError: the ranks do not hold the same state: rank {rank} and rank {1 - rank} differ in parameters, "
-            "tensors; their models, optimizers or options differ, or some took no step"
+            f"CaptureError: the ranks do not hold the same state: rank {rank} and rank {1 - rank} differ in "
+            "parameters, tensors; their models, optimizers or options differ, or some took no step"
         )
         assert result["left"] == []

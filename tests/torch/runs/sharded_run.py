@@ -1,10 +1,10 @@
 """One rank of a run with sharded parameters, on the CPU with gloo.
 
 Usage: sharded_run.py OUT RANK WORLD PORT CASE[,CASE..]
-Cases: save, load, columns, hybrid, tensor-parallel, replicas, fsdp1, refused-save, missing-file, disagree, damaged; and
-shards, with -hybrid, -tensor-parallel, -columns, which load and save as a set of shards. Rank r
-writes what it has to say as JSON to OUT/CASE.WORLD.r.json; ``save`` writes OUT/weights.pt, OUT/state.safetensors and,
-three steps later, OUT/final.pt.
+Cases: save, load, columns, hybrid, tensor-parallel, replicas, fsdp1, refused-save, missing-file, disagree, damaged,
+background; and shards, with -hybrid, -tensor-parallel, -columns, which load and save as a set of shards. Rank r writes
+what it has to say as JSON to OUT/CASE.WORLD.r.json; ``save`` writes OUT/weights.pt, OUT/state.safetensors and, three
+steps later, OUT/final.pt.
 """
 
 from __future__ import annotations
@@ -244,6 +244,17 @@ def run(case: str) -> dict[str, Any]:
     if case == "missing-file":
         name = path if rank == 0 else out / "elsewhere.safetensors"
         return {"error": failed(lambda: load_optimizer(optimizer, net, name)), "states": len(optimizer.state)}
+    if case == "background":
+        load_optimizer(optimizer, net, path)
+        pending = save_optimizer(optimizer, net, out / "behind.safetensors", global_step=3, background=True)
+        train(net, optimizer, 3, 5)
+        written = pending.wait()
+        (out / "folder").write_text("a file where a folder is wanted")
+        save_optimizer(optimizer, net, out / "folder" / "state.safetensors", background=True)
+        later = failed(lambda: save_optimizer(optimizer, net, out / "after.safetensors"))
+        save_optimizer(optimizer, net, out / "after.safetensors")
+        same = (out / "behind.safetensors").read_bytes() == path.read_bytes()
+        return {"same": same, "digest": written.digest, "later": later, "after": verify(out / "after.safetensors").ok}
     if case.startswith("shards"):
         load_optimizer(optimizer, net, path)
         target = out / f"{case}.{world}.safetensors"
