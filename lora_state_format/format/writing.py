@@ -13,9 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final, NamedTuple, TypeAlias
 
-import xxhash
-
-from lora_state_format.errors import OptionError, TargetExistsError, UnrepresentableError
+from lora_state_format.errors import OptionError, UnrepresentableError
 from lora_state_format.format.envelope import (
     INDEX_SUFFIX,
     MAX_INDEX,
@@ -26,25 +24,29 @@ from lora_state_format.format.envelope import (
     header_digest,
     index_of,
     is_state,
+    read_index,
     set_id,
     stated_digest,
 )
 from lora_state_format.format.manifest import FORMAT, Manifest, ShardOf, check_names, encode
-from lora_state_format.io.atomic import TemporaryFile, locked, sync_folder
+from lora_state_format.io import plain
+from lora_state_format.io.atomic import TemporaryFile, check_target, locked, sync_folder
 from lora_state_format.io.ledger import Ledger
-from lora_state_format.io.safetensors import ALIGNMENT, MAX_DIMENSIONS, MAX_HEADER, is_too_large
-from lora_state_format.io.strict_json import MAX_VALUES, dumps, most_values
-from lora_state_format.model.digests import ALGORITHM, check_hash
+from lora_state_format.io.safetensors import MAX_DIMENSIONS, MAX_HEADER, is_too_large
+from lora_state_format.io.strict_json import MAX_VALUES, dumps, most_values, utf8
+from lora_state_format.model.digests import ALGORITHM
+from lora_state_format.model.dtypes import BITS
 from lora_state_format.model.gc import paused
 from lora_state_format.model.states import OptimizerState, Parameter, Slot, Value
-from lora_state_format.model.tensors import BITS, CHUNK, Tensor
+from lora_state_format.model.tensors import CHUNK, Tensor
 
 __all__ = [
     "Layout",
     "Written",
     "bounds_of",
-    "check_target",
+    "check_path",
     "commit_file",
+    "commit_shard",
     "committing",
     "content",
     "even_size",
@@ -91,7 +93,7 @@ def write(
     ``DigestError`` for a tensor that is no longer what its file's digest says, ``OSError``.
     """
     path = Path(path)
-    check_target(path, force)
+    check_path(path, force)
     with paused():
         bounds = bounds_of(state, max_shard_size)
         layouts = [lay_out(state, bounds, number) for number in range(len(bounds))]
@@ -139,30 +141,23 @@ def lay_out(state: OptimizerState, bounds: Bounds, number: int) -> Layout:
 def _layout(manifest: Manifest) -> Layout:
     # W5: wide items first, so that everything is aligned; then parameter order; then label. The sort is stable, and
     # the manifest lists the tensors of each parameter by label.
-    tensors = sorted(
-        ((key, slot.tensor) for key, slot in manifest.tensors.items()), key=lambda item: -BITS[item[1].dtype]
-    )
-    entries = []
-    position = 0
+    held = ((key, slot.tensor) for key, slot in manifest.tensors.items())
+    tensors = plain.in_data_order(held, lambda pair: pair[1].dtype)
     for key, tensor in tensors:
         if tensor.count * BITS[tensor.dtype] % 8 or is_too_large(tensor.shape) or len(tensor.shape) > MAX_DIMENSIONS:
             raise UnrepresentableError(
                 f"tensor {key!r} of type {tensor.dtype} and shape {list(tensor.shape)}: not whole bytes, or too large"
             )
-        end, shape = position + tensor.size, ",".join(map(str, tensor.shape))
-        entries.append(
-            f',{dumps(key)}:{{"dtype":"{tensor.dtype}","shape":[{shape}],"data_offsets":[{position},{end}]}}'
-        )
-        position = end
+    entries = plain.entries((dumps(key), tensor.dtype, tensor.shape, tensor.size) for key, tensor in tensors)
     layout = Layout(
         members={key: dumps(value) for key, value in manifest.members.items()},
         tensors=tuple(tensors),
-        entries="".join(entries),
-        digests=[ZERO] * len(tensors),
+        entries="".join(f",{entry}" for entry in entries),
+        digests=[],
         header_size=0,
-        data_size=position,
+        data_size=sum(tensor.size for _, tensor in tensors),
     )
-    return layout._replace(header_size=len(_header(layout)))
+    return layout._replace(header_size=len(_header(layout._replace(digests=[ZERO] * len(tensors)))))
 
 
 def _header(layout: Layout, identity: str = ZERO) -> bytes:
@@ -172,22 +167,20 @@ def _header(layout: Layout, identity: str = ZERO) -> bytes:
         members["set"] = members["set"].replace(ZERO, identity)
     manifest = ",".join(f"{dumps(key)}:{members[key]}" for key in sorted(members))
     metadata = dumps('{"digest":"' + ZERO + '","manifest":{' + manifest + "}}")
-    try:
-        header = f'{{"__metadata__":{{"{METADATA}":{metadata}}}{layout.entries}}}'.encode()
-    except UnicodeEncodeError:
-        raise UnrepresentableError("the state holds a string with a lone surrogate, which is no text") from None
-    header += b" " * (-(8 + len(header)) % ALIGNMENT)
+    header = utf8(f'{{"__metadata__":{{"{METADATA}":{metadata}}}{layout.entries}}}')
+    whole = plain.padded(header)
+    header = whole[8:]
     values = most_values(header)
     if len(header) > MAX_HEADER or values > MAX_VALUES:
         raise UnrepresentableError(
             f"a header of {len(header)} bytes and {values} values, more than {MAX_HEADER} or {MAX_VALUES}: extra, "
             "globals, or the values of one parameter are too large; keep large data in tensors"
         )
-    return len(header).to_bytes(8, "little") + header
+    return whole
 
 
 def _sealed(layout: Layout, identity: str = ZERO) -> bytes:
-    """The header with its digest."""
+    """Return the header with its digest."""
     raw = _header(layout, identity)
     start = 8 + len(PREFIX)
     return raw[:start] + header_digest(raw).encode() + raw[start + 32 :]
@@ -200,16 +193,12 @@ def stream(layout: Layout, target: TemporaryFile, ledger: Ledger, progress: Call
     """
     position = layout.header_size
     buffer = memoryview(bytearray(CHUNK))
-    for number, (key, tensor) in enumerate(layout.tensors):
-        hasher = xxhash.xxh3_128()
-        for chunk in ledger.chunks(tensor, buffer):
-            hasher.update(chunk)
+    for key, tensor in layout.tensors:
+        for chunk in ledger.chunks(tensor, buffer, key, layout.digests):
             target.write(position, chunk)
             position += len(chunk)
             if progress:
                 progress(len(chunk))
-        layout.digests[number] = hasher.hexdigest()
-        check_hash(key, tensor, layout.digests[number])
 
 
 def content(layout: Layout) -> str:
@@ -228,19 +217,18 @@ def commit_file(path: Path, layout: Layout, file: TemporaryFile, force: bool) ->
     """Make a file with all its tensors the state at ``path``."""
     digest = finish(layout, file)
     with committing(path, force, keep={path.name}):
-        file.commit(path)
+        file.commit(path, force=force)
     return Written(str(path), (str(path),), layout.header_size + layout.data_size, len(layout.tensors), digest)
 
 
-def check_target(path: Path, force: bool) -> None:
+def check_path(path: Path, force: bool) -> None:
     """Raise ``OptionError`` for a path that cannot name a state, ``TargetExistsError`` for one that does already."""
     if path.is_dir():
         raise OptionError(f"{path} is a folder; name the file to write, as in {path / 'optimizer.safetensors'}")
     if path.name.endswith(INDEX_SUFFIX):
         raise OptionError(f"{path} is the name of an index; name the file to write, without '{INDEX_SUFFIX}'")
     for existing in (index_of(path), path):
-        if not force and os.path.lexists(existing):
-            raise TargetExistsError(f"{existing} exists; pass force=True (--force) to replace it")
+        check_target(existing, force=force)
 
 
 @contextlib.contextmanager
@@ -251,7 +239,7 @@ def committing(path: Path, force: bool, keep: set[str]) -> Iterator[None]:
     an index commits a single file that was put in place before; shards that no index names are left-overs.
     """
     with locked(path.parent):
-        check_target(path, force)
+        check_path(path, force)
         yield
         for sibling in _siblings(path):
             if sibling.name not in keep:
@@ -260,9 +248,18 @@ def committing(path: Path, force: bool, keep: set[str]) -> Iterator[None]:
 
 
 def _siblings(path: Path) -> list[Path]:
-    """The files that may hold a state of this path: the index, the file itself, then the shards of any set."""
+    """Return the files that may hold a state of this path: the index, the file itself, then the shards of any set.
+
+    Shards that another index names, a renamed one for instance, are not among them.
+    """
     shard = re.compile(re.escape(path.stem) + r"-[0-9a-f]{8}-[0-9]{5}-of-[0-9]{5}" + re.escape(path.suffix))
-    shards = [found for found in path.parent.iterdir() if shard.fullmatch(found.name) and is_state(found)]
+    others = [found for found in path.parent.glob(f"*{INDEX_SUFFIX}") if found != index_of(path) and is_state(found)]
+    kept = {item["file"] for index in others for item in read_index(index)["shards"]}
+    shards = [
+        found
+        for found in path.parent.iterdir()
+        if shard.fullmatch(found.name) and found.name not in kept and is_state(found)
+    ]
     return [found for found in (index_of(path), path) if os.path.lexists(found)] + shards
 
 
@@ -313,8 +310,8 @@ def _runs(costs: Sequence[tuple[int, int]], max_size: int | None) -> Bounds:
 
 
 def _cost(parameter: Parameter) -> tuple[int, int]:
-    """Bytes of tensors, and bytes of header within some percent: the name stands there once, and once per tensor."""
-    texts = [parameter.name, *parameter.tied, *parameter.keys, *parameter.keys.values()]
+    """Return bytes of tensors and, within some percent, of header: a name stands there once, and once per tensor."""
+    texts = [parameter.name, *parameter.tied, *parameter.foreign_names, *parameter.foreign_names.values()]
     size, header = 0, 160 + sum(len(text) + 8 for text in texts)
     values: list[Value] = [*(parameter.state or {}).values()]
     for value in values:  # which grows
@@ -330,7 +327,7 @@ def _cost(parameter: Parameter) -> tuple[int, int]:
 
 
 def _part(state: OptimizerState, first: int, last: int) -> OptimizerState:
-    """A shard's own part (W13): its parameters, groups with its own counts; what stands once stands in the first."""
+    """Return a shard's own part (W13): its parameters, groups with its own counts; the first has what stands once."""
     groups, start = [], 0
     for group in state.groups:
         stop = start + group.count
@@ -343,6 +340,11 @@ def _part(state: OptimizerState, first: int, last: int) -> OptimizerState:
 def shard_name(path: Path, identity: str, number: int, count: int) -> str:
     """Return the name of the shard ``number`` (from 0) of a set (W13)."""
     return f"{path.stem}-{identity[:8]}-{number + 1:05}-of-{count:05}{path.suffix}"
+
+
+def commit_shard(shard: Path, file: TemporaryFile) -> None:
+    """Give a shard its name; what has it already, if anything, is the same shard of an equal state."""
+    file.commit(shard, force=os.path.lexists(shard) and is_state(shard))
 
 
 def index_of_set(path: Path, layouts: Sequence[Layout], identity: str, digests: Sequence[str]) -> tuple[bytes, Written]:
@@ -376,6 +378,6 @@ def _commit_set(path: Path, layouts: list[Layout], files: list[TemporaryFile], f
         temporary.finish(index)
         with committing(path, force, keep={Path(name).name for name in written.files}):
             for number, file in enumerate(files):
-                file.commit(path.with_name(shard_name(path, identity, number, len(files))))
-            temporary.commit(index_of(path))
+                commit_shard(path.with_name(shard_name(path, identity, number, len(files))), file)
+            temporary.commit(index_of(path), force=force)
     return written

@@ -100,12 +100,12 @@ class Named:
     parts: dict[str, Part]
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """The shape of the whole parameter."""
+        """Return the shape of the whole parameter."""
         return self.parts[name].shape if name in self.parts else tuple(self.tensors[name].shape)
 
 
 def named_tensors(model: Models) -> Named:
-    """The parameters of a model, or of several, under their names. Raises ``CaptureError`` if two share one."""
+    """Return the parameters of a model, or of several, under their names. Raises ``CaptureError`` if two share one."""
     tensors: dict[str, torch.Tensor] = {}
     tied: dict[str, tuple[str, ...]] = {}
     names: dict[int, str] = {}
@@ -138,7 +138,7 @@ def _named(model: Models) -> Iterator[tuple[str, torch.Tensor, type, float | Non
 
 
 def _place(path: str, places: dict[str, tuple[str, Any]]) -> tuple[str, Any]:
-    """The path without the segments of wrappers, and the module there."""
+    """Return the path without the segments of wrappers, and the module there."""
     if path not in places:
         head, _, segment = path.rpartition(".")
         clean, module = _place(head, places)
@@ -148,7 +148,7 @@ def _place(path: str, places: dict[str, tuple[str, Any]]) -> tuple[str, Any]:
 
 
 def _scale(name: str, places: dict[str, tuple[str, Any]]) -> float | None:
-    """What PEFT's LoRA layer around a parameter multiplies with: alpha / r, or as the adapter has it."""
+    """Return what PEFT's LoRA layer around a parameter multiplies with: alpha / r, or as the adapter has it."""
     parts = split_adapter(name)
     if parts is None or ".lora_" not in name:
         return None
@@ -173,7 +173,7 @@ def _lineage(kind: type) -> tuple[str, ...]:
 
 
 def optimizers_of(optimizer: Optimizers) -> tuple[torch.optim.Optimizer, ...]:
-    """The optimizers of a run, without the shells that frameworks put around them."""
+    """Return the optimizers of a run, without the shells that frameworks put around them."""
     listed = [optimizer] if isinstance(optimizer, torch.optim.Optimizer) else optimizer
     return tuple(map(_shelled, listed))
 
@@ -194,7 +194,7 @@ def _shelled(optimizer: Any) -> torch.optim.Optimizer:
 
 
 def describe(optimizer: Optimizers, model: Models) -> LiveOptimizer:
-    """The live side of a load. Raises ``CaptureError`` as ``capture`` does."""
+    """Return the live side of a load. Raises ``CaptureError`` as ``capture`` does."""
     named, optimizers = named_tensors(model), optimizers_of(optimizer)
     reader = Reader(as_leaf)
     groups = [
@@ -218,7 +218,7 @@ def describe(optimizer: Optimizers, model: Models) -> LiveOptimizer:
 
 
 def _stepping(kind: type) -> tuple[str, ...]:
-    """The class and those of its ancestors whose ``step`` it has."""
+    """Return the class and those of its ancestors whose ``step`` it has."""
     own = inspect.unwrap(kind.step)  # type: ignore[attr-defined]
     same = [ancestor for ancestor in kind.__mro__ if inspect.unwrap(getattr(ancestor, "step", None) or len) is own]
     return tuple(_class_path(ancestor) for ancestor in same)
@@ -236,7 +236,7 @@ def _digest(tensor: torch.Tensor) -> Digest:
 def _groups(
     optimizers: Sequence[torch.optim.Optimizer], named: Named
 ) -> Iterator[tuple[int, Mapping[str, Any], list[str]]]:
-    """Each group with the number of its optimizer and its parameters' names."""
+    """Yield each group with the number of its optimizer and its parameters' names."""
     strangers: list[str] = []
     owners: dict[str, int] = {}
     found = []
@@ -271,7 +271,7 @@ def _group_name(group: Mapping[str, Any]) -> str | None:
 
 
 def _options(reader: Reader, group: Mapping[str, Any], where: str | None = None) -> Iterator[tuple[str, Value]]:
-    """A group's options; those that have no form in a file are left out, with a warning that says ``where``."""
+    """Yield a group's options; those that have no form in a file are left out, with a warning that says ``where``."""
     for key, raw in group.items():
         if key in ("params", "param_names"):
             continue
@@ -283,7 +283,7 @@ def _options(reader: Reader, group: Mapping[str, Any], where: str | None = None)
 
 
 def _content(tensor: torch.Tensor, copy: bool = False) -> Tensor:
-    """A live tensor as its bytes, or a copy of it; of a sharded one all of them, which arrive inside ``gather``."""
+    """Return a tensor's bytes, live or copied; of a sharded one all of them, which arrive inside ``gather``."""
     if is_sharded(tensor):
         from lora_state_format.torch.exchange import spread
 
@@ -306,7 +306,7 @@ def as_leaf(raw: Any, copy: bool = False) -> Tensor | Scalar | None:
 
 
 def _leaf(name: str, part: Part | None, copy: bool) -> Leaf:
-    """What reads the slots of a parameter; those of a part are shaped like it, and stand for the whole parameter's."""
+    """Return what reads the slots of a parameter; those of a part stand for the whole parameter's."""
 
     def leaf(raw: Any) -> Tensor | Scalar | None:
         if part and isinstance(raw, torch.Tensor) and raw.shape == (part.count,):
@@ -334,7 +334,7 @@ def capture(
     global_step: int | None = None,
     copy: bool = False,
 ) -> OptimizerState:
-    """The state of an optimizer, or of several, under the model's names.
+    """Return the state of an optimizer, or of several, under the model's names.
 
     Tensors are not copied: write the state before the next step, or ask for a ``copy``, which is in the host's memory
     and stays as it is. ``weights`` adds a digest of each parameter's own bytes, by which a load can tell whether state
@@ -430,13 +430,13 @@ def _parameter(
         dtype=dtype_name(tensor.dtype),
         adapter=parts[1] if parts else None,
         tied=named.tied.get(name, ()),
-        keys={"peft": key[0]} if key else {},
+        foreign_names={"peft": key[0]} if key else {},
         weights=_digest(tensor) if weights else None,
     )
 
 
 def _scalings(parameters: Iterable[Parameter], named: Named) -> Mapping[str, Value]:
-    """alpha / r by adapter, and by parameter where it differs from that of the adapter's first."""
+    """Return alpha / r by adapter, and by parameter where it differs from that of the adapter's first."""
     found: dict[str, Value] = {}
     for parameter in parameters:
         scale = named.scaling.get(parameter.name)
@@ -464,7 +464,7 @@ def _slots(
 
 
 def _fitted(value: Any, shape: tuple[int, ...]) -> Any:
-    """Slots that are called like ones of the parameter's shape, and have another, are opaque."""
+    """Return slots that are called like ones of the parameter's shape, and have another, are opaque."""
     if isinstance(value, Slot):
         return Slot(value.tensor) if value.role is Role.PARAM and value.tensor.shape != shape else value
     if isinstance(value, Mapping):
@@ -475,7 +475,7 @@ def _fitted(value: Any, shape: tuple[int, ...]) -> Any:
 
 
 def _globals(reader: Reader, optimizers: Sequence[torch.optim.Optimizer]) -> Mapping[str, Value]:
-    """State under keys that are no parameters, as ``state_dict.from_state_dict`` lays it out."""
+    """Return state under keys that are no parameters, as ``state_dict.from_state_dict`` lays it out."""
     found: dict[str, Value] = {}
     for number, optimizer in enumerate(optimizers):
         loose = {

@@ -63,7 +63,7 @@ class StateReader(StorageReader):
 
     @classmethod
     def of(cls, state: OptimizerState, key: Callable[[str, str], str] = "{}/{}".format) -> StateReader:
-        """All tensors of a state, under ``key(parameter, slot)``; nested slots are joined by dots."""
+        """Return all tensors of a state, under ``key(parameter, slot)``; nested slots are joined by dots."""
         return cls(
             {
                 key(parameter.name, ".".join(map(str, path))): slot.tensor
@@ -72,9 +72,11 @@ class StateReader(StorageReader):
             }
         )
 
-    def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None: ...
+    def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
+        """Do nothing: there is nothing to reset."""
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        """Return the metadata that torch's planner works with."""
         return Metadata(
             state_dict_metadata={
                 key: TensorStorageMetadata(
@@ -90,15 +92,19 @@ class StateReader(StorageReader):
             storage_meta=StorageMeta(),
         )
 
-    def set_up_storage_reader(self, metadata: Metadata, is_coordinator: bool, *args: Any, **kwargs: Any) -> None: ...
+    def set_up_storage_reader(self, metadata: Metadata, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
+        """Do nothing: the state is open."""
 
     def prepare_local_plan(self, plan: LoadPlan) -> LoadPlan:
+        """Return the plan as it is."""
         return plan
 
     def prepare_global_plan(self, plans: list[LoadPlan]) -> list[LoadPlan]:
+        """Return the plans as they are."""
         return plans
 
     def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
+        """Read what this rank needs of each item."""
         for item in plan.items:
             assert item.type is LoadItemType.TENSOR
             key = item.storage_index.fqn
@@ -114,6 +120,7 @@ class StateReader(StorageReader):
 
     @classmethod
     def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:
+        """Return ``False``: this reader is never chosen by a path."""
         return False
 
 

@@ -64,6 +64,7 @@ class Spread:
         self.incoming: _Incoming | None = None
 
     def readinto(self, offset: int, out: memoryview) -> None:
+        """Fill ``out`` with the bytes from ``offset`` on, when they have arrived."""
         while len(out):
             found = self._arrived().find(self, offset)
             count = min(len(found), len(out))
@@ -71,6 +72,7 @@ class Spread:
             out, offset = out[count:], offset + count
 
     def view(self, offset: int, size: int) -> memoryview | None:
+        """Return the same bytes without a copy, as far as they have arrived in one piece."""
         found = self._arrived().find(self, offset)
         return found[:size] if len(found) >= size else None
 
@@ -183,7 +185,7 @@ class _Holders:
         return where is not None and _nearest(self._ranks[where], receiver) == rank
 
     def senders(self, receiver: int) -> list[int]:
-        """The ranks from which a receiver gets all elements."""
+        """Return the ranks from which a receiver gets all elements."""
         return sorted(_nearest(ranks, receiver) for ranks in self._ranks.values())
 
     def check(self, spread: Spread) -> None:
@@ -207,7 +209,7 @@ def _nearest(ranks: Sequence[int], rank: int) -> int:
 
 
 def _holders(spreads: Sequence[Spread], group: Any) -> dict[tuple[str, tuple[int, ...]], _Holders]:
-    """What the ranks tell each other of the kinds of their tensors: some tens in a model, whatever its size."""
+    """Ask all ranks what they hold of each kind of tensor: some tens of kinds in a model of any size."""
     kinds = {(spread.kind, spread.shape): spread for spread in spreads}
     told: list[Any] = [None] * dist.get_world_size(group)
     dist.all_gather_object(told, (list(kinds), [spread.where for spread in kinds.values()]), group=group)
@@ -251,7 +253,7 @@ class _Part(NamedTuple):
 
 
 def _rounds(spreads: Sequence[Spread], size: int) -> list[list[_Segment]]:
-    """The tensors that a rank wants, in order, cut into buckets of ``size`` bytes."""
+    """Return the tensors that a rank wants, in order, cut into buckets of ``size`` bytes."""
     rounds: list[list[_Segment]] = []
     place = size
     for spread in spreads:
@@ -268,7 +270,7 @@ def _rounds(spreads: Sequence[Spread], size: int) -> list[list[_Segment]]:
 
 
 def _parts(segment: _Segment, where: Where) -> Iterator[_Part]:
-    """What a rank that holds ``where`` has of a segment."""
+    """Yield what a rank that holds ``where`` has of a segment."""
     spread, first, last, place = segment
     width = spread.width
     if isinstance(where, Flat):
@@ -323,11 +325,11 @@ class _Plan:
                         self.sends[number][receiver] += _parts(segment, holders.wheres[self.rank])
 
     def most(self) -> int:
-        """The bytes that this rank sends in the round in which it sends most."""
+        """Return the bytes that this rank sends in the round in which it sends most."""
         return max((sum(part.size for parts in sends for part in parts) for sends in self.sends), default=0)
 
     def receives(self, number: int) -> list[list[_Part]]:
-        """What comes from each rank in a round, this one included."""
+        """Return what comes from each rank in a round, this one included."""
         found: list[list[_Part]] = [[] for _ in self._wanted]
         for segment in self.own[number]:
             holders = self._of(segment.spread)

@@ -27,7 +27,7 @@ class Part:
 
 
 def parts_of(model: torch.nn.Module) -> dict[int, Part]:
-    """The parameters that FSDP1 has cut up, by ``id(parameter)``; no more than a look where there can be none.
+    """Return the parameters that FSDP1 has cut up, by ``id(parameter)``; no more than a look where there can be none.
 
     Raises ``CaptureError`` for ``use_orig_params=False``, where parameters have no names of their own.
     """
@@ -50,5 +50,5 @@ def parts_of(model: torch.nn.Module) -> dict[int, Part]:
 
 
 def run_of(tensor: Tensor, part: Part) -> Tensor:
-    """A rank's elements of a slot of the parameter's shape; nothing is read."""
+    """Return a rank's elements of a slot of the parameter's shape; nothing is read."""
     return contiguous(tensor.dtype, (tensor.count,), tensor).part((part.start,), (part.count,))

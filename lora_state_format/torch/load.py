@@ -109,7 +109,7 @@ def _load_together(optimizer: Optimizers, model: Models, path: Path, policies: P
 
 
 def _with_digests(live: LiveOptimizer, hashes: Mapping[str, str]) -> LiveOptimizer:
-    """The live side, with the digests of parameters of which this rank has only a part."""
+    """Return the live side, with the digests of parameters of which this rank has only a part."""
 
     def digest(parameter: LiveParameter) -> Callable[[], Digest]:
         return lambda: Digest(ALGORITHM, parameter.dtype, hashes[parameter.name])
@@ -130,7 +130,7 @@ def plan(state: OptimizerState, optimizer: Optimizers, model: Models, **policies
 
 
 def _open(path: Path, live: LiveOptimizer, model: Models) -> OptimizerState:
-    """The named state at a path; positions are named in the live optimizer's order, or else by the live model."""
+    """Return the named state at a path; positions are named by the live optimizer's order, or the live model."""
     if envelope.is_state(path):
         return reading.open_state(path)
     checkpoint = registry.read(path)
@@ -170,7 +170,7 @@ def _open(path: Path, live: LiveOptimizer, model: Models) -> OptimizerState:
 
 
 def _beside(parameter: LiveParameter, weights: Mapping[str, Tensor]) -> Parameter:
-    """The parameter, with the digest of its own bytes where they lie beside the state."""
+    """Return the parameter, with the digest of its own bytes where they lie beside the state."""
     key = peft_key(parameter.name)
     tensor = weights.get(key[0] if key else parameter.name)
     return Parameter(
@@ -179,6 +179,6 @@ def _beside(parameter: LiveParameter, weights: Mapping[str, Tensor]) -> Paramete
         state=None,
         dtype=parameter.dtype,
         tied=parameter.tied,
-        keys={"peft": key[0]} if key else {},
+        foreign_names={"peft": key[0]} if key else {},
         weights=Digest(ALGORITHM, tensor.dtype, digests.hash_tensor(tensor)) if tensor else None,
     )

@@ -113,7 +113,7 @@ def save_optimizer(
 
 
 def _captured(optimizer: Optimizers, model: Models, weights: bool, capturing: Mapping[str, Any]) -> Captured:
-    """What this rank has of a sharded state."""
+    """Return what this rank has of a sharded state."""
     from lora_state_format.torch.together import Captured
 
     named = named_tensors(model)

@@ -96,7 +96,7 @@ def write_together(
         def begin() -> None:
             if ranks.rank == 0:
                 path.parent.mkdir(parents=True, exist_ok=True)
-                writing.check_target(path, force)
+                writing.check_path(path, force)
                 files[0] = stack.enter_context(TemporaryFile(path))  # sweeps what dead writers left
 
         def write() -> dict[int, tuple[str, int]]:
@@ -151,7 +151,7 @@ def _commit(
 
         def rename() -> None:
             for number, file in files.items():
-                file.commit(path.with_name(writing.shard_name(path, identity, number, len(layouts))))
+                writing.commit_shard(path.with_name(writing.shard_name(path, identity, number, len(layouts))), file)
 
         def finish() -> None:
             for temporary in held:
@@ -160,7 +160,7 @@ def _commit(
                     raise FileError(
                         "is not where its rank has put it: the ranks do not share a file system", path=missing[0]
                     )
-                temporary.commit(index_of(path))
+                temporary.commit(index_of(path), force=force)
             stack.close()
 
         held: list[TemporaryFile] = []
@@ -175,14 +175,14 @@ def _size(state: OptimizerState) -> int:
 
 
 def _read_by(captured: Captured, bound: tuple[int, int], layout: writing.Layout) -> list[Tensor]:
-    """The tensors that the writer of a file reads, in order: weights, which it only hashes, then the file's."""
+    """Return the tensors that the writer of a file reads, in order: weights, which it only hashes, then the file's."""
     names = [parameter.name for parameter in captured.state.parameters[slice(*bound)]]
     weights = [captured.weights[name] for name in names if name in captured.weights]
     return [*weights, *(tensor for _, tensor in layout.tensors)]
 
 
 def _with_weights(captured: Captured, bound: tuple[int, int], buffer: memoryview) -> OptimizerState:
-    """The state, with the digests of the weights that belong into one file."""
+    """Return the state, with the digests of the weights that belong into one file."""
     parameters = [*captured.state.parameters]
     for place in range(*bound):
         own = captured.weights.get(parameters[place].name)
@@ -225,7 +225,7 @@ class _Told:
 
 
 def _completed(captured: Captured, ranks: Ranks) -> OptimizerState:
-    """The state with the slots of all cut-up parameters, also of those of which this rank has no elements.
+    """Return the state with the slots of all cut-up parameters, also where this rank has no elements.
 
     The rank that has a parameter's first element tells the others which slots there are.
     """
@@ -251,7 +251,7 @@ def _tell(value: Value, path: tuple[Any, ...]) -> Any:
 
 
 def _with_slots(parameter: Parameter, told: Any) -> Any:
-    """The slots of a parameter as they were told, with the elements that this rank has."""
+    """Return the slots of a parameter as they were told, with the elements that this rank has."""
     held = dict(parameter.tensors())
 
     def fill(value: Any, path: tuple[Any, ...]) -> Any:

@@ -49,7 +49,7 @@ def test_two_formats_in_one_folder_are_both_named(tmp_path: Path) -> None:
         registry.detect(tmp_path)
     assert str(error.value) == (
         f"{tmp_path}: 2 formats fit: deepspeed_universal (a folder zero with an optimizer_state.pt); deepspeed_zero (1 "
-        "ZeRO optimizer file, one per rank); say which with --from (source_format=)"
+        "ZeRO optimizer file, one per rank); pass the right one as source_format="
     )
     assert registry.detect(tmp_path / "universal")[0].NAME == "deepspeed_universal"
 
