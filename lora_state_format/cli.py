@@ -485,6 +485,25 @@ def formats(as_json: bool) -> None:
         _say(*(f"    --option {key}: {meaning}" for key, meaning in registry.options(converter).items()))
 
 
+@commands.command("prune-checkpoints")
+@click.argument("folder", type=PATH)
+@click.option("--keep", type=click.IntRange(min=1), required=True, help="Checkpoints that keep their state: the last.")
+@click.option("--legacy", is_flag=True, help="Also optimizer.pt, optimizer.bin and optimizer_N.bin.")
+@click.option("--dry-run", is_flag=True, help="Show what would be removed.")
+@_json
+def prune_checkpoints(folder: Path, keep: int, legacy: bool, dry_run: bool, as_json: bool) -> None:
+    """Remove the optimizer's state from all but a run's last checkpoints; weights and all else stay."""
+    from lora_state_format.operations.checkpoints import prune_checkpoints
+    from lora_state_format.operations.report import SCHEMA_VERSION
+
+    pruned = prune_checkpoints(folder, keep, legacy=legacy, dry_run=dry_run)
+    if as_json:
+        members = {"kept": list(map(str, pruned.kept)), "removed": list(map(str, pruned.removed))}
+        _say_json({"schema_version": SCHEMA_VERSION, "dry_run": dry_run, **members, "bytes": pruned.size})
+    else:
+        _say(*str(pruned).split("\n"))
+
+
 @commands.command()
 def demo() -> int:
     """Train a small LoRA model, convert its checkpoint, rebuild the model, resume it, and compare."""

@@ -50,6 +50,7 @@ __all__ = [
     "committing",
     "content",
     "even_size",
+    "files_of",
     "finish",
     "index_of_set",
     "lay_out",
@@ -241,13 +242,13 @@ def committing(path: Path, force: bool, keep: set[str]) -> Iterator[None]:
     with locked(path.parent):
         check_path(path, force)
         yield
-        for sibling in _siblings(path):
+        for sibling in files_of(path):
             if sibling.name not in keep:
                 sibling.unlink()
         sync_folder(path.parent)
 
 
-def _siblings(path: Path) -> list[Path]:
+def files_of(path: Path) -> list[Path]:
     """Return the files that may hold a state of this path: the index, the file itself, then the shards of any set.
 
     Shards that another index names, a renamed one for instance, are not among them.

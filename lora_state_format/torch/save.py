@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, overload
 
 from lora_state_format.format import writing
+from lora_state_format.format.rotation import plan_rotation, remove_states, series_of
 from lora_state_format.torch.background import BackgroundSave, settle, start
 from lora_state_format.torch.capture import (
     Models,
@@ -23,6 +25,8 @@ if TYPE_CHECKING:
     from lora_state_format.torch.together import Captured
 
 __all__ = ["save_optimizer"]
+
+logger = logging.getLogger("lora_state_format")
 
 T = TypeVar("T")
 
@@ -40,6 +44,7 @@ def save_optimizer(
     force: bool = True,
     background: Literal[False] = False,
     consolidate: bool = False,
+    keep_last: int | None = None,
 ) -> writing.Written: ...
 
 
@@ -56,6 +61,7 @@ def save_optimizer(
     force: bool = True,
     background: Literal[True],
     consolidate: bool = False,
+    keep_last: int | None = None,
 ) -> BackgroundSave: ...
 
 
@@ -71,6 +77,7 @@ def save_optimizer(
     force: bool = True,
     background: bool = False,
     consolidate: bool = False,
+    keep_last: int | None = None,
 ) -> writing.Written | BackgroundSave:
     """Write the state of an optimizer, or of several, under the model's names; see ``capture``.
 
@@ -83,33 +90,57 @@ def save_optimizer(
     file, and so is any with ``consolidate=True``. If a rank fails, all raise, and the path means what it meant before.
     ``extra`` is that of rank 0.
 
+    With ``keep_last`` older checkpoints of the run lose their optimizer's state when this one is written, all but the
+    last ones; everything else in them stays. Of a run are the states at paths that differ from this one in the numbers
+    of a folder's name, as in ``checkpoint-300/training_state/optimizer.safetensors``.
+
     With ``background=True`` the state is copied into the host's memory and written behind the run; what is returned
     has ``wait()``. The save before, if it is still being written, is waited for, and its error raised here. Of a
     sharded model each rank copies its part; call ``wait()`` before ``destroy_process_group``.
     """
     path = Path(path)
+    if keep_last is not None:
+        plan_rotation([], keep_last)  # refuses what is no number of checkpoints, before anything is written
     capturing: dict[str, Any] = {"extra": extra, "global_step": global_step, "copy": background}
 
     def whole() -> Callable[[], writing.Written]:
         state = capture(optimizer, model, weights=weights, **capturing)
         path.parent.mkdir(parents=True, exist_ok=True)
-        return lambda: writing.write(state, path, force=force, max_shard_size=max_shard_size)
+        return lambda: _rotated(writing.write(state, path, force=force, max_shard_size=max_shard_size), keep_last)
 
     def together() -> Callable[[], writing.Written]:
+        import torch.distributed as dist
+
         from lora_state_format.torch.distributed import background_group
         from lora_state_format.torch.together import write_together
 
         group = background_group() if background else None
         captured = _attempt(lambda: _captured(optimizer, model, weights, capturing))
-        return lambda: write_together(
-            captured, path, force=force, max_shard_size=max_shard_size, consolidate=consolidate, group=group
-        )
+
+        def write() -> writing.Written:
+            written = write_together(
+                captured, path, force=force, max_shard_size=max_shard_size, consolidate=consolidate, group=group
+            )
+            return _rotated(written, keep_last if dist.get_rank(group) == 0 else None)
+
+        return write
 
     prepare = together if sharding(optimizer, model) else whole
     if background:
         return start(prepare)
     settle()
     return prepare()()
+
+
+def _rotated(written: writing.Written, keep_last: int | None) -> writing.Written:
+    """Remove older states of the run, now that a newer one is on the disk."""
+    if keep_last is not None:
+        path = Path(written.path)
+        rotation = plan_rotation(series_of(path), keep_last, always=path)
+        remove_states(rotation.removed)
+        for removed in rotation.removed:
+            logger.info("%s: removed, for keep_last=%d", removed, keep_last)
+    return written
 
 
 def _captured(optimizer: Optimizers, model: Models, weights: bool, capturing: Mapping[str, Any]) -> Captured:
