@@ -138,6 +138,10 @@ def _parse_options(context: click.Context, option: click.Parameter, given: Seque
     return {key: _literal(value) if equals else True for key, equals, value in pairs}
 
 
+def _parse_store(context: click.Context, option: click.Parameter, given: Sequence[str]) -> dict[str, str]:
+    return dict(text.partition("=")[::2] for text in given)
+
+
 def _literal(text: str) -> Any:
     """Return a value as Python writes it; text that is none stands for itself."""
     import ast
@@ -188,6 +192,9 @@ _force = click.option("--force", is_flag=True, help="Replace the target if it ex
 @click.option("--base", type=PATH, help="A checkpoint of the target's format, to take the rest from.")
 @_option
 @click.option("--dequantize", is_flag=True, help="Decode 8-bit and 4-bit moments to float32; the report says the loss.")
+@click.option(
+    "--store", metavar="SLOT=BF16", multiple=True, callback=_parse_store, help="Round a slot; lossy, and said so."
+)
 @_force
 @click.option("--dry-run", is_flag=True, help="Do everything but write.")
 @_json

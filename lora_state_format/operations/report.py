@@ -11,6 +11,7 @@ from typing import Any, Final, NamedTuple
 from lora_state_format.model.dtypes import NUMBERS, decoded
 from lora_state_format.model.states import Naming, OptimizerState, PositionalState, Scalar, Slot, Value, walk
 from lora_state_format.model.tensors import Tensor
+from lora_state_format.optimizers.rounded import describe_stored
 
 __all__ = [
     "NOTHING_HELD",
@@ -148,9 +149,11 @@ def describe_evidence(evidence: Mapping[str, Any]) -> str:
 
 
 def describe_support(origin: Mapping[str, Value]) -> Iterator[str]:
-    """Yield a note on a converter that was never tried on the files that it is for."""
+    """Yield notes on a converter that was never tried on the files that it is for, and on slots that were rounded."""
     if isinstance(support := origin.get("support"), str):
         yield f"support of this format is {support}: it was never tried on a file of a real run"
+    if sentence := describe_stored(origin):
+        yield sentence
 
 
 def describe(state: OptimizerState | PositionalState, *, statistics: bool = False) -> Iterator[str]:

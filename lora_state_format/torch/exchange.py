@@ -21,6 +21,7 @@ from torch.distributed.tensor.placement_types import _StridedShard
 
 from lora_state_format.errors import CaptureError, RankError
 from lora_state_format.model.tensors import Box, Flat, Tensor, boxes_between, contiguous, intersection, is_tiling
+from lora_state_format.optimizers.rounded import Rounded
 from lora_state_format.torch.tensors import dtype_name, to_host
 
 __all__ = ["BUCKET", "Spread", "box_of", "gather", "run", "spread"]
@@ -429,6 +430,8 @@ def gather(wanted: Sequence[Sequence[Tensor]], read: Callable[[], T], group: Any
 
 def _source(tensor: Tensor) -> Spread | None:
     source = tensor.pieces[0].source if tensor.pieces and tensor.size else None
+    if isinstance(source, Rounded):
+        return _source(source.tensor)
     return source if isinstance(source, Spread) else None
 
 

@@ -23,6 +23,7 @@ from lora_state_format.model.tensors import Digest, Tensor
 from lora_state_format.naming import order, rules
 from lora_state_format.naming.names import Rename, peft_key
 from lora_state_format.naming.sources import Live, name_state
+from lora_state_format.optimizers.rounded import describe_stored
 from lora_state_format.torch.apply import LoadReport, apply
 from lora_state_format.torch.capture import (
     Models,
@@ -77,7 +78,14 @@ def load_optimizer(
     if sharding(optimizer, model):
         return _load_together(optimizer, model, Path(path), policies, verify)
     with _open(Path(path), live := describe(optimizer, model), model) as state:
-        return apply(planning.plan(state, live, policies), optimizer, model)
+        return apply(_planned(state, live, policies), optimizer, model)
+
+
+def _planned(state: OptimizerState, live: LiveOptimizer, policies: Policies) -> LoadPlan:
+    """Return the plan, which says too what the file says of slots that were rounded."""
+    loading = planning.plan(state, live, policies)
+    lossy = describe_stored(state.origin)
+    return replace(loading, notes=(*loading.notes, lossy)) if lossy else loading
 
 
 def _load_together(optimizer: Optimizers, model: Models, path: Path, policies: Policies, verify: bool) -> LoadReport:
@@ -91,7 +99,7 @@ def _load_together(optimizer: Optimizers, model: Models, path: Path, policies: P
         if verify and any(parameter.weights for parameter in state.parameters):
             found = hashes({name: weights_of(named, name) for name in live.members if name in spread})
             live = _with_digests(live, found)
-        loading = planning.plan(state, live, policies)
+        loading = _planned(state, live, policies)
         parts = {
             f"'{b.name}': slot '{'.'.join(map(str, path))}'": slot.tensor
             for b in loading.bindings

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar, overload
 
 from lora_state_format.format import writing
 from lora_state_format.format.rotation import plan_rotation, remove_states, series_of
+from lora_state_format.optimizers.rounded import check_stored, stored
 from lora_state_format.torch.background import BackgroundSave, settle, start
 from lora_state_format.torch.capture import (
     Models,
@@ -45,6 +46,7 @@ def save_optimizer(
     background: Literal[False] = False,
     consolidate: bool = False,
     keep_last: int | None = None,
+    store: Mapping[str, str] | None = None,
 ) -> writing.Written: ...
 
 
@@ -62,6 +64,7 @@ def save_optimizer(
     background: Literal[True],
     consolidate: bool = False,
     keep_last: int | None = None,
+    store: Mapping[str, str] | None = None,
 ) -> BackgroundSave: ...
 
 
@@ -78,6 +81,7 @@ def save_optimizer(
     background: bool = False,
     consolidate: bool = False,
     keep_last: int | None = None,
+    store: Mapping[str, str] | None = None,
 ) -> writing.Written | BackgroundSave:
     """Write the state of an optimizer, or of several, under the model's names; see ``capture``.
 
@@ -94,6 +98,9 @@ def save_optimizer(
     last ones; everything else in them stays. Of a run are the states at paths that differ from this one in the numbers
     of a folder's name, as in ``checkpoint-300/training_state/optimizer.safetensors``.
 
+    ``store={"exp_avg": "BF16", "exp_avg_sq": "BF16"}`` rounds these slots to half their bytes. That is lossy, the file
+    and every report say so, and a load into float32 parameters needs ``dtype="param"``.
+
     With ``background=True`` the state is copied into the host's memory and written behind the run; what is returned
     has ``wait()``. The save before, if it is still being written, is waited for, and its error raised here. Of a
     sharded model each rank copies its part; call ``wait()`` before ``destroy_process_group``.
@@ -101,10 +108,12 @@ def save_optimizer(
     path = Path(path)
     if keep_last is not None:
         plan_rotation([], keep_last)  # refuses what is no number of checkpoints, before anything is written
+    check_stored(store or {})
     capturing: dict[str, Any] = {"extra": extra, "global_step": global_step, "copy": background}
 
     def whole() -> Callable[[], writing.Written]:
         state = capture(optimizer, model, weights=weights, **capturing)
+        state = stored(state, store).state if store else state
         path.parent.mkdir(parents=True, exist_ok=True)
         return lambda: _rotated(writing.write(state, path, force=force, max_shard_size=max_shard_size), keep_last)
 
@@ -115,7 +124,7 @@ def save_optimizer(
         from lora_state_format.torch.together import write_together
 
         group = background_group() if background else None
-        captured = _attempt(lambda: _captured(optimizer, model, weights, capturing))
+        captured = _attempt(lambda: _captured(optimizer, model, weights, capturing, store or {}))
 
         def write() -> writing.Written:
             written = write_together(
@@ -143,7 +152,9 @@ def _rotated(written: writing.Written, keep_last: int | None) -> writing.Written
     return written
 
 
-def _captured(optimizer: Optimizers, model: Models, weights: bool, capturing: Mapping[str, Any]) -> Captured:
+def _captured(
+    optimizer: Optimizers, model: Models, weights: bool, capturing: Mapping[str, Any], store: Mapping[str, str]
+) -> Captured:
     """Return what this rank has of a sharded state."""
     from lora_state_format.torch.together import Captured
 
@@ -151,7 +162,7 @@ def _captured(optimizer: Optimizers, model: Models, weights: bool, capturing: Ma
     state = capture_parts(optimizer, model, named, weights=False, **capturing)
     names = [parameter.name for parameter in state.parameters if parameter.name in named.tensors] if weights else []
     own = {name: weights_of(named, name, copy=capturing["copy"]) for name in names}
-    return Captured(state, own, named.parts)
+    return Captured(state, own, named.parts, store)
 
 
 def _attempt(action: Callable[[], T]) -> Callable[[], T]:

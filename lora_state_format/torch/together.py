@@ -24,6 +24,7 @@ from lora_state_format.io.ledger import Ledger
 from lora_state_format.model.digests import ALGORITHM, hash_tensor
 from lora_state_format.model.states import OptimizerState, Parameter, Role, Slot, Value, mapped
 from lora_state_format.model.tensors import CHUNK, Digest, Tensor
+from lora_state_format.optimizers.rounded import stored
 from lora_state_format.torch.distributed import Ranks
 from lora_state_format.torch.exchange import gather, run
 from lora_state_format.torch.fsdp1 import Part
@@ -37,11 +38,19 @@ LEAST: Final = 32 << 20
 
 @dataclass(frozen=True)
 class Captured:
-    """What a rank has captured: the state, the weights whose digests go with it, and its parts of parameters."""
+    """What a rank has captured.
+
+    Attributes:
+        state: With tensors of which this rank has some elements.
+        weights: The parameters' own tensors, whose digests go with the state.
+        parts: What this rank has of the parameters that are cut up.
+        store: The slots to round.
+    """
 
     state: OptimizerState
     weights: Mapping[str, Tensor]
     parts: Mapping[str, Part]
+    store: Mapping[str, str]
 
 
 def write_together(
@@ -72,8 +81,10 @@ def write_together(
     box: list[Captured] = []
     ranks.share(lambda: box.append(capture()))
     captured = box.pop()
-    captured = replace(captured, state=_completed(captured, ranks))
-    state = captured.state
+    state = _completed(captured, ranks)
+    if captured.store:  # what it raises, it raises on every rank
+        state = stored(state, captured.store).state
+    captured = replace(captured, state=state)
     bounds: list[tuple[int, int]] = []
     layouts: list[writing.Layout] = []
 
