@@ -7,7 +7,7 @@ have no names yet is a ``PositionalState``; ``PositionalState.named`` is the onl
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from enum import Enum
 from functools import cached_property
@@ -36,6 +36,7 @@ __all__ = [
     "Slot",
     "Value",
     "Weights",
+    "mapped",
     "walk",
 ]
 
@@ -114,6 +115,15 @@ def walk(value: Value, path: tuple[Any, ...] = ()) -> Iterator[tuple[tuple[Any, 
             yield from walk(inner, (*path, index))
     else:
         yield path, value
+
+
+def mapped(value: Any, leaf: Callable[[Any, tuple[Any, ...]], Any], path: tuple[Any, ...] = ()) -> Any:
+    """Return a value tree with ``leaf(value, path)`` in place of every leaf."""
+    if isinstance(value, Mapping):
+        return {key: mapped(inner, leaf, (*path, key)) for key, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(mapped(inner, leaf, (*path, index)) for index, inner in enumerate(value))
+    return leaf(value, path)
 
 
 @dataclass(frozen=True, slots=True)

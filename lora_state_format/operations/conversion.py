@@ -31,7 +31,7 @@ from lora_state_format.operations.report import (
     describe_support,
     naming_json,
 )
-from lora_state_format.optimizers import quantised
+from lora_state_format.optimizers import quantised, rounded
 
 if TYPE_CHECKING:
     from lora_state_format.naming.evidence import Evidence, Pairing
@@ -214,6 +214,7 @@ def convert(
     trainable: Sequence[str] = (),
     base: str | os.PathLike[str] | None = None,
     dequantize: bool = False,
+    store: Mapping[str, str] | None = None,
     force: bool = False,
     dry_run: bool = False,
     progress: Progress | None = None,
@@ -223,7 +224,8 @@ def convert(
     Takes the arguments of ``read``; ``options`` may also be those of the target's converter, and ``base`` is a
     checkpoint of the target's format to take the rest from, where it has one. A ``target`` with a slash at its end is a
     folder, in which the file gets its usual name; folders that are missing are made. ``dequantize`` decodes 8-bit and
-    4-bit moments to float32, so that a run can go on with an ordinary Adam; the report says what that loses. ``force``
+    4-bit moments to float32, so that a run can go on with an ordinary Adam; the report says what that loses. ``store``
+    rounds slots, as ``{"exp_avg": "BF16"}``, and the report says what that does to Adam's next update. ``force``
     replaces an existing target; ``dry_run`` does everything but write; ``progress`` is told the bytes of tensors
     written and their total. Where the parameters' own weights were found, their digests are kept, so that loading can
     tell whether weights and state belong together.
@@ -246,6 +248,8 @@ def convert(
             _check_digests(state)  # ``writing.write`` does so itself with what it copies
         decoded = quantised.dequantize(state) if dequantize else None
         state = _paired(decoded.state if decoded else state, named.weights)
+        narrowed = rounded.stored(state, store, measure=True) if store else None
+        state = narrowed.state if narrowed else state
         sizes = [tensor.size for tensor in tensors(state)]
         digest = None
         if not dry_run:
@@ -267,7 +271,7 @@ def convert(
             naming=state.naming,
             paired=sum(parameter.weights is not None for parameter in state.parameters),
             digest=digest,
-            notes=(*([str(decoded)] if decoded else []), *_notes(state, target_format)),
+            notes=(*([str(decoded)] if decoded else []), *_notes(state, target_format), *_error(narrowed)),
             warnings=(*named.skipped, *beside_weights(target)),
         )
 
@@ -427,6 +431,12 @@ def _check_digests(state: OptimizerState) -> None:
             if isinstance(leaf, Slot) and digests.stated_hash(leaf.tensor):
                 key = "/".join(map(str, (name, *path)))
                 digests.check_hash(key, leaf.tensor, digests.hash_tensor(leaf.tensor))
+
+
+def _error(narrowed: rounded.Stored | None) -> list[str]:
+    if narrowed is None or narrowed.error is None:
+        return []
+    return [f"Adam's next update differs by {narrowed.error:.2g} (relative, by norm) for what was rounded"]
 
 
 def _naming_lines(naming: Naming) -> list[str]:
