@@ -23,9 +23,10 @@ from lora_state_format.foreign import keyed, pickles
 from lora_state_format.foreign.pickles import Record
 from lora_state_format.foreign.state_dict import from_state_dict
 from lora_state_format.foreign.trees import member
-from lora_state_format.io.files import PooledFile, reading
+from lora_state_format.io.files import PooledFile, is_plain, reading
+from lora_state_format.model.dtypes import item_size
 from lora_state_format.model.states import Checkpoint, Scalar, Value
-from lora_state_format.model.tensors import Flat, Piece, Run, Tensor, item_size
+from lora_state_format.model.tensors import Flat, Piece, Run, Tensor
 from lora_state_format.registry import Match
 
 NAME: Final = "deepspeed_zero"
@@ -53,7 +54,7 @@ def _tag_folder(path: Path) -> Path | None:
     inner = []
     if latest.is_file() and latest.stat().st_size < 1024:
         tag = latest.read_text(errors="replace").strip()
-        inner = [path / tag] if tag and "/" not in tag else []
+        inner = [path / tag] if is_plain(tag) else []
     elif len(folders := [entry for entry in path.iterdir() if entry.is_dir() and _holds(entry)]) == 1:
         inner = folders
     return next((folder for folder in (path, *inner) if _holds(folder)), None)

@@ -13,11 +13,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
 
-from lora_state_format.errors import FileError, OptionError, TargetExistsError, UnrepresentableError
+from lora_state_format.errors import FileError, OptionError, UnrepresentableError
 from lora_state_format.foreign import pickles
 from lora_state_format.foreign.state_dict import Found, from_state_dict, to_state_dict
 from lora_state_format.foreign.torch_save import save
 from lora_state_format.foreign.trees import member
+from lora_state_format.io.atomic import check_target
 from lora_state_format.io.files import reading
 from lora_state_format.model.sources import File
 from lora_state_format.model.states import Checkpoint, OptimizerState, PositionalState
@@ -106,8 +107,7 @@ def write(state: OptimizerState, path: Path, *, base: Path | None, force: bool, 
     """
     if base is None:
         raise OptionError(f"{NAME} needs a .ckpt of the same run (base=, --base): all but the optimizers comes from it")
-    if path.exists() and not force:
-        raise TargetExistsError(f"{path} exists; pass force=True (--force) to replace it")
+    check_target(path, force=force)
     with reading() as files:
         tree = pickles.load(files[base], base).value
         count = len(member(tree, "optimizer_states", list, base))

@@ -187,6 +187,8 @@ def write(state: OptimizerState, path: Path, *, base: Path | None, force: bool, 
     state = apply.on_writing(state, options.get("map"), NAME)
     algorithm = algorithms.of_state(state, options.get("optimizer"))
     layout = algorithms.layout_of(state, algorithm, LAYOUTS)
+    rate = _rate(state, options)
+    algorithms.check_alike(state.groups, algorithm, {"lr": rate, **options})
     tensors: dict[str, Tensor] = {}
     for parameter in state.parameters:
         values = algorithms.values_of(parameter, algorithm, layout)
@@ -199,7 +201,7 @@ def write(state: OptimizerState, path: Path, *, base: Path | None, force: bool, 
             elif algorithm.name != "adafactor":
                 raise UnrepresentableError(f"'{parameter.name}' has no tensor '{slot}', which MLX keeps")
     tensors["step"] = _tensor("U64", struct.pack("<Q", _steps(state, algorithm, options)))
-    tensors["learning_rate"] = _tensor("F32", struct.pack("<f", _rate(state, options)))
+    tensors["learning_rate"] = _tensor("F32", struct.pack("<f", rate))
     plain.save(tensors, path, force=force)
 
 

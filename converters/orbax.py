@@ -15,10 +15,12 @@ from lora_state_format.foreign import optax
 from lora_state_format.foreign.flax import DTYPES
 from lora_state_format.foreign.optax_nodes import FIELDS, Keys, Tree, leaves
 from lora_state_format.foreign.trees import member
+from lora_state_format.io.files import inside
 from lora_state_format.io.json_files import read_json, read_json_object
 from lora_state_format.mapping import apply
+from lora_state_format.model.dtypes import item_size
 from lora_state_format.model.states import Checkpoint, Scalar
-from lora_state_format.model.tensors import Tensor, contiguous, item_size
+from lora_state_format.model.tensors import Tensor, contiguous
 from lora_state_format.registry import Match
 
 NAME: Final = "orbax"
@@ -115,6 +117,7 @@ class _Store:
         if kind == "string":
             raise RefusedError(f"'{'/'.join(keys)}' is a string, where numbers were expected", path=self._folder)
         name, base = ".".join(keys), self._folder.absolute()
+        inside(base, name, self._folder / METADATA)
         place = {"driver": "ocdbt", "base": f"file://{base}/", "path": f"{name}/"}
         if not self._ocdbt:
             place = {"driver": "file", "path": f"{base / name}/"}

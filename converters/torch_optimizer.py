@@ -17,6 +17,7 @@ from lora_state_format.foreign import pickles
 from lora_state_format.foreign.state_dict import Found, find, from_state_dict, to_state_dict
 from lora_state_format.foreign.torch_save import save
 from lora_state_format.foreign.zips import Archive, Member
+from lora_state_format.io.files import inside
 from lora_state_format.io.json_files import read_json_object
 from lora_state_format.io.safetensors import read_header
 from lora_state_format.model.sources import File
@@ -144,10 +145,8 @@ def _weights(path: Path, files: list[File]) -> Mapping[str, Tensor]:
     """Return the tensors of a weights file by their own keys; of all files that an index names."""
     if path.suffix == ".json":
         index = read_json_object(path).get("weight_map")
-        names = sorted(set(index.values())) if isinstance(index, dict) else []
-        if not all(isinstance(name, str) and Path(name).name == name for name in names):
-            raise FileError("its weight_map names files outside of its folder", path=path)
-        return {key: tensor for name in names for key, tensor in _weights(path.parent / name, files).items()}
+        places = {inside(path.parent, name, path) for name in index.values()} if isinstance(index, dict) else ()
+        return {key: tensor for place in sorted(places) for key, tensor in _weights(place, files).items()}
     file = File(path)
     files.append(file)
     if path.suffix == ".safetensors":

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Final
 from lora_state_format.errors import DigestError, MissingDependencyError
 from lora_state_format.format.reading import open_state
 from lora_state_format.model.digests import hash_tensor, stated_hash
+from lora_state_format.model.dtypes import DTYPES
 from lora_state_format.model.sources import Memory
 from lora_state_format.model.states import Scalar, Slot, Value
 from lora_state_format.model.tensors import Tensor, contiguous
@@ -18,10 +19,7 @@ if TYPE_CHECKING:
 
 __all__ = ["array", "load"]
 
-EXTENDED: Final[Mapping[str, str]] = {
-    "BF16": "bfloat16", "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2", "F8_E8M0": "float8_e8m0fnu",
-    "F8_E4M3FNUZ": "float8_e4m3fnuz", "F8_E5M2FNUZ": "float8_e5m2fnuz",
-}  # fmt: skip
+EXTENDED: Final = {dtype: row.name for dtype, row in DTYPES.items() if row.name and row.numpy is None}
 """dtypes that NumPy has only with ``ml_dtypes``, which comes with jax."""
 
 

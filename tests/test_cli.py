@@ -87,7 +87,7 @@ def test_convert_does_not_overwrite(lora_state: Output, founding: Founding, tmp_
     target = tmp_path / "optimizer.safetensors"
     target.write_text("precious")
     assert lora_state("convert", founding.path, target) == 2
-    assert lora_state.err == f"error: {target} exists; pass force=True (--force) to replace it\n"
+    assert lora_state.err == f"error: {target} exists; pass --force to replace it\n"
     assert target.read_text() == "precious"
     assert lora_state("convert", "--force", founding.path, target) == 0
 

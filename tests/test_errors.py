@@ -85,7 +85,8 @@ def _remedies() -> list[tuple[str, set[str]]]:
 
 
 def test_every_remedy_names_arguments_that_exist() -> None:
-    functions: list[Callable[..., Any]] = [lora_state_format.convert, lora_state_format.export, edit.prune]
+    lsf = lora_state_format
+    functions: list[Callable[..., Any]] = [lsf.convert, lsf.read, lsf.export, lsf.write, edit.prune]
     keywords = {name for function in functions for name in inspect.signature(function).parameters}
     options = {
         option

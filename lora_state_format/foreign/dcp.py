@@ -8,10 +8,11 @@ of ``torch/distributed/checkpoint/{metadata,filesystem}.py``.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from types import NoneType
 from typing import Any, Final
 
@@ -20,11 +21,13 @@ from lora_state_format.foreign import pickles
 from lora_state_format.foreign.pickles import Global, Record
 from lora_state_format.foreign.torch_save import archive, dumps
 from lora_state_format.foreign.trees import member
-from lora_state_format.io.files import Files, PooledFile, new_folder
+from lora_state_format.io.files import Files, PooledFile, is_plain
+from lora_state_format.io.folders import new_folder
 from lora_state_format.io.ledger import Ledger
+from lora_state_format.model.dtypes import item_size
 from lora_state_format.model.sources import File, Range, Source
 from lora_state_format.model.states import Scalar
-from lora_state_format.model.tensors import Box, Piece, Tensor, is_tiling, item_size
+from lora_state_format.model.tensors import Box, Piece, Tensor, is_tiling
 
 __all__ = ["METADATA", "Folder", "is_folder", "metadata", "open_folder", "write_folder"]
 
@@ -225,8 +228,7 @@ def _chunks(storage: Mapping[Any, Any], files: Files, path: Path) -> dict[str, d
 
 
 def _file(name: str, files: Files, metadata: Path) -> PooledFile:
-    place = PurePosixPath(name)
-    if place.is_absolute() or ".." in place.parts:
+    if not all(map(is_plain, name.split("/"))):
         raise RefusedError(f"points at a file outside the folder: {name!r}", path=metadata)
     path = metadata.parent / name
     if not path.is_file():
@@ -284,26 +286,29 @@ def write_folder(entries: Mapping[tuple[Any, ...], Any], path: Path, *, force: b
     described: dict[str, Any] = {}
     places: dict[Any, Any] = {}
     paths: dict[str, tuple[Any, ...]] = {}
-    ledger = Ledger()
-    with new_folder(path, force=force, replaceable=(METADATA, "*.distcp")) as folder:
-        with (folder / _DATA).open("wb") as file:
-            position = 0
-            for where, value in entries.items():
-                key = ".".join(map(str, where))
-                if key in paths:
-                    raise UnrepresentableError(f"DCP would give {paths[key]} and {where} the same key")
-                start = position
-                for chunk in archive(value, ledger):
-                    file.write(chunk)
-                    position += len(chunk)
-                paths[key] = where
-                described[key] = _described(value)
-                places[_index(key, value)] = Record(
-                    "torch.distributed.checkpoint.filesystem",
-                    "_StorageInfo",
-                    state={"relative_path": _DATA, "offset": start, "length": position - start},
-                )
+    for where, value in entries.items():
+        key = ".".join(map(str, where))
+        if key in paths:
+            raise UnrepresentableError(f"DCP would give {paths[key]} and {where} the same key")
+        paths[key] = where
+        described[key] = _described(value)
+
+    def items() -> Iterator[bytes | memoryview]:
+        ledger, position = Ledger(), 0
+        for key, value in zip(paths, entries.values(), strict=True):
+            start = position
+            for chunk in archive(value, ledger):
+                yield chunk
+                position += len(chunk)
+            places[_index(key, value)] = Record(
+                "torch.distributed.checkpoint.filesystem",
+                "_StorageInfo",
+                state={"relative_path": _DATA, "offset": start, "length": position - start},
+            )
         ledger.check()
+
+    with new_folder(path, force=force, replaces={METADATA, _DATA, *_files(path)}) as folder:
+        folder.write((_DATA,), items())
         members = {
             "state_dict_metadata": described,
             "planner_data": paths,
@@ -311,7 +316,17 @@ def write_folder(entries: Mapping[tuple[Any, ...], Any], path: Path, *, force: b
             "storage_meta": None,
             "version": "1.0.0",
         }
-        (folder / METADATA).write_bytes(dumps(Record(_MODULE, "Metadata", state=members)))
+        folder.write((METADATA,), [dumps(Record(_MODULE, "Metadata", state=members))])
+
+
+def _files(path: Path) -> set[str]:
+    """Return the files that the ``.metadata`` of a folder names, if there is one that can be read."""
+    if not is_folder(path):
+        return set()
+    with contextlib.suppress(FileError):
+        storage = _state(pickles.load_plain(metadata(path)), "storage_data", dict, path)
+        return {_state(info, "relative_path", str, path) for info in storage.values()}
+    return set()
 
 
 def _size(shape: Sequence[int]) -> Record:

@@ -16,24 +16,20 @@ from math import prod
 from pathlib import Path
 from typing import Any, Final
 
-from lora_state_format.errors import FileError, RefusedError, TargetExistsError, UnrepresentableError
+from lora_state_format.errors import FileError, RefusedError, UnrepresentableError
 from lora_state_format.foreign.optax_nodes import Tree
-from lora_state_format.io.atomic import TemporaryFile
+from lora_state_format.io.atomic import write_file
 from lora_state_format.io.ledger import Ledger
+from lora_state_format.io.strict_json import utf8
+from lora_state_format.model.dtypes import NAMES, item_size
 from lora_state_format.model.sources import File
 from lora_state_format.model.states import Scalar
-from lora_state_format.model.tensors import CHUNK, Flat, Piece, Tensor, contiguous, item_size
+from lora_state_format.model.tensors import CHUNK, Flat, Piece, Tensor, contiguous
 
 __all__ = ["first_key", "load", "packed", "save"]
 
-DTYPES: Final = {
-    "bool": "BOOL", "uint8": "U8", "int8": "I8", "uint16": "U16", "int16": "I16", "uint32": "U32", "int32": "I32",
-    "uint64": "U64", "int64": "I64", "float16": "F16", "bfloat16": "BF16", "float32": "F32", "float64": "F64",
-    "complex64": "C64", "float8_e4m3fn": "F8_E4M3", "float8_e5m2": "F8_E5M2", "float8_e8m0fnu": "F8_E8M0",
-    "float8_e4m3fnuz": "F8_E4M3FNUZ", "float8_e5m2fnuz": "F8_E5M2FNUZ",
-}  # fmt: skip
+DTYPES: Final = {name: dtype for dtype, name in NAMES.items()}
 """NumPy's name of a dtype, as flax writes it -> safetensors'."""
-NAMES: Final = {dtype: name for name, dtype in DTYPES.items()}
 CHUNKED: Final = "__msgpack_chunked_array__"
 MAX_PLAIN: Final = 1 << 30
 """Bytes up to which flax writes an array in one piece."""
@@ -265,15 +261,7 @@ class _Reader:
 
 def save(tree: Tree, path: Path, *, force: bool = False) -> None:
     """Write a tree as one file, whole or not at all. Raises ``TargetExistsError``, and what ``packed`` raises."""
-    if path.exists() and not force:
-        raise TargetExistsError(f"{path} exists; pass force=True (--force) to replace it")
-    with TemporaryFile(path) as file:
-        position = 0
-        for chunk in packed(tree):
-            file.write(position, chunk)
-            position += len(chunk)
-        file.finish(b"")
-        file.commit(path)
+    write_file(path, packed(tree), force=force)
 
 
 def packed(tree: Tree) -> Iterator[bytes | memoryview]:
@@ -304,6 +292,7 @@ def _packed(tree: Tree, ledger: Ledger, buffer: memoryview) -> Iterator[bytes | 
     elif isinstance(tree, Mapping):
         yield msgpack.Packer().pack_map_header(len(tree))
         for key, value in tree.items():
+            utf8(key)
             yield msgpack.packb(key)
             yield from _packed(value, ledger, buffer)
     else:

@@ -14,6 +14,7 @@ from lora_state_format.mapping.algorithms import (
     STATE_STEPS,
     Algorithm,
     Layout,
+    check_alike,
     choose,
     group_options,
     layout_of,
@@ -25,8 +26,9 @@ from lora_state_format.mapping.algorithms import (
     values_of,
     zeros,
 )
+from lora_state_format.model.dtypes import item_size
 from lora_state_format.model.states import Group, Naming, Optimizer, OptimizerState, Parameter, Scalar, Value
-from lora_state_format.model.tensors import Tensor, item_size
+from lora_state_format.model.tensors import Tensor
 
 __all__ = ["LAYOUTS", "OPTIONS", "from_tree", "to_tree"]
 
@@ -172,9 +174,11 @@ def to_tree(state: OptimizerState, *, options: Mapping[str, Any], base: Tree = N
     """
     algorithm = of_state(state, options.get("optimizer"))
     layout = layout_of(state, algorithm, LAYOUTS)
-    if state.carried:
-        raise UnrepresentableError(f"'{state.carried[0].name}' is in no group, and optax has no place for its state")
     around, nodes = _surroundings(state, layout, base)
+    for parameters, _ in nodes:
+        names = {parameter.name for parameter in parameters.values()}
+        together = zip(state.groups, state.members(), strict=True)
+        check_alike([group for group, members in together if names & {p.name for p in members}], algorithm, options)
     step = steps(state.parameters) if layout.counts and algorithm.step is not None else None
     if step is None:
         step = stated_step(options) if "step" in options else state.global_step

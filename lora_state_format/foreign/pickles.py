@@ -19,9 +19,10 @@ from typing import Any, Final
 from lora_state_format.errors import FileError, RefusedError
 from lora_state_format.foreign.zips import Archive
 from lora_state_format.io.ledger import crc32
+from lora_state_format.model.dtypes import NAMES, item_size
 from lora_state_format.model.gc import paused
 from lora_state_format.model.sources import File, Memory, Range, Source
-from lora_state_format.model.tensors import Box, Piece, Tensor, c_strides, contiguous, item_size
+from lora_state_format.model.tensors import Box, Piece, Tensor, c_strides, contiguous
 
 __all__ = [
     "DTYPES",
@@ -561,12 +562,7 @@ _ODD: Final = frozenset({tuple, frozenset, complex})
 
 # --- globals ------------------------------------------------------------------------------------------------------
 
-DTYPES: Final = {
-    "bool": "BOOL", "uint8": "U8", "int8": "I8", "uint16": "U16", "int16": "I16", "uint32": "U32", "int32": "I32",
-    "uint64": "U64", "int64": "I64", "float16": "F16", "bfloat16": "BF16", "float32": "F32", "float64": "F64",
-    "complex64": "C64", "float8_e4m3fn": "F8_E4M3", "float8_e5m2": "F8_E5M2", "float8_e8m0fnu": "F8_E8M0",
-    "float8_e4m3fnuz": "F8_E4M3FNUZ", "float8_e5m2fnuz": "F8_E5M2FNUZ", "float4_e2m1fn_x2": "F4",
-}  # fmt: skip
+DTYPES: Final = {**{name: dtype for dtype, name in NAMES.items()}, "float4_e2m1fn_x2": "F4"}
 """torch's dtypes, as safetensors spells them."""
 
 _WIDTHS: Final = {

@@ -13,15 +13,17 @@ from itertools import chain
 from pathlib import Path
 from typing import Any, Final
 
-from lora_state_format.errors import TargetExistsError, UnrepresentableError
+from lora_state_format.errors import UnrepresentableError
 from lora_state_format.foreign.pickles import Global, Record
-from lora_state_format.io.atomic import TemporaryFile
+from lora_state_format.io.atomic import write_file
 from lora_state_format.io.ledger import Ledger, crc32
+from lora_state_format.io.strict_json import utf8
+from lora_state_format.model.dtypes import NAMES
 from lora_state_format.model.sources import Memory
 from lora_state_format.model.states import Scalar, Slot
 from lora_state_format.model.tensors import CHUNK, Tensor, c_strides, contiguous
 
-__all__ = ["archive", "dumps", "save"]
+__all__ = ["archive", "dumps", "pack", "save"]
 
 ALIGNMENT: Final = 64
 _STREAMED: Final = 0x0808  # sizes and CRC follow the data; names are UTF-8
@@ -34,26 +36,24 @@ _STORAGES: Final = {
 }  # fmt: skip
 """dtype -> torch's class for storages of it."""
 
-_UNTYPED: Final = {
-    "U16": "uint16", "U32": "uint32", "U64": "uint64", "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2",
-    "F8_E8M0": "float8_e8m0fnu", "F8_E4M3FNUZ": "float8_e4m3fnuz", "F8_E5M2FNUZ": "float8_e5m2fnuz",
-}  # fmt: skip
+_UNTYPED: Final = {dtype: name for dtype, name in NAMES.items() if dtype not in _STORAGES}
 """dtype -> torch's name, for those that torch saves in untyped storages."""
 
 
 def save(value: Any, path: Path, *, force: bool = False) -> None:
-    """Write one file, whole or not at all. Raises ``TargetExistsError``, and what ``archive`` raises."""
-    if path.exists() and not force:
-        raise TargetExistsError(f"{path} exists; pass force=True (--force) to replace it")
+    """Write one file, whole or not at all. Raises ``TargetExistsError``, and what ``pack`` raises."""
+    write_file(path, pack(value), force=force)
+
+
+def pack(value: Any) -> Iterator[bytes | memoryview]:
+    """Yield the bytes of a file in order; each chunk is valid until the next one is asked for.
+
+    Raises ``UnrepresentableError`` for a value that torch could not load back, and at the end ``FileError`` for bytes
+    that are not what their files state.
+    """
     ledger = Ledger()
-    with TemporaryFile(path) as file:
-        position = 0
-        for chunk in archive(value, ledger):
-            file.write(position, chunk)
-            position += len(chunk)
-        ledger.check()
-        file.finish(b"")
-        file.commit(path)
+    yield from archive(value, ledger)
+    ledger.check()
 
 
 def archive(value: Any, ledger: Ledger, root: str = "archive") -> Iterator[bytes | memoryview]:
@@ -83,7 +83,7 @@ def archive(value: Any, ledger: Ledger, root: str = "archive") -> Iterator[bytes
             + extra
         )
         crc = 0
-        for chunk in ledger.chunks(tensor, buffer):
+        for chunk in ledger.chunks(tensor, buffer, name):
             crc = crc32(chunk, crc)
             yield chunk
         yield struct.pack("<4sL2Q" if big else "<4s3L", b"PK\7\10", crc, tensor.size, tensor.size)
@@ -230,7 +230,7 @@ def _plain(value: bool | float | str | None) -> bytes:
         case float():
             return b"G" + struct.pack(">d", value)
         case str():
-            text = value.encode()
+            text = utf8(value)
             return b"X" + struct.pack("<L", len(text)) + text
 
 
@@ -240,4 +240,6 @@ def _integer(value: int) -> bytes:
     if -(1 << 31) <= value < 1 << 31:
         return b"J" + struct.pack("<i", value)
     data = value.to_bytes((value.bit_length() + 8) // 8, "little", signed=True)
+    if len(data) > 255:
+        raise UnrepresentableError(f"an integer of {len(data)} bytes cannot be written into a file that torch loads")
     return b"\x8a" + bytes([len(data)]) + data

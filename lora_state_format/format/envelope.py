@@ -13,6 +13,7 @@ from typing import Any, Final
 
 from lora_state_format.errors import FileError
 from lora_state_format.format.manifest import FORMAT, HEX
+from lora_state_format.io.files import is_plain
 from lora_state_format.io.safetensors import ALIGNMENT, Header, Raw
 from lora_state_format.io.strict_json import dumps, loads
 from lora_state_format.model.sources import File
@@ -130,9 +131,7 @@ def read_index(index: Path) -> dict[str, Any]:
         raise fail(f"{len(shards)} shards, more than {MAX_SHARDS}")
     for item in shards:
         match item:
-            case {"digest": str(), "file": str(name)} if (
-                len(item) == 2 and not {"/", "\\", "\0"} & {*name} and name not in ("", ".", "..")
-            ):
+            case {"digest": str(), "file": name} if len(item) == 2 and is_plain(name):
                 pass
             case _:
                 raise fail(f"shards holds {dumps(item)[:100]!r}, expected a digest and the name of a file beside it")

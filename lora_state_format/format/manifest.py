@@ -16,6 +16,7 @@ from lora_state_format.format.values import MAX_INT, decode_value, encode_value,
 from lora_state_format.io.safetensors import MAX_DIMENSIONS
 from lora_state_format.io.strict_json import dumps
 from lora_state_format.model.digests import ALGORITHM
+from lora_state_format.model.dtypes import BITS
 from lora_state_format.model.states import (
     Group,
     Naming,
@@ -26,7 +27,7 @@ from lora_state_format.model.states import (
     Slot,
     Value,
 )
-from lora_state_format.model.tensors import BITS, Digest, Tensor
+from lora_state_format.model.tensors import Digest, Tensor
 
 __all__ = [
     "FORMAT",

@@ -10,13 +10,13 @@ from typing import Any, Final, TypeAlias
 
 from lora_state_format.errors import FileError, UnrepresentableError
 from lora_state_format.io.strict_json import dumps
+from lora_state_format.model.dtypes import BITS
 from lora_state_format.model.states import (
     Role,
     Scalar,
     Slot,
     Value,
 )
-from lora_state_format.model.tensors import BITS
 
 __all__ = ["decode_value", "encode_value"]
 

@@ -1,4 +1,4 @@
-"""CRC-32 as zip archives state it: checked on the bytes that stream by, and only otherwise by reading again."""
+"""What files state of their bytes, CRC-32 of zip archives and digests of tensors, checked while the bytes stream by."""
 
 from __future__ import annotations
 
@@ -6,7 +6,10 @@ from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, Protocol
 
+import xxhash
+
 from lora_state_format.errors import FileError
+from lora_state_format.model.digests import check_hash, stated_hash
 from lora_state_format.model.sources import Range, Source
 from lora_state_format.model.tensors import CHUNK, Tensor
 
@@ -32,7 +35,7 @@ class _Changeable(Protocol):
 
 
 class Ledger:
-    """Checks the CRC-32 that sources state about themselves while their bytes stream by, and that no file changes.
+    """Checks what sources and tensors state about their bytes while these stream by, and that no file changes.
 
     What streamed past is kept as (offset, size, crc) per source and combined at the end; only bytes that no tensor
     covers, or that were gathered, are read once more.
@@ -42,8 +45,31 @@ class Ledger:
         self._seen: dict[int, tuple[Source, list[tuple[int, int, int]]]] = {}
         self._files: dict[int, _Changeable] = {}
 
-    def chunks(self, tensor: Tensor, buffer: memoryview) -> Iterator[memoryview]:
-        """Yield all bytes of a tensor in order, and note their CRCs; each chunk is valid until the next."""
+    def chunks(
+        self, tensor: Tensor, buffer: memoryview, key: str = "", digests: list[str] | None = None
+    ) -> Iterator[memoryview]:
+        """Yield a tensor's bytes in order; each chunk is valid until the next one is asked for.
+
+        Args:
+            tensor: What to read.
+            buffer: Reused for the chunks.
+            key: What messages call the tensor.
+            digests: The xxh3-128 of all bytes is appended, if a list is given.
+
+        Raises ``DigestError`` at the end if the tensor's file states another digest.
+        """
+        if digests is None and stated_hash(tensor) is None:
+            yield from self._chunks(tensor, buffer)
+            return
+        hasher = xxhash.xxh3_128()
+        for chunk in self._chunks(tensor, buffer):
+            hasher.update(chunk)
+            yield chunk
+        check_hash(key, tensor, hasher.hexdigest())
+        if digests is not None:
+            digests.append(hasher.hexdigest())
+
+    def _chunks(self, tensor: Tensor, buffer: memoryview) -> Iterator[memoryview]:
         if tensor.runs is None:
             for piece in tensor.pieces:
                 self._note(piece.source)

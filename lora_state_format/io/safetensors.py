@@ -10,9 +10,10 @@ from typing import Any, Final, NamedTuple, TypeAlias
 
 from lora_state_format.errors import FileError
 from lora_state_format.io.strict_json import dumps, loads
+from lora_state_format.model.dtypes import BITS
 from lora_state_format.model.gc import paused
 from lora_state_format.model.sources import File
-from lora_state_format.model.tensors import BITS, Digest, Tensor, contiguous
+from lora_state_format.model.tensors import Digest, Tensor, contiguous
 
 __all__ = ["MAX_DIMENSIONS", "Entry", "Header", "read_header"]
 

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from json.encoder import encode_basestring
 from typing import Any, Final
 
-from lora_state_format.errors import FileError
+from lora_state_format.errors import FileError, UnrepresentableError
 
 __all__ = [
     "MAX_DEPTH",
@@ -19,6 +19,7 @@ __all__ = [
     "format_float",
     "loads",
     "most_values",
+    "utf8",
 ]
 
 MAX_DEPTH: Final = 64
@@ -51,6 +52,14 @@ def dumps(value: Any) -> str:
     if isinstance(value, dict):
         return "{" + ",".join(f"{encode_basestring(key)}:{dumps(value[key])}" for key in sorted(value)) + "}"
     return "[" + ",".join(map(dumps, value)) + "]"
+
+
+def utf8(text: str) -> bytes:
+    """Return the bytes of a text. Raises ``UnrepresentableError`` for lone surrogates, which have none."""
+    try:
+        return text.encode()
+    except UnicodeEncodeError:
+        raise UnrepresentableError("the state holds a string with a lone surrogate, which is no text") from None
 
 
 def format_float(value: float) -> str:

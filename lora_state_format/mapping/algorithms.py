@@ -17,9 +17,11 @@ from dataclasses import dataclass, field
 from typing import Any, Final
 
 from lora_state_format.errors import FileError, OptionError, Remedy, UnrepresentableError
+from lora_state_format.model.dtypes import item_size
 from lora_state_format.model.sources import Memory
-from lora_state_format.model.states import OptimizerState, Parameter, Scalar, Slot, Value
-from lora_state_format.model.tensors import Box, Piece, Tensor, item_size
+from lora_state_format.model.states import Group, OptimizerState, Parameter, Scalar, Slot, Value
+from lora_state_format.model.tensors import Box, Piece, Tensor
+from lora_state_format.optimizers.options import Kind, kind_of
 from lora_state_format.optimizers.roles import role_of
 
 __all__ = [
@@ -30,6 +32,7 @@ __all__ = [
     "STATE_STEPS",
     "Algorithm",
     "Layout",
+    "check_alike",
     "choose",
     "group_options",
     "is_zero",
@@ -214,18 +217,68 @@ def _ends(class_path: str) -> tuple[str, str]:
     return class_path.partition(".")[0], class_path.rpartition(".")[2]
 
 
+NEUTRAL: Final[Mapping[str, tuple[str, ...]]] = {
+    "decoupled_weight_decay": ("adamw", "adamw_uncorrected", "lion"),
+    "initial_accumulator_value": ("adagrad",),
+}
+"""Options that torch's classes have and ``options`` does not list -> rules that they change nothing of."""
+
+
+def _check_options(number: int, options: Mapping[str, Value], algorithm: Algorithm) -> None:
+    """Raise ``UnrepresentableError`` for an option that changes what a step computes and that other frameworks lack."""
+    if options.get("amsgrad"):
+        raise UnrepresentableError(f"amsgrad=True does not convert between frameworks: {REFUSED['amsgrad']}")
+    if options.get("dampening"):
+        raise UnrepresentableError("SGD with dampening does not convert: no other framework has it")
+    for key, value in options.items():
+        own = key in algorithm.options or algorithm.name in NEUTRAL.get(key, ())
+        if not own and value and kind_of(key, options) in (Kind.MATH, Kind.STATE):
+            raise UnrepresentableError(
+                f"group {number} has {key}={_plain(value)!r}, which {algorithm.name} of other frameworks does not have"
+            )
+
+
+def check_alike(groups: Sequence[Group], algorithm: Algorithm, given: Mapping[str, Any]) -> None:
+    """Raise ``UnrepresentableError`` for groups that differ in an option, where the target makes one of them.
+
+    Args:
+        groups: Those that become one; empty ones do not count.
+        algorithm: Whose options count.
+        given: Options that the caller states for all.
+    """
+    held = [dict(group.options) for group in groups if group.count]
+    for key in algorithm.options:
+        values = [_plain(options[key]) for options in held if key in options]
+        if key not in given and any(value != values[0] for value in values):
+            raise UnrepresentableError(
+                f"groups differ in {key} ({', '.join(dict.fromkeys(map(repr, values)))}), and the target "
+                f"has one {key} for all: say which with --option {key}=..."
+            )
+
+
+def _plain(value: Value) -> Any:
+    """Return an option's value as numbers; a list and a tuple of the same numbers are the same."""
+    if isinstance(value, (list, tuple)):
+        return tuple(map(_plain, value))
+    return value.item() if isinstance(value, Scalar) else value
+
+
 def layout_of(state: OptimizerState, algorithm: Algorithm, layouts: Sequence[Layout]) -> Layout:
     """Return the layout that holds exactly the slots of a state, its step aside.
 
-    Raises ``UnrepresentableError`` that names the slot that has no place, with the reason where one is known.
+    Raises ``UnrepresentableError`` that names the slot, the option or whatever else has no place, with the reason where
+    one is known.
     """
     fitting = [layout for layout in layouts if layout.rule == algorithm.name]
-    for group in state.groups:
-        options = dict(group.options)
-        if options.get("amsgrad"):
-            raise UnrepresentableError(f"amsgrad=True does not convert between frameworks: {REFUSED['amsgrad']}")
-        if options.get("dampening"):
-            raise UnrepresentableError("SGD with dampening does not convert: no other framework has it")
+    if len(state.optimizers) != 1:
+        raise UnrepresentableError(f"the state of {len(state.optimizers)} optimizers, where the target has that of one")
+    if state.globals:
+        name = next(iter(state.globals))
+        raise UnrepresentableError(f"'{name}' belongs to no parameter: the target has no place for it")
+    if state.carried:
+        raise UnrepresentableError(f"'{state.carried[0].name}' is in no group: the target has no place for its state")
+    for number, group in enumerate(state.groups):
+        _check_options(number, dict(group.options), algorithm)
     strange = f"the target has no place for the state of {algorithm.name}"
     for layout in fitting:
         slots = {*layout.fields.values(), *algorithm.recomputed, "step"}

@@ -14,9 +14,9 @@ from functools import cache
 from math import prod
 from typing import Any, Final
 
-from lora_state_format.errors import ConversionError, MissingNamesError, UnrepresentableError
+from lora_state_format.errors import ConversionError, MissingNamesError, OptionError, UnrepresentableError
 from lora_state_format.mapping.algorithms import ALGORITHMS
-from lora_state_format.mapping.maps import FIELD, Map, Rule, load
+from lora_state_format.mapping.maps import FIELD, MAPS, Map, Rule, load
 from lora_state_format.model.states import Checkpoint, OptimizerState, Parameter, Role, Slot, Value, walk
 from lora_state_format.model.tensors import Box, Piece, Tensor, contiguous
 from lora_state_format.naming.modules import in_module_order
@@ -39,10 +39,19 @@ def on_reading(checkpoint: Checkpoint, name: str | None) -> Checkpoint:
 
 
 def on_writing(state: OptimizerState, name: str | None, converter: str) -> OptimizerState:
-    """Return a state under a format's names: by the named map, else by the one that the format was read with."""
+    """Return a state under a format's names: by the named map, else by the one that the format was read with.
+
+    Raises ``OptionError`` where neither is there: the names and axes of one framework are not those of another.
+    """
     if name is None and state.origin.get("format") == converter:
-        name = str(state.origin["map"]) if "map" in state.origin else None
-    return state if name in (None, "none") else invert(state, load(name))
+        name = str(state.origin.get("map", "none"))
+    if name is None:
+        known = ", ".join(layout.name for layout in MAPS)
+        raise OptionError(
+            f"the names and axes of the state are not those of {converter}: say whose it has to have with --map "
+            f"({known}, or a file), or --map none to keep them as they are"
+        )
+    return state if name == "none" else invert(state, load(name))
 
 
 # --- applying -----------------------------------------------------------------------------------------------------

@@ -5,14 +5,19 @@ from __future__ import annotations
 import os
 import stat
 import weakref
-from typing import TYPE_CHECKING, Protocol
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Final, Protocol
 
 from lora_state_format.errors import FileError
 
 if TYPE_CHECKING:
     from types import TracebackType
 
-__all__ = ["File", "Memory", "Range", "Source"]
+__all__ = ["File", "Memory", "Range", "Source", "bytes_of"]
+
+
+COPIED: Final = 1 << 20
+"""Bytes of a source that are copied at a time."""
 
 
 class Source(Protocol):
@@ -136,3 +141,12 @@ class Memory:
     def view(self, offset: int, size: int) -> memoryview | None:
         """Return the bytes without a copy."""
         return self._view[offset : offset + size]
+
+
+def bytes_of(source: Source) -> Iterator[memoryview]:
+    """Yield all bytes of a source in order; each chunk is valid until the next one is asked for."""
+    buffer = memoryview(bytearray(min(COPIED, source.size)))
+    for offset in range(0, source.size, COPIED):
+        chunk = buffer[: source.size - offset]
+        source.readinto(offset, chunk)
+        yield chunk

@@ -16,6 +16,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
 from lora_state_format.errors import ConversionError, OptionError
+from lora_state_format.model.dtypes import DTYPES
 from lora_state_format.model.sources import Memory
 
 if TYPE_CHECKING:
@@ -59,11 +60,6 @@ class Role(str, Enum):
 SHOWN: Final = 3
 """Parameters, and groups, that the ``repr`` of a state names."""
 
-_CODES: Final[Mapping[str, str]] = {
-    "BOOL": "?", "U8": "B", "I8": "b", "U16": "H", "I16": "h", "U32": "I", "I32": "i", "U64": "Q", "I64": "q",
-    "F16": "e", "F32": "f", "F64": "d",
-}  # fmt: skip
-
 
 @dataclass(frozen=True, slots=True)
 class Scalar:
@@ -76,7 +72,7 @@ class Scalar:
     def of(cls, dtype: str, value: bool | int | float) -> Scalar:
         """Return a number as a scalar. Raises ``TypeError`` for a dtype or a number that ``struct`` does not take."""
         try:
-            return cls(dtype, struct.pack(f"<{_CODES[dtype]}", value))
+            return cls(dtype, struct.pack(f"<{DTYPES[dtype].struct or dtype}", value))
         except (KeyError, struct.error, OverflowError) as error:
             raise TypeError(f"{value!r} has no form as a scalar of type {dtype}") from error
 
@@ -86,9 +82,10 @@ class Scalar:
             return float(struct.unpack("<f", b"\0\0" + self.data)[0])
         if self.dtype == "C64":
             return complex(*struct.unpack("<2f", self.data))
-        if self.dtype not in _CODES:
+        code = DTYPES[self.dtype].struct
+        if code is None:
             raise TypeError(f"a scalar of type {self.dtype} has no Python number")
-        value: bool | int | float = struct.unpack(f"<{_CODES[self.dtype]}", self.data)[0]
+        value: bool | int | float = struct.unpack(f"<{code}", self.data)[0]
         return value
 
 

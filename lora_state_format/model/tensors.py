@@ -4,27 +4,20 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_left, bisect_right
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any, Final
 
 from lora_state_format.errors import FileError
+from lora_state_format.model.dtypes import BITS, DTYPES, item_size
 from lora_state_format.model.sources import Source
 
 if TYPE_CHECKING:
     import numpy as np
 
-__all__ = ["BITS", "CHUNK", "Box", "Digest", "Flat", "Piece", "Run", "Tensor", "contiguous", "is_tiling", "item_size"]
-
-BITS: Final[Mapping[str, int]] = {
-    "BOOL": 8, "U8": 8, "I8": 8, "U16": 16, "I16": 16, "U32": 32, "I32": 32, "U64": 64, "I64": 64,
-    "F16": 16, "BF16": 16, "F32": 32, "F64": 64, "C64": 64,
-    "F8_E5M2": 8, "F8_E4M3": 8, "F8_E8M0": 8, "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8,
-    "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6,
-}  # fmt: skip
-"""Bits per element of every dtype, spelled as safetensors spells it."""
+__all__ = ["CHUNK", "Box", "Digest", "Flat", "Piece", "Run", "Tensor", "contiguous", "is_tiling"]
 
 CHUNK: Final = 1 << 20
 """Bytes moved at a time."""
@@ -40,11 +33,6 @@ MAX_CUT_AXES: Final = 4
 
 MAX_CORNERS: Final = 1 << 20
 """Corners of all boxes of one tensor, 2 to the power of the axes that are cut for each: of 262,144 boxes in a plane."""
-
-
-def item_size(dtype: str) -> int:
-    """Return bytes per element, rounded up for the dtypes that are smaller than a byte."""
-    return (BITS[dtype] + 7) // 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -318,13 +306,10 @@ class Tensor:
         """Return a NumPy array of its own. NumPy has no bfloat16 and no 8-bit floats: those raise ``TypeError``."""
         import numpy as np
 
-        names = {
-            "BOOL": "?", "U8": "u1", "I8": "i1", "U16": "<u2", "I16": "<i2", "U32": "<u4", "I32": "<i4", "U64": "<u8",
-            "I64": "<i8", "F16": "<f2", "F32": "<f4", "F64": "<f8", "C64": "<c8",
-        }  # fmt: skip
-        if self.dtype not in names:
+        kind = DTYPES[self.dtype].numpy
+        if kind is None:
             raise TypeError(f"NumPy has no {self.dtype}; use .bytes(), or .torch()")
-        return np.frombuffer(self.bytes(), dtype=names[self.dtype]).reshape(self.shape)
+        return np.frombuffer(self.bytes(), dtype=kind).reshape(self.shape)
 
     def torch(self) -> Any:
         """Return a ``torch.Tensor`` of its own, on the CPU. Needs torch."""

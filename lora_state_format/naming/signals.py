@@ -32,6 +32,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final, NamedTuple, TypeAlias
 
 from lora_state_format.errors import OptionError, UnrepresentableError
+from lora_state_format.model.dtypes import FLOATS, decoded
 from lora_state_format.model.states import Group, OptimizerState, Parameter, Scalar, Slot, Value
 from lora_state_format.model.tensors import Tensor
 from lora_state_format.optimizers.quantised import BITSANDBYTES, dequantize
@@ -475,11 +476,9 @@ def _floats(tensor: Tensor, spans: Sequence[tuple[int, int]]) -> Array:
     """Return runs of a tensor's elements as a flat float32 array, what is not finite as 0."""
     import numpy as np
 
-    types = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2"}
-    if tensor.dtype not in types:
+    if tensor.dtype not in FLOATS:
         return np.zeros(sum(length for _, length in spans), np.float32)
-    raw = np.concatenate([np.frombuffer(_bytes(tensor, *span), types[tensor.dtype]) for span in spans])
-    values = (raw.astype(np.uint32) << 16).view(np.float32) if tensor.dtype == "BF16" else raw.astype(np.float32)
+    values = np.concatenate([decoded(_bytes(tensor, *span), tensor.dtype) for span in spans]).astype(np.float32)
     return np.nan_to_num(values, copy=False, posinf=0.0, neginf=0.0)
 
 

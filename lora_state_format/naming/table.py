@@ -15,9 +15,9 @@ if TYPE_CHECKING:
     Array: TypeAlias = "NDArray[np.float32]"
 from lora_state_format.naming.signals import (
     BIAS,
+    CONSERVED,
     MAGNITUDE,
     PRIOR,
-    CONSERVED,
     SURE,
     WEIGHT,
     A,

@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from lora_state_format import registry
-from lora_state_format.errors import OptionError, TargetExistsError
+from lora_state_format.errors import OptionError
 from lora_state_format.format import envelope, writing
+from lora_state_format.io.atomic import refuse_existing
 from lora_state_format.model import digests
 from lora_state_format.model.digests import ALGORITHM
 from lora_state_format.model.states import Naming, OptimizerState, PositionalState, Slot, walk
@@ -141,8 +142,7 @@ def convert(
     source, target = Path(source), Path(target)
     if target.is_dir() and target_format == registry.NAMED:
         raise OptionError(f"{target} is a folder; name the file to write, as in {target / 'optimizer.safetensors'}")
-    if target.exists() and not force:
-        raise TargetExistsError(f"{target} exists; pass force=True (--force) to replace it")
+    refuse_existing(target, force=force)
     writer = registry.writer(target_format)
     converter, match = registry.find(source, source_format)
     options = options or {}

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final, NamedTuple
 
+from lora_state_format.model.dtypes import NUMBERS, decoded
 from lora_state_format.model.states import Naming, OptimizerState, PositionalState, Scalar, Slot, Value, walk
 from lora_state_format.model.tensors import Tensor
 
@@ -91,12 +92,9 @@ class Statistics:
         import numpy as np
 
         for chunk in tensor.chunks():
-            if tensor.dtype == "BF16":
-                values = (np.frombuffer(chunk, "<u2").astype("<u4") << 16).view("<f4")
-            elif tensor.dtype in {"F16", "F32", "F64", "U8", "I8", "I16", "I32", "I64"}:
-                values = np.frombuffer(chunk, f"<{tensor.dtype[0].lower()}{int(tensor.dtype[1:]) // 8}")
-            else:
+            if tensor.dtype not in NUMBERS:
                 return
+            values = decoded(chunk, tensor.dtype)
             finite = values[np.isfinite(values)].astype("f8")
             self.elements += values.size
             self.zeros += int((values == 0).sum())

@@ -13,6 +13,7 @@ import xxhash
 from lora_state_format.errors import DigestError, UnrepresentableError
 from lora_state_format.io.ledger import Ledger
 from lora_state_format.model.digests import stated_hash
+from lora_state_format.model.dtypes import NAMES
 from lora_state_format.model.sources import Memory, Source
 from lora_state_format.model.states import Scalar
 from lora_state_format.model.tensors import CHUNK, Box, Piece, Tensor, contiguous
@@ -29,14 +30,8 @@ __all__ = [
     "to_torch",
 ]
 
-_SPELLINGS: Final[Mapping[str, str]] = {
-    "BOOL": "bool", "U8": "uint8", "I8": "int8", "U16": "uint16", "I16": "int16", "U32": "uint32", "I32": "int32",
-    "U64": "uint64", "I64": "int64", "F16": "float16", "BF16": "bfloat16", "F32": "float32", "F64": "float64",
-    "C64": "complex64", "F8_E5M2": "float8_e5m2", "F8_E4M3": "float8_e4m3fn", "F8_E8M0": "float8_e8m0fnu",
-    "F8_E4M3FNUZ": "float8_e4m3fnuz", "F8_E5M2FNUZ": "float8_e5m2fnuz",
-}  # fmt: skip
 DTYPES: Final[Mapping[str, torch.dtype]] = {
-    name: getattr(torch, spelled) for name, spelled in _SPELLINGS.items() if hasattr(torch, spelled)
+    name: getattr(torch, spelled) for name, spelled in NAMES.items() if hasattr(torch, spelled)
 }
 """safetensors' dtypes as torch has them. The 4- and 6-bit ones, which torch packs or lacks, are not there."""
 

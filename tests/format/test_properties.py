@@ -20,9 +20,10 @@ from lora_state_format.errors import StateFormatError
 from lora_state_format.format import envelope, reading, writing
 from lora_state_format.format.manifest import fits
 from lora_state_format.io.safetensors import read_header
+from lora_state_format.model.dtypes import BITS
 from lora_state_format.model.sources import File, Memory
 from lora_state_format.model.states import Group, Naming, Optimizer, OptimizerState, Parameter, Role, Scalar, Slot
-from lora_state_format.model.tensors import BITS, Digest, contiguous
+from lora_state_format.model.tensors import Digest, contiguous
 from lora_state_format.operations.diff import diff
 
 DTYPES: Final = sorted(BITS)

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 from lora_state_format.errors import ConversionError, FileError
 from lora_state_format.model import tensors
+from lora_state_format.model.dtypes import BITS, item_size
 from lora_state_format.model.sources import Memory
 from lora_state_format.model.states import (
     Group,
@@ -30,7 +31,7 @@ from lora_state_format.model.states import (
     Value,
     walk,
 )
-from lora_state_format.model.tensors import BITS, Box, Digest, Flat, Piece, Tensor, contiguous, is_tiling, item_size
+from lora_state_format.model.tensors import Box, Digest, Flat, Piece, Tensor, contiguous, is_tiling
 
 Array = np.ndarray[Any, Any]
 

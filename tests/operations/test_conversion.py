@@ -327,7 +327,7 @@ def test_an_existing_target(founding: Founding, tmp_path: Path) -> None:
     target.write_text("precious")
     with pytest.raises(TargetExistsError) as caught:
         convert(founding.path, target)
-    assert str(caught.value) == f"{target} exists; pass force=True (--force) to replace it"
+    assert str(caught.value) == f"{target} exists; pass force=True to replace it"
     assert target.read_text() == "precious"
     assert convert(founding.path, target, force=True).written
     assert lsf.verify(target).ok

@@ -279,7 +279,7 @@ def test_a_command_overwrites_only_by_force(
     lsf.write(state, path)
     command = ["edit", str(path), str(path), "--set", "lr=1e-5"]
     assert run(command) == 2
-    assert capsys.readouterr().err == f"error: {path} exists; pass force=True (--force) to replace it\n"
+    assert capsys.readouterr().err == f"error: {path} exists; pass --force to replace it\n"
     assert run([*command, "--force", "--json"]) == 0
     out, err = capsys.readouterr()
     with lsf.open_state(path) as found:

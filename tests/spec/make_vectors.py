@@ -19,6 +19,7 @@ import xxhash
 
 from lora_state_format.format import writing
 from lora_state_format.io.strict_json import dumps
+from lora_state_format.model.dtypes import BITS
 from lora_state_format.model.sources import Memory
 from lora_state_format.model.states import (
     Group,
@@ -31,7 +32,7 @@ from lora_state_format.model.states import (
     Slot,
     Value,
 )
-from lora_state_format.model.tensors import BITS, Digest, contiguous
+from lora_state_format.model.tensors import Digest, contiguous
 
 FOLDER: Final = Path(__file__).parents[2] / "spec" / "vectors"
 NAME: Final = "optimizer.safetensors"
