@@ -79,10 +79,10 @@ test-pythons:  ## what needs no torch, with every other version of Python that i
 
 .venv-lowest/ready: pyproject.toml constraints-lowest.txt
 	$(PYTHON) -m venv .venv-lowest
-	.venv-lowest/bin/pip install --quiet --constraint constraints-lowest.txt --editable . hypothesis jsonschema pytest
+	.venv-lowest/bin/pip install --quiet --constraint constraints-lowest.txt --editable . hypothesis jsonschema pytest safetensors
 	touch $@
 
 .venv-3.%/ready: pyproject.toml constraints.txt
 	python3.$* -m venv .venv-3.$*
-	.venv-3.$*/bin/pip install --quiet --constraint constraints.txt --editable . hypothesis jsonschema pytest pytest-xdist
+	.venv-3.$*/bin/pip install --quiet --constraint constraints.txt --editable . hypothesis jsonschema pytest pytest-xdist safetensors
 	touch $@
