@@ -1,6 +1,6 @@
 """Run readers of the format against every vector; README.md next to this file has the protocol.
 
-``python spec/conformance/run.py`` runs the readers of ``readers.json`` that this machine can run and prints their matrix;
+``python spec/conformance/run.py`` runs the readers of ``readers.json`` that this machine has and prints their matrix;
 ``python spec/conformance/run.py -- COMMAND...`` runs another one. The exit code is 1 if a reader failed a vector.
 """
 
@@ -13,9 +13,8 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 FOLDER: Final = Path(__file__).resolve().parent
 ROOT: Final = FOLDER.parent.parent
@@ -28,8 +27,7 @@ NOT_VERIFIED: Final = "not verified"
 """The reader gave the right state and says that it compared no digests of tensors, as R21 allows."""
 
 
-@dataclass(frozen=True)
-class Vector:
+class Vector(NamedTuple):
     """A vector: its name, whether it is valid, the path to open, and its description."""
 
     name: str
@@ -43,8 +41,7 @@ class Vector:
         return "valid" if self.valid else str(self.description["rule"])
 
 
-@dataclass(frozen=True)
-class Reader:
+class Reader(NamedTuple):
     """A reader under test: its name, its language, and the command that gets the paths."""
 
     name: str
@@ -81,7 +78,7 @@ def readers() -> list[Reader]:
     return found
 
 
-# --- what a reader has to say ------------------------------------------------------------------------------------------
+# --- what a reader has to say ----------------------------------------------------------------------------------------
 
 
 def canonical(value: Any) -> str:
@@ -111,7 +108,7 @@ def expected(vector: Vector) -> dict[str, Any]:
     for file in files:
         for group, part in zip(groups, file["manifest"]["groups"], strict=True):
             group["count"] += part["count"]
-    parameters = {}
+    parameters: dict[int, dict[str, Any]] = {}
     for file in files:
         count = len(file["manifest"]["parameters"])
         positions = file["manifest"].get("set", {}).get("positions", range(count))
@@ -195,21 +192,21 @@ def judged(vector: Vector, said: Any) -> str:
     return (NOT_VERIFIED if known else PASSED) if said.get("verified") is False else "no word about verification"
 
 
-# --- running -----------------------------------------------------------------------------------------------------------
+# --- running ---------------------------------------------------------------------------------------------------------
 
 
 def run(reader: Reader, cases: Sequence[Vector]) -> dict[str, str]:
-    """Return a reader's verdict for each vector by ``name``; a vector that ends the reader is failed, and the next tried."""
+    """Return a reader's verdict for each vector; where one ends the reader, go on behind it."""
     if reader.build:
         subprocess.run(reader.build, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
     verdicts: dict[str, str] = {}
     left = list(cases)
     while left:
         paths = [str(case.path) for case in left]
-        done = subprocess.run(
-            [*reader.command, *paths], cwd=ROOT, stdout=subprocess.PIPE, timeout=SECONDS, check=False
-        )
-        lines = done.stdout.decode("utf-8", "replace").split("\n")[:-1][: len(left)]  # not splitlines: names have U+2028
+        done = subprocess.run([*reader.command, *paths], cwd=ROOT, stdout=subprocess.PIPE, timeout=SECONDS, check=False)
+        lines = done.stdout.decode("utf-8", "replace").split("\n")[:-1][
+            : len(left)
+        ]  # not splitlines: names have U+2028
         said = [parsed(line) for line in lines]
         if len(said) < len(left):
             said.append(None)  # it ended while it read this one
@@ -233,7 +230,7 @@ def parsed(line: str) -> Any:
         return None
 
 
-# --- showing -----------------------------------------------------------------------------------------------------------
+# --- showing ---------------------------------------------------------------------------------------------------------
 
 
 def cell(verdicts: list[str]) -> str:
@@ -279,10 +276,10 @@ def main() -> int:
     cases, results = vectors(), {}
     for reader in chosen:
         if (program := reader.missing()) is not None:
-            print(f"{reader.name}: skipped, there is no {program} here", file=sys.stderr)
+            sys.stderr.write(f"{reader.name}: skipped, there is no {program} here\n")
             continue
         results[reader.name] = run(reader, cases)
-    print(json.dumps(results, indent=1) if arguments.json else table(cases, results))
+    sys.stdout.write((json.dumps(results, indent=1) if arguments.json else table(cases, results)) + "\n")
     if arguments.page:
         if len(results) < len(chosen) or arguments.command or arguments.only:
             sys.exit("the page is written only if every reader of readers.json was run")
@@ -291,7 +288,7 @@ def main() -> int:
         page = f"{before}{start}{table(cases, results)}\n{end}{rest.partition(end)[2]}"
         arguments.page.write_text(page, encoding="utf-8")
     for line in failures(results):
-        print(line, file=sys.stderr)
+        sys.stderr.write(f"{line}\n")
     return int(bool(failures(results)))
 
 
