@@ -44,6 +44,8 @@ export class Tensor {
   readonly digest: Digest | null;
   bytes(): Promise<Uint8Array>;
   values(): Promise<Elements>;
+  /** Read the bytes in pieces of 4 MiB. */
+  pieces(): AsyncGenerator<Uint8Array>;
   /**
    * Compare the bytes with the digest (R21): true, or null where the algorithm is not known here.
    * @throws {Refused} R21, if the bytes were changed
@@ -150,6 +152,9 @@ export function readContainer(source: Source): Promise<{
   tensors: Map<string, Tensor>;
   digest: string | null;
 }>;
+
+/** Return bytes, of whole elements, as `Tensor.values` gives elements. */
+export function numbers(dtype: Dtype, bytes: Uint8Array): Elements;
 
 /** Whether a name is that of the index of a set. */
 export function isIndex(name: string): boolean;

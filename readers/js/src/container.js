@@ -9,7 +9,7 @@ export const MAX_DIMENSIONS = 64;
 const ALIGNMENT = 64;
 const PREFIX = '{"__metadata__":{"optimizer_state":"{\\"digest\\":\\"';
 const DIGEST = [8 + PREFIX.length, 8 + PREFIX.length + 32];
-const PIECE = 4 << 20; // bytes that are read at a time to hash a tensor
+const PIECE = 4 << 20; // bytes that are read at a time: whole elements of every dtype
 
 /** Bits of each dtype (table 1). */
 export const BITS = {
@@ -23,7 +23,7 @@ const ARRAYS = {
   U64: BigUint64Array, I64: BigInt64Array, F64: Float64Array, C64: Float32Array,
 };
 
-/** Return bytes as the typed array of a dtype; see `Tensor.values`. */
+/** Return bytes, of whole elements, as the typed array of a dtype; see `Tensor.values`. */
 export function numbers(dtype, bytes) {
   if (dtype === "BF16") {
     return new Float32Array(Uint32Array.from(new Uint16Array(bytes.slice().buffer), (bits) => bits << 16).buffer);
@@ -64,15 +64,18 @@ export class Tensor {
     return numbers(this.dtype, await this.bytes());
   }
 
+  /** Read its bytes in pieces of 4 MiB. */
+  async *pieces() {
+    const end = this.offset + this.byteLength;
+    for (let at = this.offset; at < end; at += PIECE) yield exactly(this.source, at, Math.min(at + PIECE, end), "R6");
+  }
+
   /** Compare its bytes with its digest (R21): true, or null where the algorithm is not known here. */
   async verify() {
     if (this.digest?.algorithm !== "xxh3-128") return null;
     const hash = new Xxh3();
-    const end = this.offset + this.byteLength;
-    for (let at = this.offset; at < end; at += PIECE) {
-      hash.update(await exactly(this.source, at, Math.min(at + PIECE, end), "R6"));
-    }
-    check(hash.digest() === this.digest.value, "R21", `the tensor ${quoted(this.key)} was changed`, "digest");
+    for await (const piece of this.pieces()) hash.update(piece);
+    check(hash.digest() === this.digest.value, "R21", () => `the tensor ${quoted(this.key)} was changed`, "digest");
     return true;
   }
 }
@@ -95,9 +98,9 @@ async function readHead(source) {
   const first = await source.read(0, Math.min(source.size, 65_536));
   check(first.length >= 8, "R1", "the file has fewer than 8 bytes");
   const length = new DataView(first.buffer, first.byteOffset).getBigUint64(0, true);
-  check(length <= MAX_HEADER, "R1", `a header of ${length} bytes; at most ${MAX_HEADER} are allowed`);
+  check(length <= MAX_HEADER, "R1", () => `a header of ${length} bytes; at most ${MAX_HEADER} are allowed`);
   const end = 8 + Number(length);
-  check(end <= source.size, "R1", `a header of ${length} bytes in a file of ${source.size}`);
+  check(end <= source.size, "R1", () => `a header of ${length} bytes in a file of ${source.size}`);
   if (end <= first.length) return first.subarray(0, end);
   const head = new Uint8Array(end);
   head.set(first);
@@ -108,18 +111,17 @@ async function readHead(source) {
 function readTensors(source, header, end) {
   const tensors = new Map();
   for (const [key, entry] of header) {
-    const name = quoted(key);
-    check(entry instanceof Map && entry.size === 3, "R4", `the entry of ${name} is not three members`);
+    check(entry instanceof Map && entry.size === 3, "R4", () => `the entry of ${quoted(key)} is not three members`);
     const [dtype, shape, offsets] = ["dtype", "shape", "data_offsets"].map((member) => entry.get(member));
-    check(typeof dtype === "string" && Object.hasOwn(BITS, dtype), "R4", `the dtype of ${name}`);
-    check(isShape(shape), "R4", `the shape of ${name}`);
-    check(Array.isArray(offsets) && offsets.length === 2 && offsets.every(isNatural), "R4", `the offsets of ${name}`);
+    check(typeof dtype === "string" && Object.hasOwn(BITS, dtype), "R4", () => `the dtype of ${quoted(key)}`);
+    check(isShape(shape), "R4", () => `the shape of ${quoted(key)}`);
+    check(Array.isArray(offsets) && offsets.length === 2 && offsets.every(isNatural), "R4", () => `the offsets of ${quoted(key)}`);
     const product = (sizes) => sizes.reduce((all, size) => all * BigInt(size), 1n);
     const others = shape.filter((size) => size > 0);
-    check(others.length === shape.length || product(others) <= BigInt(MAX_INT), "R4", `the shape of ${name} overflows`);
+    check(others.length === shape.length || product(others) <= BigInt(MAX_INT), "R4", () => `the shape of ${quoted(key)} overflows`);
     const [begin, stop] = offsets;
     const bits = product(shape) * BigInt(BITS[dtype]);
-    check(bits === BigInt(stop - begin) * 8n, "R5", `${name} has ${stop - begin} bytes, and a shape of ${bits} bits`);
+    check(bits === BigInt(stop - begin) * 8n, "R5", () => `${quoted(key)} has ${stop - begin} bytes, and a shape of ${bits} bits`);
     tensors.set(key, new Tensor(source, key, dtype, shape, end + begin, stop - begin));
   }
   return tensors;
@@ -165,10 +167,10 @@ export async function readContainer(source) {
   const order = inDataOrder(tensors);
   let at = head.length;
   for (const tensor of order) {
-    check(tensor.offset === at, "R6", `${quoted(tensor.key)} begins at byte ${tensor.offset}, not at ${at}`);
+    check(tensor.offset === at, "R6", () => `${quoted(tensor.key)} begins at byte ${tensor.offset}, not at ${at}`);
     at += tensor.byteLength;
   }
-  check(at === source.size, "R6", `the tensors end at byte ${at}, and the file at ${source.size}`);
+  check(at === source.size, "R6", () => `the tensors end at byte ${at}, and the file at ${source.size}`);
   return { head, metadata, tensors: new Map(order.map((tensor) => [tensor.key, tensor])), digest };
 }
 
@@ -177,7 +179,7 @@ export async function readFile(source) {
   const file = await readContainer(source);
   const text = file.metadata.get("optimizer_state");
   check(file.digest !== null && file.metadata.size === 1 && text !== undefined, "R7", "this is not named optimizer state");
-  check(file.head.length % ALIGNMENT === 0, "R8", `the tensors begin at byte ${file.head.length}`);
+  check(file.head.length % ALIGNMENT === 0, "R8", () => `the tensors begin at byte ${file.head.length}`);
   const envelope = parse(text);
   check(envelope instanceof Map && envelope.size === 2 && envelope.has("digest"), "R7", "the envelope has other members");
   check(envelope.get("manifest") instanceof Map, "R7", "the manifest is not an object");

@@ -13,9 +13,9 @@ export class Refused extends Error {
   }
 }
 
-/** Throw `Refused` unless the condition holds. */
+/** Throw `Refused` unless the condition holds; `message` is text, or a function that makes it. */
 export function check(condition, rule, message, kind = "malformed") {
-  if (!condition) throw new Refused(rule, message, kind);
+  if (!condition) throw new Refused(rule, typeof message === "string" ? message : message(), kind);
 }
 
 /** Return a name for a message: quoted, with control characters and marks of direction escaped. */

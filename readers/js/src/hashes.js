@@ -25,23 +25,34 @@ const v = new Uint32Array(32);
 const m = new Uint32Array(32);
 
 function mix(a, b, c, d, x, y) {
-  for (let half = 0; half < 2; half++) {
-    const word = half === 0 ? x : y;
-    let low = v[a] + v[b] + m[word];
-    v[a + 1] += v[b + 1] + m[word + 1] + Math.floor(low / HALF);
-    v[a] = low;
-    let p = v[d] ^ v[a];
-    let q = v[d + 1] ^ v[a + 1];
-    v[d] = half === 0 ? q : (p >>> 16) | (q << 16);
-    v[d + 1] = half === 0 ? p : (q >>> 16) | (p << 16);
-    low = v[c] + v[d];
-    v[c + 1] += v[d + 1] + Math.floor(low / HALF);
-    v[c] = low;
-    p = v[b] ^ v[c];
-    q = v[b + 1] ^ v[c + 1];
-    v[b] = half === 0 ? (p >>> 24) | (q << 8) : (p << 1) | (q >>> 31);
-    v[b + 1] = half === 0 ? (q >>> 24) | (p << 8) : (q << 1) | (p >>> 31);
-  }
+  let low = v[a] + v[b] + m[x];
+  v[a + 1] += v[b + 1] + m[x + 1] + ((low / HALF) | 0);
+  v[a] = low;
+  let p = v[d] ^ v[a];
+  let q = v[d + 1] ^ v[a + 1];
+  v[d] = q;
+  v[d + 1] = p;
+  low = v[c] + v[d];
+  v[c + 1] += v[d + 1] + (low >= HALF ? 1 : 0);
+  v[c] = low;
+  p = v[b] ^ v[c];
+  q = v[b + 1] ^ v[c + 1];
+  v[b] = (p >>> 24) | (q << 8);
+  v[b + 1] = (q >>> 24) | (p << 8);
+  low = v[a] + v[b] + m[y];
+  v[a + 1] += v[b + 1] + m[y + 1] + ((low / HALF) | 0);
+  v[a] = low;
+  p = v[d] ^ v[a];
+  q = v[d + 1] ^ v[a + 1];
+  v[d] = (p >>> 16) | (q << 16);
+  v[d + 1] = (q >>> 16) | (p << 16);
+  low = v[c] + v[d];
+  v[c + 1] += v[d + 1] + (low >= HALF ? 1 : 0);
+  v[c] = low;
+  p = v[b] ^ v[c];
+  q = v[b + 1] ^ v[c + 1];
+  v[b] = (p << 1) | (q >>> 31);
+  v[b + 1] = (q << 1) | (p >>> 31);
 }
 
 /**

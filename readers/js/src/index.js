@@ -7,7 +7,7 @@ import { checkNames, common, readManifest } from "./manifest.js";
 import { exactly, fromURL } from "./sources.js";
 
 export { Refused, quoted } from "./errors.js";
-export { Tensor, readContainer } from "./container.js";
+export { Tensor, numbers, readContainer } from "./container.js";
 export { Scalar, Slot, Tuple } from "./values.js";
 export { fromBlob, fromURL } from "./sources.js";
 
@@ -21,7 +21,7 @@ const own = (value, names) => value instanceof Map && value.size === names.lengt
 async function openFile(source) {
   const state = readManifest(await readFile(source));
   const { set, ...rest } = state;
-  check(set === null, "R23", `this is shard ${set?.index} of ${set?.count}, and no state by itself: open the index of its set`);
+  check(set === null, "R23", () => `this is shard ${set?.index} of ${set?.count}, and no state by itself: open the index of its set`);
   return { ...rest, files: [source.name] };
 }
 
@@ -36,7 +36,7 @@ function readIndex(bytes) {
   for (const shard of shards) {
     check(own(shard, ["file", "digest"]) && typeof shard.get("digest") === "string", "R25", "a shard of the index");
     const file = shard.get("file");
-    check(typeof file === "string" && /^(?!\.\.?$)[^/\\\0]+$/s.test(file), "R25", `${quoted(file)} is not a file next to the index`);
+    check(typeof file === "string" && /^(?!\.\.?$)[^/\\\0]+$/s.test(file), "R25", () => `${quoted(file)} is not a file next to the index`);
   }
   check(places instanceof Map, "R25", "the weight_map of the index");
   return { set: metadata.get("set"), total: metadata.get("total_size"), shards, places };
@@ -68,16 +68,16 @@ async function readPart(source) {
 async function readShard(index, number, resolve) {
   const name = index.shards[number - 1].get("file");
   const source = await resolve(name);
-  check(source !== null, "R25", `the shard ${quoted(name)} is not there`);
+  check(source !== null, "R25", () => `the shard ${quoted(name)} is not there`);
   const { file, part } = await readPart(source);
   const { id, index: place, count } = part.set ?? {};
   const fits = id === index.set && place === number && count === index.shards.length;
-  check(fits, "R23", `${quoted(name)} is not shard ${number} of ${index.shards.length} of this set`);
-  check(file.digest === index.shards[number - 1].get("digest"), "R25", `the index states another digest of ${quoted(name)}`);
+  check(fits, "R23", () => `${quoted(name)} is not shard ${number} of ${index.shards.length} of this set`);
+  check(file.digest === index.shards[number - 1].get("digest"), "R25", () => `the index states another digest of ${quoted(name)}`);
   const alone = number === 1 || part.globals.size + part.origin.size + part.extra.size === 0;
-  check(alone, "R23", `${quoted(name)} has globals, origin or extra, and is not the first shard`);
+  check(alone, "R23", () => `${quoted(name)} has globals, origin or extra, and is not the first shard`);
   for (const [key, tensor] of part.tensors) {
-    check(index.places.get(key) === name, "R25", `the weight_map has another file for ${quoted(key)}`);
+    check(index.places.get(key) === name, "R25", () => `the weight_map has another file for ${quoted(key)}`);
     tensor.file = name;
   }
   const digest = blake2b(withoutText(file.head, index.set));
@@ -101,7 +101,7 @@ function united(parts, groups) {
       left--;
       const position = part.set.positions[n];
       const fits = position >= runs[run][0] && position < runs[run][1] && result[position] === null;
-      check(fits, "R26", `${quoted(parameter.name)} is at position ${position}, outside of its group or taken`);
+      check(fits, "R26", () => `${quoted(parameter.name)} is at position ${position}, outside of its group or taken`);
       result[position] = parameter;
     });
   }
@@ -115,7 +115,7 @@ function united(parts, groups) {
  * @param {(name: string) => Promise<object | null>} resolve gives the source of a file next to the index, or null
  */
 async function openSet(source, resolve) {
-  check(source.size <= MAX_INDEX, "R25", `an index of ${source.size} bytes; at most ${MAX_INDEX} are allowed`);
+  check(source.size <= MAX_INDEX, "R25", () => `an index of ${source.size} bytes; at most ${MAX_INDEX} are allowed`);
   const index = readIndex(await exactly(source, 0, source.size, "R25"));
   const shards = [];
   for (let number = 1; number <= index.shards.length; number++) shards.push(await readShard(index, number, resolve));
@@ -126,7 +126,7 @@ async function openSet(source, resolve) {
   const tensors = new Map(parts.flatMap((part) => [...part.tensors]));
   check(tensors.size === index.places.size, "R25", "the weight_map has other tensors than the shards");
   const bytes = [...tensors.values()].reduce((sum, tensor) => sum + tensor.byteLength, 0);
-  check(bytes === index.total, "R25", `a total_size of ${index.total}, and tensors of ${bytes} bytes`);
+  check(bytes === index.total, "R25", () => `a total_size of ${index.total}, and tensors of ${bytes} bytes`);
   const groups = parts[0].groups.map((group, n) => ({
     ...group,
     count: parts.reduce((sum, part) => sum + part.groups[n].count, 0),

@@ -36,19 +36,19 @@ const areText = (items) => items.every((item) => typeof item === "string");
 
 /** Return the members of an object of table 2 under their names, after R12. */
 function members(kind, value, newer) {
-  check(value instanceof Map, "R12", `${kind}: not an object`);
+  check(value instanceof Map, "R12", () => `${kind}: not an object`);
   const result = {};
   const known = new Set();
   for (const [member, letters] of Object.entries(TABLE[kind])) {
     const name = member.replace("?", "");
     known.add(name);
-    check(value.has(name) || name !== member, "R12", `${kind}: no ${name}`);
+    check(value.has(name) || name !== member, "R12", () => `${kind}: no ${name}`);
     if (!value.has(name)) continue;
-    check([...letters].some((letter) => IS[letter](value.get(name))), "R12", `${kind}: ${name} is of another type`);
+    check([...letters].some((letter) => IS[letter](value.get(name))), "R12", () => `${kind}: ${name} is of another type`);
     result[name] = value.get(name);
   }
   const unknown = [...value.keys()].find((name) => !known.has(name));
-  check(newer || unknown === undefined, "R12", `${kind}: the unknown member ${quoted(unknown)}`);
+  check(newer || unknown === undefined, "R12", () => `${kind}: the unknown member ${quoted(unknown)}`);
   return result;
 }
 
@@ -57,7 +57,7 @@ export function checkNames(parameters, rule) {
   const seen = new Set();
   for (const { name, tied } of parameters) {
     for (const each of [name, ...tied]) {
-      check(each !== "" && !each.startsWith("$") && !seen.has(each), rule, `the name ${quoted(each)} is not allowed, or twice`);
+      check(each !== "" && !each.startsWith("$") && !seen.has(each), rule, () => `the name ${quoted(each)} is not allowed, or twice`);
       seen.add(each);
     }
   }
@@ -67,22 +67,22 @@ function readExtensions(value) {
   const extensions = mapping(value ?? new Map(), "R12", "extensions");
   for (const [name, extension] of extensions) {
     const needed = extension instanceof Map ? extension.get("must_understand") : undefined;
-    check(typeof needed === "boolean", "R13", `the extension ${quoted(name)} does not say whether it must be understood`);
-    check(!needed, "R13", `the extension ${quoted(name)} must be understood, and is not known here`, "unsupported");
+    check(typeof needed === "boolean", "R13", () => `the extension ${quoted(name)} does not say whether it must be understood`);
+    check(!needed, "R13", () => `the extension ${quoted(name)} must be understood, and is not known here`, "unsupported");
   }
   return extensions;
 }
 
 function readParameter(value, newer, states) {
   const found = members("parameters", value, newer);
-  const where = quoted(found.name);
-  check(isShape(found.shape), "R12", `${where}: its shape`);
-  check(found.dtype === undefined || Object.hasOwn(BITS, found.dtype), "R12", `${where}: its dtype`);
-  check(areText(found.tied ?? []), "R12", `${where}: tied names that are not strings`);
-  check(areText([...(found.keys ?? new Map()).values()]), "R12", `${where}: keys that are not strings`);
+  const where = () => quoted(found.name);
+  check(isShape(found.shape), "R12", () => `${where()}: its shape`);
+  check(found.dtype === undefined || Object.hasOwn(BITS, found.dtype), "R12", () => `${where()}: its dtype`);
+  check(areText(found.tied ?? []), "R12", () => `${where()}: tied names that are not strings`);
+  check(areText([...(found.keys ?? new Map()).values()]), "R12", () => `${where()}: keys that are not strings`);
   const id = found.id === undefined ? null : decode(found.id);
-  check(id === null || ["bigint", "string"].includes(typeof id), "R12", `${where}: its id`);
-  check(found.state === null || found.state < states.length, "R16", `${where}: state ${found.state} of ${states.length}`);
+  check(id === null || ["bigint", "string"].includes(typeof id), "R12", () => `${where()}: its id`);
+  check(found.state === null || found.state < states.length, "R16", () => `${where()}: state ${found.state} of ${states.length}`);
   return {
     name: found.name, shape: found.shape, dtype: found.dtype ?? null, adapter: found.adapter ?? null,
     tied: found.tied ?? [], keys: found.keys ?? new Map(), id, state: found.state, slots: null, weights: null,
@@ -94,7 +94,7 @@ function readGroup(value, newer) {
   const options = new Map();
   for (const option of found.options) {
     check(Array.isArray(option) && option.length === 2 && typeof option[0] === "string", "R12", "an option of a group");
-    check(!options.has(option[0]), "R15", `the option ${quoted(option[0])} twice in a group`);
+    check(!options.has(option[0]), "R15", () => `the option ${quoted(option[0])} twice in a group`);
     options.set(option[0], decode(option[1]));
   }
   return { optimizer: found.optimizer, count: found.count, name: found.name ?? null, options };
@@ -104,12 +104,12 @@ function checkGroups(groups, optimizers, parameters) {
   let last = 0;
   let count = 0;
   for (const group of groups) {
-    check(group.optimizer < optimizers.length, "R15", `a group of optimizer ${group.optimizer} of ${optimizers.length}`);
+    check(group.optimizer < optimizers.length, "R15", () => `a group of optimizer ${group.optimizer} of ${optimizers.length}`);
     check(group.optimizer >= last, "R15", "groups that are not in the order of the optimizers");
     last = group.optimizer;
     count += group.count;
   }
-  check(count <= parameters.length, "R15", `groups of ${count} parameters, and ${parameters.length} parameters`);
+  check(count <= parameters.length, "R15", () => `groups of ${count} parameters, and ${parameters.length} parameters`);
 }
 
 /** Whether the shape of a tensor agrees with its role (R18). */
@@ -126,7 +126,7 @@ function agrees(role, own, shape) {
 function readTree(tree, bind) {
   const labels = new Set();
   return mapping(tree, "R16", "a slot tree", (label, role) => {
-    check(label !== "" && !label.includes("/") && !labels.has(label), "R17", `the label ${quoted(label)}`);
+    check(label !== "" && !label.includes("/") && !labels.has(label), "R17", () => `the label ${quoted(label)}`);
     labels.add(label);
     return bind(label, role);
   });
@@ -137,10 +137,10 @@ function bindAll(file, states, parameters, globals) {
   const binder = (owner, shape) => (label, role) => {
     const key = `${owner}/${label}`;
     const tensor = file.tensors.get(key);
-    check(tensor !== undefined, "R17", `no tensor ${quoted(key)} in the header`);
+    check(tensor !== undefined, "R17", () => `no tensor ${quoted(key)} in the header`);
     used.add(key);
-    check(tensor.shape.length > 0, "R18", `${quoted(key)} has no axes`);
-    check(shape === null || agrees(role, tensor.shape, shape), "R18", `${quoted(key)} has the role ${role} and another shape`);
+    check(tensor.shape.length > 0, "R18", () => `${quoted(key)} has no axes`);
+    check(shape === null || agrees(role, tensor.shape, shape), "R18", () => `${quoted(key)} has the role ${role} and another shape`);
     return new Slot(label, role, tensor);
   };
   for (const tree of states) readTree(tree, () => null);
@@ -149,18 +149,18 @@ function bindAll(file, states, parameters, globals) {
   }
   const result = readTree(globals, binder("$globals", null));
   const unused = [...file.tensors.keys()].find((key) => !used.has(key));
-  check(unused === undefined, "R17", `the tensor ${quoted(unused)} belongs to no slot`);
+  check(unused === undefined, "R17", () => `the tensor ${quoted(unused)} belongs to no slot`);
   return result;
 }
 
 function checkDigest(value, algorithm, rule) {
   const form = algorithm === "xxh3-128" ? /^[0-9a-f]{32}$/ : /^([0-9a-f]{2})+$/;
-  check(typeof value === "string" && form.test(value), rule, `${quoted(value)} is not a digest by ${quoted(algorithm)}`);
+  check(typeof value === "string" && form.test(value), rule, () => `${quoted(value)} is not a digest by ${quoted(algorithm)}`);
 }
 
 function readDigests(digests, tensors) {
   const { algorithm, values } = digests;
-  check(values.length === tensors.size, "R20", `${values.length} digests for ${tensors.size} tensors`);
+  check(values.length === tensors.size, "R20", () => `${values.length} digests for ${tensors.size} tensors`);
   [...tensors.values()].forEach((tensor, n) => {
     checkDigest(values[n], algorithm, "R20");
     tensor.digest = { algorithm, value: values[n] };
@@ -168,7 +168,7 @@ function readDigests(digests, tensors) {
 }
 
 function readWeights({ algorithm, values }, parameters) {
-  check(values.length === parameters.length, "R19", `${values.length} digests for ${parameters.length} parameters`);
+  check(values.length === parameters.length, "R19", () => `${values.length} digests for ${parameters.length} parameters`);
   parameters.forEach((parameter, n) => {
     if (values[n] === null) return;
     check(Array.isArray(values[n]) && values[n].length === 2, "R19", "a digest of weights that is not a pair");
@@ -182,7 +182,7 @@ function readWeights({ algorithm, values }, parameters) {
 function readPlace(set, parameters) {
   const { id, index, count, positions } = set;
   check(/^[0-9a-f]{32}$/.test(id), "R23", "the id of a set is not 32 hex digits");
-  check(index >= 1 && index <= count, "R23", `shard ${index} of ${count}`);
+  check(index >= 1 && index <= count, "R23", () => `shard ${index} of ${count}`);
   const each = positions.every(isNatural) && new Set(positions).size === positions.length;
   check(each && positions.length === parameters.length, "R23", "the positions of a shard");
   return { id, index, count, positions };
@@ -199,7 +199,7 @@ export function readManifest(file) {
   const version = manifest.get("version");
   const parts = typeof version === "string" ? version.match(VERSION) : null;
   check(parts !== null, "R11", "the version is not MAJOR.MINOR");
-  check(parts[1] === "1", "R11", `version ${version}; this reader reads version 1`, "unsupported");
+  check(parts[1] === "1", "R11", () => `version ${version}; this reader reads version 1`, "unsupported");
   const newer = Number(parts[2]) > MINOR;
   const found = members("manifest", manifest, newer);
   const extensions = readExtensions(found.extensions);

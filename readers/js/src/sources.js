@@ -41,6 +41,6 @@ export async function fromURL(url, options = {}) {
 /** Read bytes of a source, all of them or an error. */
 export async function exactly(source, start, end, rule) {
   const bytes = await source.read(start, end);
-  check(bytes.length === end - start, rule, `${source.name}: bytes ${start} to ${end} are not there`);
+  check(bytes.length === end - start, rule, () => `${source.name}: bytes ${start} to ${end} are not there`);
   return bytes;
 }

@@ -46,7 +46,7 @@ export function decode(value, tensor) {
   if (tag === undefined) return new Map([...value].map(([key, item]) => [key, decode(item, tensor)]));
   const body = value.get(tag);
   const members = tag === "$tensor" ? value.size === 2 && value.has("role") : value.size === 1;
-  check(members, "R22", `other members next to ${quoted(tag)}`);
+  check(members, "R22", () => `other members next to ${quoted(tag)}`);
   if (tag === "$tensor" && tensor && typeof body === "string" && ROLES.includes(value.get("role"))) {
     return tensor(body, value.get("role"));
   }
@@ -104,6 +104,6 @@ function identified(key) {
 export function mapping(value, rule, what, tensor) {
   const result = decode(value, tensor);
   const fits = result instanceof Map && [...result.keys()].every((key) => typeof key === "string");
-  check(fits, rule, `${what} is not a mapping with string keys`);
+  check(fits, rule, () => `${what} is not a mapping with string keys`);
   return result;
 }
