@@ -2,7 +2,7 @@
 PYTHON ?= python3
 PYTHONS ?= 3.10 3.12 3.13
 
-.PHONY: bench demo test test-frameworks lint fuzz crashes test-lowest test-pythons
+.PHONY: bench demo test test-frameworks lint fuzz crashes test-lowest test-pythons readers test-browser
 
 demo: .venv/ready  ## train, convert, rebuild, resume: the main job, told step by step
 	.venv/bin/lora-state demo
@@ -53,6 +53,24 @@ test-pythons:  ## what needs no torch, with every other version of Python that i
 		fi; \
 	done
 
+# Call with a program and the Debian packages that have it: installs them where the program is missing and root asks.
+define program
+	@command -v $(1) >/dev/null || { [ "$$(id -u)" = 0 ] && apt-get update -qq && \
+		DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $(2); } || \
+		{ echo "there is no $(1) here: install $(2)"; exit 1; }
+endef
+
+readers:  ## the readers in JavaScript and Rust, and the matrix of all readers and vectors
+	$(call program,node,nodejs)
+	$(call program,cargo,cargo)
+	cd readers/js && node --test
+	cargo test --quiet --offline --manifest-path readers/rust/Cargo.toml
+	$(PYTHON) spec/conformance/run.py
+
+test-browser: .venv-browser/ready  ## the viewer in a headless Chromium
+	$(call program,chromedriver,chromium chromium-driver)
+	.venv-browser/bin/pytest -m browser tests/viewer
+
 # A folder is ready until its constraints or the project's requirements change.
 .venv/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -62,6 +80,11 @@ test-pythons:  ## what needs no torch, with every other version of Python that i
 .venv-frameworks/ready: pyproject.toml constraints-frameworks.txt
 	$(PYTHON) -m venv .venv-frameworks
 	.venv-frameworks/bin/pip install --quiet --constraint constraints-frameworks.txt --editable '.[frameworks,test]'
+	touch $@
+
+.venv-browser/ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv-browser
+	.venv-browser/bin/pip install --quiet --constraint constraints.txt --editable '.[browser]'
 	touch $@
 
 .venv-lowest/ready: pyproject.toml constraints-lowest.txt

@@ -12,10 +12,12 @@ export function element(tag, attributes = {}, ...children) {
   return node;
 }
 
+const ROOM = 2000; // characters of a text that are shown
 const UNSAFE = /[\p{Cc}\p{Cf}\p{Zl}\p{Zp}\p{Co}\p{Cn}]/gu;
 
 /** Return a file's text, apart from the text around it, with control characters and marks of direction written out. */
-export function shown(text, kind = "name") {
+export function shown(whole, kind = "name") {
+  const text = whole.slice(0, ROOM);
   const parts = [];
   let at = 0;
   for (const { 0: char, index } of text.matchAll(UNSAFE)) {
@@ -23,7 +25,8 @@ export function shown(text, kind = "name") {
     parts.push(text.slice(at, index), element("span", { class: "escape" }, `U+${code}`));
     at = index + char.length;
   }
-  return element("bdi", { class: kind, dir: "ltr" }, parts, text.slice(at));
+  const cut = whole.length > ROOM ? element("span", { class: "faint" }, `… (${whole.length.toLocaleString("en")} characters)`) : null;
+  return element("bdi", { class: kind, dir: "ltr" }, parts, text.slice(at), cut);
 }
 
 /** Return pairs of a term and its description. */

@@ -10,7 +10,7 @@ import shutil
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, ClassVar, Final
 
 import pytest
 
@@ -19,10 +19,10 @@ CHROMIUM: Final = shutil.which("chromium") or shutil.which("chromium-browser") o
 
 
 class Handler(http.server.SimpleHTTPRequestHandler):
-    """Serves the repository, and the folder ``files`` of the test under ``/files/``, with Range requests as a Hub has them."""
+    """Serve the repository, and the folder ``files`` of a test under ``/files/``, with Range requests."""
 
-    files: Path
-    log: list[tuple[str, str | None]]
+    files: ClassVar[Path]
+    log: ClassVar[list[tuple[str, str | None]]]
 
     def translate_path(self, path: str) -> str:
         if path.startswith("/files/"):
@@ -72,7 +72,7 @@ class Site:
 def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
     class Own(Handler):
         files = tmp_path_factory.mktemp("files")
-        log: list[tuple[str, str | None]] = []
+        log: ClassVar[list[tuple[str, str | None]]] = []
 
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Own, directory=str(ROOT)))
     thread = threading.Thread(target=server.serve_forever)
