@@ -84,7 +84,7 @@ test-browser: .venv-browser/ready  ## the viewer in a headless Chromium
 
 .venv-browser/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv-browser
-	.venv-browser/bin/pip install --quiet --constraint constraints.txt --editable '.[browser]'
+	.venv-browser/bin/pip install --quiet --constraint constraints.txt --editable '.[browser]' hypothesis pytest
 	touch $@
 
 .venv-lowest/ready: pyproject.toml constraints-lowest.txt
