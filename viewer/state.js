@@ -50,8 +50,8 @@ function summary(state, rows) {
   const tensors = [...state.tensors.values()];
   const algorithms = new Set(tensors.map(({ digest }) => digest.algorithm));
   const unknown = [...algorithms].filter((algorithm) => algorithm !== "xxh3-128");
-  const check = tensors.length === 0 ? "none" : action(`Compare all ${count(tensors.length, "tensor")} (${bytes(total(tensors))})`, async () => {
-    const { verified, compared } = await verify(state);
+  const check = tensors.length === 0 ? "none" : action(`Compare all ${count(tensors.length, "tensor")} (${bytes(total(tensors))})`, async (say) => {
+    const { verified, compared } = await verify(state, (done, all) => say(`${done.toLocaleString("en")} of ${count(all, "tensor")} compared …`));
     return verified
       ? element("span", { class: "good" }, `All ${count(compared, "tensor")} are as they were written.`)
       : element("span", { class: "warn" }, `${count(compared, "tensor")} compared; digests by `, unknown.map((name) => shown(name)), " are not known here.");

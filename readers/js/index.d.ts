@@ -140,10 +140,14 @@ export function openURL(url: string | URL, options?: RequestInit): Promise<State
 
 /**
  * Compare every tensor with its digest (R21).
+ * @param progress called behind each tensor
  * @returns `verified` only if every tensor was compared
  * @throws {Refused} R21, at the first tensor that was changed
  */
-export function verify(state: State): Promise<{ verified: boolean; compared: number; total: number }>;
+export function verify(
+  state: State,
+  progress?: (done: number, total: number) => void,
+): Promise<{ verified: boolean; compared: number; total: number }>;
 
 /** Read the header of any strict safetensors file (R1 to R6), named optimizer state or not. */
 export function readContainer(source: Source): Promise<{

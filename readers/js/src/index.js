@@ -166,12 +166,17 @@ export async function openURL(url, options = {}) {
 /**
  * Compare every tensor with its digest (R21).
  *
+ * @param {object} state
+ * @param {(done: number, total: number) => void} [progress] called behind each tensor
  * @returns {Promise<{verified: boolean, compared: number, total: number}>} verified: every tensor was compared
  */
-export async function verify(state) {
+export async function verify(state, progress = () => {}) {
+  const total = state.tensors.size;
   let compared = 0;
+  let done = 0;
   for (const tensor of state.tensors.values()) {
     if (await tensor.verify()) compared++;
+    progress(++done, total);
   }
-  return { verified: compared === state.tensors.size, compared, total: state.tensors.size };
+  return { verified: compared === total, compared, total };
 }
