@@ -63,13 +63,15 @@ endef
 readers:  ## the readers in JavaScript and Rust, and the matrix of all readers and vectors
 	$(call program,node,nodejs)
 	$(call program,cargo,cargo)
+	@if command -v npm >/dev/null; then cd readers/js && npm install --silent --no-audit --no-fund --no-package-lock \
+		&& npm run --silent types; else echo "without npm: no check of types, nor of the Hub's parser"; fi
 	cd readers/js && node --test
 	cargo test --quiet --offline --manifest-path readers/rust/Cargo.toml
 	$(PYTHON) spec/conformance/run.py
 
 test-browser: .venv-browser/ready  ## the viewer in a headless Chromium
 	$(call program,chromedriver,chromium chromium-driver)
-	.venv-browser/bin/pytest -m browser tests/viewer
+	.venv-browser/bin/pytest -m browser tests/web
 
 # A folder is ready until its constraints or the project's requirements change.
 .venv/ready: pyproject.toml constraints.txt

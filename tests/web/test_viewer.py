@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Final
 import pytest
 
 if TYPE_CHECKING:
-    from tests.viewer.conftest import Site
+    from tests.web.conftest import Site
 
 pytestmark = pytest.mark.browser
 
