@@ -29,8 +29,9 @@ from lora_state_format.foreign.pickles import Record
 from lora_state_format.foreign.state_dict import from_state_dict
 from lora_state_format.foreign.trees import member
 from lora_state_format.io.files import Files, PooledFile, reading
+from lora_state_format.model.dtypes import item_size
 from lora_state_format.model.states import Checkpoint, Scalar, Value
-from lora_state_format.model.tensors import Flat, Piece, Run, Tensor, item_size
+from lora_state_format.model.tensors import Flat, Piece, Run, Tensor
 from lora_state_format.registry import Match
 
 NAME: Final = "deepspeed_zero"
@@ -224,7 +225,7 @@ def _rank(file: PooledFile) -> _Rank:
 
 
 def _check_model(model: Mapping[str, Any], groups: Sequence[Any], ranks: Sequence[_Rank], path: Path) -> None:
-    """The model's file and the ranks' agree on how many ranks and groups there were."""
+    """Check that the model's file and the ranks' agree on how many ranks and groups there were."""
     first = ranks[0]
     if len(groups) != len(first.states):
         raise FileError(f"names {len(groups)} groups of parameters; the ranks hold {len(first.states)}", path=path)
@@ -326,7 +327,7 @@ def _number(tensor: Tensor) -> Any:
 
 
 def _split(ranks: Sequence[_Rank], number: int) -> tuple[dict[str, list[Tensor]], dict[str, Any]]:
-    """A group's slots: the ranks' flat tensors by slot, and what is the same for all of its parameters."""
+    """Return a group's slots: the ranks' flat tensors by slot, and what is the same for all of its parameters."""
     flat, other = {}, {}
     for slot, value in ranks[0].states[number].items():
         if not isinstance(value, Tensor) or not value.shape:
@@ -399,7 +400,7 @@ def _cut_stage3(
 def _joined(
     tensors: Sequence[Tensor], cuts: Sequence[tuple[int, int, int]], shape: Sequence[int], ranks: Sequence[_Rank]
 ) -> Tensor:
-    """One parameter's slot out of the ranks' flat tensors. A cut is a rank, a start and a count, in elements."""
+    """Return one parameter's slot out of the ranks' flat tensors. A cut is a rank, a start and a count, in elements."""
     pieces, position = [], 0
     for index, start, count in cuts:
         tensor = tensors[index]

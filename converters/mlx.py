@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
 
-from lora_state_format.errors import FileError, OptionError, RefusedError, UnrepresentableError
+from lora_state_format.errors import FileError, OptionError, RefusedError, Remedy, UnrepresentableError
 from lora_state_format.foreign.zips import Archive
 from lora_state_format.io import plain
 from lora_state_format.io.safetensors import Entry, Header, read_header
@@ -48,6 +48,7 @@ LAYOUTS: Final = (
 )
 UNCORRECTED: Final = {"adam": "adam_uncorrected", "adamw": "adamw_uncorrected"}
 NAMES: Final = ("optimizer_state.safetensors", "optimizer.safetensors")
+TARGET: Final = NAMES[0]
 SUFFIX: Final = "_optimizer.safetensors"
 """mflux and others write ``0000100_optimizer.safetensors``, and the adapter with the same number."""
 COUNTERS: Final = {"step": ("U64", ()), "learning_rate": ("F32", ())}
@@ -76,7 +77,7 @@ def _counters(entries: Mapping[str, Entry]) -> dict[str, Any]:
 
 
 def read(match: Match, options: Mapping[str, Any]) -> Checkpoint:
-    """The state, and the adapter beside it. Parameters are in the order of the file.
+    """Return the state, and the adapter beside it. Parameters are in the order of the file.
 
     Raises ``RefusedError`` for what does not convert (8-bit moments, MultiOptimizer), ``OptionError`` for what has to
     be said: the rule, and of Adam and AdamW whether they correct the bias.
@@ -156,8 +157,8 @@ def _rule(options: Mapping[str, Any], path: Path) -> str | None:
     corrected = options.get("bias_correction")
     if not isinstance(corrected, bool):
         raise OptionError(
-            f"{path}: MLX's {rule} corrects the bias of its moments or not (by default it does not), and the file does "
-            "not say: say --option bias_correction=True, or False"
+            f"{path}: the file does not say whether MLX's {rule} corrected the bias of its moments",
+            remedy=Remedy("pass {options}, or False, which is MLX's default", {"options": {"bias_correction": True}}),
         )
     return rule if corrected else UNCORRECTED[rule]
 
@@ -187,6 +188,8 @@ def write(state: OptimizerState, path: Path, *, base: Path | None, force: bool, 
     state = apply.on_writing(state, options.get("map"), NAME)
     algorithm = algorithms.of_state(state, options.get("optimizer"))
     layout = algorithms.layout_of(state, algorithm, LAYOUTS)
+    rate = _rate(state, options)
+    algorithms.check_alike(state.groups, algorithm, {"lr": rate, **options})
     tensors: dict[str, Tensor] = {}
     for parameter in state.parameters:
         values = algorithms.values_of(parameter, algorithm, layout)
@@ -199,7 +202,7 @@ def write(state: OptimizerState, path: Path, *, base: Path | None, force: bool, 
             elif algorithm.name != "adafactor":
                 raise UnrepresentableError(f"'{parameter.name}' has no tensor '{slot}', which MLX keeps")
     tensors["step"] = _tensor("U64", struct.pack("<Q", _steps(state, algorithm, options)))
-    tensors["learning_rate"] = _tensor("F32", struct.pack("<f", _rate(state, options)))
+    tensors["learning_rate"] = _tensor("F32", struct.pack("<f", rate))
     plain.save(tensors, path, force=force)
 
 
@@ -212,15 +215,18 @@ def _steps(state: OptimizerState, algorithm: Algorithm, options: Mapping[str, An
     if count is None:
         count = algorithms.stated_step(options) if "step" in options else state.global_step
     if count is None:
-        raise UnrepresentableError("the state does not say how many steps were taken: say --option step=N")
+        raise UnrepresentableError("the state does not say how many steps were taken", remedy=algorithms.STATE_STEPS)
     return count
 
 
 def _rate(state: OptimizerState, options: Mapping[str, Any]) -> float:
-    """The learning rate of all groups, or as the caller states it."""
+    """Return the learning rate of all groups, or as the caller states it."""
     found = [dict(group.options).get("lr") for group in state.groups if group.count]
     rates = {rate.item() if isinstance(rate, Scalar) else rate for rate in found}
     rate = options["lr"] if "lr" in options else rates.pop() if len(rates) == 1 else None
     if not isinstance(rate, (int, float)):
-        raise UnrepresentableError(f"groups with the learning rates {found}, where MLX has one: say --option lr=...")
+        raise UnrepresentableError(
+            f"MLX has one learning rate, and the groups have {found}",
+            remedy=Remedy("pass the one to write as {options}", {"options": {"lr": ...}}),
+        )
     return float(rate)

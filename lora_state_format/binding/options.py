@@ -25,7 +25,7 @@ class Chosen:
 
 
 def choose(state: OptimizerState, live: LiveOptimizer, restored: Mapping[str, str], given: Mapping[str, Any]) -> Chosen:
-    """What loading sets in each live group.
+    """Return what loading sets in each live group.
 
     ``restored`` maps saved names to names in the live optimizer, ``given`` is the caller's ``options=``. Raises
     ``OptionError`` for an option that no group has.
@@ -62,7 +62,7 @@ def choose(state: OptimizerState, live: LiveOptimizer, restored: Mapping[str, st
 
 
 def _sources(state: OptimizerState, live: LiveOptimizer, restored: Mapping[str, str]) -> list[list[int]]:
-    """For each live group the saved groups that it takes its options from: by name, else by its members.
+    """Return for each live group the saved groups that it takes its options from: by name, else by its members.
 
     Where both sides have the same groups with the same members, the empty ones correspond too. A group that is fed by
     none stays as it is.
@@ -89,7 +89,7 @@ def _sources(state: OptimizerState, live: LiveOptimizer, restored: Mapping[str, 
 
 
 def _settable(live: Mapping[str, Value], saved: Sequence[Mapping[str, Value]]) -> Iterator[str]:
-    """The options that may be set: those that the group has, and state that only the file has."""
+    """Yield the options that may be set: those that the group has, and state that only the file has."""
     yield from (key for key in live if kind_of(key) is not Kind.RUNTIME)
     found = {key: None for options in saved for key in options if kind_of(key, options) is Kind.STATE}
     yield from (key for key in found if key not in live)
@@ -130,7 +130,7 @@ def _zero_rate(live: LiveOptimizer, chosen: Sequence[Mapping[str, Value]], given
 def _left_out(
     live: LiveOptimizer, saved: Sequence[Mapping[str, Value]], sources: Sequence[Sequence[int]]
 ) -> Iterator[str]:
-    """Options that change what a step computes, and that the live groups know nothing of: a newer torch wrote them."""
+    """Yield a note on saved options that change what a step computes and that no live group has."""
     strange = {
         key: None
         for number, feeding in enumerate(sources)

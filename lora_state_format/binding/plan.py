@@ -236,7 +236,7 @@ def _match(state: OptimizerState, live: LiveOptimizer, rule: Rename | None) -> _
 def _other_adapter(
     state: OptimizerState, live: LiveOptimizer, wanted: Mapping[str, str]
 ) -> tuple[dict[str, str], tuple[str, ...]]:
-    """The saved names under the live adapter's name, where the one saved adapter can only be the one live one.
+    """Return the saved names under the live adapter's name, where the one saved adapter can only be the one live one.
 
     It must be absent from the whole model, and each of its names be there with the same shape.
     """
@@ -270,7 +270,7 @@ def _bindings(state: OptimizerState, live: LiveOptimizer, matching: _Matching, p
 
 
 def _scaling(state: OptimizerState, parameter: Parameter) -> float | None:
-    """alpha / r of a saved parameter, if the file says it."""
+    """Return alpha / r of a saved parameter, if the file says it."""
     stated = state.origin.get(SCALING)
     if not isinstance(stated, Mapping):
         return None
@@ -330,7 +330,7 @@ def _cause(parameter: Parameter, live: LiveOptimizer, matching: _Matching) -> st
 
 
 def _suggestion(left: Sequence[Parameter], live: LiveOptimizer, matching: _Matching) -> str | None:
-    """The ``rename=`` that would put every saved parameter on a live one of its shape, where none has found its own.
+    """Return the ``rename=`` that puts every saved parameter on a live one of its shape, if none found its own.
 
     One run of segments is replaced by another: the first parameter's possible partners propose it, all must fit.
     """
@@ -351,7 +351,7 @@ def _suggestion(left: Sequence[Parameter], live: LiveOptimizer, matching: _Match
 
 
 def _substitution(old: str, new: str) -> tuple[str, str]:
-    """The ``re.sub`` arguments that make ``new`` of ``old`` by replacing one run of segments."""
+    """Return the ``re.sub`` arguments that make ``new`` of ``old`` by replacing one run of segments."""
     a, b = old.split("."), new.split(".")
     head = _common(a, b)
     tail = _common(a[head:][::-1], b[head:][::-1])
@@ -364,7 +364,7 @@ def _substitution(old: str, new: str) -> tuple[str, str]:
 
 
 def _common(a: Sequence[str], b: Sequence[str]) -> int:
-    """How many leading items are the same."""
+    """Return how many leading items are the same."""
     return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
 
 
@@ -387,7 +387,7 @@ def _shapes(state: OptimizerState, live: LiveOptimizer, matching: _Matching, pol
 
 
 def _rank_change(pairs: Sequence[tuple[Parameter, LiveParameter]]) -> tuple[int, int] | None:
-    """The saved and the live rank, if one axis of LoRA parameters differs, everywhere by the same sizes."""
+    """Return the saved and the live rank, if one axis of LoRA parameters differs, everywhere by the same sizes."""
     changes: set[tuple[int, int]] = set()
     for saved, own in pairs:
         axes = [(a, b) for a, b in zip(saved.shape, own.shape, strict=False) if a != b]
@@ -398,7 +398,7 @@ def _rank_change(pairs: Sequence[tuple[Parameter, LiveParameter]]) -> tuple[int,
 
 
 def _surgery(state: OptimizerState, live: LiveOptimizer, bindings: Iterable[Binding]) -> Iterator[str]:
-    """What there is to say of resized parameters."""
+    """Yield the notes on resized parameters."""
     resized = [binding for binding in bindings if binding.resize]
     if not resized:
         return
@@ -428,7 +428,7 @@ def _unresizable(pairs: Sequence[tuple[Parameter, LiveParameter]]) -> Iterator[P
 
 
 def _slots(state: OptimizerState, live: LiveOptimizer, restored: Iterable[Binding]) -> Iterator[Problem]:
-    """Slots without which the live optimizer's step would raise."""
+    """Yield slots without which the live optimizer's step would raise."""
     needs = []
     for group, options in zip(live.groups, live.options, strict=True):
         row = live.known[group.optimizer]
@@ -450,7 +450,7 @@ def _slots(state: OptimizerState, live: LiveOptimizer, restored: Iterable[Bindin
 
 
 def _dtypes(live: LiveOptimizer, restored: Iterable[Binding], policies: Policies) -> Iterator[Problem]:
-    """Slots of another dtype than the parameter's where the optimizer's own step would raise on them."""
+    """Yield slots of another dtype than the parameter's where the optimizer's own step would raise on them."""
     if policies.dtype == "param":
         return
     rows = [live.known[group.optimizer] for group in live.groups]
@@ -506,7 +506,7 @@ def _dotted(path: Iterable[Any]) -> str:
 
 
 def _capped(items: Sequence[str]) -> list[str]:
-    """The items, or so many of them and the number of the others."""
+    """Return the items, or so many of them and the number of the others."""
     if len(items) <= LISTED + 1:
         return list(items)
     return [*items[:LISTED], f"... and {len(items) - LISTED} more"]

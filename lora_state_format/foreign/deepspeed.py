@@ -16,7 +16,7 @@ from typing import Any, Final
 from lora_state_format.errors import FileError, RefusedError
 from lora_state_format.foreign import pickles
 from lora_state_format.foreign.masters import SAMPLE, elements
-from lora_state_format.io.files import Files
+from lora_state_format.io.files import Files, is_plain
 from lora_state_format.io.json_files import read_json_object
 from lora_state_format.model.tensors import Box, Piece, Tensor
 
@@ -70,7 +70,7 @@ def tag_folder(path: Path, holds: Callable[[Path], bool]) -> Path | None:
     inner = []
     if latest.is_file() and latest.stat().st_size < 1024:
         tag = latest.read_text(errors="replace").strip()
-        inner = [path / tag] if tag and "/" not in tag else []
+        inner = [path / tag] if is_plain(tag) else []
     elif len(folders := [entry for entry in path.iterdir() if entry.is_dir() and holds(entry)]) == 1:
         inner = folders
     return next((folder for folder in (path, *inner) if folder.is_dir() and holds(folder)), None)

@@ -21,7 +21,8 @@ import xxhash
 
 from lora_state_format.errors import AmbiguousOrderError, RefusedError
 from lora_state_format.foreign.masters import ROUNDED, elements, rounded
-from lora_state_format.model.tensors import Box, Piece, Tensor, item_size
+from lora_state_format.model.dtypes import item_size
+from lora_state_format.model.tensors import Box, Piece, Tensor
 
 __all__ = ["MASTER", "Bucket", "take_apart"]
 

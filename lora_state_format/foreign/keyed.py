@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+from lora_state_format.errors import UnrepresentableError
 from lora_state_format.foreign.state_dict import to_state_dict
 from lora_state_format.model.states import Naming, OptimizerState, Parameter, PositionalState
 from lora_state_format.model.tensors import Tensor
@@ -15,7 +16,7 @@ __all__ = ["by_name", "named", "names_of"]
 
 
 def names_of(state: PositionalState) -> tuple[str, ...] | None:
-    """The ids, where they all are names; ``None`` where any is a number."""
+    """Return the ids, where they all are names; ``None`` where any is a number."""
     several = len(state.optimizers) > 1
     names = [str(identity).partition(":")[2] if several else identity for identity in state.ids]
     if any(not isinstance(name, str) or name.isdecimal() for name in names):
@@ -30,7 +31,7 @@ def named(
     weights: Mapping[str, Tensor] | None = None,
     tied: Mapping[str, tuple[str, ...]] | None = None,
 ) -> OptimizerState | PositionalState:
-    """The state under the names that its ids are, wrapper segments removed.
+    """Return the state under the names that its ids are, wrapper segments removed.
 
     A parameter's shape comes from ``shapes``, from its own tensor in ``weights``, or from its slots. Where none of them
     says it (it never took a step, and the checkpoint has no weights), the state stays positional and carries the names,
@@ -56,7 +57,7 @@ def named(
                 dtype=tensor.dtype if tensor is not None else None,
                 adapter=parts[1] if parts else None,
                 tied=tied.get(raw, ()),
-                keys={"peft": peft[0]} if peft else {},
+                foreign_names={"peft": peft[0]} if peft else {},
             )
         )
     result = state.named(parameters, Naming("checkpoint", details={"removed": list(removed)} if removed else {}))
@@ -71,13 +72,20 @@ def named(
 
 
 def by_name(state: OptimizerState, optimizer: int = 0) -> dict[str, Any]:
-    """The state dict of one of the optimizers with names for ids: those of the source where it spelled them otherwise.
+    """Return the state dict of one of the optimizers with names for ids, spelled as the source did.
 
-    Raises ``UnrepresentableError`` as ``to_state_dict`` does.
+    Raises ``UnrepresentableError`` for a name that would be read back as another, and as ``to_state_dict`` does.
     """
+    names = [parameter.name for parameter in state.parameters]
+    spelled = [p.original_id if isinstance(p.original_id, str) else p.name for p in state.parameters]
+    if list(without_wrappers(spelled)[0]) != names:  # renamed since
+        spelled = names
+    for name, read in zip(names, without_wrappers(spelled)[0], strict=True):
+        if name != read or name.isdecimal():
+            raise UnrepresentableError(
+                f"'{name}' would be read back as {f'id {name}' if name == read else repr(read)}: rename it first "
+                "(`lora-state rename`)"
+            )
     prefix = "0:" if len(state.optimizers) > 1 else ""
-    parameters = tuple(
-        replace(p, original_id=prefix + (p.original_id if isinstance(p.original_id, str) else p.name))
-        for p in state.parameters
-    )
-    return to_state_dict(replace(state, parameters=parameters), optimizer)
+    parameters = [replace(p, original_id=prefix + name) for p, name in zip(state.parameters, spelled, strict=True)]
+    return to_state_dict(replace(state, parameters=tuple(parameters)), optimizer)

@@ -10,7 +10,8 @@ from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any, Final
 
 from lora_state_format.errors import FileError
-from lora_state_format.model.tensors import CHUNK, Box, Tensor, c_strides, item_size
+from lora_state_format.model.dtypes import item_size
+from lora_state_format.model.tensors import CHUNK, Box, Tensor, c_strides
 
 if TYPE_CHECKING:
     import numpy as np

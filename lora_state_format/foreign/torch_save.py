@@ -9,18 +9,21 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Iterator, Mapping
+from itertools import chain
 from pathlib import Path
 from typing import Any, Final
 
-from lora_state_format.errors import TargetExistsError, UnrepresentableError
+from lora_state_format.errors import UnrepresentableError
 from lora_state_format.foreign.pickles import Global, Record
-from lora_state_format.io.atomic import TemporaryFile
+from lora_state_format.io.atomic import write_file
 from lora_state_format.io.ledger import Ledger, crc32
+from lora_state_format.io.strict_json import utf8
+from lora_state_format.model.dtypes import NAMES
 from lora_state_format.model.sources import Memory
 from lora_state_format.model.states import Scalar, Slot
 from lora_state_format.model.tensors import CHUNK, Tensor, c_strides, contiguous
 
-__all__ = ["archive", "dumps", "save"]
+__all__ = ["archive", "dumps", "pack", "save"]
 
 ALIGNMENT: Final = 64
 _STREAMED: Final = 0x0808  # sizes and CRC follow the data; names are UTF-8
@@ -33,30 +36,28 @@ _STORAGES: Final = {
 }  # fmt: skip
 """dtype -> torch's class for storages of it."""
 
-_UNTYPED: Final = {
-    "U16": "uint16", "U32": "uint32", "U64": "uint64", "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2",
-    "F8_E8M0": "float8_e8m0fnu", "F8_E4M3FNUZ": "float8_e4m3fnuz", "F8_E5M2FNUZ": "float8_e5m2fnuz",
-}  # fmt: skip
+_UNTYPED: Final = {dtype: name for dtype, name in NAMES.items() if dtype not in _STORAGES}
 """dtype -> torch's name, for those that torch saves in untyped storages."""
 
 
 def save(value: Any, path: Path, *, force: bool = False) -> None:
-    """Write one file, whole or not at all. Raises ``TargetExistsError``, and what ``archive`` raises."""
-    if path.exists() and not force:
-        raise TargetExistsError(f"{path} exists; pass force=True (--force) to replace it")
+    """Write one file, whole or not at all. Raises ``TargetExistsError``, and what ``pack`` raises."""
+    write_file(path, pack(value), force=force)
+
+
+def pack(value: Any) -> Iterator[bytes | memoryview]:
+    """Yield the bytes of a file in order; each chunk is valid until the next one is asked for.
+
+    Raises ``UnrepresentableError`` for a value that torch could not load back, and at the end ``FileError`` for bytes
+    that are not what their files state.
+    """
     ledger = Ledger()
-    with TemporaryFile(path) as file:
-        position = 0
-        for chunk in archive(value, ledger):
-            file.write(position, chunk)
-            position += len(chunk)
-        ledger.check()
-        file.finish(b"")
-        file.commit(path)
+    yield from archive(value, ledger)
+    ledger.check()
 
 
 def archive(value: Any, ledger: Ledger, root: str = "archive") -> Iterator[bytes | memoryview]:
-    """The archive's bytes in order; each chunk is valid until the next is asked for.
+    """Yield the archive's bytes in order; each chunk is valid until the next is asked for.
 
     The CRCs that the tensors' sources state are noted in ``ledger``. Raises ``UnrepresentableError`` for a value
     that torch could not load back.
@@ -82,7 +83,7 @@ def archive(value: Any, ledger: Ledger, root: str = "archive") -> Iterator[bytes
             + extra
         )
         crc = 0
-        for chunk in ledger.chunks(tensor, buffer):
+        for chunk in ledger.chunks(tensor, buffer, name):
             crc = crc32(chunk, crc)
             yield chunk
         yield struct.pack("<4sL2Q" if big else "<4s3L", b"PK\7\10", crc, tensor.size, tensor.size)
@@ -92,7 +93,7 @@ def archive(value: Any, ledger: Ledger, root: str = "archive") -> Iterator[bytes
 
 
 def _directory(members: list[tuple[bytes, int, int, int]], start: int) -> bytes:
-    """The central directory and the records behind it."""
+    """Return the central directory and the records behind it."""
     result = bytearray()
     for name, offset, size, crc in members:
         wide = [value for value in (size, size, offset) if value >= _BIG]
@@ -113,7 +114,7 @@ def _directory(members: list[tuple[bytes, int, int, int]], start: int) -> bytes:
 
 
 def dumps(value: Any) -> bytes:
-    """A pickle of values without tensors: DCP's ``.metadata``, for one."""
+    """Return a pickle of values without tensors: DCP's ``.metadata``, for one."""
     pickler = _Pickler()
     data = pickler.dump(value)
     if pickler.tensors:
@@ -135,52 +136,49 @@ class _Pickler:
 
     def _write(self, value: Any, out: bytearray) -> None:
         match value:
-            case None:
-                out += b"N"
-            case bool():
-                out += b"\x88" if value else b"\x89"
-            case int():
-                out += _integer(value)
-            case float():
-                out += b"G" + struct.pack(">d", value)
-            case str():
-                text = value.encode()
-                out += b"X" + struct.pack("<L", len(text)) + text
+            case None | bool() | int() | float() | str():
+                out += _plain(value)
             case bytes():
                 # Protocol 2 has no bytes: this is how pickle itself writes them.
-                self._write(Record("_codecs", "encode", (value.decode("latin-1"), "latin1")), out)
+                self._record(Record("_codecs", "encode", (value.decode("latin-1"), "latin1")), out)
             case Slot():
-                self._write(value.tensor, out)
+                self._tensor(value.tensor, out)
             case Scalar():
-                self._write(contiguous(value.dtype, (), Memory(value.data)), out)
+                self._tensor(contiguous(value.dtype, (), Memory(value.data)), out)
             case Tensor():
                 self._tensor(value, out)
             case tuple():
                 self._tuple(value, out)
-            case list():
-                out += b"](" if value else b"]"
-                for item in value:
-                    self._write(item, out)
-                out += b"e" if value else b""
-            case Mapping():
-                out += b"}(" if value else b"}"
-                for key, item in value.items():
-                    self._write(key, out)
-                    self._write(item, out)
-                out += b"u" if value else b""
+            case list() | Mapping():
+                self._items(value, out)
             case Global():
-                out += f"c{value.module}\n{value.name}\n".encode()
+                out += _global(value.module, value.name)
             case Record():
-                out += f"c{value.module}\n{value.name}\n".encode()
-                self._tuple(value.args, out)
-                if value.state is None:
-                    out += b"R"
-                else:
-                    out += b"\x81"
-                    self._write(value.state, out)
-                    out += b"b"
+                self._record(value, out)
             case _:
                 raise UnrepresentableError(f"a {type(value).__name__} cannot be written into a file that torch loads")
+
+    def _items(self, value: list[Any] | Mapping[Any, Any], out: bytearray) -> None:
+        """Write a list or a dict: an empty one, then its items between marks, if it has any."""
+        mapping = isinstance(value, Mapping)
+        out += b"}" if mapping else b"]"
+        if not value:
+            return
+        out += b"("
+        for item in chain.from_iterable(value.items()) if isinstance(value, Mapping) else value:
+            self._write(item, out)
+        out += b"u" if mapping else b"e"
+
+    def _record(self, value: Record, out: bytearray) -> None:
+        """Write a call of a global, or an object of a class with its state."""
+        out += _global(value.module, value.name)
+        self._tuple(value.args, out)
+        if value.state is None:
+            out += b"R"
+        else:
+            out += b"\x81"
+            self._write(value.state, out)
+            out += b"b"
 
     def _tuple(self, values: tuple[Any, ...], out: bytearray) -> None:
         out += b"(" if len(values) > 3 else b""
@@ -216,10 +214,32 @@ class _Pickler:
         out += b"tR"
 
 
+def _global(module: str, name: str) -> bytes:
+    return f"c{module}\n{name}\n".encode()
+
+
+def _plain(value: bool | float | str | None) -> bytes:
+    """Return the opcodes of a value that holds no others."""
+    match value:
+        case None:
+            return b"N"
+        case bool():
+            return b"\x88" if value else b"\x89"
+        case int():
+            return _integer(value)
+        case float():
+            return b"G" + struct.pack(">d", value)
+        case str():
+            text = utf8(value)
+            return b"X" + struct.pack("<L", len(text)) + text
+
+
 def _integer(value: int) -> bytes:
     if 0 <= value < 256:
         return b"K" + bytes([value])
     if -(1 << 31) <= value < 1 << 31:
         return b"J" + struct.pack("<i", value)
     data = value.to_bytes((value.bit_length() + 8) // 8, "little", signed=True)
+    if len(data) > 255:
+        raise UnrepresentableError(f"an integer of {len(data)} bytes cannot be written into a file that torch loads")
     return b"\x8a" + bytes([len(data)]) + data

@@ -32,7 +32,7 @@ from lora_state_format.io.strict_json import dumps
 from lora_state_format.model.digests import ALGORITHM, hash_tensor
 from lora_state_format.model.gc import paused
 from lora_state_format.model.sources import File
-from lora_state_format.model.states import OptimizerState, Parameter
+from lora_state_format.model.states import Group, OptimizerState, Parameter
 from lora_state_format.model.tensors import CHUNK, Digest, Tensor
 
 __all__ = ["Verification", "open_state", "verify"]
@@ -49,6 +49,7 @@ class Verification:
 
     @property
     def ok(self) -> bool:
+        """Whether nothing is wrong."""
         return not self.problems
 
 
@@ -80,7 +81,7 @@ class _Opened(NamedTuple):
 
 
 def open_state(path: str | os.PathLike[str]) -> OptimizerState:
-    """The state in a file, or in the set whose index stands beside the path. Tensors are read when they are asked for.
+    """Return the state in a file, or in the set whose index is next to the path. Tensors are read on request.
 
     The header's digest is checked, every rule of the format too; the tensors' digests are checked by ``verify`` and by
     whatever copies or loads them. Raises ``FileError`` for a broken rule, ``DigestError`` for a header that was
@@ -90,7 +91,7 @@ def open_state(path: str | os.PathLike[str]) -> OptimizerState:
 
 
 def _open(path: Path) -> tuple[OptimizerState, list[_Opened]]:
-    """The state and the files that it stands in."""
+    """Return the state and the files that it stands in."""
     while True:
         before = _version(path)
         try:
@@ -106,7 +107,7 @@ def _open(path: Path) -> tuple[OptimizerState, list[_Opened]]:
 
 
 def _version(path: Path) -> list[tuple[int, int] | None]:
-    """What changes when a writer replaces the state at a path."""
+    """Return what changes when a writer replaces the state at a path: inodes and times of its files."""
 
     def version(file: Path) -> tuple[int, int] | None:
         try:
@@ -184,7 +185,7 @@ def verify(path: str | os.PathLike[str]) -> Verification:
 
 
 def _open_set(index: Path) -> tuple[OptimizerState, list[_Opened]]:
-    """The union of a set's shards (R23 to R26), and they."""
+    """Return the union of a set's shards (R23 to R26), and they."""
 
     def fail(detail: str, rule: str) -> FileError:
         return FileError(detail, path=index, rule=rule)
@@ -218,15 +219,36 @@ def _open_set(index: Path) -> tuple[OptimizerState, list[_Opened]]:
 
 
 def _merge(parts: list[_Opened], fail: Callable[[str, str], FileError]) -> OptimizerState:
-    head = parts[0].state
-    shared = _shared(head)
-    groups = [replace(group, count=0) for group in head.groups]
-    for number, part in enumerate(parts, 1):
+    """Return the state whose shards these are."""
+    groups = _merge_groups(parts, fail)
+    parameters = _merge_parameters(parts, groups, fail)
+    return replace(
+        parts[0].state,
+        groups=groups,
+        parameters=parameters,
+        unknown=_unknown(parts),
+        resources=tuple(resource for part in parts for resource in part.state.resources),
+    )
+
+
+def _merge_groups(parts: list[_Opened], fail: Callable[[str, str], FileError]) -> tuple[Group, ...]:
+    """Return the groups with their counts in the whole set, if the shards agree on all that they share (R23)."""
+    shared = _shared(parts[0].state)
+    groups = parts[0].state.groups
+    for number, part in enumerate(parts[1:], 2):
         if _shared(part.state) != shared:
             raise fail(f"shard {number} has other optimizers, groups, naming, extensions or step than shard 1", "R23")
-        if number > 1 and (part.state.globals or part.state.origin or part.state.extra):
+        if part.state.globals or part.state.origin or part.state.extra:
             raise fail(f"shard {number} has globals, origin or extra, which belong into shard 1", "R23")
-        groups = [replace(g, count=g.count + own.count) for g, own in zip(groups, part.state.groups, strict=True)]
+        pairs = zip(groups, part.state.groups, strict=True)
+        groups = tuple(replace(group, count=group.count + own.count) for group, own in pairs)
+    return groups
+
+
+def _merge_parameters(
+    parts: list[_Opened], groups: tuple[Group, ...], fail: Callable[[str, str], FileError]
+) -> tuple[Parameter, ...]:
+    """Return the parameters in the order of the set, if each has a position of its own, within its group (R26)."""
     total = sum(len(part.state) for part in parts)
     starts = [0, *accumulate(group.count for group in groups), total]
     parameters: dict[int, Parameter] = {}
@@ -243,24 +265,18 @@ def _merge(parts: list[_Opened], fail: Callable[[str, str], FileError]) -> Optim
         check_names(ordered)
     except FileError as error:
         raise fail(error.detail, "R26") from None
-    return replace(
-        head,
-        groups=tuple(groups),
-        parameters=ordered,
-        unknown=_unknown(parts),
-        resources=tuple(resource for part in parts for resource in part.state.resources),
-    )
+    return ordered
 
 
 def _shared(state: OptimizerState) -> str:
-    """What all shards of a set say alike, as text: everything but their parameters and what stands in the first."""
+    """Return what all shards of a set must say alike, as text: all but parameters and what only the first has."""
     groups = tuple(replace(group, count=0) for group in state.groups)
     rest = replace(state, groups=groups, parameters=(), globals={}, origin={}, extra={}, unknown={})
     return dumps(encode(rest).members)
 
 
 def _unknown(parts: list[_Opened]) -> Mapping[str, Any]:
-    """The members that this version does not know: those of the first shard are kept, others could only be lost."""
+    """Return the members that this version does not know. Only those of the first shard can be kept."""
     head, *others = [part.state.unknown for part in parts]
     lost = sorted({key for unknown in others for key in unknown if key != "version"})
     return {**head, "version": others[0]["version"], NESTED: lost} if lost else head

@@ -8,14 +8,12 @@ from __future__ import annotations
 import contextlib
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Final, NamedTuple
+from typing import Final, NamedTuple, TypeAlias
 
-import xxhash
-
-from lora_state_format.errors import OptionError, TargetExistsError, UnrepresentableError
+from lora_state_format.errors import OptionError, UnrepresentableError
 from lora_state_format.format.envelope import (
     INDEX_SUFFIX,
     MAX_INDEX,
@@ -26,20 +24,40 @@ from lora_state_format.format.envelope import (
     header_digest,
     index_of,
     is_state,
+    read_index,
     set_id,
     stated_digest,
 )
 from lora_state_format.format.manifest import FORMAT, Manifest, ShardOf, check_names, encode
-from lora_state_format.io.atomic import TemporaryFile, locked, sync_folder
+from lora_state_format.io import plain
+from lora_state_format.io.atomic import TemporaryFile, check_target, locked, sync_folder
 from lora_state_format.io.ledger import Ledger
-from lora_state_format.io.safetensors import ALIGNMENT, MAX_DIMENSIONS, MAX_HEADER, is_too_large
-from lora_state_format.io.strict_json import MAX_VALUES, dumps, most_values
-from lora_state_format.model.digests import ALGORITHM, check_hash
+from lora_state_format.io.safetensors import MAX_DIMENSIONS, MAX_HEADER, is_too_large
+from lora_state_format.io.strict_json import MAX_VALUES, dumps, most_values, utf8
+from lora_state_format.model.digests import ALGORITHM
+from lora_state_format.model.dtypes import BITS
 from lora_state_format.model.gc import paused
 from lora_state_format.model.states import OptimizerState, Parameter, Slot, Value
-from lora_state_format.model.tensors import BITS, CHUNK, Tensor
+from lora_state_format.model.tensors import CHUNK, Tensor
 
-__all__ = ["Written", "in_file_order", "write"]
+__all__ = [
+    "Layout",
+    "Written",
+    "bounds_of",
+    "check_path",
+    "commit_file",
+    "commit_shard",
+    "committing",
+    "content",
+    "even_size",
+    "files_of",
+    "finish",
+    "index_of_set",
+    "lay_out",
+    "shard_name",
+    "stream",
+    "write",
+]
 
 SHARD_HEADER: Final = 16 << 20
 """Bytes of header that a shard is filled up to, as estimated."""
@@ -76,28 +94,23 @@ def write(
     ``DigestError`` for a tensor that is no longer what its file's digest says, ``OSError``.
     """
     path = Path(path)
-    _check_target(path, force)
+    check_path(path, force)
     with paused():
-        layouts = [_layout(manifest) for manifest in _manifests(state, max_shard_size)]
+        bounds = bounds_of(state, max_shard_size)
+        layouts = [lay_out(state, bounds, number) for number in range(len(bounds))]
     with contextlib.ExitStack() as stack:
         ledger = Ledger()
         files = [stack.enter_context(TemporaryFile(path)) for _ in layouts]
         for layout, file in zip(layouts, files, strict=True):
-            _stream(layout, file, ledger, progress)
+            stream(layout, file, ledger, progress)
         ledger.check()
         state.check_unchanged()
         if len(layouts) == 1:
-            return _commit_file(path, layouts[0], files[0], force)
+            return commit_file(path, layouts[0], files[0], force)
         return _commit_set(path, layouts, files, force)
 
 
-def in_file_order(state: OptimizerState, max_shard_size: int | None = None) -> Iterator[tuple[str, Tensor]]:
-    """The tensors of a state with their keys, in the order in which ``write`` reads them."""
-    for manifest in _manifests(state, max_shard_size):
-        yield from _layout(manifest).tensors
-
-
-class _Layout(NamedTuple):
+class Layout(NamedTuple):
     """A file before its digests are known: the text of its manifest, and the tensors in data order (W5).
 
     ``members`` are the manifest's without ``digests``, each as canonical JSON; ``entries`` is the header's text behind
@@ -112,154 +125,194 @@ class _Layout(NamedTuple):
     data_size: int
 
 
-def _manifests(state: OptimizerState, max_shard_size: int | None) -> Iterator[Manifest]:
-    """The state's manifest, or those of its shards."""
-    bounds = _bounds(state, max_shard_size)
+def lay_out(state: OptimizerState, bounds: Bounds, number: int) -> Layout:
+    """Return the layout of one file of a state: of the whole state, or of the shard ``number`` (from 0) of a set.
+
+    Raises ``UnrepresentableError`` for a state that has no form in a file.
+    """
     if len(bounds) == 1:
-        yield encode(state)
-        return
-    if len(bounds) > MAX_SHARDS:
-        raise OptionError(
-            f"the state would become {len(bounds)} shards, more than {MAX_SHARDS}; choose a larger max_shard_size"
-        )
-    check_names(state.parameters)
-    for number, (first, last) in enumerate(bounds, 1):
-        yield encode(_part(state, first, last), ShardOf(ZERO, number, len(bounds), tuple(range(first, last))))
+        return _layout(encode(state))
+    if number == 0:
+        check_names(state.parameters)
+    first, last = bounds[number]
+    place = ShardOf(ZERO, number + 1, len(bounds), tuple(range(first, last)))
+    return _layout(encode(_part(state, first, last), place))
 
 
-def _layout(manifest: Manifest) -> _Layout:
+def _layout(manifest: Manifest) -> Layout:
     # W5: wide items first, so that everything is aligned; then parameter order; then label. The sort is stable, and
     # the manifest lists the tensors of each parameter by label.
-    tensors = sorted(
-        ((key, slot.tensor) for key, slot in manifest.tensors.items()), key=lambda item: -BITS[item[1].dtype]
-    )
-    entries = []
-    position = 0
+    held = ((key, slot.tensor) for key, slot in manifest.tensors.items())
+    tensors = plain.in_data_order(held, lambda pair: pair[1].dtype)
     for key, tensor in tensors:
         if tensor.count * BITS[tensor.dtype] % 8 or is_too_large(tensor.shape) or len(tensor.shape) > MAX_DIMENSIONS:
             raise UnrepresentableError(
                 f"tensor {key!r} of type {tensor.dtype} and shape {list(tensor.shape)}: not whole bytes, or too large"
             )
-        end, shape = position + tensor.size, ",".join(map(str, tensor.shape))
-        entries.append(
-            f',{dumps(key)}:{{"dtype":"{tensor.dtype}","shape":[{shape}],"data_offsets":[{position},{end}]}}'
-        )
-        position = end
-    layout = _Layout(
+    entries = plain.entries((dumps(key), tensor.dtype, tensor.shape, tensor.size) for key, tensor in tensors)
+    layout = Layout(
         members={key: dumps(value) for key, value in manifest.members.items()},
         tensors=tuple(tensors),
-        entries="".join(entries),
-        digests=[ZERO] * len(tensors),
+        entries="".join(f",{entry}" for entry in entries),
+        digests=[],
         header_size=0,
-        data_size=position,
+        data_size=sum(tensor.size for _, tensor in tensors),
     )
-    return layout._replace(header_size=len(_header(layout)))
+    return layout._replace(header_size=len(_header(layout._replace(digests=[ZERO] * len(tensors)))))
 
 
-def _header(layout: _Layout, identity: str = ZERO) -> bytes:
+def _header(layout: Layout, identity: str = ZERO) -> bytes:
     """Length and header, padded to the alignment (W7), its digest as zeros; ``identity`` is the set's id, if any."""
     members = {**layout.members, "digests": dumps({"algorithm": ALGORITHM, "values": layout.digests})}
     if "set" in members:
         members["set"] = members["set"].replace(ZERO, identity)
     manifest = ",".join(f"{dumps(key)}:{members[key]}" for key in sorted(members))
     metadata = dumps('{"digest":"' + ZERO + '","manifest":{' + manifest + "}}")
-    try:
-        header = f'{{"__metadata__":{{"{METADATA}":{metadata}}}{layout.entries}}}'.encode()
-    except UnicodeEncodeError:
-        raise UnrepresentableError("the state holds a string with a lone surrogate, which is no text") from None
-    header += b" " * (-(8 + len(header)) % ALIGNMENT)
+    header = utf8(f'{{"__metadata__":{{"{METADATA}":{metadata}}}{layout.entries}}}')
+    whole = plain.padded(header)
+    header = whole[8:]
     values = most_values(header)
     if len(header) > MAX_HEADER or values > MAX_VALUES:
         raise UnrepresentableError(
             f"a header of {len(header)} bytes and {values} values, more than {MAX_HEADER} or {MAX_VALUES}: extra, "
             "globals, or the values of one parameter are too large; keep large data in tensors"
         )
-    return len(header).to_bytes(8, "little") + header
+    return whole
 
 
-def _sealed(layout: _Layout, identity: str = ZERO) -> bytes:
-    """The header with its digest."""
+def _sealed(layout: Layout, identity: str = ZERO) -> bytes:
+    """Return the header with its digest."""
     raw = _header(layout, identity)
     start = 8 + len(PREFIX)
     return raw[:start] + header_digest(raw).encode() + raw[start + 32 :]
 
 
-def _stream(layout: _Layout, target: TemporaryFile, ledger: Ledger, progress: Callable[[int], None] | None) -> None:
-    """Copy every tensor behind the room for the header, hashing on the way."""
+def stream(layout: Layout, target: TemporaryFile, ledger: Ledger, progress: Callable[[int], None] | None) -> None:
+    """Copy every tensor of a file behind the room for its header, and fill in the tensors' digests.
+
+    Raises ``DigestError`` for a tensor that does not match the digest in the file that it comes from.
+    """
     position = layout.header_size
     buffer = memoryview(bytearray(CHUNK))
-    for number, (key, tensor) in enumerate(layout.tensors):
-        hasher = xxhash.xxh3_128()
-        for chunk in ledger.chunks(tensor, buffer):
-            hasher.update(chunk)
+    for key, tensor in layout.tensors:
+        for chunk in ledger.chunks(tensor, buffer, key, layout.digests):
             target.write(position, chunk)
             position += len(chunk)
             if progress:
                 progress(len(chunk))
-        layout.digests[number] = hasher.hexdigest()
-        check_hash(key, tensor, layout.digests[number])
 
 
-def _commit_file(path: Path, layout: _Layout, file: TemporaryFile, force: bool) -> Written:
-    header = _sealed(layout)
+def content(layout: Layout) -> str:
+    """Return the digest of a shard that is complete but for the id of its set, which is made of all these digests."""
+    return header_digest(_header(layout))
+
+
+def finish(layout: Layout, file: TemporaryFile, identity: str = ZERO) -> str:
+    """Write the header, wait until the file is on the disk, and return the digest that the header states."""
+    header = _sealed(layout, identity)
     file.finish(header)
-    with _commit(path, force, keep={path.name}):
-        file.commit(path)
-    return Written(str(path), (str(path),), len(header) + layout.data_size, len(layout.tensors), stated_digest(header))
+    return stated_digest(header)
 
 
-def _check_target(path: Path, force: bool) -> None:
+def commit_file(path: Path, layout: Layout, file: TemporaryFile, force: bool) -> Written:
+    """Make a file with all its tensors the state at ``path``."""
+    digest = finish(layout, file)
+    with committing(path, force, keep={path.name}):
+        file.commit(path, force=force)
+    return Written(str(path), (str(path),), layout.header_size + layout.data_size, len(layout.tensors), digest)
+
+
+def check_path(path: Path, force: bool) -> None:
+    """Raise ``OptionError`` for a path that cannot name a state, ``TargetExistsError`` for one that does already."""
     if path.is_dir():
         raise OptionError(f"{path} is a folder; name the file to write, as in {path / 'optimizer.safetensors'}")
     if path.name.endswith(INDEX_SUFFIX):
         raise OptionError(f"{path} is the name of an index; name the file to write, without '{INDEX_SUFFIX}'")
     for existing in (index_of(path), path):
-        if not force and os.path.lexists(existing):
-            raise TargetExistsError(f"{existing} exists; pass force=True (--force) to replace it")
+        check_target(existing, force=force)
 
 
 @contextlib.contextmanager
-def _commit(path: Path, force: bool, keep: set[str]) -> Iterator[None]:
+def committing(path: Path, force: bool, keep: set[str]) -> Iterator[None]:
     """Around the renames that make a new state the one at ``path``: afterwards whatever held an older one is removed.
 
     A path means its index if there is one, else the file. So the rename of an index commits a set, and the removal of
     an index commits a single file that was put in place before; shards that no index names are left-overs.
     """
     with locked(path.parent):
-        _check_target(path, force)
+        check_path(path, force)
         yield
-        for sibling in _siblings(path):
+        for sibling in files_of(path):
             if sibling.name not in keep:
                 sibling.unlink()
         sync_folder(path.parent)
 
 
-def _siblings(path: Path) -> list[Path]:
-    """The files that may hold a state of this path: the index, the file itself, then the shards of any set."""
+def files_of(path: Path) -> list[Path]:
+    """Return the files that may hold a state of this path: the index, the file itself, then the shards of any set.
+
+    Shards that another index names, a renamed one for instance, are not among them.
+    """
     shard = re.compile(re.escape(path.stem) + r"-[0-9a-f]{8}-[0-9]{5}-of-[0-9]{5}" + re.escape(path.suffix))
-    shards = [found for found in path.parent.iterdir() if shard.fullmatch(found.name) and is_state(found)]
+    others = [found for found in path.parent.glob(f"*{INDEX_SUFFIX}") if found != index_of(path) and is_state(found)]
+    kept = {item["file"] for index in others for item in read_index(index)["shards"]}
+    shards = [
+        found
+        for found in path.parent.iterdir()
+        if shard.fullmatch(found.name) and found.name not in kept and is_state(found)
+    ]
     return [found for found in (index_of(path), path) if os.path.lexists(found)] + shards
 
 
 # --- sets of shards -----------------------------------------------------------------------------------------------
 
 
-def _bounds(state: OptimizerState, max_size: int | None) -> list[tuple[int, int]]:
-    """The runs of parameters that each become a file."""
+Bounds: TypeAlias = "Sequence[tuple[int, int]]"
+"""For each file of a state the first of its parameters, and the one after its last."""
+
+
+def bounds_of(state: OptimizerState, max_shard_size: int | None) -> Bounds:
+    """Return the runs of parameters that each become a file (W13).
+
+    Raises ``OptionError`` for more of them than a set may have.
+    """
+    costs = [_cost(parameter) for parameter in state.parameters]
+    bounds = _runs(costs, max_shard_size)
+    if len(bounds) > MAX_SHARDS:
+        raise OptionError(
+            f"the state would become {len(bounds)} shards, more than {MAX_SHARDS}; choose a larger max_shard_size"
+        )
+    return bounds
+
+
+def even_size(state: OptimizerState, files: int) -> int:
+    """Return the least ``max_shard_size`` by which a state becomes at most ``files`` files, in bytes of tensors.
+
+    So the largest file is as small as runs of whole parameters allow. A limit on headers may ask for more files; then
+    it is the size of the whole state.
+    """
+    costs = [_cost(parameter) for parameter in state.parameters]
+    low, high = max((size for size, _ in costs), default=0), sum(size for size, _ in costs)
+    while low < high:
+        middle = (low + high) // 2
+        low, high = (low, middle) if len(_runs(costs, middle)) <= files else (middle + 1, high)
+    return low
+
+
+def _runs(costs: Sequence[tuple[int, int]], max_size: int | None) -> Bounds:
     starts, size, header = [0], 0, 0
-    for position, parameter in enumerate(state.parameters):
-        own_size, own_header = _cost(parameter)
+    for position, (own_size, own_header) in enumerate(costs):
         full = max_size is not None and size + own_size > max_size
         if position > starts[-1] and (full or header + own_header > SHARD_HEADER):
             starts.append(position)
             size = header = 0
         size, header = size + own_size, header + own_header
-    return list(zip(starts, [*starts[1:], len(state.parameters)], strict=True))
+    return list(zip(starts, [*starts[1:], len(costs)], strict=True))
 
 
 def _cost(parameter: Parameter) -> tuple[int, int]:
-    """Bytes of tensors, and bytes of header within some percent: the name stands there once, and once per tensor."""
-    texts = [parameter.name, *parameter.tied, *parameter.keys, *parameter.keys.values()]
+    """Return bytes of tensors and, within some percent, of header: a name stands there once, and once per tensor."""
+    texts = [parameter.name, *parameter.tied, *parameter.foreign_names, *parameter.foreign_names.values()]
     size, header = 0, 160 + sum(len(text) + 8 for text in texts)
     values: list[Value] = [*(parameter.state or {}).values()]
     for value in values:  # which grows
@@ -275,7 +328,7 @@ def _cost(parameter: Parameter) -> tuple[int, int]:
 
 
 def _part(state: OptimizerState, first: int, last: int) -> OptimizerState:
-    """A shard's own part (W13): its parameters, groups with its own counts; what stands once stands in the first."""
+    """Return a shard's own part (W13): its parameters, groups with its own counts; the first has what stands once."""
     groups, start = [], 0
     for group in state.groups:
         stop = start + group.count
@@ -285,16 +338,22 @@ def _part(state: OptimizerState, first: int, last: int) -> OptimizerState:
     return part if first == 0 else replace(part, globals={}, origin={}, extra={}, unknown={})
 
 
-def _commit_set(path: Path, layouts: list[_Layout], files: list[TemporaryFile], force: bool) -> Written:
-    identity = set_id(header_digest(_header(layout)) for layout in layouts)
-    names, digests = [], []
-    size = 0
-    for number, (layout, file) in enumerate(zip(layouts, files, strict=True), 1):
-        header = _sealed(layout, identity)
-        file.finish(header)
-        names.append(f"{path.stem}-{identity[:8]}-{number:05}-of-{len(layouts):05}{path.suffix}")
-        digests.append(stated_digest(header))
-        size += len(header) + layout.data_size
+def shard_name(path: Path, identity: str, number: int, count: int) -> str:
+    """Return the name of the shard ``number`` (from 0) of a set (W13)."""
+    return f"{path.stem}-{identity[:8]}-{number + 1:05}-of-{count:05}{path.suffix}"
+
+
+def commit_shard(shard: Path, file: TemporaryFile) -> None:
+    """Give a shard its name; what has it already, if anything, is the same shard of an equal state."""
+    file.commit(shard, force=os.path.lexists(shard) and is_state(shard))
+
+
+def index_of_set(path: Path, layouts: Sequence[Layout], identity: str, digests: Sequence[str]) -> tuple[bytes, Written]:
+    """Return the index of a set, and what the set is made of; the digests are those that the shards state.
+
+    Raises ``UnrepresentableError`` for an index that is too large.
+    """
+    names = [shard_name(path, identity, number, len(layouts)) for number in range(len(layouts))]
     total = sum(layout.data_size for layout in layouts)
     index = dumps(
         {
@@ -307,11 +366,19 @@ def _commit_set(path: Path, layouts: list[_Layout], files: list[TemporaryFile], 
         raise UnrepresentableError(
             f"an index of {len(index)} bytes, more than {MAX_INDEX}: too many tensors for one set"
         )
+    files = tuple(str(path.with_name(name)) for name in (*names, index_of(path).name))
+    size = total + sum(layout.header_size for layout in layouts) + len(index)
+    return index, Written(str(path), files, size, sum(len(layout.tensors) for layout in layouts), identity)
+
+
+def _commit_set(path: Path, layouts: list[Layout], files: list[TemporaryFile], force: bool) -> Written:
+    identity = set_id(map(content, layouts))
+    digests = [finish(layout, file, identity) for layout, file in zip(layouts, files, strict=True)]
+    index, written = index_of_set(path, layouts, identity, digests)
     with TemporaryFile(path) as temporary:
         temporary.finish(index)
-        with _commit(path, force, keep={*names, index_of(path).name}):
-            for file, name in zip(files, names, strict=True):
-                file.commit(path.with_name(name))
-            temporary.commit(index_of(path))
-    written = tuple(str(path.with_name(name)) for name in (*names, index_of(path).name))
-    return Written(str(path), written, size + len(index), sum(len(layout.tensors) for layout in layouts), identity)
+        with committing(path, force, keep={Path(name).name for name in written.files}):
+            for number, file in enumerate(files):
+                commit_shard(path.with_name(shard_name(path, identity, number, len(files))), file)
+            temporary.commit(index_of(path), force=force)
+    return written

@@ -20,8 +20,11 @@ from lora_state_format.naming.modules import in_module_order
 __all__ = [
     "WRAPPERS",
     "Rename",
+    "adapter_orders",
     "adapter_parameters",
+    "is_adapter_key",
     "peft_key",
+    "plain_name",
     "read_names",
     "rename",
     "split_adapter",
@@ -43,14 +46,22 @@ DATA_PARALLEL: Final = "module"
 
 
 def strip_wrappers(name: str) -> str:
-    """The name without the segments of ``WRAPPERS``."""
+    """Return the name without the segments of ``WRAPPERS``."""
     if "_" not in name:
         return name
     return ".".join(segment for segment in name.split(".") if segment not in WRAPPERS)
 
 
+def plain_name(name: str) -> str:
+    """Return the name without wrapper segments and in lower case, to compare names that others spelled."""
+    plain = strip_wrappers(name).casefold()
+    while plain.startswith(f"{DATA_PARALLEL}."):
+        plain = plain[len(DATA_PARALLEL) + 1 :]
+    return plain
+
+
 def without_wrappers(names: Iterable[str]) -> tuple[list[str], tuple[str, ...]]:
-    """The names without wrapper segments, and the segments that were removed, sorted.
+    """Return the names without wrapper segments, and the segments that were removed, sorted.
 
     ``module.`` is removed where it leads every name. Raises ``ConversionError`` if two names become one.
     """
@@ -90,7 +101,7 @@ _COMPUTED: Final = ("P_TUNING", "PREFIX_TUNING", "MULTITASK_PROMPT_TUNING")
 
 
 def split_adapter(name: str) -> tuple[str, str, str] | None:
-    """What stands before an adapter's name in a ``named_parameters()`` name, the adapter, and what stands behind it.
+    """Return the part of a ``named_parameters()`` name before the adapter's name, the adapter, and the part behind it.
 
     The adapter's name stands where PEFT puts it, and only there: a module that has the same name stays. ``None`` if the
     parameter belongs to no adapter.
@@ -103,13 +114,13 @@ def split_adapter(name: str) -> tuple[str, str, str] | None:
 
 
 def with_adapter(name: str, adapter: str) -> str:
-    """The name of the same parameter in an adapter of another name."""
+    """Return the name of the same parameter in an adapter of another name."""
     parts = split_adapter(name)
     return name if parts is None else f"{parts[0]}.{adapter}{parts[2]}"
 
 
 def peft_key(name: str) -> tuple[str, str] | None:
-    """The key of a ``named_parameters()`` name in ``adapter_model.safetensors``, and its adapter.
+    """Return the key of a ``named_parameters()`` name in ``adapter_model.safetensors``, and its adapter.
 
     ``None`` if it belongs to no adapter of a ``PeftModel``, or if PEFT does not save the parameter itself (the networks
     behind P-tuning).
@@ -127,7 +138,7 @@ def peft_key(name: str) -> tuple[str, str] | None:
 
 
 def _live_name(key: str, adapter: str, config: Mapping[str, Any] | None) -> str | None:
-    """The ``named_parameters()`` name behind a key of an adapter file; ``None`` for a frozen tensor saved with it."""
+    """Return the ``named_parameters()`` name of an adapter file's key; ``None`` for a frozen tensor saved with it."""
     if split_adapter(key):
         return key
     if tuner := _KEY.fullmatch(key):
@@ -151,25 +162,51 @@ def _live_name(key: str, adapter: str, config: Mapping[str, Any] | None) -> str 
     return key if bias == "all" and key.endswith(".bias") else None
 
 
+TASK_HEADS: Final = {
+    "SEQ_CLS": ("classifier", "score"),
+    "TOKEN_CLS": ("classifier", "score"),
+    "QUESTION_ANS": ("qa_outputs",),
+}
+"""PEFT's task types, and the modules that it trains and saves for them without being told."""
+
+
 def _saved_module(key: str, config: Mapping[str, Any] | None) -> str | None:
-    """The module of ``modules_to_save`` that a key lies in: the outermost whose path ends as the configuration says."""
+    """Return the module of ``modules_to_save`` of a key: the outermost whose path ends as the config says."""
     segments = key.split(".")
     if config is None:
         return ".".join(segments[:-1]) if segments[-1] == "weight" else None
-    wanted = tuple(config.get("modules_to_save") or ())
+    wanted = (*(config.get("modules_to_save") or ()), *TASK_HEADS.get(str(config.get("task_type")), ()))
     paths = (".".join(segments[:stop]) for stop in range(1, len(segments)))
     return next((path for path in paths if wanted and path.endswith(wanted)), None)
+
+
+def is_adapter_key(key: str) -> bool:
+    """Return whether a key of a file is that of a tensor that PEFT trains, as its adapter files have them."""
+    return _KEY.fullmatch(key) is not None or key == "prompt_embeddings"
 
 
 def adapter_parameters(
     weights: Mapping[str, Tensor], adapter: str = "default", config: Mapping[str, Any] | None = None
 ) -> list[Parameter]:
-    """The trainable parameters behind an ``adapter_model.safetensors``, in ``named_parameters()`` order.
+    """Return the trainable parameters behind an ``adapter_model.safetensors``, as ``adapter_orders`` has them first."""
+    return adapter_orders(weights, adapter, config)[0]
+
+
+def adapter_orders(
+    weights: Mapping[str, Tensor],
+    adapter: str = "default",
+    config: Mapping[str, Any] | None = None,
+    *,
+    ordered: bool = False,
+) -> list[list[Parameter]]:
+    """Return the trainable parameters behind an adapter's file in each order that ``named_parameters()`` may have.
 
     ``weights`` are the file's tensors under its keys; ``config`` is the parsed ``adapter_config.json``, which says what
     of a file is frozen; without it every ``weight`` that belongs to no adapter module is taken for a saved module's.
-    Each parameter has its key under ``keys["peft"]``. Raises ``MissingNamesError`` where no order of the modules is
-    known, or the file does not hold what was trained.
+    ``ordered`` says that the file keeps the model's order, as a pickle does; but saved modules stand at its end, so
+    those of embeddings may have to go first. PEFT before 0.6 trained the originals of saved modules too; that is one
+    more way. Each parameter has its key under ``keys["peft"]``. Raises ``MissingNamesError`` where no order of the
+    modules is known, or the file does not hold what was trained.
     """
     found: dict[str, str] = {}
     for key in weights:
@@ -178,20 +215,40 @@ def adapter_parameters(
             raise ConversionError(f"the keys '{found[strip_wrappers(name)]}' and '{key}' are both '{name}'")
     if not found:
         raise MissingNamesError("the adapter file holds no parameter that PEFT trains")
-    parameters = []
-    for name in in_module_order(found, str((config or {}).get("base_model_name_or_path") or "")):
-        tensor, parts = weights[found[name]], split_adapter(name)
-        parameters.append(
-            Parameter(
-                name=name,
-                shape=tensor.shape,
-                state=None,
-                dtype=tensor.dtype,
-                adapter=parts[1] if parts else None,
-                keys={"peft": found[name]},
-            )
-        )
-    return parameters
+    if ordered:
+        first = [name for name in found if EMBEDDING.search(name)]
+        orders = [[*found], [*first, *(name for name in found if name not in first)]]
+    else:
+        orders = [in_module_order(found, str((config or {}).get("base_model_name_or_path") or ""))]
+    plain = [[_adapter_parameter(name, found[name], weights) for name in names] for names in orders]
+    if not any(SAVED in name for name in found):
+        return plain[:1]
+    return [*plain, *([p for item in names for p in (*_original(item), item)] for names in plain)]
+
+
+SAVED: Final = ".modules_to_save."
+EMBEDDING: Final = re.compile(r"(^|\.)(embed\w*|wte|wpe|shared|\w+_embeddings?)\.modules_to_save\.")
+
+
+def _adapter_parameter(name: str, key: str, weights: Mapping[str, Tensor]) -> Parameter:
+    tensor, parts = weights[key], split_adapter(name)
+    return Parameter(
+        name=name,
+        shape=tensor.shape,
+        state=None,
+        dtype=tensor.dtype,
+        adapter=parts[1] if parts else None,
+        foreign_names={"peft": key},
+    )
+
+
+def _original(parameter: Parameter) -> list[Parameter]:
+    """Return the parameter that a saved module's is a copy of, if it is one."""
+    head, _, tail = split_adapter(parameter.name) or ("", "", "")
+    if not head.endswith(SAVED[:-1]):
+        return []
+    name = f"{head.removesuffix(SAVED[:-1])}.original_module{tail}"
+    return [Parameter(name, parameter.shape, None, dtype=parameter.dtype)]
 
 
 # --- rename rules and files of names --------------------------------------------------------------------------------
@@ -201,7 +258,7 @@ Rename: TypeAlias = "Mapping[str, str] | Sequence[tuple[str | re.Pattern[str], s
 
 
 def rename(names: Sequence[str], rule: Rename) -> dict[str, str]:
-    """Each name under its new name.
+    """Return each name under its new name.
 
     A mapping renames whole names; pairs are applied by ``re.sub`` one after the other; a function is called with each
     name. Raises ``OptionError`` if a mapping names what is not there, or two names become one.
@@ -229,7 +286,7 @@ def _substituted(name: str, pairs: Sequence[tuple[str | re.Pattern[str], str]]) 
 
 
 def read_names(path: str | os.PathLike[str]) -> list[str]:
-    """The names in a UTF-8 file, one a line, in optimizer order; blank lines do not count.
+    """Return the names in a UTF-8 file, one a line, in optimizer order; blank lines do not count.
 
     Raises ``ConversionError`` if there are none or one occurs twice.
     """

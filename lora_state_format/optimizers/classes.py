@@ -58,5 +58,5 @@ CLASSES: Final[Mapping[str, Known]] = {
 
 
 def known(lineage: Iterable[str]) -> Known:
-    """The row of the first of these classes that has one: a class, then its ancestors."""
+    """Return the row of the first of these classes that has one: a class, then its ancestors."""
     return next((CLASSES[path] for path in lineage if path in CLASSES), Known(counts=None))

@@ -71,7 +71,7 @@ class LoadReport:
         return "\n".join([self.line(), *self.notes])
 
     def line(self) -> str:
-        """The report without its notes."""
+        """Return the report without its notes."""
         text = f"restored {self.restored}/{self.total} parameters, {_span(self.slots)} slots each"
         if self.steps:
             text += f", step {_span(self.steps)}"
@@ -129,7 +129,7 @@ def apply(
 
 
 def _staged(loading: LoadPlan, named: Named, ledger: Ledger) -> list[dict[str, Any] | None]:
-    """The new slots of each binding.
+    """Return the new slots of each binding.
 
     Half of the time goes into the pages of new memory, so two threads read: open files can be read by both. Ranks that
     have parts of tensors talk to each other, in order.
@@ -146,7 +146,7 @@ def _staged(loading: LoadPlan, named: Named, ledger: Ledger) -> list[dict[str, A
 
 
 def _stage(binding: Binding, named: Named, live: LiveOptimizer, ledger: Ledger) -> dict[str, Any] | None:
-    """A parameter's new slots, read and checked; ``None`` for none."""
+    """Return a parameter's new slots, read and checked; ``None`` for none."""
     part = named.parts.get(binding.name)
     if binding.saved is None or binding.saved.state is None or (part and not part.count):
         return None
@@ -181,7 +181,7 @@ def _tensor(
     part: Part | None,
     ledger: Ledger,
 ) -> torch.Tensor:
-    """A slot's tensor, where the parameter is; what is shaped like the parameter has its layout too."""
+    """Return a slot's tensor, where the parameter is; what is shaped like the parameter has its layout too."""
     tensor = slot.tensor
     saved = dtype_of(tensor.dtype)
     like = slot.role in (Role.PARAM, Role.ROW, Role.COL)
@@ -206,7 +206,7 @@ def _tensor(
 def _shard(
     slot: Slot, dtype: torch.dtype, binding: Binding, parameter: torch.Tensor, part: Part | None, where: str
 ) -> torch.Tensor:
-    """This rank's part of a slot, placed as the parameter is."""
+    """Return this rank's part of a slot, placed as the parameter is."""
     if slot.role is not Role.PARAM or binding.resize:
         what = "it has another shape" if binding.resize else f"its role is {slot.role.value}, not param"
         raise BindError(f"{where} cannot follow a sharded parameter: {what}")
@@ -221,7 +221,7 @@ def _shard(
 
 
 def _resized(old: torch.Tensor, out: torch.Tensor, mean: bool) -> torch.Tensor:
-    """The moments of a parameter of another shape: what both have is kept, what is new is zero or the mean."""
+    """Return the moments of a parameter of another shape: what both have is kept, what is new is zero or the mean."""
     common = tuple(slice(0, min(a, b)) for a, b in zip(old.shape, out.shape, strict=True))
     out.fill_(float(old.double().mean()) if mean and old.numel() else 0.0)
     out[common].copy_(old[common])
@@ -229,7 +229,7 @@ def _resized(old: torch.Tensor, out: torch.Tensor, mean: bool) -> torch.Tensor:
 
 
 def _step(value: int | float | Scalar, row: Known, device: torch.device, on_device: bool) -> Any:
-    """A step count as the live optimizer's class counts: a Python number, or a 0-d tensor where it expects one."""
+    """Return a step count as the live class counts: a Python number, or a 0-d tensor where it expects one."""
     if row.counts is int:
         return int(value.item().real) if isinstance(value, Scalar) else int(value)
     if isinstance(value, Scalar):
@@ -242,7 +242,7 @@ def _step(value: int | float | Scalar, row: Known, device: torch.device, on_devi
 
 
 def _kept(parameter: Parameter) -> Parameter:
-    """A carried parameter with its tensors in memory, for a save after the file is closed."""
+    """Return a carried parameter with its tensors in memory, for a save after the file is closed."""
 
     def copied(value: Any) -> Any:
         if isinstance(value, Slot):
@@ -255,7 +255,7 @@ def _kept(parameter: Parameter) -> Parameter:
 
 
 def _loose(values: Mapping[str, Value], count: int) -> list[dict[Any, Any]]:
-    """For each optimizer the state under keys that are no parameters."""
+    """Return for each optimizer the state under keys that are no parameters."""
     found: list[dict[Any, Any]] = []
     for number in range(count):
         own = values.get(str(number), {}) if count > 1 else values
@@ -277,7 +277,7 @@ def _plain(value: Value) -> Any:
 
 @torch.no_grad()
 def _set(current: Any, value: Any) -> Any:
-    """A group option's new value: a live tensor stays the object it is, numbers stay numbers."""
+    """Return a group option's new value: a live tensor stays the object it is, numbers stay numbers."""
     if isinstance(current, (list, tuple)) and isinstance(value, (list, tuple)) and len(current) == len(value):
         return type(current)(_set(a, b) for a, b in zip(current, value, strict=True))
     if isinstance(current, torch.Tensor) and isinstance(value, (int, float, Scalar, torch.Tensor)):
@@ -291,7 +291,7 @@ def _set(current: Any, value: Any) -> Any:
 
 
 def _compare(loading: LoadPlan) -> tuple[int, tuple[str, ...]]:
-    """How many live parameters have the bytes that they had at the save, and the names of those that have others."""
+    """Return how many live parameters have the bytes of the save, and the names of those that have others."""
     matching, differing = 0, []
     for binding in loading.bindings:
         saved, own = binding.saved.weights if binding.saved else None, loading.live.parameters[binding.name]

@@ -11,7 +11,8 @@ import inspect
 import logging
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from functools import partial
 from typing import Any, Final, Literal, TypeAlias, cast
 from weakref import WeakKeyDictionary
 
@@ -38,7 +39,7 @@ from lora_state_format.model.tensors import Digest, Tensor
 from lora_state_format.naming.names import peft_key, split_adapter
 from lora_state_format.torch.fsdp1 import Part, parts_of
 from lora_state_format.torch.objects import outside, unpacked
-from lora_state_format.torch.tensors import dtype_name, from_torch, is_sharded, refusal
+from lora_state_format.torch.tensors import dtype_name, from_torch, is_sharded, refusal, to_host
 
 __all__ = [
     "CARRIED",
@@ -46,12 +47,12 @@ __all__ = [
     "Named",
     "Optimizers",
     "capture",
-    "capture_with",
+    "capture_parts",
     "describe",
     "named_tensors",
     "optimizers_of",
     "sharding",
-    "with_weights",
+    "weights_of",
 ]
 
 logger = logging.getLogger("lora_state_format")
@@ -99,12 +100,12 @@ class Named:
     parts: dict[str, Part]
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """The shape of the whole parameter."""
+        """Return the shape of the whole parameter."""
         return self.parts[name].shape if name in self.parts else tuple(self.tensors[name].shape)
 
 
 def named_tensors(model: Models) -> Named:
-    """The parameters of a model, or of several, under their names. Raises ``CaptureError`` if two share one."""
+    """Return the parameters of a model, or of several, under their names. Raises ``CaptureError`` if two share one."""
     tensors: dict[str, torch.Tensor] = {}
     tied: dict[str, tuple[str, ...]] = {}
     names: dict[int, str] = {}
@@ -137,7 +138,7 @@ def _named(model: Models) -> Iterator[tuple[str, torch.Tensor, type, float | Non
 
 
 def _place(path: str, places: dict[str, tuple[str, Any]]) -> tuple[str, Any]:
-    """The path without the segments of wrappers, and the module there."""
+    """Return the path without the segments of wrappers, and the module there."""
     if path not in places:
         head, _, segment = path.rpartition(".")
         clean, module = _place(head, places)
@@ -147,7 +148,7 @@ def _place(path: str, places: dict[str, tuple[str, Any]]) -> tuple[str, Any]:
 
 
 def _scale(name: str, places: dict[str, tuple[str, Any]]) -> float | None:
-    """What PEFT's LoRA layer around a parameter multiplies with: alpha / r, or as the adapter has it."""
+    """Return what PEFT's LoRA layer around a parameter multiplies with: alpha / r, or as the adapter has it."""
     parts = split_adapter(name)
     if parts is None or ".lora_" not in name:
         return None
@@ -172,7 +173,7 @@ def _lineage(kind: type) -> tuple[str, ...]:
 
 
 def optimizers_of(optimizer: Optimizers) -> tuple[torch.optim.Optimizer, ...]:
-    """The optimizers of a run, without the shells that frameworks put around them."""
+    """Return the optimizers of a run, without the shells that frameworks put around them."""
     listed = [optimizer] if isinstance(optimizer, torch.optim.Optimizer) else optimizer
     return tuple(map(_shelled, listed))
 
@@ -193,7 +194,7 @@ def _shelled(optimizer: Any) -> torch.optim.Optimizer:
 
 
 def describe(optimizer: Optimizers, model: Models) -> LiveOptimizer:
-    """The live side of a load. Raises ``CaptureError`` as ``capture`` does."""
+    """Return the live side of a load. Raises ``CaptureError`` as ``capture`` does."""
     named, optimizers = named_tensors(model), optimizers_of(optimizer)
     reader = Reader(as_leaf)
     groups = [
@@ -217,7 +218,7 @@ def describe(optimizer: Optimizers, model: Models) -> LiveOptimizer:
 
 
 def _stepping(kind: type) -> tuple[str, ...]:
-    """The class and those of its ancestors whose ``step`` it has."""
+    """Return the class and those of its ancestors whose ``step`` it has."""
     own = inspect.unwrap(kind.step)  # type: ignore[attr-defined]
     same = [ancestor for ancestor in kind.__mro__ if inspect.unwrap(getattr(ancestor, "step", None) or len) is own]
     return tuple(_class_path(ancestor) for ancestor in same)
@@ -235,7 +236,7 @@ def _digest(tensor: torch.Tensor) -> Digest:
 def _groups(
     optimizers: Sequence[torch.optim.Optimizer], named: Named
 ) -> Iterator[tuple[int, Mapping[str, Any], list[str]]]:
-    """Each group with the number of its optimizer and its parameters' names."""
+    """Yield each group with the number of its optimizer and its parameters' names."""
     strangers: list[str] = []
     owners: dict[str, int] = {}
     found = []
@@ -270,7 +271,7 @@ def _group_name(group: Mapping[str, Any]) -> str | None:
 
 
 def _options(reader: Reader, group: Mapping[str, Any], where: str | None = None) -> Iterator[tuple[str, Value]]:
-    """A group's options; those that have no form in a file are left out, with a warning that says ``where``."""
+    """Yield a group's options; those that have no form in a file are left out, with a warning that says ``where``."""
     for key, raw in group.items():
         if key in ("params", "param_names"):
             continue
@@ -281,20 +282,22 @@ def _options(reader: Reader, group: Mapping[str, Any], where: str | None = None)
                 logger.warning("%s: option %s; it is not saved, and a load keeps what the live group has", where, error)
 
 
-def _content(tensor: torch.Tensor) -> Tensor:
-    """A live tensor as its bytes; of a sharded one all of them, which every rank must ask for."""
+def _content(tensor: torch.Tensor, copy: bool = False) -> Tensor:
+    """Return a tensor's bytes, live or copied; of a sharded one all of them, which arrive inside ``gather``."""
     if is_sharded(tensor):
-        from lora_state_format.torch.distributed import gathered
+        from lora_state_format.torch.exchange import spread
 
         sharded = cast("Any", tensor)
-        return gathered(sharded) if tensor.shape else from_torch(sharded.full_tensor())
-    return from_torch(tensor)
+        if tensor.shape:
+            return spread(sharded, copy=copy)
+        tensor = sharded.full_tensor()
+    return from_torch(to_host(tensor) if copy else tensor)
 
 
-def as_leaf(raw: Any) -> Tensor | Scalar | None:
-    """Live tensors, and NumPy's scalars as Python numbers."""
+def as_leaf(raw: Any, copy: bool = False) -> Tensor | Scalar | None:
+    """Live tensors, or copies of them, and NumPy's scalars as Python numbers."""
     if isinstance(raw, torch.Tensor):
-        content = _content(raw)
+        content = _content(raw, copy)
         return content if content.shape else Scalar(content.dtype, bytes(content.bytes()))
     numpy = sys.modules.get("numpy")
     if numpy is not None and isinstance(raw, numpy.generic) and not isinstance(raw, (numpy.str_, numpy.bytes_)):
@@ -302,8 +305,21 @@ def as_leaf(raw: Any) -> Tensor | Scalar | None:
     return None
 
 
-def _copied(raw: Any) -> Tensor | Scalar | None:
-    return as_leaf(raw.detach().to("cpu", copy=True) if isinstance(raw, torch.Tensor) else raw)
+def _leaf(name: str, part: Part | None, copy: bool) -> Leaf:
+    """Return what reads the slots of a parameter; those of a part stand for the whole parameter's."""
+
+    def leaf(raw: Any) -> Tensor | Scalar | None:
+        if part and isinstance(raw, torch.Tensor) and raw.shape == (part.count,):
+            return _part_content(name, part, raw, copy) if part.shape else as_leaf(raw[0])
+        return as_leaf(raw, copy)
+
+    return cast("Leaf", leaf)
+
+
+def _part_content(name: str, part: Part, local: torch.Tensor, copy: bool) -> Tensor:
+    from lora_state_format.torch.exchange import run
+
+    return run(name, part.shape, part.start, local, copy=copy)
 
 
 # --- capture --------------------------------------------------------------------------------------------------------
@@ -318,7 +334,7 @@ def capture(
     global_step: int | None = None,
     copy: bool = False,
 ) -> OptimizerState:
-    """The state of an optimizer, or of several, under the model's names.
+    """Return the state of an optimizer, or of several, under the model's names.
 
     Tensors are not copied: write the state before the next step, or ask for a ``copy``, which is in the host's memory
     and stays as it is. ``weights`` adds a digest of each parameter's own bytes, by which a load can tell whether state
@@ -327,33 +343,37 @@ def capture(
     Raises ``CaptureError`` if the optimizer holds parameters that the model does not have, and
     ``UnrepresentableError`` for a value that no file can hold, naming the parameter and the slot.
     """
-    return capture_with(None, optimizer, model, weights=weights, extra=extra, global_step=global_step, copy=copy)
+    named = named_tensors(model)
+    if named.parts:
+        raise CaptureError(
+            "FSDP has cut the parameters up: call save_optimizer on every rank, which brings them together"
+        )
+    return capture_parts(optimizer, model, named, weights=weights, extra=extra, global_step=global_step, copy=copy)
 
 
-def capture_with(
-    entries: Mapping[str, Mapping[str, Any]] | None,
+def capture_parts(
     optimizer: Optimizers,
     model: Models,
+    named: Named,
     *,
     weights: bool,
     extra: Mapping[str, Any] | None,
     global_step: int | None,
-    copy: bool = False,
+    copy: bool,
 ) -> OptimizerState:
-    """As ``capture``; ``entries`` are the slots of whole parameters by name where the optimizer has only parts."""
-    named, optimizers = named_tensors(model), optimizers_of(optimizer)
-    if named.parts and entries is None:
-        raise CaptureError(
-            "FSDP has cut the parameters up: call save_optimizer on every rank, which brings them together"
-        )
-    reader = Reader(cast("Leaf", _copied if copy else as_leaf))
+    """Return what ``capture`` does, with the slots of this rank where parameters are cut up.
+
+    A parameter of which this rank has no elements has no state here.
+    """
+    optimizers = optimizers_of(optimizer)
+    reader = Reader(cast("Leaf", partial(as_leaf, copy=copy)))
     groups: list[Group] = []
     parameters: dict[str, Parameter] = {}
 
     def add(name: str, state: Mapping[torch.Tensor, Mapping[str, Any]], options: Mapping[str, Any]) -> None:
-        tensor = named.tensors[name]
-        entry = state.get(tensor) if entries is None else entries.get(name)
-        slots = None if entry is None else _slots(reader, name, named, entry, options)
+        tensor, part = named.tensors[name], named.parts.get(name)
+        entry = state.get(tensor) if part is None or part.count else None
+        slots = None if entry is None else _slots(Reader(_leaf(name, part, copy)), name, named, entry, options)
         parameters[name] = _parameter(name, tensor, named, slots, weights)
 
     for place, (number, group, names) in enumerate(_groups(optimizers, named)):
@@ -393,18 +413,10 @@ def capture_with(
     )
 
 
-def with_weights(state: OptimizerState, model: Models, *, copy: bool = False) -> OptimizerState:
-    """The state with a digest of each parameter's own bytes, as they are in the model.
-
-    With ``copy`` each is copied for that: memory that NumPy has seen can no longer be resized, as FSDP1 does with its.
-    """
-    tensors = named_tensors(model).tensors
-
-    def digest(tensor: torch.Tensor) -> Digest:
-        return _digest(tensor.detach().clone() if copy else tensor)
-
-    parameters = (replace(p, weights=digest(tensors[p.name])) if p.name in tensors else p for p in state.parameters)
-    return replace(state, parameters=tuple(parameters))
+def weights_of(named: Named, name: str, *, copy: bool = False) -> Tensor:
+    """Return a parameter's own bytes, or a copy of them; of a sharded one they arrive inside ``gather``."""
+    part, tensor = named.parts.get(name), named.tensors[name]
+    return _part_content(name, part, tensor, copy) if part and part.shape else _content(tensor, copy)
 
 
 def _parameter(
@@ -418,13 +430,13 @@ def _parameter(
         dtype=dtype_name(tensor.dtype),
         adapter=parts[1] if parts else None,
         tied=named.tied.get(name, ()),
-        keys={"peft": key[0]} if key else {},
+        foreign_names={"peft": key[0]} if key else {},
         weights=_digest(tensor) if weights else None,
     )
 
 
 def _scalings(parameters: Iterable[Parameter], named: Named) -> Mapping[str, Value]:
-    """alpha / r by adapter, and by parameter where it differs from that of the adapter's first."""
+    """Return alpha / r by adapter, and by parameter where it differs from that of the adapter's first."""
     found: dict[str, Value] = {}
     for parameter in parameters:
         scale = named.scaling.get(parameter.name)
@@ -452,7 +464,7 @@ def _slots(
 
 
 def _fitted(value: Any, shape: tuple[int, ...]) -> Any:
-    """Slots that are called like ones of the parameter's shape, and have another, are opaque."""
+    """Return slots that are called like ones of the parameter's shape, and have another, are opaque."""
     if isinstance(value, Slot):
         return Slot(value.tensor) if value.role is Role.PARAM and value.tensor.shape != shape else value
     if isinstance(value, Mapping):
@@ -463,7 +475,7 @@ def _fitted(value: Any, shape: tuple[int, ...]) -> Any:
 
 
 def _globals(reader: Reader, optimizers: Sequence[torch.optim.Optimizer]) -> Mapping[str, Value]:
-    """State under keys that are no parameters, as ``state_dict.from_state_dict`` lays it out."""
+    """Return state under keys that are no parameters, as ``state_dict.from_state_dict`` lays it out."""
     found: dict[str, Value] = {}
     for number, optimizer in enumerate(optimizers):
         loose = {

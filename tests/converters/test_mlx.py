@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import zipfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from lora_state_format.errors import (
 from lora_state_format.format import reading, writing
 from lora_state_format.io import safetensors
 from lora_state_format.io.plain import header
+from lora_state_format.mapping.maps import MAPS
 from lora_state_format.model.sources import Memory
 from lora_state_format.model.states import (
     Checkpoint,
@@ -122,15 +124,15 @@ def test_what_the_caller_has_to_say(tmp_path: Path) -> None:
         (
             {},
             (
-                f"{path}: 'w' holds m, v, and the file does not say of which rule; it fits adam, adamw, "
-                "adam_uncorrected, adamw_uncorrected: say which with --optimizer (optimizer=)"
+                f"{path}: 'w' holds m, v, and the file does not name its optimizer; it fits adam, adamw, "
+                "adam_uncorrected, adamw_uncorrected; pass the right one as optimizer="
             ),
         ),
         (
             {"optimizer": "adamw"},
             (
-                f"{path}: MLX's adamw corrects the bias of its moments or not (by default it does not), and the "
-                "file does not say: say --option bias_correction=True, or False"
+                f"{path}: the file does not say whether MLX's adamw corrected the bias of its moments; pass "
+                "options={'bias_correction': True}, or False, which is MLX's default"
             ),
         ),
         ({**CORRECTED, "lr": 0.5}, f"{path} holds lr=0.0010000000474974513, not 0.5"),
@@ -148,7 +150,7 @@ def test_what_the_caller_has_to_say(tmp_path: Path) -> None:
     mlx.write(plain, tmp_path / "back.safetensors", base=None, force=False, options={})
     flax = registry.writer("flax_msgpack")
     with pytest.raises(UnrepresentableError) as refused:
-        flax.write(plain, tmp_path / "never", base=None, force=False, options={})
+        flax.write(plain, tmp_path / "never", base=None, force=False, options={"map": "none"})
     assert str(refused.value) == "the target has no place for the state of adam_uncorrected"
 
 
@@ -219,13 +221,13 @@ def test_what_mlx_has_no_place_for(tmp_path: Path) -> None:
             state(Group(0, (("lr", 0.1),), 1), Group(0, (("lr", 0.2),), 1)),
             {},
             UnrepresentableError,
-            "groups with the learning rates [0.1, 0.2], where MLX has one: say --option lr=...",
+            ("MLX has one learning rate, and the groups have [0.1, 0.2]; pass the one to write as options={'lr': ...}"),
         ),
         (
             state(Group(0, (), 1)),
             {},
             UnrepresentableError,
-            "groups with the learning rates [None], where MLX has one: say --option lr=...",
+            "MLX has one learning rate, and the groups have [None]; pass the one to write as options={'lr': ...}",
         ),
         (
             state(Group(0, (("lr", 0.1),), 1), slots={"max_exp_avg_sq": moment}),
@@ -245,10 +247,40 @@ def test_what_mlx_has_no_place_for(tmp_path: Path) -> None:
             ConversionError,
             "'p0' of shape [2] has no rule in map 'mlx_lm' to go back by",
         ),
+        (
+            state(Group(0, (("lr", 0.1), ("maximize", True)), 1)),
+            {},
+            UnrepresentableError,
+            "group 0 has maximize=True, which adam of other frameworks does not have",
+        ),
+        (
+            state(Group(0, (("lr", 0.1), ("decoupled_weight_decay", True)), 1)),
+            {},
+            UnrepresentableError,
+            "group 0 has decoupled_weight_decay=True, which adam of other frameworks does not have",
+        ),
+        (
+            state(Group(0, (("lr", 0.1), ("eps", 1e-8)), 1), Group(0, (("lr", 0.1), ("eps", 1e-6)), 1)),
+            {},
+            UnrepresentableError,
+            "groups differ in eps (1e-08, 1e-06), and the target has one for all; pass it as options={'eps': ...}",
+        ),
+        (
+            replace(state(Group(0, (("lr", 0.1),), 1)), globals={"k": 3}),
+            {},
+            UnrepresentableError,
+            "'k' belongs to no parameter: the target has no place for it",
+        ),
+        (
+            replace(state(Group(0, (("lr", 0.1),), 1)), optimizers=(Optimizer("torch.optim.adam.Adam"),) * 2),
+            {},
+            UnrepresentableError,
+            "the state of 2 optimizers, where the target has that of one",
+        ),
     ]
     for found, options, kind, message in cases:
         with pytest.raises(kind) as caught:
-            mlx.write(found, target, base=None, force=False, options=options)
+            mlx.write(found, target, base=None, force=False, options={"map": "none", **options})
         assert str(caught.value) == message
     with pytest.raises(OptionError) as refused:
         mlx.write(cases[0][0], target, base=tmp_path / "base", force=False, options={})
@@ -259,10 +291,19 @@ def test_what_mlx_has_no_place_for(tmp_path: Path) -> None:
         (Parameter("p", (2,), {"momentum_buffer": moment}),),
         Naming("model"),
     )
-    with pytest.raises(UnrepresentableError, match=r"^the state does not say how many steps were taken: say --option "):
+    with pytest.raises(
+        UnrepresentableError, match=r"^the state does not say how many steps were taken; pass the number as options="
+    ):
+        mlx.write(sgd, target, base=None, force=False, options={"map": "none"})
+    with pytest.raises(OptionError) as unnamed:
         mlx.write(sgd, target, base=None, force=False, options={})
+    assert str(unnamed.value) == (
+        "the names and axes of the state are not those of mlx; maps are known for "
+        f"{', '.join(layout.name for layout in MAPS)}; pass one, a file, or 'none' to keep the names, as "
+        "options={'map': ...}"
+    )
     assert not target.exists()
-    mlx.write(sgd, target, base=None, force=False, options={"step": 7})
+    mlx.write(sgd, target, base=None, force=False, options={"map": "none", "step": 7})
     assert read(target, optimizer="sgd").global_step == 7
 
 
@@ -352,8 +393,8 @@ def test_it_holds_what_mlx_holds_and_comes_back(tmp_path: Path, name: str, dora:
     named = "base_model.model.model.layers.1.self_attn.q_proj.lora_A.default.weight"
     adapter = dict(tree_flatten(model.trainable_parameters()))
     assert state[named].shape == adapter["model.layers.1.self_attn.q_proj.lora_a"].shape[::-1]
-    assert state[named].keys == {"peft": "base_model.model.model.layers.1.self_attn.q_proj.lora_A.weight"}
-    weight = checkpoint.weights[state[named].keys["peft"]]
+    assert state[named].foreign_names == {"peft": "base_model.model.model.layers.1.self_attn.q_proj.lora_A.weight"}
+    weight = checkpoint.weights[state[named].foreign_names["peft"]]
     assert np.array_equal(weight.numpy(), np.array(adapter["model.layers.1.self_attn.q_proj.lora_a"]).T)
     other = "lora_magnitude_vector.default.weight" if dora else "lora_embedding_A.default"
     assert any(name.endswith(other) for name in state)

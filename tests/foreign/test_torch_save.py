@@ -13,9 +13,10 @@ import torch
 from lora_state_format.errors import TargetExistsError, UnrepresentableError
 from lora_state_format.foreign import pickles
 from lora_state_format.foreign.torch_save import _STORAGES, _UNTYPED, _directory, save
+from lora_state_format.model.dtypes import item_size
 from lora_state_format.model.sources import File, Memory
 from lora_state_format.model.states import Scalar
-from lora_state_format.model.tensors import contiguous, item_size
+from lora_state_format.model.tensors import contiguous
 
 TENSORS = {
     dtype: contiguous(dtype, (2, 3), Memory(bytes(i % 2 for i in range(6 * item_size(dtype)))))
@@ -95,6 +96,6 @@ def test_nothing_is_overwritten(tmp_path: Path) -> None:
     save(1, tmp_path / "x.pt")
     with pytest.raises(TargetExistsError) as error:
         save(2, tmp_path / "x.pt")
-    assert str(error.value) == f"{tmp_path / 'x.pt'} exists; pass force=True (--force) to replace it"
+    assert str(error.value) == f"{tmp_path / 'x.pt'} exists; pass force=True to replace it"
     save(2, tmp_path / "x.pt", force=True)
     assert torch.load(tmp_path / "x.pt") == 2

@@ -259,7 +259,7 @@ def test_balances_inside_a_layer() -> None:
     weights = {name: tensor(p.detach().numpy()) for name, p in live.items()}
     units, balances, *_ = signals.units_of(state, weights, None, head_size(config.to_dict()))
     fits = table.Table(units, balances)
-    assert len(balances) == 4 * len(signals.RULES)
+    assert len(balances) == 4 * len(signals.CONSERVED)
     for _, *sides in balances:
         left, right = (sum(fits._sum(share.unit, share) for share in side) for side in sides)
         assert np.allclose(left, right, atol=1e-5 * np.abs(left).max())
@@ -375,7 +375,7 @@ def test_digests_first() -> None:
 
 def test_weights_by_a_foreign_key() -> None:
     state, weights = lora(4)
-    keyed = tuple(replace(p, keys={"peft": p.name.replace(".default", "")}) for p in state.parameters)
+    keyed = tuple(replace(p, foreign_names={"peft": p.name.replace(".default", "")}) for p in state.parameters)
     by_key = {name.replace(".default", ""): values for name, values in weights.items()}
     assert weigh(replace(state, parameters=keyed), by_key).verdict == "confirmed"
 
