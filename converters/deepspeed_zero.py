@@ -17,7 +17,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise, zip_longest
+from itertools import accumulate, pairwise, zip_longest
 from math import prod
 from pathlib import Path
 from typing import Any, Final
@@ -96,12 +96,25 @@ def read(match: Match, options: Mapping[str, Any]) -> Checkpoint:
         trees = {mp: model.tree for mp, model in models.items()}
         stages, tensor = deepspeed.degrees(trees, folder) if every[0].stage < 3 else (1, 1)
         slices = deepspeed.slices_of(tensor, trees[0], options.get("slices"), models[0].path)
-        parts = {mp: _state_dict(ranks[mp], models[mp].groups, models[mp].path) for mp in ranks}
-        tree, shapes = _whole(parts, stages, slices, folder)
         weights = deepspeed.weights(folder, trees, slices, files)
-        masters = {name: slots.pop("master_param") for name, slots in tree["state"].items()}
         origin = _origin(every, trees[0], stages, tensor)
-        origin["masters_compared"] = check_masters(masters, weights)
+
+        def whole(ordered: bool) -> tuple[dict[str, Any], dict[str, tuple[int, ...]], dict[str, Tensor], int]:
+            parts = {mp: _state_dict(ranks[mp], models[mp].groups, models[mp].path, ordered) for mp in ranks}
+            tree, shapes = _whole(parts, stages, slices, folder)
+            masters = {name: slots.pop("master_param") for name, slots in tree["state"].items()}
+            return tree, shapes, masters, check_masters(masters, weights, folder)
+
+        try:
+            tree, shapes, masters, origin["masters_compared"] = whole(ordered=False)
+        except FileError as error:
+            if every[0].stage == 3:
+                raise
+            try:
+                tree, shapes, masters, origin["masters_compared"] = whole(ordered=True)
+            except FileError:
+                raise error from None
+            origin["layout"] = "param_shapes, as the masters prove: param_slice_mappings are those of another order"
         if options.get("masters"):
             for name, slots in tree["state"].items():
                 slots["master_param"] = masters[name]
@@ -240,8 +253,15 @@ def _check_model(model: Mapping[str, Any], groups: Sequence[Any], ranks: Sequenc
         raise FileError(f"says there were {world} ranks; there are optimizer files of {len(ranks)}", path=path)
 
 
-def _state_dict(ranks: Sequence[_Rank], named: Sequence[Mapping[str, Any]], model_file: Path) -> dict[str, Any]:
-    """Return the state dict that one rank would have had, masters too, with names for ids."""
+def _state_dict(
+    ranks: Sequence[_Rank], named: Sequence[Mapping[str, Any]], model_file: Path, ordered: bool
+) -> dict[str, Any]:
+    """Return the state dict that one rank would have had, masters too, with names for ids.
+
+    With ``ordered``, parameters of stages 1 and 2 stand end to end in the order of ``param_shapes``, whatever
+    ``param_slice_mappings`` says: with ``round_robin_gradients``, DeepSpeed (0.10 to 0.19) writes the mappings of the
+    order that it had before (``_link_all_hp_params`` in ``stage_1_and_2.py``).
+    """
     first = ranks[0]
     entries: dict[str, dict[str, Any]] = {}
     members: list[list[str]] = []
@@ -252,7 +272,7 @@ def _state_dict(ranks: Sequence[_Rank], named: Sequence[Mapping[str, Any]], mode
         for expert_rank in range(parallel):
             own = ranks[expert_rank::parallel]
             flat, common = _split(own, number)
-            cut = _cut_stage3 if first.stage == 3 else _cut_stage12
+            cut = _cut_stage3 if first.stage == 3 else _cut_in_order if ordered else _cut_stage12
             for local, slots in cut(own, number, shapes, flat, model_file.parent):
                 name = deepspeed.global_expert(local, expert_rank, deepspeed.local_experts(list(shapes)))
                 if name in entries:
@@ -363,6 +383,25 @@ def _cut_stage12(
         if held != prod(shape):
             raise FileError(f"the rank files hold {held} of the {prod(shape)} elements of '{name}'", path=folder)
         yield name, {slot: _joined(tensors, cuts, shape, ranks) for slot, tensors in flat.items()}
+
+
+def _cut_in_order(
+    ranks: Sequence[_Rank], number: int, named: Mapping[str, Any], flat: Mapping[str, Sequence[Tensor]], folder: Path
+) -> Iterator[tuple[str, dict[str, Tensor]]]:
+    ends = list(accumulate(rank.masters[number].count for rank in ranks))
+    if ends[-1] != sum(map(prod, named.values())):
+        raise FileError(
+            f"the ranks hold {ends[-1]} elements of group {number}, and its parameters have others", path=folder
+        )
+    start = 0
+    for name, shape in named.items():
+        cuts, stop = [], start + prod(shape)
+        for index, end in enumerate(ends):
+            begin = ends[index - 1] if index else 0
+            if start < end and begin < stop:
+                cuts.append((index, max(start, begin) - begin, min(stop, end) - max(start, begin)))
+        yield name, {slot: _joined(tensors, cuts, shape, ranks) for slot, tensors in flat.items()}
+        start = stop
 
 
 def _check_apart(addresses: Mapping[str, Any], path: Path) -> None:

@@ -80,7 +80,7 @@ def read(match: Match, options: Mapping[str, Any]) -> Checkpoint:
         masters = {
             name: slots.pop(MASTER) for state in states.values() for name, slots in state.items() if MASTER in slots
         }
-        origin: dict[str, Value] = {"format": NAME, "masters_compared": check_masters(masters, weights)}
+        origin: dict[str, Value] = {"format": NAME, "masters_compared": check_masters(masters, weights, place)}
         if told:
             origin["told_apart_by_order"] = told
         if options.get("groups") != "merge":

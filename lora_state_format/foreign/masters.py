@@ -41,7 +41,15 @@ def elements(tensor: Tensor, start: int, count: int) -> bytearray:
     return buffer
 
 
-def check_masters(masters: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> int:
+REMEDY: Final = (
+    "the optimizer's files and the model's are not of one save, or files of two ranks were exchanged; copy the folder "
+    "again from where it was written"
+)
+
+
+def check_masters(
+    masters: Mapping[str, Tensor], weights: Mapping[str, Tensor], path: object = None, remedy: str = REMEDY
+) -> int:
     """Compare samples of fp32 masters with the weights of the same names; return how many parameters were compared.
 
     The first elements of every piece are read, so every rank's share is seen. A weight of another shape, or of a dtype
@@ -64,8 +72,8 @@ def check_masters(masters: Mapping[str, Tensor], weights: Mapping[str, Tensor]) 
             if not np.isnan(values).any() and _as(values, weight.dtype) != elements(weight, start, count):
                 raise FileError(
                     f"the fp32 master of '{name}', rounded to {weight.dtype}, is not the model's weight at element "
-                    f"{start}: the optimizer's files and the model's are not of one save, or files of two ranks were "
-                    "exchanged; copy the folder again from where it was written"
+                    f"{start}: {remedy}",
+                    path=path,
                 )
     return compared
 
