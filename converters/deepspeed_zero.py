@@ -99,19 +99,20 @@ def read(match: Match, options: Mapping[str, Any]) -> Checkpoint:
         weights = deepspeed.weights(folder, trees, slices, files)
         origin = _origin(every, trees[0], stages, tensor)
 
-        def whole(ordered: bool) -> tuple[dict[str, Any], dict[str, tuple[int, ...]], dict[str, Tensor], int]:
+        def whole(ordered: bool) -> tuple[dict[str, Any], dict[str, tuple[int, ...]], dict[str, Tensor]]:
             parts = {mp: _state_dict(ranks[mp], models[mp].groups, models[mp].path, ordered) for mp in ranks}
             tree, shapes = _whole(parts, stages, slices, folder)
-            masters = {name: slots.pop("master_param") for name, slots in tree["state"].items()}
-            return tree, shapes, masters, check_masters(masters, weights, folder)
+            return tree, shapes, {name: slots.pop("master_param") for name, slots in tree["state"].items()}
 
+        tree, shapes, masters = whole(ordered=False)
         try:
-            tree, shapes, masters, origin["masters_compared"] = whole(ordered=False)
+            origin["masters_compared"] = check_masters(masters, weights, folder)
         except FileError as error:
             if every[0].stage == 3:
                 raise
             try:
-                tree, shapes, masters, origin["masters_compared"] = whole(ordered=True)
+                tree, shapes, masters = whole(ordered=True)
+                origin["masters_compared"] = check_masters(masters, weights, folder)
             except FileError:
                 raise error from None
             origin["layout"] = "param_shapes, as the masters prove: param_slice_mappings are those of another order"

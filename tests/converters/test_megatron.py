@@ -163,9 +163,9 @@ def test_masters_that_are_not_the_weights_are_refused(tmp_path: Path) -> None:
     with pytest.raises(FileError) as error:
         read(tmp_path / "other")
     assert str(error.value) == (
-        f"{tmp_path / 'other'}: the fp32 master of '{SINGLE}', rounded to F32, is not the model's weight at element 0: the optimizer's files "
-        "and the model's are not of one save, or files of two ranks were exchanged; copy the folder again from where "
-        "it was written"
+        f"{tmp_path / 'other'}: the fp32 master of '{SINGLE}', rounded to F32, is not the model's weight at element 0: "
+        "the optimizer's files and the model's are not of one save, or files of two ranks were exchanged; copy the "
+        "folder again from where it was written"
     )
 
 
