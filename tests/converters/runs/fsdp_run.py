@@ -21,7 +21,9 @@ warnings.filterwarnings("ignore")
 
 import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
-from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner  # noqa: E402
+from torch.distributed.checkpoint import FileSystemWriter, HuggingFaceStorageWriter  # noqa: E402
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner  # noqa: E402
+from torch.distributed.checkpoint.filesystem import SerializationFormat  # noqa: E402
 from torch.distributed.checkpoint.state_dict import (  # noqa: E402
     StateDictOptions,
     get_model_state_dict,
@@ -29,6 +31,7 @@ from torch.distributed.checkpoint.state_dict import (  # noqa: E402
     set_optimizer_state_dict,
 )
 from torch.distributed.checkpoint.state_dict_loader import load as dcp_load  # noqa: E402
+from torch.distributed.checkpoint.state_dict_saver import async_save as dcp_async_save  # noqa: E402
 from torch.distributed.checkpoint.state_dict_saver import save as dcp_save  # noqa: E402
 from torch.distributed.fsdp import (  # noqa: E402
     FullyShardedDataParallel,
@@ -143,7 +146,27 @@ def save(case: str) -> None:
             state = None
         else:
             state = {"model": get_model_state_dict(model), "optim": get_optimizer_state_dict(model, optimizer)}
-        if state is not None:
+        if case in ("items", "zstd"):
+            chosen: Any = {"serialization_format": SerializationFormat.SAFETENSORS}
+            if case == "zstd":
+                from torch.distributed.checkpoint._extension import ZStandard
+
+                chosen = {"_extensions": [ZStandard()]}
+            dcp_save(state, storage_writer=FileSystemWriter(folder, **chosen))
+        elif case in ("hugging", "consolidated"):
+            options = StateDictOptions(flatten_optimizer_state_dict=True)
+            flat = get_optimizer_state_dict(model, optimizer, options=options)
+            tensors = {key: value for key, value in flat.items() if isinstance(value, torch.Tensor)}
+            writer = HuggingFaceStorageWriter(
+                str(folder), save_distributed=True, enable_consolidation=case == "consolidated",
+                fqn_to_index_mapping=dict.fromkeys(tensors, 1),
+            )  # fmt: skip
+            dcp_save(tensors, storage_writer=writer)
+        elif case == "async":
+            planner = DefaultSavePlanner(enable_plan_caching=True)
+            for _ in range(2):  # the second save has the plans of the first
+                dcp_async_save(state, checkpoint_id=folder, planner=planner).result()
+        elif state is not None:
             dcp_save(state, checkpoint_id=folder)
         live = whole(model, optimizer)
     if rank == 0:
