@@ -2,10 +2,10 @@
 
 ``shard-R-...safetensors`` has rank ``R``'s parts, and in its metadata where each begins (``DCP_SHARDING_INFO``).
 Consolidated files have whole tensors, but zeros for those without axes, ``step`` among them (seen with torch 2.13): the
-folder ``sharded``, which the writer leaves next to them, is read instead where it is there. The layout is that of ``torch/distributed/checkpoint/hf_storage.py``. The writer
-takes tensors only, so hyperparameters, and parameters that never took a step, are not in it: there is one group
-without options. Nothing says how many shards there were. Parameters that lack a slot which others have show that one
-is missing.
+folder ``sharded``, which the writer leaves next to them, is read instead where it is there. The layout is that of
+``torch/distributed/checkpoint/hf_storage.py``. The writer takes tensors only, so hyperparameters, and parameters that
+never took a step, are not in it: there is one group without options. Nothing says how many shards there were.
+Parameters that lack a slot which others have show that one is missing.
 """
 
 from __future__ import annotations

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed.checkpoint
 
 from lora_state_format import registry
 from lora_state_format.converters import dcp
@@ -76,8 +77,8 @@ def test_consolidated_files_lose_the_step(fsdp: Callable[[str], Path], assert_ho
     with pytest.raises(FileError) as error:
         registry.read(folder)
     assert str(error.value) == (
-        f"{folder}: 'step' of 'lora_A.default.weight' is 0, as torch's consolidated files have it whatever it was: give "
-        "the folder with the shards ('sharded', next to this file when it was written), or --option step=N"
+        f"{folder}: 'step' of 'lora_A.default.weight' is 0, as torch's consolidated files have it whatever it was: "
+        "give the folder with the shards ('sharded', next to this file when it was written), or --option step=N"
     )
     with open_any(folder, options={"step": "3"}) as state:
         live = slots_of(live_of(fsdp("consolidated")))
@@ -98,6 +99,27 @@ def test_a_shard_of_the_hugging_face_writer_is_missing(fsdp: Callable[[str], Pat
     with pytest.raises(FileError) as first:
         registry.read(folder)
     assert str(first.value) == f"{folder}: has no shard 1, and has shard 2"
+
+
+def test_megatron_fsdp_states_options_by_name(tmp_path: Path) -> None:
+    """Laid out as ``DistributedOptimizer.sharded_param_state_fsdp_dtensor`` does; its wrapper needs a GPU."""
+    torch.manual_seed(0)
+    names = ["module.a.weight", "module.a.bias", "module.b.weight"]
+    state = {
+        n: {"exp_avg": torch.randn(4, 3), "exp_avg_sq": torch.rand(4, 3), "step": torch.tensor(3.0)} for n in names
+    }
+    metas = {n: {"lr": 1e-3, "betas": (0.9, 0.95), "wd_mult": float("weight" in n)} for n in names}
+    tree = {"optimizer": {"state": state, "param_to_group_meta": metas}}
+    torch.distributed.checkpoint.save(tree, checkpoint_id=tmp_path / "folder", no_dist=True)
+    assert registry.detect(tmp_path / "folder")[0].NAME == "dcp"
+    with read(tmp_path / "folder") as read_back:
+        for name in names:
+            own = read_back[name.removeprefix("module.")]
+            assert torch.equal(own["exp_avg"].torch(), state[name]["exp_avg"])
+            assert own["step"].item() == 3.0
+        assert [group.count for group in read_back.groups] == [2, 1]
+        assert dict(read_back.groups[0].options) == {"lr": 1e-3, "betas": (0.9, 0.95), "wd_mult": 1.0}
+        assert dict(read_back.groups[1].options)["wd_mult"] == 0.0
 
 
 def test_compression_that_lies_about_its_size(fsdp: Callable[[str], Path], tmp_path: Path) -> None:
