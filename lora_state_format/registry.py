@@ -61,6 +61,7 @@ BUILT_IN: Final[Mapping[str, str]] = {
     "deepspeed_zero": "lora_state_format.converters.deepspeed_zero",
     "diffusers": "lora_state_format.converters.diffusers",
     "flax_msgpack": "lora_state_format.converters.flax_msgpack",
+    "fsdp2_ranks": "lora_state_format.converters.fsdp2_ranks",
     "kohya": "lora_state_format.converters.kohya",
     "lerobot": "lora_state_format.converters.lerobot",
     "lightning": "lora_state_format.converters.lightning",

@@ -33,6 +33,7 @@ from torch.distributed.checkpoint.state_dict import (  # noqa: E402
 from torch.distributed.checkpoint.state_dict_loader import load as dcp_load  # noqa: E402
 from torch.distributed.checkpoint.state_dict_saver import async_save as dcp_async_save  # noqa: E402
 from torch.distributed.checkpoint.state_dict_saver import save as dcp_save  # noqa: E402
+from torch.distributed.device_mesh import init_device_mesh  # noqa: E402
 from torch.distributed.fsdp import (  # noqa: E402
     FullyShardedDataParallel,
     OptimStateKeyType,
@@ -82,6 +83,11 @@ def sharded(case: str) -> tuple[torch.nn.Module, torch.optim.Optimizer]:
     def rows(parameter: torch.nn.Parameter) -> Shard | None:
         return Shard(1) if case == "rows" and parameter.shape == (3, 14) else None
 
+    if case in ("ranks", "replicas"):  # as verl has it: an optimizer over all parameters, in one group
+        model.requires_grad_(True)
+        shape = (world,) if case == "ranks" else (2, world // 2)
+        fully_shard(model, mesh=init_device_mesh("cpu", shape, mesh_dim_names=("copy", "cut")[-len(shape) :]))
+        return model, torch.optim.AdamW(model.parameters(), lr=1e-3)
     fully_shard(model, shard_placement_fn=rows)
     return model, optimizer_of(model, named=case == "positional")
 
@@ -140,6 +146,11 @@ def save(case: str) -> None:
         elif case == "flattened":
             options = StateDictOptions(flatten_optimizer_state_dict=True)
             state = {**get_model_state_dict(model), **get_optimizer_state_dict(model, optimizer, options=options)}
+        elif case in ("ranks", "replicas"):
+            folder.mkdir(parents=True, exist_ok=True)
+            torch.save(model.state_dict(), folder / f"model_world_size_{world}_rank_{rank}.pt")
+            torch.save(optimizer.state_dict(), folder / f"optim_world_size_{world}_rank_{rank}.pt")
+            state = None
         elif case == "local":
             folder.mkdir(parents=True, exist_ok=True)
             torch.save(optimizer.state_dict(), folder / f"optimizer_0_rank{rank}.bin")
