@@ -110,7 +110,7 @@ def test_another_rank_and_a_loop_of_your_own(tmp_path: Path, monkeypatch: pytest
 def test_the_table_of_cluster_formats_names_every_case() -> None:
     """Each golden folder and each run of the tests stands in the table, and nothing else does."""
     table = (
-        (Path(__file__).parents[1] / "docs" / "cluster.md")
+        (DOCS / "cluster.md")
         .read_text()
         .partition("## What is read")[2]
         .partition("From source only")[0]
