@@ -14,10 +14,13 @@ from lora_state_format.optimizers.classes import CLASSES, UNKNOWN, Decay, Form, 
 from lora_state_format.optimizers.options import Kind, kind_of
 from lora_state_format.optimizers.quantised import BITSANDBYTES, decoded
 
-__all__ = ["CLASSES_OF", "Crossing", "Crossings", "Fit", "crossings_of", "source_of", "translated"]
+__all__ = ["CLASSES_OF", "INNER", "Crossing", "Crossings", "Fit", "crossings_of", "source_of", "translated"]
 
 CLASSES_OF: Final = "classes"
 """Member of ``origin``: for each optimizer its class and the ancestors whose step it has."""
+
+INNER: Final = "inner"
+"""Member of ``origin``: by an optimizer's number the classes of the optimizers that it wraps, by attribute."""
 
 _LATER: Final = frozenset({"maximize", "amsgrad", "caution"})
 """Options that classes got in later versions; a file of an older one lacks them."""
@@ -97,6 +100,8 @@ def _crossing(
         reasons = tuple(_unstated(slots, options, own, live.known[target], live.title(target)))
         return Crossing(None, here[0], Fit.OTHER if reasons else Fit.SAME, reasons)
     there, row = known(lineage), live.known[target]
+    if reasons := tuple(_inside(state, live, source, target)):
+        return Crossing(saved, here[0], Fit.OTHER, reasons)
     if same_class(lineage, here) and _decay(there, options) == _decay(row, own):
         return Crossing(saved, here[0], Fit.SAME)
     reasons = tuple(_differences(slots, there, row, _short(saved), live.title(target), options, own))
@@ -158,6 +163,17 @@ def _lineage(state: OptimizerState, source: int | None) -> tuple[str, ...]:
         return ()
     ancestors = stated.get(path) if isinstance(stated, Mapping) else None
     return (path, *map(str, ancestors)) if isinstance(ancestors, (list, tuple)) else (path,)
+
+
+def _inside(state: OptimizerState, live: LiveOptimizer, source: int | None, target: int) -> Iterable[str]:
+    """Say where wrappers wrap other classes than those that wrote the state."""
+    stated = state.origin.get(INNER)
+    found = stated.get(str(source), {}) if isinstance(stated, Mapping) else {}
+    then = {key: str(path) for key, path in found.items()} if isinstance(found, Mapping) else {}
+    now = live.inner[target] if live.inner else {}
+    for name in sorted(then.keys() | now.keys()):
+        if then.get(name) != now.get(name):
+            yield f"its {name} is {now.get(name, 'not there')}, and was {then.get(name, 'not there')}"
 
 
 def _inferred(slots: frozenset[str], options: Sequence[Mapping[str, Value]], live: str | None) -> tuple[str, ...]:

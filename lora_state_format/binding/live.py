@@ -64,7 +64,7 @@ class LiveOptimizer:
 
     ``parameters`` are all that the model has, trainable or not, in the optimizer or not. ``lineages`` has for each
     optimizer its class path and those of the ancestors whose step it inherits, ``beside`` the members that its own
-    state dict has next to ``state`` and ``param_groups``.
+    state dict has next to ``state`` and ``param_groups``, ``inner`` the classes of those that it wraps, by attribute.
     """
 
     optimizers: tuple[Optimizer, ...]
@@ -72,6 +72,7 @@ class LiveOptimizer:
     parameters: Mapping[str, LiveParameter]
     lineages: tuple[tuple[str, ...], ...] = ()
     beside: tuple[frozenset[str], ...] = ()
+    inner: tuple[Mapping[str, str], ...] = ()
 
     @cached_property
     def members(self) -> dict[str, int]:

@@ -13,12 +13,13 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 
 from lora_state_format.binding import plan as planning
-from lora_state_format.binding.plan import Policies, PolicyArguments
+from lora_state_format.binding.policies import Policies, PolicyArguments
 from lora_state_format.errors import CaptureError, ConversionError
 from lora_state_format.foreign.state_dict import Leaf, from_state_dict
 from lora_state_format.model.states import Naming, OptimizerState, Parameter
-from lora_state_format.torch.apply import apply
-from lora_state_format.torch.capture import Models, as_leaf, describe, named_tensors, optimizers_of
+from lora_state_format.torch.apply import carry_out
+from lora_state_format.torch.capture import Models, as_leaf, grouped, named_tensors, optimizers_of
+from lora_state_format.torch.live import describe
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -71,7 +72,7 @@ def follow_names(
 
     def put_names(found: torch.optim.Optimizer, state_dict: dict[str, Any]) -> None:
         if not _inside_dcp():
-            names = [group.parameters for group in describe(found, model).groups]
+            names = [names for _, _, names in grouped([found], named_tensors(model))]
             for group, listed in zip(state_dict["param_groups"], names, strict=True):
                 group["param_names"] = list(listed)
 
@@ -86,7 +87,7 @@ def follow_names(
                 "proves; the next one that is saved will have names"
             )
             return None
-        loading = planning.plan(state, describe(found, model), asked)
+        loading = planning.plan(state, describe(found, model).side, asked)
         loading.check()
         pending.append((loading, found.param_groups))
         # torch goes on with this: nothing that it could cast or mix up. What it replaces is put back behind it.
@@ -98,7 +99,7 @@ def follow_names(
         if pending:
             loading, groups = pending.pop()
             found.param_groups = groups
-            apply(loading, found, model)
+            carry_out(loading, describe(found, model))
 
     return Following(
         (

@@ -11,8 +11,18 @@ from typing import TYPE_CHECKING, Any, cast
 
 from lora_state_format import registry
 from lora_state_format.binding import plan as planning
-from lora_state_format.binding.live import LiveOptimizer, LiveParameter
-from lora_state_format.binding.plan import LoadPlan, Policies, PolicyArguments
+from lora_state_format.binding.live import LiveParameter
+from lora_state_format.binding.plan import LoadPlan
+from lora_state_format.binding.policies import (
+    Dtype,
+    Mismatch,
+    MismatchClass,
+    Missing,
+    Policies,
+    PolicyArguments,
+    Renaming,
+    Unexpected,
+)
 from lora_state_format.errors import ConversionError
 from lora_state_format.format import envelope, reading
 from lora_state_format.model import digests
@@ -20,16 +30,12 @@ from lora_state_format.model.digests import ALGORITHM
 from lora_state_format.model.states import OptimizerState, Parameter
 from lora_state_format.model.tensors import Digest, Tensor
 from lora_state_format.naming import order, rules
-from lora_state_format.naming.names import Rename, peft_key
-from lora_state_format.naming.sources import Live, name_state
-from lora_state_format.torch.apply import LoadReport, apply
-from lora_state_format.torch.capture import (
-    Models,
-    Optimizers,
-    describe,
-    named_tensors,
-    sharding,
-)
+from lora_state_format.naming.names import peft_key
+from lora_state_format.naming.sources import Live as LiveNames
+from lora_state_format.naming.sources import name_state
+from lora_state_format.torch.apply import LoadReport, carry_out
+from lora_state_format.torch.capture import Models, Optimizers, sharding
+from lora_state_format.torch.live import Live, describe
 from lora_state_format.torch.rebuild import rebuild
 from lora_state_format.torch.tensors import (
     from_torch,
@@ -49,18 +55,19 @@ def load_optimizer(
     model: Models,
     path: str | os.PathLike[str],
     *,
-    missing: planning.Missing = "error",
-    unexpected: planning.Unexpected = "error",
-    mismatch: planning.Mismatch = "error",
-    dtype: planning.Dtype = "saved",
+    missing: Missing = "error",
+    unexpected: Unexpected = "error",
+    mismatch: Mismatch = "error",
+    mismatch_class: MismatchClass = "error",
+    dtype: Dtype = "saved",
     options: Mapping[str, Any] | None = None,
-    rename: Rename | None = None,
+    rename: Renaming | None = None,
 ) -> LoadReport:
     """Load state into a live optimizer, or several, by the names of the model's parameters: all of it, or nothing.
 
     ``path`` is a file or a set of shards of this format, or any checkpoint that a converter reads. Where that one has
     positions instead of names, the order of the live optimizer says what they mean, with a warning: order alone is no
-    proof. The policies are those of ``plan.Policies``.
+    proof. The policies are those of ``binding.policies.Policies``.
 
     Of a sharded model each rank reads its own part, whatever the placement; call this on every rank. If one fails, all
     do. Tensors that are read in parts are not verified against their digests, and weights are not compared.
@@ -68,39 +75,39 @@ def load_optimizer(
     Raises ``BindError`` that names everything that does not fit, ``DigestError`` and ``FileError`` for damaged bytes,
     ``RankError`` if another rank raised something, and what opening the path raises. The optimizer is then as it was.
     """
-    policies = Policies(missing, unexpected, mismatch, dtype, options or {}, rename)
-    with _agreed(optimizer, model) as agree, _open(Path(path), live := describe(optimizer, model), model) as state:
-        return apply(planning.plan(state, live, policies), optimizer, model, agree)
+    policies = Policies(missing, unexpected, mismatch, dtype, options or {}, rename, mismatch_class)
+    with _agreed(optimizer, model) as agree, _open(Path(path), live := describe(optimizer, model)) as state:
+        return carry_out(planning.plan(state, live.side, policies), live, agree)
 
 
 def plan(state: OptimizerState, optimizer: Optimizers, model: Models, **policies: Unpack[PolicyArguments]) -> LoadPlan:
     """Return what loading a state into a live optimizer would do; nothing is read or changed.
 
-    The policies are those of ``binding.plan.Policies``.
+    The policies are those of ``binding.policies.Policies``.
     """
-    return planning.plan(state, describe(optimizer, model), Policies(**policies))
+    return planning.plan(state, describe(optimizer, model).side, Policies(**policies))
 
 
-def _open(path: Path, live: LiveOptimizer, model: Models) -> OptimizerState:
+def _open(path: Path, live: Live) -> OptimizerState:
     """The named state at a path; positions are named in the live optimizer's order, or else by the live model."""
     if envelope.is_state(path):
         return reading.open_state(path)
     checkpoint = registry.read(path)
     if isinstance(checkpoint.state, OptimizerState):
         return checkpoint.state
-    named = named_tensors(model)
+    named = live.named
     parameters = [
         rules.Described(
             _beside(p, checkpoint.weights),
             p.requires_grad,
             tuple(kind.__name__ for kind in named.owners[p.name].__mro__[:-1]),
         )
-        for p in live.parameters.values()
+        for p in live.side.parameters.values()
     ]
     own = {name: from_torch(tensor) for name, tensor in named.tensors.items() if refusal(tensor) is None}
     where = "beside it" if checkpoint.weights else "of the live model"
-    groups = [group.parameters for group in live.groups]
-    state = name_state(checkpoint, path, live=Live(parameters, groups, own), rebuild=rebuild)
+    groups = [group.parameters for group in live.side.groups]
+    state = name_state(checkpoint, path, live=LiveNames(parameters, groups, own), rebuild=rebuild)
     details = state.naming.details
     evidence = cast("Mapping[str, str]", details.get("evidence", {}))
     verdict = evidence.get("verdict")

@@ -12,7 +12,8 @@ import pytest
 
 from lora_state_format.binding import plan as planning
 from lora_state_format.binding.live import LiveGroup, LiveOptimizer, LiveParameter
-from lora_state_format.binding.plan import LoadPlan, Policies
+from lora_state_format.binding.plan import LoadPlan
+from lora_state_format.binding.policies import Policies
 from lora_state_format.errors import BindError, OptionError
 from lora_state_format.model.sources import Memory
 from lora_state_format.model.states import (
