@@ -198,12 +198,19 @@ def _unstated(
 ) -> Iterable[str]:
     """Say why state of a class that the file does not name cannot be that of the live class."""
     if row is not UNKNOWN:
-        yield from _strange(slots, row, title)
+        if strange := list(_strange(slots, row, title)):
+            yield from strange
+            yield from _lacking(slots, row.needs, title)
         return
     stated = {key for options in saved for key in options}
     own = {key for options in live for key in options if kind_of(key, options) is Kind.MATH}
     if stated and (lacking := sorted(own - stated - _LATER)):
         yield f"{title} has the options {', '.join(lacking)}, which the file's groups do not have"
+
+
+def _lacking(slots: frozenset[str], needed: Iterable[str], title: str) -> Iterable[str]:
+    if lacking := [slot for slot in needed if slot not in slots]:
+        yield f"{title} keeps {', '.join(lacking)}, which the file does not have"
 
 
 def _strange(slots: frozenset[str], row: Known, title: str) -> Iterable[str]:
@@ -231,8 +238,7 @@ def _differences(
     """Say what keeps the state of one class from serving another; nothing if it can be laid out anew."""
     if there.rule is None or there.rule != row.rule:
         yield from _strange(slots, row, live) if row is not UNKNOWN else ()
-        if lacking := [slot for slot in (*row.needs, *row.keeps) if slot not in slots and row.rule is None]:
-            yield f"{live} keeps {', '.join(lacking)}, which the file does not have"
+        yield from _lacking(slots, row.needs or row.keeps, live)
         yield f"no translation from {saved} into {live} is known"
         return
     if strange := sorted(slots - there.slots):

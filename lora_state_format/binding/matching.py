@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from typing import Final
 
 from lora_state_format.binding.live import LiveOptimizer
 from lora_state_format.binding.policies import BY_WEIGHTS, Renaming
@@ -229,21 +230,40 @@ def suggestion(left: Sequence[Parameter], live: LiveOptimizer, matching: Matchin
     """Return the ``rename=`` that would put every saved parameter that found no place on a live one of its shape.
 
     One run of segments is replaced by another: the first parameter's possible partners propose it, all must fit, and no
-    name that has found its own may change.
+    name that has found its own may change. Where others have found their own, segments may only come or go, as where one
+    module was wrapped: another module in the place of one is another module.
     """
+    for pairs in _KNOWN:
+        if left and _all_fit(pairs, left, live, matching):
+            return f"rename={list(pairs)!r}"
     free = {n: live.parameters[n].shape for n in live.members if n not in set(matching.found.values())}
     for candidate in (name for name, shape in free.items() if shape == left[0].shape):
-        for pattern, replacement in _substitutions(left[0].name, candidate):
-            if _fits(pattern, replacement, left, free) and not any(
-                re.sub(pattern, replacement, name) != name for name in matching.found
-            ):
-                return f"rename=[({pattern!r}, {replacement!r})]"
+        if matching.found and candidate.count(".") == left[0].name.count("."):
+            continue
+        for pair in _substitutions(left[0].name, candidate):
+            if _all_fit((pair,), left, live, matching):
+                return f"rename=[{pair!r}]"
     return None
 
 
-def _fits(pattern: str, replacement: str, left: Sequence[Parameter], free: Mapping[str, tuple[int, ...]]) -> bool:
-    partners = {re.sub(pattern, replacement, p.name): p.shape for p in left}
-    return len(partners) == len(left) and all(free.get(name) == shape for name, shape in partners.items())
+_KNOWN: Final = (
+    (("weight_g$", "parametrizations.weight.original0"), ("weight_v$", "parametrizations.weight.original1")),
+    (("weight_orig$", "parametrizations.weight.original"),),
+    ((r"(?<=\.)gamma$", "weight"), (r"(?<=\.)beta$", "bias")),
+)
+"""Renames that libraries made: torch's weight_norm and spectral_norm became parametrizations, BERT's norms torch's."""
+
+
+def _all_fit(
+    pairs: Sequence[tuple[str, str]], left: Sequence[Parameter], live: LiveOptimizer, matching: Matching
+) -> bool:
+    """Return whether a rename puts each of these on a free live parameter of its shape, and moves no other."""
+    renamed = rename([p.name for p in left] + list(matching.found), pairs)
+    taken = set(matching.found.values())
+    free = {name: live.parameters[name].shape for name in live.members if name not in taken}
+    return all(free.get(renamed[p.name]) == p.shape for p in left) and all(
+        renamed[name] == name for name in matching.found
+    )
 
 
 def _substitutions(old: str, new: str) -> Iterator[tuple[str, str]]:

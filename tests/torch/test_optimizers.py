@@ -118,6 +118,6 @@ def test_a_subclass_is_known_by_the_class_whose_step_it_has() -> None:
     model = torch.nn.Linear(2, 2)
     assert known(lineage_of(Mine)) is CLASSES["torch.optim.adamw.AdamW"]
     assert lineage_of(Other) == (f"{__name__}.{Other.__qualname__}",)
-    live = describe(Mine(model.parameters()), model)
+    live = describe(Mine(model.parameters()), model).side
     assert live.known[0] is CLASSES["torch.optim.adamw.AdamW"]
     assert (live.title(0), live.optimizers[0].class_path) == (Mine.__qualname__.rpartition(".")[2], live.lineages[0][0])
