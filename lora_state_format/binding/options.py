@@ -294,6 +294,8 @@ def _plain(value: Any) -> Any:
     """Return tensors' values as numbers, lists and tuples alike: what makes two options the same."""
     if isinstance(value, (list, tuple)):
         return tuple(_plain(item) for item in value)
+    if isinstance(value, Slot):
+        return _plain(Scalar(value.tensor.dtype, bytes(value.tensor.bytes()))) if value.tensor.count == 1 else value
     return value.item() if isinstance(value, Scalar) or getattr(value, "shape", None) == () else value
 
 
@@ -306,4 +308,5 @@ def _distinct(values: Iterable[Value]) -> list[Value]:
 
 
 def _text(value: Value) -> str:
-    return repr(_plain(value))
+    plain = _plain(value)
+    return f"a tensor of shape {list(plain.tensor.shape)}" if isinstance(plain, Slot) else repr(plain)

@@ -29,6 +29,7 @@ from lora_state_format.format.envelope import (
     set_id,
     stated_digest,
 )
+from lora_state_format.format.group_tensors import stowed
 from lora_state_format.format.manifest import FORMAT, Manifest, ShardOf, check_names, encode
 from lora_state_format.io.atomic import TemporaryFile, locked, sync_folder
 from lora_state_format.io.ledger import Ledger
@@ -114,6 +115,7 @@ class _Layout(NamedTuple):
 
 def _manifests(state: OptimizerState, max_shard_size: int | None) -> Iterator[Manifest]:
     """The state's manifest, or those of its shards."""
+    state = stowed(state)
     bounds = _bounds(state, max_shard_size)
     if len(bounds) == 1:
         yield encode(state)

@@ -41,7 +41,7 @@ from lora_state_format.optimizers.classes import CLASSES
 from lora_state_format.torch.carried import kept
 from lora_state_format.torch.fsdp1 import Part, parts_of
 from lora_state_format.torch.layers import layer_of
-from lora_state_format.torch.nested import beside, inner, outside, stepping
+from lora_state_format.torch.nested import beside, inner, outside, stepping, wrapped
 from lora_state_format.torch.objects import unpacked
 from lora_state_format.torch.tensors import dtype_name, from_torch, is_sharded, refusal
 
@@ -415,10 +415,10 @@ def _origin(
     ancestors: dict[str, Value] = {
         path: list(lineage[1:]) for path, lineage in lineages.items() if path not in CLASSES and len(lineage) > 1
     }
-    held: dict[str, Value] = {
-        str(number): {name: class_path(type(value)) for name, value in wrapped.items()}
+    classes: dict[str, Value] = {
+        str(number): {name: class_path(type(value)) for name, value in held.items()}
         for number, optimizer in enumerate(optimizers)
-        if (wrapped := inner(optimizer))
+        if (held := wrapped(optimizer))
     }
     tokens: dict[str, Value] = {
         name: list(layer.tokens) for name in parameters if (layer := named.layers.get(name)) and layer.tokens
@@ -434,7 +434,7 @@ def _origin(
                 kind,
                 path,
             )
-    for key, value in ((CLASSES_OF, ancestors), (INNER, held), (TOKENS, tokens), (OUTSIDE, lost)):
+    for key, value in ((CLASSES_OF, ancestors), (INNER, classes), (TOKENS, tokens), (OUTSIDE, lost)):
         if value:
             found[key] = value
     return found

@@ -25,7 +25,7 @@ from lora_state_format.torch.capture import (
     named_tensors,
     optimizers_of,
 )
-from lora_state_format.torch.nested import beside, inner
+from lora_state_format.torch.nested import beside, wrapped
 from lora_state_format.torch.tensors import dtype_name, is_sharded
 
 __all__ = ["Live", "describe"]
@@ -55,7 +55,7 @@ def describe(optimizer: Optimizers, model: Models) -> Live:
         {name: _parameter(name, tensor, named) for name, tensor in named.tensors.items()},
         lineages,
         tuple(frozenset(map(str, beside(found))) for found in optimizers),
-        tuple({name: class_path(type(held)) for name, held in inner(found).items()} for found in optimizers),
+        tuple({name: class_path(type(held)) for name, held in wrapped(found).items()} for found in optimizers),
     )
     return Live(named, optimizers, side)
 

@@ -9,7 +9,7 @@ import torch
 
 from lora_state_format.foreign.state_dict import is_state_dict
 
-__all__ = ["beside", "inner", "outside", "stepping"]
+__all__ = ["beside", "inner", "outside", "stepping", "wrapped"]
 
 _BASE: Final = frozenset({"state", "param_groups", "defaults"})
 _REBUILT: Final = frozenset({"name2qmap"})
@@ -19,8 +19,8 @@ _DEPTH: Final = 3
 """How many containers deep ``outside`` looks into an attribute."""
 
 
-def inner(optimizer: torch.optim.Optimizer) -> dict[str, torch.optim.Optimizer]:
-    """Return the optimizers that an optimizer wraps, by attribute: they share its groups and have a state of their own.
+def wrapped(optimizer: torch.optim.Optimizer) -> dict[str, torch.optim.Optimizer]:
+    """Return the optimizers that an optimizer wraps, by attribute: they share its groups.
 
     Lookahead, SAM and their kin keep theirs so.
     """
@@ -28,10 +28,14 @@ def inner(optimizer: torch.optim.Optimizer) -> dict[str, torch.optim.Optimizer]:
         name: value
         for name, value in vars(optimizer).items()
         if isinstance(value, torch.optim.Optimizer)
-        and value.state is not optimizer.state
         and len(value.param_groups) == len(optimizer.param_groups)
         and all(a is b for a, b in zip(value.param_groups, optimizer.param_groups, strict=True))
     }
+
+
+def inner(optimizer: torch.optim.Optimizer) -> dict[str, torch.optim.Optimizer]:
+    """Return those of the optimizers that an optimizer wraps that have a state of their own."""
+    return {name: value for name, value in wrapped(optimizer).items() if value.state is not optimizer.state}
 
 
 def stepping(optimizer: torch.optim.Optimizer) -> Iterator[torch.optim.Optimizer]:
@@ -57,11 +61,11 @@ def beside(optimizer: torch.optim.Optimizer) -> Mapping[str, Any]:
 def outside(optimizer: torch.optim.Optimizer) -> Iterator[tuple[str, str]]:
     """Yield path and kind of what an optimizer keeps in attributes of its own, where no state dict has it."""
     parameters = {id(p) for group in optimizer.param_groups for p in group["params"]}
-    kept = {*_BASE, *_REBUILT, *inner(optimizer), *beside(optimizer)}
+    kept = {*_BASE, *_REBUILT, *wrapped(optimizer), *beside(optimizer)}
     for name, value in vars(optimizer).items():
         if name not in kept:
             yield from _kept(value, name, parameters, _DEPTH)
-    for name, value in inner(optimizer).items():
+    for name, value in wrapped(optimizer).items():
         yield from ((f"{name}.{path}", kind) for path, kind in outside(value))
 
 
@@ -71,4 +75,5 @@ def _kept(value: Any, path: str, parameters: set[int], depth: int) -> Iterator[t
             yield path, f"{type(value).__module__}.{type(value).__qualname__}"
     elif depth and isinstance(value, (Mapping, list, tuple)):
         for key, item in value.items() if isinstance(value, Mapping) else enumerate(value):
-            yield from _kept(item, f"{path}.{key}", parameters, depth - 1)
+            label = key if isinstance(key, (str, int)) else f"[{type(key).__name__}]"
+            yield from _kept(item, f"{path}.{label}", parameters, depth - 1)
