@@ -2,15 +2,19 @@
 PYTHON ?= python3
 PYTHONS ?= 3.10 3.12 3.13
 
-.PHONY: bench demo test test-frameworks lint fuzz crashes test-lowest test-pythons
+.DEFAULT_GOAL := help
+.PHONY: bench crashes demo fuzz help lint test test-frameworks test-lowest test-pythons
+
+help:  ## the targets
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## */\t/' | expand -t 20
 
 demo: .venv/ready  ## train, convert, rebuild, resume: the main job, told step by step
 	.venv/bin/lora-state demo
 
-test: lint
+test: lint  ## lint, types and the core tests
 	OMP_NUM_THREADS=1 .venv/bin/pytest --numprocesses auto --dist loadfile
 
-lint: .venv/ready
+lint: .venv/ready  ## ruff and mypy
 	.venv/bin/ruff check
 	.venv/bin/ruff format --check
 	.venv/bin/mypy

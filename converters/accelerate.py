@@ -8,17 +8,17 @@ checkpoint folder) its ids are names. The file names are those of ``accelerate/c
 from __future__ import annotations
 
 import re
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
 
-from lora_state_format.errors import OptionError, RefusedError, TargetExistsError
+from lora_state_format.errors import OptionError, RefusedError
 from lora_state_format.foreign import keyed, pickles
 from lora_state_format.foreign.state_dict import Found, from_state_dict, to_state_dict
-from lora_state_format.foreign.torch_save import save
+from lora_state_format.foreign.torch_save import pack, save
 from lora_state_format.foreign.weights import read_weights
 from lora_state_format.io.files import Files, reading
+from lora_state_format.io.folders import new_folder
 from lora_state_format.io.json_files import read_json_object
 from lora_state_format.model.states import Checkpoint, OptimizerState
 from lora_state_format.model.tensors import Tensor
@@ -52,7 +52,7 @@ def _files(path: Path) -> list[Path]:
 
 
 def read(match: Match, options: Mapping[str, Any]) -> Checkpoint:
-    """Raises ``RefusedError`` for files that hold the shards of one rank. ``options`` are for writing."""
+    """Read the state. Raises ``RefusedError`` for files with one rank's shards. ``options`` are for writing."""
     path = match.path
     if local := sorted(file for file in path.iterdir() if _LOCAL.fullmatch(file.name)):
         raise RefusedError(
@@ -72,7 +72,7 @@ def read(match: Match, options: Mapping[str, Any]) -> Checkpoint:
 
 
 def _weights(path: Path, files: Files, optimizers: int) -> dict[str, Tensor]:
-    """The model's tensors; of an adapter only, where the model has one: what it was put on is frozen.
+    """Return the model's tensors; of an adapter only, where the model has one: what it was put on is frozen.
 
     Which of several optimizers trains which model is not said, so their weights are not taken for names.
     """
@@ -84,21 +84,22 @@ def _weights(path: Path, files: Files, optimizers: int) -> dict[str, Tensor]:
 
 
 def write(state: OptimizerState, path: Path, *, base: Path | None, force: bool, options: Mapping[str, Any]) -> None:
-    """Write ``optimizer.bin``, and ``optimizer_1.bin`` and so on for further optimizers, into a folder."""
+    """Write ``optimizer.bin``, and ``optimizer_1.bin`` and so on for further optimizers, into a folder.
+
+    One file is put into a folder that has other files too. Several appear together, so their folder may hold nothing
+    but what they replace. Raises ``TargetExistsError`` otherwise, and unless ``force``.
+    """
     if base is not None:
         raise OptionError(f"{NAME} writes whole files and takes nothing from another ({base})")
-    chosen = options
-    targets = [path / f"optimizer{f'_{index}' if index else ''}.bin" for index in range(len(state.optimizers))]
-    for target in targets:
-        if target.exists() and not force:
-            raise TargetExistsError(f"{target} exists; pass force=True (--force) to replace it")
-    new = not path.exists()
-    path.mkdir(parents=True, exist_ok=True)
-    try:
-        for index, target in enumerate(targets):
-            tree = keyed.by_name(state, index) if chosen.get("fsdp") else to_state_dict(state, index)
-            save(tree, target, force=force)
-    except BaseException:
-        if new:
-            shutil.rmtree(path)
-        raise
+    names = [f"optimizer{f'_{index}' if index else ''}.bin" for index in range(len(state.optimizers))]
+    trees = [
+        keyed.by_name(state, index) if options.get("fsdp") else to_state_dict(state, index)
+        for index in range(len(names))
+    ]
+    held = {file.name for file in _files(path)} if path.is_dir() else set()
+    if path.is_dir() and len(names) == 1 and held <= {*names}:
+        save(trees[0], path / names[0], force=force)
+        return
+    with new_folder(path, force=force, replaces=held) as folder:
+        for name, tree in zip(names, trees, strict=True):
+            folder.write((name,), pack(tree))

@@ -62,7 +62,7 @@ def _versions(tree: dict[str, Any]) -> dict[str, Any]:
 
 
 def _batches(tree: dict[str, Any]) -> int | None:
-    """How many batches were trained: Composer's count of steps."""
+    """Return how many batches were trained: Composer's count of steps."""
     timestamp = tree.get("timestamp")
     inner = timestamp.get("Timestamp") if isinstance(timestamp, dict) else None
     batch = inner.get("batch") if isinstance(inner, dict) else None

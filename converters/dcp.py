@@ -1,5 +1,7 @@
-"""Folders of ``torch.distributed.checkpoint``: FSDP2, sharded FSDP1, torchtitan, torchtune's async saves, accelerate's
-``optimizer_0``, Lightning's and Composer's sharded checkpoints.
+"""Folders of ``torch.distributed.checkpoint``.
+
+FSDP2, sharded FSDP1, torchtitan, torchtune's async saves, accelerate (``optimizer_0``), Lightning and Composer write
+them.
 
 The optimizer's state dict stands somewhere in the saved tree, in one of two forms: nested (``state``, ``param_groups``,
 the latter a list), keyed by name or, where the writer saved ``optimizer.state_dict()`` itself, by id; or flattened
@@ -37,7 +39,7 @@ def detect(path: Path) -> Match | None:
 
 
 def _folders(path: Path) -> list[Path]:
-    """The DCP folders with optimizer state: the path itself, or folders in it (``optimizer_0``, ``optimizer_1``)."""
+    """Return the DCP folders with optimizer state: the path itself, or folders in it (``optimizer_0``)."""
     if not path.is_dir() or (path / "metadata.json").exists():  # metadata.json: Megatron
         return []
     candidates = [path] if is_folder(path) else sorted(folder for folder in path.iterdir() if is_folder(folder))
@@ -67,14 +69,14 @@ def read(match: Match, options: Mapping[str, Any]) -> Checkpoint:
 
 
 def _weights(folder: Folder) -> Iterator[tuple[str, Tensor]]:
-    """The tensors that are no optimizer state, under the last step of their path: the name."""
+    """Yield the tensors that are no optimizer state, under the last step of their path: the name."""
     for path, value in folder.entries.items():
         if isinstance(value, Tensor) and not any(str(step).partition(".")[0] == "state" for step in path):
             yield str(path[-1]), value
 
 
 def _optimizers(folder: Folder) -> Iterator[Found]:
-    """Every optimizer's state dict in the folder's tree."""
+    """Yield every optimizer's state dict in the folder's tree."""
 
     def search(node: Any, path: tuple[str | int, ...]) -> Iterator[Found]:
         if not isinstance(node, dict):
@@ -102,7 +104,7 @@ def _nested(node: Mapping[Any, Any]) -> dict[str, Any]:
 
 
 def _lists(node: Any) -> Any:
-    """The node with every dict whose keys are 0..n-1 made the list that it was."""
+    """Return the node with every dict whose keys are 0..n-1 made the list that it was."""
     if not isinstance(node, dict):
         return node
     inner = {key: _lists(value) for key, value in node.items()}

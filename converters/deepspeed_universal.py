@@ -8,9 +8,9 @@ tensor, and the step stands in ``optimizer_state.pt`` alone. Groups, names and s
 
 from __future__ import annotations
 
+import contextlib
 import re
-import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from math import prod
 from pathlib import Path
 from typing import Any, Final
@@ -19,10 +19,13 @@ from lora_state_format.errors import FileError, OptionError, UnrepresentableErro
 from lora_state_format.foreign import keyed, pickles
 from lora_state_format.foreign.pickles import Record
 from lora_state_format.foreign.state_dict import from_state_dict
-from lora_state_format.foreign.torch_save import save
+from lora_state_format.foreign.torch_save import pack
 from lora_state_format.foreign.trees import member
-from lora_state_format.io.files import Files, new_folder
-from lora_state_format.model.states import Checkpoint, OptimizerState, Scalar, Slot, Value
+from lora_state_format.io.atomic import refuse_existing, write_file
+from lora_state_format.io.files import Files, inside, is_plain, reading
+from lora_state_format.io.folders import new_folder
+from lora_state_format.model.sources import bytes_of
+from lora_state_format.model.states import Checkpoint, OptimizerState, Parameter, Scalar, Slot, Value
 from lora_state_format.model.tensors import Box, Piece, Run, Tensor
 from lora_state_format.registry import Match
 
@@ -33,7 +36,13 @@ OPTIONS: Final = {"masters": "keep the fp32 master weights as a slot 'master_par
 MASTER: Final = "fp32"
 """What the files of the master weights are called."""
 
-_GLOBAL: Final = Path("zero", "optimizer_state.pt")
+MASTER_SLOT: Final = "master_param"
+"""What the slot of the master weights is called."""
+
+LATEST: Final = "latest_universal"
+"""The file that names the tag to load."""
+
+_GLOBAL: Final = ("zero", "optimizer_state.pt")
 _MODEL: Final = re.compile(r"(?:zero_pp_rank_0_)?mp_rank_\d+(?:_\d+)?_model_states\.pt")
 
 
@@ -45,10 +54,10 @@ def detect(path: Path) -> Match | None:
 def _folder(path: Path) -> Path | None:
     if not path.is_dir():
         return None
-    latest = path / "latest_universal"
+    latest = path / LATEST
     tag = latest.read_text(errors="replace").strip() if latest.is_file() and latest.stat().st_size < 1024 else ""
-    inner = [path / tag] if tag and "/" not in tag else []
-    return next((folder for folder in (path, *inner) if (folder / _GLOBAL).is_file()), None)
+    inner = [path / tag] if is_plain(tag) else []
+    return next((folder for folder in (path, *inner) if folder.joinpath(*_GLOBAL).is_file()), None)
 
 
 def read(match: Match, options: Mapping[str, Any]) -> Checkpoint:
@@ -61,28 +70,34 @@ def read(match: Match, options: Mapping[str, Any]) -> Checkpoint:
 
 
 def _read(folder: Path, files: Files, masters: bool) -> Checkpoint:
-    common = pickles.load(files[folder / _GLOBAL], folder / _GLOBAL).value
+    place = folder.joinpath(*_GLOBAL)
+    common = pickles.load(files[place], place).value
     models = _models(folder, files)
     shapes, weights, tied = _described(models)
     steps = _steps(common)
     entries: dict[str, dict[str, Any]] = {}
     sizes: dict[str, tuple[int, ...]] = {}
     for number, names in enumerate(shapes):
-        held = {name: dict(_slots(folder / "zero" / name, shape, files)) for name, shape in names.items()}
+        held = {
+            name: dict(_slots(inside(folder / "zero", name, models[0][0]), shape, files))
+            for name, shape in names.items()
+        }
         _check_alike(held, folder / "zero")
         for name, shape in names.items():
             slots = held[name]
             master = slots.pop(MASTER, None)
             sizes[name] = next((s.shape for s in (*slots.values(), master) if isinstance(s, Tensor) and s.shape), shape)
-            if not slots:  # only a weight: it never got a gradient
-                continue
-            if "step" not in slots and number < len(steps) and steps[number] is not None:
+            # One with nothing but a weight never got a gradient.
+            if slots and "step" not in slots and number < len(steps) and steps[number] is not None:
                 slots = {"step": steps[number], **slots}
-            entries[name] = {**slots, **({"master_param": master} if masters and master is not None else {})}
+            if masters and master is not None:
+                slots[MASTER_SLOT] = master
+            if slots:
+                entries[name] = slots
     groups = []
-    for group in member(common, "param_groups", list, folder / _GLOBAL):
+    for group in member(common, "param_groups", list, place):
         numbers = group.get("params", ()) if isinstance(group, dict) else ()
-        listed = [name for number in numbers for name in member(shapes, number, dict, folder / _GLOBAL)]
+        listed = [name for number in numbers for name in member(shapes, number, dict, place)]
         groups.append(
             {**{key: value for key, value in group.items() if key not in ("params", "step")}, "params": listed}
         )
@@ -114,7 +129,7 @@ def _models(folder: Path, files: Files) -> list[tuple[Path, dict[str, Any]]]:
 def _described(
     models: Sequence[tuple[Path, dict[str, Any]]],
 ) -> tuple[list[dict[str, tuple[int, ...]]], dict[str, Tensor], dict[str, tuple[str, ...]]]:
-    """Names and shapes by group, weights, and tied names, of all model-parallel ranks together."""
+    """Return names and shapes by group, weights, and tied names, of all model-parallel ranks together."""
     shapes: list[dict[str, tuple[int, ...]]] = []
     weights: dict[str, Tensor] = {}
     tied: dict[str, tuple[str, ...]] = {}
@@ -132,7 +147,7 @@ def _described(
 
 
 def _steps(common: Any) -> list[Any]:
-    """The step of each (sub)group where the state of stage 3 was kept whole."""
+    """Return the step of each (sub)group where the state of stage 3 was kept whole."""
     inner = common.get("optimizer_state_dict") if isinstance(common, dict) else None
     states = inner.get("state") if isinstance(inner, dict) else None
     if not isinstance(states, dict):
@@ -175,7 +190,7 @@ def _number(tensor: Tensor) -> Any:
 
 
 def _shaped(tensor: Tensor, shape: tuple[int, ...], path: Path) -> Tensor:
-    """A flat tensor in its parameter's shape."""
+    """Return a flat tensor in its parameter's shape."""
     if tensor.count != prod(shape):
         raise FileError(f"has {tensor.count} elements for a parameter of shape {list(shape)}", path=path)
     run = tensor.runs[0] if tensor.runs and len(tensor.runs) == 1 else Run(tensor, 0, tensor.size)
@@ -189,55 +204,85 @@ def write(state: OptimizerState, path: Path, *, base: Path | None, force: bool, 
     """Write a folder for ``load_checkpoint`` with ``checkpoint.load_universal``: a tag and ``latest_universal``.
 
     ``base`` is a DeepSpeed checkpoint of the same run (its tag folder): what is not optimizer state, the model's files
-    and the loss scaler, is taken from it. Raises ``UnrepresentableError`` if the fp32 masters (slot ``master_param``)
-    are not in the state, or if parameters, shapes or groups are not those of ``base``. ``options`` are for reading.
+    and the loss scaler, is taken from it. In a folder that is there (``force``) the tag's folder is replaced, if it
+    holds nothing but a universal checkpoint, and ``latest_universal`` after it; other tags stay as they are. Raises
+    ``UnrepresentableError`` if the fp32 masters (slot ``master_param``) are not in the state, if parameters, shapes or
+    groups are not those of ``base``, and for slots and steps that DeepSpeed does not keep. ``options`` are for reading.
     """
     if base is None:
         raise OptionError(
             f"{NAME} needs a DeepSpeed checkpoint of the same run (base=, --base): the model's files come from it"
         )
-    files = Files()
-    try:
-        tag = f"global_step{state.global_step}_universal" if state.global_step is not None else "universal"
-        with new_folder(path, force=force, replaceable=("latest_universal", "*universal")) as target:
-            _write(state, base, target / tag, files)
-            (target / "latest_universal").write_text(tag)
-    finally:
+    refuse_existing(path, force=force)
+    tag = f"global_step{state.global_step}_universal" if state.global_step is not None else "universal"
+    with reading() as files:
+        checkpoint = _checkpoint(state, base, files)
+        if path.is_dir():
+            with new_folder(path / tag, force=True, replaces=_held(path / tag)) as folder:
+                for place, chunks in checkpoint:
+                    folder.write(place, chunks)
+            write_file(path / LATEST, [tag.encode()], force=True)
+        else:
+            with new_folder(path, force=force) as folder:
+                for place, chunks in checkpoint:
+                    folder.write((tag, *place), chunks)
+                folder.write((LATEST,), [tag.encode()])
         files.close()
 
 
-def _write(state: OptimizerState, base: Path, target: Path, files: Files) -> None:
+def _checkpoint(
+    state: OptimizerState, base: Path, files: Files
+) -> Iterator[tuple[tuple[str, ...], Iterable[bytes | memoryview]]]:
+    """Yield the files of a tag's folder, by their places in it."""
     models = _models(base, files)
     shapes, _, _ = _described(models)
     common, numbers, flat = _common(base, files)
     _check_same(state, shapes, numbers, base)
-    steps: list[Any] = []
-    for group in state.members():
-        for parameter in group:
-            folder = target / "zero" / parameter.name
-            folder.mkdir(parents=True)
-            for slot, value in (parameter.state or {}).items():
-                _save_slot(folder, slot, value, parameter.name, flat)
-        steps.append(next((p.state["step"] for p in group if p.state and "step" in p.state), None))
+    steps = [_group_step(group) for group in state.members()]
     groups = [
         {**dict(group.options), "params": list(listed)} for group, listed in zip(state.groups, numbers, strict=True)
     ]
     if flat:
         states = {number: {"step": step} for step, listed in zip(steps, numbers, strict=True) for number in listed}
         common["optimizer_state_dict"] = {"state": states, "param_groups": groups}
-    save({**common, "param_groups": groups}, target / _GLOBAL)
-    for file in sorted(base.glob("*_model_states.pt")):
-        shutil.copyfile(file, target / file.name)
+    yield _GLOBAL, pack({**common, "param_groups": groups})
+    for parameter in state.parameters:
+        for slot, value in (parameter.state or {}).items():
+            if slot != "step":
+                yield _place(parameter.name, slot), pack(_slot(slot, value, parameter, flat))
+            elif not flat:
+                yield _place(parameter.name, slot), pack(value)
+    for path, _ in models:
+        yield (path.name,), bytes_of(files[path])
+
+
+def _place(name: str, slot: str) -> tuple[str, ...]:
+    return ("zero", name, f"{MASTER if slot == MASTER_SLOT else slot}.pt")
+
+
+def _held(folder: Path) -> set[str]:
+    """Return the files of a universal checkpoint in a tag's folder, as the model's files in it name them."""
+    if not folder.is_dir():
+        return set()
+    with Files() as files, contextlib.suppress(FileError):
+        models = _models(folder, files)
+        shapes, _, _ = _described(models)
+        slots = {
+            path for names in shapes for name in names for path in inside(folder / "zero", name, folder).glob("*.pt")
+        }
+        found = {folder.joinpath(*_GLOBAL), *(path for path, _ in models), *slots}
+        return {path.relative_to(folder).as_posix() for path in found}
+    return set()
 
 
 def _common(base: Path, files: Files) -> tuple[dict[str, Any], list[list[int]], bool]:
-    """What every rank of ``base`` holds beside the state, each group's (sub)groups, and whether it is of stage 3."""
-    places = [base / _GLOBAL, *sorted(base.glob("*zero_pp_rank_0_mp_rank_00_optim_states.pt"))]
+    """Return what each rank of ``base`` holds besides the state, each group's (sub)groups, whether it is stage 3."""
+    places = [base.joinpath(*_GLOBAL), *sorted(base.glob("*zero_pp_rank_0_mp_rank_00_optim_states.pt"))]
     place = next((place for place in places if place.is_file()), None)
     if place is None:
         raise FileError("no optimizer file of rank 0, and no zero/optimizer_state.pt", path=base)
     tree = pickles.load(files[place], place).value
-    tree = tree.get("optimizer_state_dict", tree) if place.name != _GLOBAL.name else tree
+    tree = tree.get("optimizer_state_dict", tree) if place.name != _GLOBAL[-1] else tree
     stage = tree.get("zero_stage", 1)
     stage = stage.args[0] if isinstance(stage, Record) and stage.args else stage
     inner = tree.get("optimizer_state_dict" if stage == 3 else "base_optimizer_state")
@@ -260,7 +305,11 @@ def _check_same(
             f"{base} is not of the same run: its groups have {[len(group) for group in expected]} parameters, those of "
             f"the state {[len(group) for group in found]}, or names or shapes differ"
         )
-    bare = [parameter.name for parameter in state.parameters if "master_param" not in (parameter.state or {})]
+    if state.globals:
+        raise UnrepresentableError(
+            f"'{next(iter(state.globals))}' belongs to no parameter, and DeepSpeed has no place for it"
+        )
+    bare = [parameter.name for parameter in state.parameters if MASTER_SLOT not in (parameter.state or {})]
     if bare:
         raise UnrepresentableError(
             f"{len(bare)} parameters have no fp32 master weight (the first is '{bare[0]}'): read the checkpoint with "
@@ -268,15 +317,43 @@ def _check_same(
         )
 
 
-def _save_slot(folder: Path, slot: str, value: Value, name: str, flat: bool) -> None:
-    if slot == "step":
-        if not flat:
-            save(value, folder / "step.pt")
-    elif isinstance(value, Slot):
-        tensor = value.tensor
-        if flat:
-            tensor = Tensor(tensor.dtype, (tensor.count,), (Piece(tensor, 0, Box((0,), (tensor.count,))),))
-        slot = MASTER if slot == "master_param" else slot
-        save(tensor if flat else {"cat_dim": 0, "param": tensor}, folder / f"{slot}.pt")
-    elif not isinstance(value, (Scalar, int, float)):
-        raise UnrepresentableError(f"slot '{slot}' of '{name}' is a {type(value).__name__}, which has no file here")
+def _group_step(group: Sequence[Parameter]) -> Value:
+    """Return the step of a group's parameters; DeepSpeed keeps a group as one flat tensor per slot, with one step.
+
+    Raises ``UnrepresentableError`` for parameters with other slots, or at another step, than the first that has any.
+    """
+    stepped = [p for p in group if (p.state or {}).keys() - {MASTER_SLOT}]
+    for parameter in stepped:
+        first, other = stepped[0].state or {}, parameter.state or {}
+        if odd := first.keys() ^ other.keys():
+            raise UnrepresentableError(
+                f"only one of '{stepped[0].name}' and '{parameter.name}' has a slot '{min(odd)}', and DeepSpeed keeps "
+                "the same slots for all parameters of a group"
+            )
+        if first.get("step") != other.get("step"):
+            raise UnrepresentableError(
+                f"'{stepped[0].name}' is at step {_shown(first['step'])} and '{parameter.name}' at "
+                f"{_shown(other['step'])}, and DeepSpeed counts the steps of a group once"
+            )
+    return (stepped[0].state or {}).get("step") if stepped else None
+
+
+def _shown(step: Value) -> object:
+    return step.item() if isinstance(step, Scalar) else step
+
+
+def _slot(slot: str, value: Value, parameter: Parameter, flat: bool) -> Any:
+    """Return what the file of a slot holds. Raises ``UnrepresentableError`` for what DeepSpeed would not read back."""
+    if not isinstance(value, Slot):
+        raise UnrepresentableError(
+            f"slot '{slot}' of '{parameter.name}' is {_shown(value)!r:.60}, and DeepSpeed keeps tensors and the step"
+        )
+    tensor = value.tensor
+    if tensor.shape != parameter.shape:
+        raise UnrepresentableError(
+            f"slot '{slot}' of '{parameter.name}' has the shape {list(tensor.shape)}, and DeepSpeed keeps slots of the "
+            f"parameter's own, {list(parameter.shape)}"
+        )
+    if flat:
+        tensor = Tensor(tensor.dtype, (tensor.count,), (Piece(tensor, 0, Box((0,), (tensor.count,))),))
+    return tensor if flat else {"cat_dim": 0, "param": tensor}

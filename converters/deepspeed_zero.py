@@ -23,9 +23,10 @@ from lora_state_format.foreign import keyed, pickles
 from lora_state_format.foreign.pickles import Record
 from lora_state_format.foreign.state_dict import from_state_dict
 from lora_state_format.foreign.trees import member
-from lora_state_format.io.files import PooledFile, reading
+from lora_state_format.io.files import PooledFile, is_plain, reading
+from lora_state_format.model.dtypes import item_size
 from lora_state_format.model.states import Checkpoint, Scalar, Value
-from lora_state_format.model.tensors import Flat, Piece, Run, Tensor, item_size
+from lora_state_format.model.tensors import Flat, Piece, Run, Tensor
 from lora_state_format.registry import Match
 
 NAME: Final = "deepspeed_zero"
@@ -46,14 +47,14 @@ def detect(path: Path) -> Match | None:
 
 
 def _tag_folder(path: Path) -> Path | None:
-    """The folder that holds the rank files: the path itself, what ``latest`` names, or the only such folder in it."""
+    """Return the folder of the rank files: the path itself, the one ``latest`` names, or the only one in it."""
     if not path.is_dir():
         return None
     latest = path / "latest"
     inner = []
     if latest.is_file() and latest.stat().st_size < 1024:
         tag = latest.read_text(errors="replace").strip()
-        inner = [path / tag] if tag and "/" not in tag else []
+        inner = [path / tag] if is_plain(tag) else []
     elif len(folders := [entry for entry in path.iterdir() if entry.is_dir() and _holds(entry)]) == 1:
         inner = folders
     return next((folder for folder in (path, *inner) if _holds(folder)), None)
@@ -105,7 +106,7 @@ def read(match: Match, options: Mapping[str, Any]) -> Checkpoint:
 
 
 def _rank_files(folder: Path) -> list[Path]:
-    """The ranks' files, in the order of their ranks; a gap between them is an error."""
+    """Return the ranks' files, in the order of their ranks; a gap between them is an error."""
     found: dict[int, Path] = {}
     for file in sorted(folder.iterdir()):
         if _EXPERTS.fullmatch(file.name):
@@ -164,7 +165,7 @@ def _rank(file: PooledFile) -> _Rank:
 
 
 def _check_model(model: Mapping[str, Any], shapes: list[Any], ranks: Sequence[_Rank], path: Path) -> None:
-    """The model's file and the ranks' agree on how many ranks and groups there were."""
+    """Check that the model's file and the ranks' agree on how many ranks and groups there were."""
     for partitions in ranks[0].partitions:
         if partitions != len(ranks):
             raise FileError(
@@ -180,7 +181,7 @@ def _check_model(model: Mapping[str, Any], shapes: list[Any], ranks: Sequence[_R
 def _state_dict(
     ranks: Sequence[_Rank], named: Sequence[Mapping[str, Any]], model_file: Path, masters: bool
 ) -> dict[str, Any]:
-    """The state dict that one rank would have had, with names for ids."""
+    """Return the state dict that one rank would have had, with names for ids."""
     first = ranks[0]
     entries: dict[str, dict[str, Any]] = {}
     for number, shapes in enumerate(named):
@@ -257,7 +258,7 @@ def _number(tensor: Tensor) -> Any:
 
 
 def _split(ranks: Sequence[_Rank], number: int, masters: bool) -> tuple[dict[str, list[Tensor]], dict[str, Any]]:
-    """A group's slots: the ranks' flat tensors by slot, and what is the same for all of its parameters."""
+    """Return a group's slots: the ranks' flat tensors by slot, and what is the same for all of its parameters."""
     flat, other = {}, {}
     for slot, value in ranks[0].states[number].items():
         if not isinstance(value, Tensor) or not value.shape:
@@ -317,7 +318,7 @@ def _cut_stage3(
 def _joined(
     tensors: Sequence[Tensor], cuts: Sequence[tuple[int, int, int]], shape: Sequence[int], ranks: Sequence[_Rank]
 ) -> Tensor:
-    """One parameter's slot out of the ranks' flat tensors. A cut is a rank, a start and a count, in elements."""
+    """Return one parameter's slot out of the ranks' flat tensors. A cut is a rank, a start and a count, in elements."""
     pieces, position = [], 0
     for index, start, count in cuts:
         tensor = tensors[index]

@@ -1,5 +1,8 @@
-"""What ``flax.serialization.to_bytes`` makes of an optax state: ``opt_state.msgpack``, a ``TrainState``, the dict of an
-``nnx.Optimizer`` as ``nnx.to_pure_dict`` makes it; and EasyLM's stream of a ``TrainState``."""
+"""Optax states in flax's msgpack.
+
+``flax.serialization.to_bytes`` makes them of an ``opt_state``, a ``TrainState``, or the dict of an ``nnx.Optimizer`` by
+``nnx.to_pure_dict``; EasyLM writes a stream of a ``TrainState``.
+"""
 
 from __future__ import annotations
 
@@ -35,7 +38,7 @@ def detect(path: Path) -> Match | None:
 
 
 def read(match: Match, options: Mapping[str, Any]) -> Checkpoint:
-    """The state, and the parameters if they are in the file, or in ``flax_model.msgpack`` beside ``opt_state.msgpack``.
+    """Return the state, and the parameters of the file, or of ``flax_model.msgpack`` next to ``opt_state.msgpack``.
 
     Raises ``FileError`` for a damaged file, ``RefusedError`` for a tree that is not known or does not convert, and
     ``OptionError`` where the rule has to be said.
@@ -77,7 +80,7 @@ def write(state: OptimizerState, path: Path, *, base: Path | None, force: bool, 
 
 
 def _parts(tree: Mapping[str, Tree]) -> tuple[Tree, dict[str, Tensor]]:
-    """The optimizer's state, and the parameters where the tree is of a ``TrainState``."""
+    """Return the optimizer's state, and the parameters where the tree is of a ``TrainState``."""
     if "params" in tree and "opt_state" in tree:
         return tree["opt_state"], _weights(tree["params"])
     return tree, {}

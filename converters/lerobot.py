@@ -13,11 +13,14 @@ from typing import Any, Final
 from lora_state_format.errors import FileError, OptionError, UnrepresentableError
 from lora_state_format.foreign.state_dict import Found, from_state_dict, to_state_dict
 from lora_state_format.foreign.weights import read_weights
-from lora_state_format.io.files import Files, new_folder, reading
+from lora_state_format.io import plain
+from lora_state_format.io.files import Files, reading
+from lora_state_format.io.folders import new_folder
 from lora_state_format.io.json_files import read_json
+from lora_state_format.io.strict_json import utf8
 from lora_state_format.model.sources import Memory
 from lora_state_format.model.states import Checkpoint, OptimizerState, Scalar
-from lora_state_format.model.tensors import CHUNK, Tensor, contiguous
+from lora_state_format.model.tensors import Tensor, contiguous
 from lora_state_format.registry import Match
 
 NAME: Final = "lerobot"
@@ -33,7 +36,7 @@ def detect(path: Path) -> Match | None:
 
 
 def _folders(path: Path) -> list[Path]:
-    """The folders of the optimizers: the path itself, its ``training_state``, or one in it for each of several."""
+    """Return the optimizers' folders: the path itself, its ``training_state``, or one in it for each of several."""
     if not path.is_dir():
         return []
     for folder in (path, path / "training_state"):
@@ -75,18 +78,20 @@ def write(state: OptimizerState, path: Path, *, base: Path | None, force: bool, 
     if base is not None:
         raise OptionError(f"{NAME} writes a whole folder and takes nothing from another ({base})")
     several = len(state.optimizers) > 1
-    with new_folder(path, force=force, replaceable=(STATE, GROUPS)) as folder:
+    replaces = {
+        f"{folder.relative_to(path).as_posix()}/{name}" for folder in _folders(path) for name in (STATE, GROUPS)
+    }
+    with new_folder(path, force=force, replaces={STATE, GROUPS, *replaces}) as folder:
         for index, optimizer in enumerate(state.optimizers):
-            target = folder / (optimizer.id or str(index)) if several else folder
-            target.mkdir(exist_ok=True)
+            place = (optimizer.id or str(index),) if several else ()
             tree = to_state_dict(state, index)
             tensors = dict(_flat(tree["state"], ("state",)))
             try:
                 text = json.dumps(tree["param_groups"], indent=4, ensure_ascii=False, allow_nan=False)
             except (TypeError, ValueError) as error:
                 raise UnrepresentableError(f"an option has no form in JSON: {error}") from None
-            (target / GROUPS).write_text(text, encoding="utf-8")
-            _write_tensors(tensors, target / STATE)
+            folder.write((*place, GROUPS), [utf8(text)])
+            folder.write((*place, STATE), plain.pack(tensors, alignment=8))
 
 
 def _flat(node: Any, path: tuple[Any, ...]) -> Iterator[tuple[str, Tensor]]:
@@ -99,21 +104,3 @@ def _flat(node: Any, path: tuple[Any, ...]) -> Iterator[tuple[str, Tensor]]:
         yield "/".join(map(str, path)), node
     else:
         raise UnrepresentableError(f"{'/'.join(map(str, path))} is a {type(node).__name__}; {STATE} holds tensors only")
-
-
-def _write_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
-    header: dict[str, Any] = {}
-    position = 0
-    for key, tensor in tensors.items():
-        header[key] = {
-            "dtype": tensor.dtype, "shape": list(tensor.shape), "data_offsets": [position, position + tensor.size],
-        }  # fmt: skip
-        position += tensor.size
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    buffer = memoryview(bytearray(CHUNK))
-    with path.open("wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        for tensor in tensors.values():
-            for chunk in tensor.chunks(buffer):
-                file.write(chunk)

@@ -13,11 +13,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
 
-from lora_state_format.errors import FileError, OptionError, TargetExistsError, UnrepresentableError
+from lora_state_format.errors import FileError, OptionError, UnrepresentableError
 from lora_state_format.foreign import pickles
 from lora_state_format.foreign.state_dict import Found, from_state_dict, to_state_dict
 from lora_state_format.foreign.torch_save import save
 from lora_state_format.foreign.trees import member
+from lora_state_format.io.atomic import check_target
 from lora_state_format.io.files import reading
 from lora_state_format.model.sources import File
 from lora_state_format.model.states import Checkpoint, OptimizerState, PositionalState
@@ -66,7 +67,7 @@ def read(match: Match, options: Mapping[str, Any]) -> Checkpoint:
 
 
 def _names(state: PositionalState, weights: Mapping[str, Tensor]) -> tuple[str, ...] | None:
-    """The names that positions mean, where the order of ``state_dict`` leaves no choice and no shape contradicts."""
+    """Return the names of the positions, if the order of ``state_dict`` leaves no choice and no shape contradicts."""
     if state.names is not None or len(state.optimizers) > 1:
         return state.names
     listed = _parameters(weights)
@@ -81,7 +82,7 @@ def _names(state: PositionalState, weights: Mapping[str, Tensor]) -> tuple[str, 
 
 
 def _parameters(weights: Mapping[str, Tensor]) -> list[str]:
-    """The model's parameters: no buffers, and of tied ones the first."""
+    """Return the model's parameters: no buffers, and of tied ones the first."""
     seen: set[tuple[int, int]] = set()
     names = []
     for name, tensor in weights.items():
@@ -106,8 +107,7 @@ def write(state: OptimizerState, path: Path, *, base: Path | None, force: bool, 
     """
     if base is None:
         raise OptionError(f"{NAME} needs a .ckpt of the same run (base=, --base): all but the optimizers comes from it")
-    if path.exists() and not force:
-        raise TargetExistsError(f"{path} exists; pass force=True (--force) to replace it")
+    check_target(path, force=force)
     with reading() as files:
         tree = pickles.load(files[base], base).value
         count = len(member(tree, "optimizer_states", list, base))

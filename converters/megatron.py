@@ -47,7 +47,7 @@ def _folder(path: Path) -> Path | None:
 
 
 def read(match: Match, options: Mapping[str, Any]) -> Checkpoint:
-    """Raises ``RefusedError`` for buckets of flat buffers, which only the model can take apart."""
+    """Read the state. Raises ``RefusedError`` for buckets of flat buffers, which only the model can take apart."""
     chosen = options
     place = match.path
     backend = read_json_object(place / "metadata.json").get("sharded_backend")
@@ -99,7 +99,7 @@ def read(match: Match, options: Mapping[str, Any]) -> Checkpoint:
 
 
 def _layers(name: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
-    """The tensor under its name, or one tensor per layer where they are stacked along a first axis."""
+    """Yield the tensor under its name, or one tensor per layer where they are stacked along a first axis."""
     match = _STACKED.fullmatch(name)
     if match is None or not tensor.shape:
         yield name, tensor
@@ -117,7 +117,7 @@ def _without_first(piece: Piece) -> Piece:
 
 
 def _groups(folder: Path) -> Sequence[dict[str, Any]]:
-    """The options in ``common.pt``, wherever the optimizer's state dict lies in it."""
+    """Return the options in ``common.pt``, wherever the optimizer's state dict lies in it."""
     path = folder / "common.pt"
     if not path.is_file():
         return []

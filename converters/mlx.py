@@ -76,7 +76,7 @@ def _counters(entries: Mapping[str, Entry]) -> dict[str, Any]:
 
 
 def read(match: Match, options: Mapping[str, Any]) -> Checkpoint:
-    """The state, and the adapter beside it. Parameters are in the order of the file.
+    """Return the state, and the adapter beside it. Parameters are in the order of the file.
 
     Raises ``RefusedError`` for what does not convert (8-bit moments, MultiOptimizer), ``OptionError`` for what has to
     be said: the rule, and of Adam and AdamW whether they correct the bias.
@@ -187,6 +187,8 @@ def write(state: OptimizerState, path: Path, *, base: Path | None, force: bool, 
     state = apply.on_writing(state, options.get("map"), NAME)
     algorithm = algorithms.of_state(state, options.get("optimizer"))
     layout = algorithms.layout_of(state, algorithm, LAYOUTS)
+    rate = _rate(state, options)
+    algorithms.check_alike(state.groups, algorithm, {"lr": rate, **options})
     tensors: dict[str, Tensor] = {}
     for parameter in state.parameters:
         values = algorithms.values_of(parameter, algorithm, layout)
@@ -199,7 +201,7 @@ def write(state: OptimizerState, path: Path, *, base: Path | None, force: bool, 
             elif algorithm.name != "adafactor":
                 raise UnrepresentableError(f"'{parameter.name}' has no tensor '{slot}', which MLX keeps")
     tensors["step"] = _tensor("U64", struct.pack("<Q", _steps(state, algorithm, options)))
-    tensors["learning_rate"] = _tensor("F32", struct.pack("<f", _rate(state, options)))
+    tensors["learning_rate"] = _tensor("F32", struct.pack("<f", rate))
     plain.save(tensors, path, force=force)
 
 
@@ -217,7 +219,7 @@ def _steps(state: OptimizerState, algorithm: Algorithm, options: Mapping[str, An
 
 
 def _rate(state: OptimizerState, options: Mapping[str, Any]) -> float:
-    """The learning rate of all groups, or as the caller states it."""
+    """Return the learning rate of all groups, or as the caller states it."""
     found = [dict(group.options).get("lr") for group in state.groups if group.count]
     rates = {rate.item() if isinstance(rate, Scalar) else rate for rate in found}
     rate = options["lr"] if "lr" in options else rates.pop() if len(rates) == 1 else None

@@ -85,7 +85,7 @@ def read(match: Match, options: Mapping[str, Any]) -> Checkpoint:
 
 
 def _by_name(path: Path, files: Files) -> dict[str, Any]:
-    """A rank's state dict with names for ids."""
+    """Return a rank's state dict with names for ids."""
     tree = pickles.load(files[path], path).value
     names = member(tree, "names", dict, path)
     groups = member(tree, "param_groups", list, path)
@@ -101,7 +101,7 @@ def _by_name(path: Path, files: Files) -> dict[str, Any]:
 def _joined(
     name: str, parts: list[Any], places: Mapping[str, Any], shape: tuple[int, ...], folder: Path
 ) -> dict[str, Any]:
-    """A parameter's slots out of the flat parts that the data-parallel ranks hold."""
+    """Return a parameter's slots out of the flat parts that the data-parallel ranks hold."""
     first = next((part for part in parts if part is not None), None)
     if first is None:
         raise FileError(f"no rank holds the state of '{name}'", path=folder)

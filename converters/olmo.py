@@ -49,7 +49,7 @@ def _is_pickled(path: Path) -> bool:
 
 
 def read(match: Match, options: Mapping[str, Any]) -> Checkpoint:
-    """Raises ``RefusedError`` for the safetensors variant."""
+    """Read the state. Raises ``RefusedError`` for the safetensors variant."""
     path = match.path
     if path.name == _PICKLED:
         raise RefusedError(

@@ -15,10 +15,12 @@ from lora_state_format.foreign import optax
 from lora_state_format.foreign.flax import DTYPES
 from lora_state_format.foreign.optax_nodes import FIELDS, Keys, Tree, leaves
 from lora_state_format.foreign.trees import member
+from lora_state_format.io.files import inside
 from lora_state_format.io.json_files import read_json, read_json_object
 from lora_state_format.mapping import apply
+from lora_state_format.model.dtypes import item_size
 from lora_state_format.model.states import Checkpoint, Scalar
-from lora_state_format.model.tensors import Tensor, contiguous, item_size
+from lora_state_format.model.tensors import Tensor, contiguous
 from lora_state_format.registry import Match
 
 NAME: Final = "orbax"
@@ -41,7 +43,7 @@ def detect(path: Path) -> Match | None:
 
 
 def _item(path: Path) -> Path | None:
-    """The folder of the state: the path itself, or the only such item of a step of a ``CheckpointManager``."""
+    """Return the folder of the state: the path itself, or the only such item of a step of a ``CheckpointManager``."""
     if not path.is_dir():
         return None
     folders = [path] if (path / METADATA).is_file() else sorted(p.parent for p in path.glob(f"*/{METADATA}"))
@@ -54,7 +56,7 @@ def _item(path: Path) -> Path | None:
 
 
 def _listed(path: Path) -> Iterator[tuple[Keys, str]]:
-    """The paths of a tree's leaves, and their types."""
+    """Yield the paths of a tree's leaves, and their types."""
     entries = member(read_json(path), "tree_metadata", dict, path)
     for entry in entries.values():
         keys = tuple(str(member(key, "key", (str, int), path)) for key in member(entry, "key_metadata", list, path))
@@ -62,7 +64,7 @@ def _listed(path: Path) -> Iterator[tuple[Keys, str]]:
 
 
 def read(match: Match, options: Mapping[str, Any]) -> Checkpoint:
-    """The state, and the parameters where they are in the same item.
+    """Return the state, and the parameters where they are in the same item.
 
     Raises ``MissingDependencyError`` without tensorstore, and what ``optax.from_tree`` raises.
     """
@@ -115,6 +117,7 @@ class _Store:
         if kind == "string":
             raise RefusedError(f"'{'/'.join(keys)}' is a string, where numbers were expected", path=self._folder)
         name, base = ".".join(keys), self._folder.absolute()
+        inside(base, name, self._folder / METADATA)
         place = {"driver": "ocdbt", "base": f"file://{base}/", "path": f"{name}/"}
         if not self._ocdbt:
             place = {"driver": "file", "path": f"{base / name}/"}

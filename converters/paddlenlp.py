@@ -7,6 +7,7 @@ by which the step in ``trainer_state.json`` is checked (``powers``). The layout 
 
 from __future__ import annotations
 
+import contextlib
 import json
 import struct
 from collections.abc import Mapping
@@ -19,7 +20,8 @@ from lora_state_format.foreign.powers import counted, power
 from lora_state_format.foreign.trees import member
 from lora_state_format.foreign.weights import read_weights
 from lora_state_format.io import plain
-from lora_state_format.io.files import Files, new_folder, reading
+from lora_state_format.io.files import Files, inside, reading
+from lora_state_format.io.folders import NewFolder, new_folder
 from lora_state_format.io.json_files import read_json, read_json_object
 from lora_state_format.mapping import algorithms, apply
 from lora_state_format.mapping.algorithms import HYPERPARAMETERS, OPTIMIZER, Layout
@@ -62,7 +64,7 @@ def detect(path: Path) -> Match | None:
 
 
 def read(match: Match, options: Mapping[str, Any]) -> Checkpoint:
-    """The state, and the parameters if their index lies beside it.
+    """Return the state, and the parameters if their index lies beside it.
 
     Raises ``RefusedError`` for compressed and unmerged checkpoints, ``FileError`` where steps and powers disagree.
     """
@@ -83,7 +85,7 @@ def read(match: Match, options: Mapping[str, Any]) -> Checkpoint:
 
 
 def _indexed(index: Path, files: Files) -> dict[str, Tensor]:
-    """The tensors that an index names, in the index's order."""
+    """Return the tensors that an index names, in the index's order."""
     members = read_json(index)
     stage = members.get("ckpt_quant_stage", "O0") if isinstance(members, dict) else None
     if stage not in ("O0", None):
@@ -94,12 +96,10 @@ def _indexed(index: Path, files: Files) -> dict[str, Tensor]:
             "no weight_map: written with ignore_merge_optimizer, each rank's part by itself: save a merged one",
             path=index,
         )
-    if not all(isinstance(name, str) and Path(name).name == name for name in places.values()):
-        raise FileError("its weight_map names files outside of its folder", path=index)
     held: dict[str, dict[str, Tensor]] = {}
     for key, name in places.items():
         if name not in held:
-            held[name] = read_weights(index.with_name(name), files)
+            held[name] = read_weights(inside(index.parent, name, index), files)
         if key not in held[name]:
             raise FileError(f"says that '{key}' is in {name}, and it is not", path=index)
     return {key: held[name][key] for key, name in places.items()}
@@ -165,6 +165,7 @@ def write(state: OptimizerState, path: Path, *, base: Path | None, force: bool, 
         for p in state.parameters
     ]
     layout = algorithms.layout_of(replace(state, parameters=tuple(bare)), algorithm, LAYOUTS)
+    algorithms.check_alike(state.groups, algorithm, options)
     tensors: dict[str, Tensor] = {}
     counts: set[int] = set()
     powers = len(layout.fields) == 2
@@ -182,13 +183,22 @@ def write(state: OptimizerState, path: Path, *, base: Path | None, force: bool, 
             for field, beta in zip(POWERS, betas, strict=True):
                 product = struct.pack("<f", power(beta, count))
                 tensors[f"{parameter.name}/{field}"] = contiguous("F32", (1,), Memory(product))
-    with new_folder(path, force=force, replaceable=("optimizer*", "master_weights*", TRAINER)) as folder:
+    with new_folder(path, force=force, replaces=_files(path)) as folder:
         _write_set(folder, "optimizer", INDEX, tensors, bool(masters))
         if masters:
             _write_set(folder, "master_weights", MASTERS, masters, True)
         step = state.global_step if not counts else counts.pop() if len(counts) == 1 else None
         if step is not None:
-            (folder / TRAINER).write_text(json.dumps({"global_step": step}))
+            folder.write((TRAINER,), [json.dumps({"global_step": step}).encode()])
+
+
+def _files(folder: Path) -> set[str]:
+    """Return the files of a checkpoint that is in a folder, as its indexes name them."""
+    found = {INDEX, MASTERS, TRAINER}
+    for index in (folder / INDEX, folder / MASTERS):
+        with contextlib.suppress(FileError, OSError):
+            found.update(member(read_json_object(index), "weight_map", dict, index).values())
+    return found
 
 
 def _stored_betas(state: OptimizerState) -> tuple[float, ...]:
@@ -207,9 +217,9 @@ def _betas(value: Any) -> tuple[float, ...]:
     return tuple(value)
 
 
-def _write_set(folder: Path, name: str, index: str, tensors: Mapping[str, Tensor], masters: bool) -> None:
+def _write_set(folder: NewFolder, name: str, index: str, tensors: Mapping[str, Tensor], masters: bool) -> None:
     file = f"{name}-00001-of-00001.safetensors"
-    plain.save(tensors, folder / file, metadata={"format": "np"})
+    folder.write((file,), plain.pack(tensors, {"format": "np"}))
     size = sum(tensor.size for tensor in tensors.values())
     members = {"metadata": {"total_size": size}, "weight_map": dict.fromkeys(tensors, file), "master_weights": masters}
-    (folder / index).write_text(json.dumps(members, indent=2))
+    folder.write((index,), [json.dumps(members, indent=2).encode()])

@@ -17,6 +17,7 @@ from lora_state_format.foreign import pickles
 from lora_state_format.foreign.state_dict import Found, find, from_state_dict, to_state_dict
 from lora_state_format.foreign.torch_save import save
 from lora_state_format.foreign.zips import Archive, Member
+from lora_state_format.io.files import inside
 from lora_state_format.io.json_files import read_json_object
 from lora_state_format.io.safetensors import read_header
 from lora_state_format.model.sources import File
@@ -64,7 +65,7 @@ def detect(path: Path) -> Match | None:
 
 
 def read(match: Match, options: Mapping[str, Any]) -> Checkpoint:
-    """The state, and what lies beside it. Several optimizers in one file make up one state.
+    """Return the state, and what lies beside it. Several optimizers in one file make up one state.
 
     Raises ``FileError`` for a file that is damaged or holds no optimizer, ``RefusedError`` for one that would need
     code to be run, ``UnrepresentableError`` for a value without a form.
@@ -109,7 +110,7 @@ def write(state: OptimizerState, path: Path, *, base: Path | None, force: bool, 
 
 
 def _members(file: File) -> dict[str, Member]:
-    """The members of a stable-baselines3 archive: nothing if the file is none."""
+    """Return the members of a stable-baselines3 archive: nothing if the file is none."""
     if pickles.container(file) != "zip archive":
         return {}
     archive = Archive(file, file.path)
@@ -129,7 +130,7 @@ def _tree(file: File, path: Path) -> Any:
 
 
 def _state_dict(tree: Any) -> dict[str, Tensor]:
-    """The parameters that a checkpoint holds beside the optimizer, if it has one model."""
+    """Return the parameters that a checkpoint holds beside the optimizer, if it has one model."""
     inside = [value for value in tree.values() if isinstance(value, dict)] if isinstance(tree, dict) else []
     found = [part[key] for part in (tree, *inside) if isinstance(part, dict) for key in STATE_DICTS if key in part]
     models = [
@@ -141,13 +142,11 @@ def _state_dict(tree: Any) -> dict[str, Tensor]:
 
 
 def _weights(path: Path, files: list[File]) -> Mapping[str, Tensor]:
-    """The tensors of a weights file by their own keys; of all files that an index names."""
+    """Return the tensors of a weights file by their own keys; of all files that an index names."""
     if path.suffix == ".json":
         index = read_json_object(path).get("weight_map")
-        names = sorted(set(index.values())) if isinstance(index, dict) else []
-        if not all(isinstance(name, str) and Path(name).name == name for name in names):
-            raise FileError("its weight_map names files outside of its folder", path=path)
-        return {key: tensor for name in names for key, tensor in _weights(path.parent / name, files).items()}
+        places = {inside(path.parent, name, path) for name in index.values()} if isinstance(index, dict) else ()
+        return {key: tensor for place in sorted(places) for key, tensor in _weights(place, files).items()}
     file = File(path)
     files.append(file)
     if path.suffix == ".safetensors":
@@ -157,7 +156,7 @@ def _weights(path: Path, files: list[File]) -> Mapping[str, Tensor]:
 
 
 def _namesake(path: Path, files: list[File]) -> Mapping[str, Tensor]:
-    """The parameters in the file that is called ``model`` where this one is called ``optimizer``, if there is one."""
+    """Return the parameters in the file that is named ``model`` where this one is named ``optimizer``, if any."""
     model = path.with_name(re.sub("optim(izer)?", "model", path.name, count=1))
     if model == path or not model.is_file():
         return {}
@@ -174,7 +173,7 @@ def _global_step(tree: Any, beside: Mapping[str, Path]) -> int | None:
 
 
 def _origin(found: list[Found], beside: Mapping[str, Path]) -> dict[str, Value]:
-    """What wrote the state, as far as its surroundings tell."""
+    """Return what wrote the state, as far as its surroundings tell."""
     origin: dict[str, Value] = {"format": NAME}
     if len(found) == 1 and found[0].path:
         origin["place"] = found[0].where

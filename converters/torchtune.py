@@ -77,7 +77,7 @@ def read(match: Match, options: Mapping[str, Any]) -> Checkpoint:
 
 
 def _in_backward(optimizers: Mapping[Any, Any], path: Path) -> dict[str, Any]:
-    """The state dicts of one optimizer per parameter as one; the newer form counts parameters, and names none."""
+    """Return the state dicts of one optimizer per parameter as one; the newer form counts parameters, without names."""
     single = optimizers.get("optimizers", optimizers)
     state: dict[Any, Any] = {}
     groups: list[dict[str, Any]] = []

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
+from lora_state_format import __version__
 from lora_state_format.errors import MissingDependencyError, StateFormatError
 
 if TYPE_CHECKING:
@@ -35,7 +36,7 @@ SHOWN = 5
 
 
 def main() -> NoReturn:
-    """The command ``lora-state``."""
+    """Run the command ``lora-state``."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # a name that the terminal's encoding lacks is no error
@@ -85,7 +86,7 @@ def _say(*lines: str) -> None:
 
 
 def _printable(text: str) -> str:
-    """The text on one line, with nothing in it that a terminal would act on: names come out of files."""
+    """Return the text on one line, with nothing in it that a terminal would act on: names come out of files."""
     if text.isprintable():
         return text
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
@@ -104,7 +105,7 @@ def _say_json(members: Any) -> None:
 
 @contextlib.contextmanager
 def _progress(label: str) -> Iterator[Progress | None]:
-    """A bar on stderr, if that is a terminal."""
+    """Show a bar on stderr, if that is a terminal."""
     if not sys.stderr.isatty():
         yield None
         return
@@ -118,7 +119,7 @@ def _progress(label: str) -> Iterator[Progress | None]:
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120})
-@click.version_option(package_name="lora_state_format")
+@click.version_option(__version__)
 def commands() -> None:
     """Optimizer state keyed by parameter name, in safetensors."""
 
@@ -138,7 +139,7 @@ def _parse_options(context: click.Context, option: click.Parameter, given: Seque
 
 
 def _literal(text: str) -> Any:
-    """A value as Python writes it; text that is none stands for itself."""
+    """Return a value as Python writes it; text that is none stands for itself."""
     import ast
 
     try:
@@ -365,7 +366,7 @@ def export(
 
 
 def _housekeeping(command: Callable[..., None]) -> click.Command:
-    """What the commands that write a changed state into a new file have in common."""
+    """Add what the commands have in common that write a changed state into a new file."""
     for option in (_json, _force, click.argument("target", type=PATH), click.argument("source", type=PATH)):
         command = option(command)
     return commands.command()(command)
@@ -466,7 +467,7 @@ def formats(as_json: bool) -> None:
     from lora_state_format import registry
     from lora_state_format.operations.report import SCHEMA_VERSION
 
-    converters = [registry.get(name) for name in registry.names()]
+    converters = registry.available()
     if as_json:
         members = [
             {

@@ -86,7 +86,7 @@ def _demonstrate(say: Callable[[str], None], folder: Path) -> bool:
 
 
 def _base() -> Any:
-    """The frozen model; the same weights every time."""
+    """Return the frozen model; the same weights every time."""
     torch.manual_seed(0)
     return Qwen2ForCausalLM(
         Qwen2Config(
@@ -125,7 +125,7 @@ def _trained(model: Any, folder: Path) -> Any:
 
 
 def _rebuilt(checkpoint: Path) -> tuple[Any, torch.optim.AdamW]:
-    """The model with the checkpoint's adapter, and an optimizer with one group and no state."""
+    """Return the model with the checkpoint's adapter, and an optimizer with one group and no state."""
     model = PeftModel.from_pretrained(_base(), checkpoint, is_trainable=True)
     return model, torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3, weight_decay=0.0)
 
@@ -169,7 +169,7 @@ class _Equality(NamedTuple):
 
 
 def _compare(a: Mapping[str, torch.Tensor], b: Mapping[str, torch.Tensor]) -> _Equality:
-    """How many tensors are the same bit for bit under the same name."""
+    """Return how many tensors are the same bit for bit under the same name."""
     return _Equality(
         sum(name in b and torch.equal(value, b[name]) for name, value in a.items()), len(a.keys() | b.keys())
     )

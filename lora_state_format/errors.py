@@ -26,10 +26,7 @@ never at the text.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Final
-
-if TYPE_CHECKING:
-    from lora_state_format.binding.plan import LoadPlan
+from typing import Any, Final
 
 __all__ = [
     "AmbiguousFormatError",
@@ -77,7 +74,7 @@ class FileError(StateFormatError, ValueError):
 
 
 def _located(detail: str, path: object, rule: str | None) -> str:
-    """A message with the file in front and the rule behind. A name in it may be as long as a file."""
+    """Return a message with the file in front and the rule behind. A name in it may be as long as a file."""
     if len(detail) > MAX_DETAIL:
         detail = f"{detail[: MAX_DETAIL // 2]} ... {detail[-MAX_DETAIL // 2 :]}"
     return f"{'' if path is None else f'{path}: '}{detail}{'' if rule is None else f' [{rule}]'}"
@@ -128,11 +125,14 @@ class CaptureError(StateFormatError, ValueError):
 
 
 class BindError(StateFormatError, ValueError):
-    """The state does not fit the live optimizer; nothing was changed. ``plan`` holds every problem."""
+    """The state does not fit the live optimizer; nothing was changed.
+
+    ``plan`` is the ``binding.plan.LoadPlan``, which holds every problem.
+    """
 
     exit_code = 1
 
-    def __init__(self, message: str, plan: LoadPlan | None = None) -> None:
+    def __init__(self, message: str, plan: Any = None) -> None:
         super().__init__(message)
         self.plan = plan
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Final
 from lora_state_format.errors import DigestError, MissingDependencyError
 from lora_state_format.format.reading import open_state
 from lora_state_format.model.digests import hash_tensor, stated_hash
+from lora_state_format.model.dtypes import DTYPES
 from lora_state_format.model.sources import Memory
 from lora_state_format.model.states import Scalar, Slot, Value
 from lora_state_format.model.tensors import Tensor, contiguous
@@ -18,15 +19,12 @@ if TYPE_CHECKING:
 
 __all__ = ["array", "load"]
 
-EXTENDED: Final[Mapping[str, str]] = {
-    "BF16": "bfloat16", "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2", "F8_E8M0": "float8_e8m0fnu",
-    "F8_E4M3FNUZ": "float8_e4m3fnuz", "F8_E5M2FNUZ": "float8_e5m2fnuz",
-}  # fmt: skip
+EXTENDED: Final = {dtype: row.name for dtype, row in DTYPES.items() if row.name and row.numpy is None}
 """dtypes that NumPy has only with ``ml_dtypes``, which comes with jax."""
 
 
 def load(path: str | os.PathLike[str], *, verify: bool = True) -> dict[str, dict[str, Any] | None]:
-    """Every parameter's slots by its name, in optimizer order; ``None`` for one that never took a step.
+    """Return every parameter's slots by its name, in optimizer order; ``None`` for one that never took a step.
 
     Tensors are arrays of their own, those without axes too; other values are what they are. ``verify`` compares the
     digest of each tensor. Raises ``DigestError`` for one that differs, ``MissingDependencyError`` for a dtype that
@@ -40,7 +38,7 @@ def load(path: str | os.PathLike[str], *, verify: bool = True) -> dict[str, dict
 
 
 def array(tensor: Tensor | Scalar) -> np.ndarray[Any, Any]:
-    """A tensor as an array of its own; of a dtype of ``ml_dtypes`` where NumPy has none."""
+    """Return a tensor as an array of its own; of a dtype of ``ml_dtypes`` where NumPy has none."""
     if isinstance(tensor, Scalar):
         tensor = contiguous(tensor.dtype, (), Memory(tensor.data))
     if tensor.dtype not in EXTENDED:
@@ -54,7 +52,7 @@ def array(tensor: Tensor | Scalar) -> np.ndarray[Any, Any]:
 
 
 def _values(value: Value, where: str, path: object) -> Any:
-    """A slot tree with arrays in it; digests are compared if there is a ``path`` to name."""
+    """Return a slot tree with arrays in it; digests are compared if there is a ``path`` to name."""
     if isinstance(value, Mapping):
         return {key: _values(inner, f"{where}: {key}", path) for key, inner in value.items()}
     if isinstance(value, (list, tuple)):

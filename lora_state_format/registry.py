@@ -7,6 +7,7 @@ group ``lora_state_format.converters``.
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Mapping
 from functools import cache
@@ -19,6 +20,8 @@ from lora_state_format.errors import AmbiguousFormatError, MissingDependencyErro
 if TYPE_CHECKING:
     from lora_state_format.model.states import Checkpoint, OptimizerState
 
+logger = logging.getLogger("lora_state_format")
+
 __all__ = [
     "BUILT_IN",
     "ENTRY_POINTS",
@@ -26,6 +29,7 @@ __all__ = [
     "Converter",
     "Match",
     "Writer",
+    "available",
     "check_options",
     "detect",
     "find",
@@ -89,7 +93,7 @@ class Converter(Protocol):
     DESCRIPTION: str
 
     def detect(self, path: Path) -> Match | None:
-        """Whether a file or folder that exists is of this format, by names, magic bytes and headers.
+        """Return whether a file or folder that exists is of this format, by names, magic bytes and headers.
 
         Looks at most one folder deep; reads no tensor and runs nothing.
         """
@@ -108,27 +112,41 @@ class Writer(Converter, Protocol):
 
 
 def names() -> list[str]:
-    """The names of all converters, sorted. None is imported."""
+    """Return the names of all converters, sorted. None is imported."""
     return sorted({*BUILT_IN, *_entries()})
 
 
 def get(name: str) -> Converter:
-    """The converter called ``name``.
+    """Return the converter called ``name``.
 
     Raises ``OptionError`` if there is none and ``MissingDependencyError`` if it cannot be imported.
     """
+    if name in BUILT_IN:
+        return cast("Converter", import_module(BUILT_IN[name]))
+    entry = _entries().get(name)
+    if entry is None:
+        raise OptionError(f"no converter '{name}'; there are: {', '.join(names())}")
     try:
-        if name in BUILT_IN:
-            return cast("Converter", import_module(BUILT_IN[name]))
-        if name in _entries():
-            return cast("Converter", _entries()[name].load())
-    except ImportError as error:
-        raise MissingDependencyError(f"converter '{name}' cannot be imported: {error}") from error
-    raise OptionError(f"no converter '{name}'; there are: {', '.join(names())}")
+        return cast("Converter", entry.load())
+    except Exception as error:  # a stranger's module may fail in any way
+        raise MissingDependencyError(
+            f"converter '{name}' of {entry.value} cannot be imported: {type(error).__name__}: {error}"
+        ) from error
+
+
+def available() -> list[Converter]:
+    """Return every converter, sorted by name; one of another package that cannot be imported is left out and logged."""
+    found = []
+    for name in names():
+        try:
+            found.append(get(name))
+        except MissingDependencyError as error:  # noqa: PERF203
+            logger.warning("%s; it is left out", error)
+    return found
 
 
 def options(converter: Converter) -> Mapping[str, str]:
-    """What a converter can be told: key -> what it means."""
+    """Return the options of a converter: key -> what it means."""
     found: Mapping[str, str] = getattr(converter, "OPTIONS", {})
     return found
 
@@ -144,7 +162,10 @@ def check_options(options: Mapping[str, Any], *converters: Converter) -> None:
 
 
 def writer(name: str) -> Writer:
-    """The converter called ``name``, if it can write. Raises ``OptionError`` if it cannot, and what ``get`` raises."""
+    """Return the converter called ``name``.
+
+    Raises ``OptionError`` if it cannot write, and what ``get`` raises.
+    """
     converter = get(name)
     if not hasattr(converter, "write"):
         raise OptionError(f"format '{name}' can be read but not written")
@@ -189,7 +210,7 @@ def own_options(given: Mapping[str, Any], converter: Converter) -> dict[str, Any
 
 
 def detect(path: str | os.PathLike[str]) -> tuple[Converter, Match]:
-    """The converter that a path belongs to, and why.
+    """Return the converter that a path belongs to, and why.
 
     This package's own format is asked first: where a folder holds it beside the file it was converted from, the one
     with names is meant. Raises ``FileNotFoundError``, ``UnknownFormatError`` and ``AmbiguousFormatError``.
@@ -200,8 +221,8 @@ def detect(path: str | os.PathLike[str]) -> tuple[Converter, Match]:
         return named, match
     if not path.exists():
         raise FileNotFoundError(f"{path}: no such file or folder")
-    others = [get(name) for name in names() if name != NAMED]
-    found = [(converter, match) for converter in others if (match := converter.detect(path))]
+    others = [converter for converter in available() if converter is not named]
+    found = [(converter, match) for converter in others if (match := _asked(converter, path))]
     found = [(converter, match) for converter, match in found if not match.generic] or found
     if len(found) > 1:
         claims = "; ".join(f"{converter.NAME} ({match.reason})" for converter, match in found)
@@ -215,17 +236,27 @@ def detect(path: str | os.PathLike[str]) -> tuple[Converter, Match]:
     return found[0]
 
 
+def _asked(converter: Converter, path: Path) -> Match | None:
+    """Return what a converter finds at a path; one of another package that fails finds nothing, and is logged."""
+    if converter.NAME in BUILT_IN:
+        return converter.detect(path)
+    try:
+        return converter.detect(path)
+    except Exception as error:
+        logger.warning("converter '%s' failed on %s: %s: %s", converter.NAME, path, type(error).__name__, error)
+        return None
+
+
 @cache
 def _entries() -> Mapping[str, Any]:
-    """The entry points of other packages by name, listed but not loaded."""
+    """Return the entry points of other packages by name, listed but not loaded."""
     from importlib.metadata import entry_points
 
     found: dict[str, Any] = {}
     for entry in entry_points(group=ENTRY_POINTS):
         if entry.name in found or entry.name in BUILT_IN:
-            other = found[entry.name].value if entry.name in found else BUILT_IN[entry.name]
-            raise OptionError(
-                f"two converters are called '{entry.name}': {other} and {entry.value}; uninstall or rename one"
-            )
-        found[entry.name] = entry
+            kept = found[entry.name].value if entry.name in found else BUILT_IN[entry.name]
+            logger.warning("two converters are called '%s': %s is used, not %s", entry.name, kept, entry.value)
+        else:
+            found[entry.name] = entry
     return found

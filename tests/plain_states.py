@@ -39,7 +39,7 @@ def of_state(state: OptimizerState) -> Any:
         ],
         "parameters": [
             (
-                p.name, list(p.shape), p.dtype, p.adapter, list(p.tied), dict(p.keys), p.original_id,
+                p.name, list(p.shape), p.dtype, p.adapter, list(p.tied), dict(p.foreign_names), p.original_id,
                 plain(p.state, tensor),
             )
             for p in state.parameters

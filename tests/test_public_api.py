@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import subprocess
 import sys
 
@@ -13,10 +14,36 @@ from lora_state_format import cli
 
 
 def test_names_of_the_package() -> None:
-    assert lora_state_format.__all__ == ["convert", "diff", "errors", "open_state", "read", "verify", "write"]
-    assert dir(lora_state_format) == lora_state_format.__all__
+    assert lora_state_format.__all__ == [
+        "ConversionReport",
+        "Difference",
+        "Exported",
+        "LoadPlan",
+        "OptimizerState",
+        "Parameter",
+        "Tensor",
+        "Verification",
+        "Written",
+        "check",
+        "convert",
+        "diff",
+        "errors",
+        "export",
+        "open_state",
+        "read",
+        "verify",
+        "write",
+    ]
+    assert dir(lora_state_format) == sorted([*lora_state_format.__all__, "__version__"])
     for name in lora_state_format.__all__:
         assert getattr(lora_state_format, name).__doc__, name
+
+
+def test_results_are_of_public_types() -> None:
+    """What a public function returns, and takes of our own, can be imported from the package."""
+    for name in ("check", "convert", "diff", "export", "open_state", "read", "verify", "write"):
+        returned = inspect.signature(getattr(lora_state_format, name)).return_annotation
+        assert returned in lora_state_format.__all__, (name, returned)
 
 
 def test_names_of_the_torch_side() -> None:

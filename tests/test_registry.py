@@ -14,6 +14,7 @@ from lora_state_format.errors import (
     OptionError,
     UnknownFormatError,
 )
+from lora_state_format.foreign.torch_save import save
 from lora_state_format.operations.conversion import read
 
 
@@ -89,28 +90,68 @@ def test_another_package_adds_a_converter(package: Path) -> None:
     assert (converter.NAME, match.reason, match.path) == ("plugged", "the suffix .plugged", path)
 
 
-def test_a_name_that_is_taken(package: Path) -> None:
+def test_a_name_that_is_taken(package: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """A built-in converter keeps its name, and every command goes on."""
     install(package, "torch_optimizer", "installed_impostor", "")
-    with pytest.raises(OptionError) as caught:
-        registry.get("nosuch")
-    assert str(caught.value) == (
-        "two converters are called 'torch_optimizer': lora_state_format.converters.torch_optimizer and "
-        "installed_impostor; uninstall or rename one"
+    assert registry.get("torch_optimizer").NAME == "torch_optimizer"
+    assert registry.names() == sorted(registry.BUILT_IN)
+    (message,) = caplog.messages
+    assert message == (
+        "two converters are called 'torch_optimizer': lora_state_format.converters.torch_optimizer is used, not "
+        "installed_impostor"
     )
 
 
-def test_two_packages_with_one_name(package: Path) -> None:
-    install(package, "twin", "installed_one", "")
+def test_two_packages_with_one_name(package: Path, caplog: pytest.LogCaptureFixture) -> None:
+    claim(package, "twin", "twin")
     install(package, "twin", "installed_two", "")
-    with pytest.raises(OptionError, match=r"^two converters are called 'twin': installed_(one|two) and installed_"):
-        registry.names()
+    assert registry.names() == sorted({*registry.BUILT_IN, "twin"})
+    (message,) = caplog.messages
+    assert message in {
+        f"two converters are called 'twin': {kept} is used, not {other}"
+        for kept, other in (("installed_twin", "installed_two"), ("installed_two", "installed_twin"))
+    }
 
 
-def test_a_converter_that_cannot_be_imported(package: Path) -> None:
-    install(package, "broken", "installed_broken", "import a_package_that_is_not_there")
+@pytest.mark.parametrize(
+    ("code", "why"),
+    [
+        ("import a_package_that_is_not_there", "ModuleNotFoundError: No module named 'a_package_that_is_not_there'"),
+        ("1 / 0", "ZeroDivisionError: division by zero"),
+    ],
+)
+def test_a_converter_that_cannot_be_imported(
+    package: Path, caplog: pytest.LogCaptureFixture, code: str, why: str
+) -> None:
+    """It is a warning that names it; whoever asks for it by name gets the error."""
+    install(package, "broken", "installed_broken", code)
+    message = f"converter 'broken' of installed_broken cannot be imported: {why}"
     with pytest.raises(MissingDependencyError) as caught:
         registry.get("broken")
-    assert str(caught.value) == ("converter 'broken' cannot be imported: No module named 'a_package_that_is_not_there'")
+    assert str(caught.value) == message
+    path = package / "optimizer.pt"
+    save({"state": {}, "param_groups": []}, path)
+    assert registry.detect(path)[0].NAME == "torch_optimizer"
+    assert caplog.messages == [f"{message}; it is left out"]
+
+
+def test_a_converter_that_fails_to_detect(package: Path, caplog: pytest.LogCaptureFixture) -> None:
+    code = CONVERTER.format(name="hasty", suffix="x", generic=False)
+    install(package, "hasty", "installed_hasty", f"{code}def detect(path):\n    raise RuntimeError('oops')\n")
+    path = package / "optimizer.pt"
+    save({"state": {}, "param_groups": []}, path)
+    assert registry.detect(path)[0].NAME == "torch_optimizer"
+    assert caplog.messages == [f"converter 'hasty' failed on {path}: RuntimeError: oops"]
+
+
+def test_a_format_that_is_asked_for_and_not_there(tmp_path: Path) -> None:
+    with pytest.raises(UnknownFormatError) as caught:
+        registry.find(tmp_path, "diffusers")
+    expected = registry.get("diffusers").DESCRIPTION
+    assert str(caught.value) == f"{tmp_path}: not recognised as 'diffusers': expected {expected}"
+    with pytest.raises(FileNotFoundError) as missing:
+        registry.find(tmp_path / "nothing", "diffusers")
+    assert str(missing.value) == f"{tmp_path / 'nothing'}: no such file or folder"
 
 
 def test_two_claims_to_one_path(package: Path) -> None:

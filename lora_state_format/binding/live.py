@@ -90,7 +90,7 @@ class LiveOptimizer:
         return [known(lineage) for lineage in self.lineages or ((),) * len(self.optimizers)]
 
     def title(self, optimizer: int) -> str:
-        """The bare name of its class."""
+        """Return the bare name of its class."""
         return (self.optimizers[optimizer].class_path or "the optimizer").rpartition(".")[2]
 
 

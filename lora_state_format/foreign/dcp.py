@@ -8,10 +8,11 @@ of ``torch/distributed/checkpoint/{metadata,filesystem}.py``.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from types import NoneType
 from typing import Any, Final
 
@@ -20,11 +21,13 @@ from lora_state_format.foreign import pickles
 from lora_state_format.foreign.pickles import Global, Record
 from lora_state_format.foreign.torch_save import archive, dumps
 from lora_state_format.foreign.trees import member
-from lora_state_format.io.files import Files, PooledFile, new_folder
+from lora_state_format.io.files import Files, PooledFile, is_plain
+from lora_state_format.io.folders import new_folder
 from lora_state_format.io.ledger import Ledger
+from lora_state_format.model.dtypes import item_size
 from lora_state_format.model.sources import File, Range, Source
 from lora_state_format.model.states import Scalar
-from lora_state_format.model.tensors import Box, Piece, Tensor, is_tiling, item_size
+from lora_state_format.model.tensors import Box, Piece, Tensor, is_tiling
 
 __all__ = ["METADATA", "Folder", "is_folder", "metadata", "open_folder", "write_folder"]
 
@@ -40,7 +43,7 @@ class Folder:
     files: Files
 
     def tree(self) -> dict[Any, Any]:
-        """The entries as nested dicts; the keys of what was a list are integers."""
+        """Return the entries as nested dicts; the keys of what was a list are integers."""
         root: dict[Any, Any] = {}
         for path, value in self.entries.items():
             node = root
@@ -52,9 +55,11 @@ class Folder:
         return root
 
     def check_unchanged(self) -> None:
+        """Raise ``FileError`` if a file of the folder changed since it was opened."""
         self.files.check_unchanged()
 
     def close(self) -> None:
+        """Close the folder's files."""
         self.files.close()
 
     def __enter__(self) -> Folder:
@@ -65,12 +70,12 @@ class Folder:
 
 
 def is_folder(path: Path) -> bool:
-    """Whether a path is a folder that DCP wrote."""
+    """Return whether a path is a folder that DCP wrote."""
     return (path / METADATA).is_file()
 
 
 def metadata(path: Path) -> bytes:
-    """The bytes of a folder's ``.metadata``. Raises ``FileError`` if they are more than a pickle may have."""
+    """Return the bytes of a folder's ``.metadata``. Raises ``FileError`` if they are more than a pickle may have."""
     with File(path / METADATA) as file:
         if file.size > pickles.MAX_PICKLE:
             raise FileError(f"a pickle of {file.size} bytes; the limit is {pickles.MAX_PICKLE}", path=file.path)
@@ -78,7 +83,7 @@ def metadata(path: Path) -> bytes:
 
 
 def open_folder(path: Path) -> Folder:
-    """The folder's entries, lazily: tensors as byte ranges, other values as they were pickled.
+    """Return the folder's entries, lazily: tensors as byte ranges, other values as they were pickled.
 
     Raises ``FileError`` for a missing or truncated file and for chunks that do not make up a tensor, ``RefusedError``
     for transformed (compressed) items.
@@ -156,7 +161,7 @@ class _Item:
         self.place.file.check_unchanged()
 
     def _source(self) -> Source:
-        """The archive's member, which states a CRC, where it holds exactly the tensor in C order; else the tensor."""
+        """Return the archive's member, which states a CRC, if it is exactly the tensor in C order; else the tensor."""
         if self._opened is None:
             tensor = self.place.value()
             if not isinstance(tensor, Tensor) or (tensor.dtype, tensor.shape) != (self.dtype, self.shape):
@@ -172,7 +177,7 @@ class _Item:
 
 
 def _fields(record: Any, path: object) -> Mapping[str, Any]:
-    """A dataclass's fields."""
+    """Return a dataclass's fields."""
     if isinstance(record, Record) and isinstance(record.state, dict):
         return record.state
     raise FileError(f"has a {type(record).__name__} where an object with fields is expected", path=path)
@@ -190,7 +195,7 @@ def _state(record: Any, key: str, kind: Any, path: object) -> Any:
 
 
 def _chunks(storage: Mapping[Any, Any], files: Files, path: Path) -> dict[str, dict[tuple[int, ...] | None, _Place]]:
-    """Every chunk's place by the entry's key and the chunk's offsets."""
+    """Return every chunk's place by the entry's key and the chunk's offsets."""
     found: dict[str, dict[tuple[int, ...] | None, _Place]] = {}
     opened: dict[str, PooledFile] = {}
     alike: dict[bytes, pickles.Pickled] = {}
@@ -223,8 +228,7 @@ def _chunks(storage: Mapping[Any, Any], files: Files, path: Path) -> dict[str, d
 
 
 def _file(name: str, files: Files, metadata: Path) -> PooledFile:
-    place = PurePosixPath(name)
-    if place.is_absolute() or ".." in place.parts:
+    if not all(map(is_plain, name.split("/"))):
         raise RefusedError(f"points at a file outside the folder: {name!r}", path=metadata)
     path = metadata.parent / name
     if not path.is_file():
@@ -282,26 +286,29 @@ def write_folder(entries: Mapping[tuple[Any, ...], Any], path: Path, *, force: b
     described: dict[str, Any] = {}
     places: dict[Any, Any] = {}
     paths: dict[str, tuple[Any, ...]] = {}
-    ledger = Ledger()
-    with new_folder(path, force=force, replaceable=(METADATA, "*.distcp")) as folder:
-        with (folder / _DATA).open("wb") as file:
-            position = 0
-            for where, value in entries.items():
-                key = ".".join(map(str, where))
-                if key in paths:
-                    raise UnrepresentableError(f"DCP would give {paths[key]} and {where} the same key")
-                start = position
-                for chunk in archive(value, ledger):
-                    file.write(chunk)
-                    position += len(chunk)
-                paths[key] = where
-                described[key] = _described(value)
-                places[_index(key, value)] = Record(
-                    "torch.distributed.checkpoint.filesystem",
-                    "_StorageInfo",
-                    state={"relative_path": _DATA, "offset": start, "length": position - start},
-                )
+    for where, value in entries.items():
+        key = ".".join(map(str, where))
+        if key in paths:
+            raise UnrepresentableError(f"DCP would give {paths[key]} and {where} the same key")
+        paths[key] = where
+        described[key] = _described(value)
+
+    def items() -> Iterator[bytes | memoryview]:
+        ledger, position = Ledger(), 0
+        for key, value in zip(paths, entries.values(), strict=True):
+            start = position
+            for chunk in archive(value, ledger):
+                yield chunk
+                position += len(chunk)
+            places[_index(key, value)] = Record(
+                "torch.distributed.checkpoint.filesystem",
+                "_StorageInfo",
+                state={"relative_path": _DATA, "offset": start, "length": position - start},
+            )
         ledger.check()
+
+    with new_folder(path, force=force, replaces={METADATA, _DATA, *_files(path)}) as folder:
+        folder.write((_DATA,), items())
         members = {
             "state_dict_metadata": described,
             "planner_data": paths,
@@ -309,7 +316,17 @@ def write_folder(entries: Mapping[tuple[Any, ...], Any], path: Path, *, force: b
             "storage_meta": None,
             "version": "1.0.0",
         }
-        (folder / METADATA).write_bytes(dumps(Record(_MODULE, "Metadata", state=members)))
+        folder.write((METADATA,), [dumps(Record(_MODULE, "Metadata", state=members))])
+
+
+def _files(path: Path) -> set[str]:
+    """Return the files that the ``.metadata`` of a folder names, if there is one that can be read."""
+    if not is_folder(path):
+        return set()
+    with contextlib.suppress(FileError):
+        storage = _state(pickles.load_plain(metadata(path)), "storage_data", dict, path)
+        return {_state(info, "relative_path", str, path) for info in storage.values()}
+    return set()
 
 
 def _size(shape: Sequence[int]) -> Record:

@@ -16,24 +16,20 @@ from math import prod
 from pathlib import Path
 from typing import Any, Final
 
-from lora_state_format.errors import FileError, RefusedError, TargetExistsError, UnrepresentableError
+from lora_state_format.errors import FileError, RefusedError, UnrepresentableError
 from lora_state_format.foreign.optax_nodes import Tree
-from lora_state_format.io.atomic import TemporaryFile
+from lora_state_format.io.atomic import write_file
 from lora_state_format.io.ledger import Ledger
+from lora_state_format.io.strict_json import utf8
+from lora_state_format.model.dtypes import NAMES, item_size
 from lora_state_format.model.sources import File
 from lora_state_format.model.states import Scalar
-from lora_state_format.model.tensors import CHUNK, Flat, Piece, Tensor, contiguous, item_size
+from lora_state_format.model.tensors import CHUNK, Flat, Piece, Tensor, contiguous
 
 __all__ = ["first_key", "load", "packed", "save"]
 
-DTYPES: Final = {
-    "bool": "BOOL", "uint8": "U8", "int8": "I8", "uint16": "U16", "int16": "I16", "uint32": "U32", "int32": "I32",
-    "uint64": "U64", "int64": "I64", "float16": "F16", "bfloat16": "BF16", "float32": "F32", "float64": "F64",
-    "complex64": "C64", "float8_e4m3fn": "F8_E4M3", "float8_e5m2": "F8_E5M2", "float8_e8m0fnu": "F8_E8M0",
-    "float8_e4m3fnuz": "F8_E4M3FNUZ", "float8_e5m2fnuz": "F8_E5M2FNUZ",
-}  # fmt: skip
+DTYPES: Final = {name: dtype for dtype, name in NAMES.items()}
 """NumPy's name of a dtype, as flax writes it -> safetensors'."""
-NAMES: Final = {dtype: name for name, dtype in DTYPES.items()}
 CHUNKED: Final = "__msgpack_chunked_array__"
 MAX_PLAIN: Final = 1 << 30
 """Bytes up to which flax writes an array in one piece."""
@@ -49,7 +45,7 @@ WINDOW: Final = 512
 
 
 def load(file: File) -> dict[str, Tree]:
-    """The tree in a file of flax, or in a stream of EasyLM. Raises ``FileError`` and ``RefusedError``."""
+    """Return the tree in a file of flax, or in a stream of EasyLM. Raises ``FileError`` and ``RefusedError``."""
     reader = _Reader(file)
     if reader.is_stream():
         return reader.stream()
@@ -62,7 +58,7 @@ def load(file: File) -> dict[str, Tree]:
 
 
 def first_key(file: File) -> str | None:
-    """The first key of a map of msgpack; of a stream, the first key of its first path; ``None`` if it is neither."""
+    """Return the first key of a msgpack map, or of a stream's first path; ``None`` if it is neither."""
     reader = _Reader(file)
     try:
         if reader.is_stream():
@@ -115,7 +111,7 @@ class _Reader:
         return self._window[start : start + size]
 
     def head(self) -> tuple[str, Any]:
-        """What begins here: its kind, and its value or size. An ext is ``ext`` with its size; its type comes next."""
+        """Return what begins here: its kind, and its value or size. An ext is ``ext`` with its size."""
         code = self.take(1)[0]
         if code in _FIXED:
             return "value", _FIXED[code]
@@ -205,7 +201,7 @@ class _Reader:
         return contiguous(dtype, sizes, self.file, start)
 
     def joined(self, parts: dict[str, Any]) -> Tensor:
-        """An array that was written in chunks."""
+        """Return an array that was written in chunks."""
 
         def items(tree: Any) -> list[Any]:
             if not isinstance(tree, dict) or set(tree) != {str(index) for index in range(len(tree))}:
@@ -229,14 +225,14 @@ class _Reader:
         return Tensor(chunks[0].dtype, tuple(shape), tuple(pieces))
 
     def is_stream(self) -> bool:
-        """Whether lists of two stand here, the first of each a list of keys."""
+        """Return whether lists of two stand here, the first of each a list of keys."""
         start = self.position
         found = self.file.size > 1 and self.head() == ("list", 2) and self.head()[0] == "list"
         self.position = start
         return found
 
     def stream(self) -> dict[str, Any]:
-        """The tree whose leaves stand one after the other, each under its path, in a bin of its own."""
+        """Return the tree whose leaves stand one after the other, each under its path, in a bin of its own."""
         tree: dict[str, Any] = {}
         while self.position < self.file.size:
             if self.head() != ("list", 2) or (head := self.head())[0] != "list" or not 0 < head[1] <= MAX_DEPTH:
@@ -265,19 +261,11 @@ class _Reader:
 
 def save(tree: Tree, path: Path, *, force: bool = False) -> None:
     """Write a tree as one file, whole or not at all. Raises ``TargetExistsError``, and what ``packed`` raises."""
-    if path.exists() and not force:
-        raise TargetExistsError(f"{path} exists; pass force=True (--force) to replace it")
-    with TemporaryFile(path) as file:
-        position = 0
-        for chunk in packed(tree):
-            file.write(position, chunk)
-            position += len(chunk)
-        file.finish(b"")
-        file.commit(path)
+    write_file(path, packed(tree), force=force)
 
 
 def packed(tree: Tree) -> Iterator[bytes | memoryview]:
-    """The bytes that flax makes of a tree; each chunk is valid until the next is asked for.
+    """Yield the bytes that flax makes of a tree; each chunk is valid until the next is asked for.
 
     Raises ``UnrepresentableError`` for a dtype that flax has no name for, and ``FileError`` at the end if bytes do not
     have the CRC that their source states.
@@ -304,6 +292,7 @@ def _packed(tree: Tree, ledger: Ledger, buffer: memoryview) -> Iterator[bytes | 
     elif isinstance(tree, Mapping):
         yield msgpack.Packer().pack_map_header(len(tree))
         for key, value in tree.items():
+            utf8(key)
             yield msgpack.packb(key)
             yield from _packed(value, ledger, buffer)
     else:
@@ -328,6 +317,6 @@ def _array_head(dtype: str, shape: tuple[int, ...], size: int) -> bytes:
 
 
 def _sized(code: int, size: int) -> bytes:
-    """The head of a kind whose three codes announce sizes of 1, 2 and 4 bytes."""
+    """Return the head of a kind whose three codes announce sizes of 1, 2 and 4 bytes."""
     index = 0 if size < 1 << 8 else 1 if size < 1 << 16 else 2
     return bytes([code + index]) + size.to_bytes(1 << index, "big")

@@ -15,7 +15,7 @@ __all__ = ["by_name", "named", "names_of"]
 
 
 def names_of(state: PositionalState) -> tuple[str, ...] | None:
-    """The ids, where they all are names; ``None`` where any is a number."""
+    """Return the ids, where they all are names; ``None`` where any is a number."""
     several = len(state.optimizers) > 1
     names = [str(identity).partition(":")[2] if several else identity for identity in state.ids]
     if any(not isinstance(name, str) or name.isdecimal() for name in names):
@@ -30,7 +30,7 @@ def named(
     weights: Mapping[str, Tensor] | None = None,
     tied: Mapping[str, tuple[str, ...]] | None = None,
 ) -> OptimizerState | PositionalState:
-    """The state under the names that its ids are, wrapper segments removed.
+    """Return the state under the names that its ids are, wrapper segments removed.
 
     A parameter's shape comes from ``shapes``, from its own tensor in ``weights``, or from its slots. Where none of them
     says it (it never took a step, and the checkpoint has no weights), the state stays positional and carries the names,
@@ -56,7 +56,7 @@ def named(
                 dtype=tensor.dtype if tensor is not None else None,
                 adapter=parts[1] if parts else None,
                 tied=tied.get(raw, ()),
-                keys={"peft": peft[0]} if peft else {},
+                foreign_names={"peft": peft[0]} if peft else {},
             )
         )
     result = state.named(parameters, Naming("checkpoint", details={"removed": list(removed)} if removed else {}))
@@ -71,7 +71,7 @@ def named(
 
 
 def by_name(state: OptimizerState, optimizer: int = 0) -> dict[str, Any]:
-    """The state dict of one of the optimizers with names for ids: those of the source where it spelled them otherwise.
+    """Return the state dict of one optimizer with names for ids: the source's own where it spelled them otherwise.
 
     Raises ``UnrepresentableError`` as ``to_state_dict`` does.
     """

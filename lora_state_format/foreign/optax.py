@@ -13,6 +13,7 @@ from lora_state_format.mapping.algorithms import (
     OPTIMIZER,
     Algorithm,
     Layout,
+    check_alike,
     choose,
     group_options,
     layout_of,
@@ -24,8 +25,9 @@ from lora_state_format.mapping.algorithms import (
     values_of,
     zeros,
 )
+from lora_state_format.model.dtypes import item_size
 from lora_state_format.model.states import Group, Naming, Optimizer, OptimizerState, Parameter, Scalar, Value
-from lora_state_format.model.tensors import Tensor, item_size
+from lora_state_format.model.tensors import Tensor
 
 __all__ = ["LAYOUTS", "OPTIONS", "from_tree", "to_tree"]
 
@@ -67,7 +69,7 @@ def from_tree(
     weights: Mapping[str, Tensor],
     resources: tuple[Any, ...] = (),
 ) -> OptimizerState:
-    """The state in a tree, with a group for each label of ``multi_transform``. Names are paths joined with dots.
+    """Return the state in a tree, with a group for each label of ``multi_transform``. Names are paths joined with dots.
 
     ``options`` are those of ``OPTIONS``; ``weights`` are the parameters themselves, as far as they are known. What is
     around the parameters' state is kept in ``origin["tree"]``, from which ``to_tree`` makes the same tree again.
@@ -102,7 +104,7 @@ def from_tree(
 
 
 def _step(around: Value, nodes: Sequence[Node], options: Mapping[str, Any]) -> int | None:
-    """Steps taken, as the states count them; else as the caller says; else as schedules do. ``None`` if they differ."""
+    """Return the steps taken, by the states; else by the caller; else by schedules. ``None`` if they differ."""
     counts = {node.count for node in nodes if node.count is not None}
     if not counts and "step" in options:
         return stated_step(options)
@@ -125,7 +127,7 @@ def _parameter(
     if layout.rule == "adafactor":
         values, shape = _unfolded(values, weight, name, path)
     parameter = parameter_of(name, values, algorithm, count, weight=weight, path=path, shape=shape)
-    return replace(parameter, keys={"jax": _pointer(keys)}) if any("." in key for key in keys) else parameter
+    return replace(parameter, foreign_names={"jax": _pointer(keys)}) if any("." in key for key in keys) else parameter
 
 
 def _unfolded(
@@ -161,17 +163,21 @@ Members: TypeAlias = "tuple[Mapping[Keys, Parameter], Sequence[Keys]]"
 
 
 def to_tree(state: OptimizerState, *, options: Mapping[str, Any], base: Tree = None) -> Tree:
-    """The tree of a state. ``base`` is one of the same optimizer, such as ``tx.init(params)`` makes, for what is around
-    the parameters' state; without it that is as the state's own origin had it, else as ``optax.NAME(lr)`` makes it.
+    """Return the tree of a state.
+
+    ``base`` is a tree of the same optimizer, as ``tx.init(params)`` makes it, for all around the parameters' state;
+    without it that is as the state's own origin had it, else as ``optax.NAME(lr)`` makes it.
 
     Raises ``UnrepresentableError`` for what optax has no place for, ``ConversionError`` if ``base`` is of another
     optimizer.
     """
     algorithm = of_state(state, options.get("optimizer"))
     layout = layout_of(state, algorithm, LAYOUTS)
-    if state.carried:
-        raise UnrepresentableError(f"'{state.carried[0].name}' is in no group, and optax has no place for its state")
     around, nodes = _surroundings(state, layout, base)
+    for parameters, _ in nodes:
+        names = {parameter.name for parameter in parameters.values()}
+        together = zip(state.groups, state.members(), strict=True)
+        check_alike([group for group, members in together if names & {p.name for p in members}], algorithm, options)
     step = steps(state.parameters) if layout.counts and algorithm.step is not None else None
     if step is None:
         step = stated_step(options) if "step" in options else state.global_step
@@ -224,7 +230,7 @@ def _surroundings(state: OptimizerState, layout: Layout, base: Tree) -> tuple[Va
 
 
 def _values(parameter: Parameter, algorithm: Algorithm, layout: Layout) -> Mapping[str, Leaf]:
-    """A parameter's value for each field."""
+    """Return a parameter's value for each field."""
     values = values_of(parameter, algorithm, layout)
     if layout.rule == "adafactor":
         values = _folded(values, parameter)
@@ -257,12 +263,12 @@ def _void(parameter: Parameter, algorithm: Algorithm, layout: Layout) -> Leaf:
 
 
 def _pointer(keys: Keys) -> str:
-    """A path as a JSON pointer (RFC 6901): no key makes it ambiguous."""
+    """Return a path as a JSON pointer (RFC 6901): no key makes it ambiguous."""
     return "".join("/" + key.replace("~", "~0").replace("/", "~1") for key in keys)
 
 
 def _path(parameter: Parameter) -> Keys:
-    pointer = parameter.keys.get("jax")
+    pointer = parameter.foreign_names.get("jax")
     if pointer is None:
         return tuple(parameter.name.split("."))
     return tuple(key.replace("~1", "/").replace("~0", "~") for key in pointer.split("/")[1:])

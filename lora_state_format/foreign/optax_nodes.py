@@ -81,6 +81,7 @@ class Node:
 
     @property
     def where(self) -> str:
+        """Where the node is in the tree, for messages."""
         return "/".join(self.place) or "the root"
 
     @property
@@ -90,6 +91,7 @@ class Node:
 
     @property
     def paths(self) -> tuple[Keys, ...]:
+        """The paths of its parameters."""
         return tuple(next(iter(self.fields.values())))
 
     @property
@@ -99,7 +101,7 @@ class Node:
 
 
 def leaves(tree: Tree, path: Keys = ()) -> Iterator[tuple[Keys, Tree]]:
-    """Every leaf of a tree with its path; an empty dict is a leaf."""
+    """Yield every leaf of a tree with its path; an empty dict is a leaf."""
     if isinstance(tree, Mapping) and tree:
         for key, inner in tree.items():
             yield from leaves(inner, (*path, key))
@@ -119,7 +121,7 @@ def nested(values: Mapping[Keys, Leaf | dict[str, Tree]]) -> dict[str, Tree]:
 
 
 def survey(tree: Tree, path: object) -> tuple[Value, list[Node]]:
-    """What is around the nodes, in which each stands as its number; and the nodes, whose parameters are disjoint.
+    """Return what is around the nodes, each as its number in it; and the nodes, whose parameters are disjoint.
 
     Raises ``RefusedError`` for a wrapper or a state that is not known or does not convert; ``path`` names the tree.
     """
@@ -247,17 +249,17 @@ def _described(tree: Tree) -> str:
 
 
 def count_of(scalar: Scalar) -> int:
-    """A counter as a number."""
+    """Return a counter as a number."""
     return int.from_bytes(scalar.data, "little", signed=scalar.dtype.startswith("I"))
 
 
 def counters(around: Value) -> Iterable[int]:
-    """The counters around the nodes that go with the steps."""
+    """Return the counters around the nodes that go with the steps."""
     return (count_of(leaf) for path, leaf in walk(around) if isinstance(leaf, Scalar) and _is_counter(path, leaf))
 
 
 def relative(around: Value, step: int | None, path: Sequence[str] = ()) -> Value:
-    """The same, counters that agree with the step as ``["step", dtype]``."""
+    """Return the same, counters that agree with the step as ``["step", dtype]``."""
     if isinstance(around, Mapping):
         return {key: relative(value, step, (*path, key)) for key, value in around.items()}
     if isinstance(around, Scalar) and _is_counter(path, around) and count_of(around) == step:
@@ -266,5 +268,5 @@ def relative(around: Value, step: int | None, path: Sequence[str] = ()) -> Value
 
 
 def _is_counter(path: Sequence[Any], leaf: Scalar) -> bool:
-    """Whether a number goes with the steps: a schedule's, ``MultiSteps``', ``nnx.Optimizer``'s."""
+    """Return whether a number goes with the steps: a schedule's, ``MultiSteps``', ``nnx.Optimizer``'s."""
     return path[-1] in ("count", "gradient_step", "step") and leaf.dtype[0] in "IU"

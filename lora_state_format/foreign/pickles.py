@@ -19,9 +19,10 @@ from typing import Any, Final
 from lora_state_format.errors import FileError, RefusedError
 from lora_state_format.foreign.zips import Archive
 from lora_state_format.io.ledger import crc32
+from lora_state_format.model.dtypes import NAMES, item_size
 from lora_state_format.model.gc import paused
 from lora_state_format.model.sources import File, Memory, Range, Source
-from lora_state_format.model.tensors import Box, Piece, Tensor, c_strides, contiguous, item_size
+from lora_state_format.model.tensors import Box, Piece, Tensor, c_strides, contiguous
 
 __all__ = [
     "DTYPES",
@@ -184,7 +185,7 @@ class _Machine:
         self._at = 0
 
     def run(self, start: int = 0) -> tuple[Any, int]:
-        """The value of the pickle that starts at byte ``start``, and the byte behind its end."""
+        """Return the value of the pickle that starts at byte ``start``, and the byte behind its end."""
         try:
             value, end = self._run(start)
             _check_tree(value, len(self.data) + MAX_REFERENCES)
@@ -443,7 +444,7 @@ class _Machine:
             raise _MalformedError(f"more than {MAX_ODD_KEYS} tuples as keys and integers beyond 64 bits")
 
     def _sized(self, op: int, data: bytes) -> str | bytes | bytearray | int:
-        """The value of an opcode that states how many bytes it has."""
+        """Return the value of an opcode that states how many bytes it has."""
         if op in (LONG1, LONG4):
             if len(data) > MAX_INTEGER:
                 raise _MalformedError(f"an integer of {len(data)} bytes")
@@ -460,7 +461,7 @@ class _Machine:
         return bytearray(data) if op == BYTEARRAY8 else data
 
     def _storage(self, identity: Any) -> _Storage:
-        """The storage of a persistent id, which is ``("storage", class, key, device, elements)``."""
+        """Return the storage of a persistent id, which is ``("storage", class, key, device, elements)``."""
         tag, kind, key, _, count = identity if len(identity) == 5 else identity[:5]
         if tag != "storage" or type(key) is not str or type(count) is not int or self.open_storage is None:
             raise _MalformedError("a persistent id that is no storage")
@@ -482,7 +483,7 @@ class _Machine:
     def tensor(
         self, storage: _Storage, offset: int, shape: tuple[int, ...], strides: tuple[int, ...], *_: Any
     ) -> Tensor | Record:
-        """A view of a storage; ``offset`` and ``strides`` are in elements. Inert if safetensors has no such dtype."""
+        """Return a view of a storage, ``offset`` and ``strides`` in elements; inert if its dtype is unknown."""
         if type(storage) is not _Storage or type(offset) is not int or len(shape) != len(strides):
             raise _MalformedError("a tensor that is not made of a storage, an offset, a shape and strides")
         for n in (*shape, *strides):
@@ -561,12 +562,7 @@ _ODD: Final = frozenset({tuple, frozenset, complex})
 
 # --- globals ------------------------------------------------------------------------------------------------------
 
-DTYPES: Final = {
-    "bool": "BOOL", "uint8": "U8", "int8": "I8", "uint16": "U16", "int16": "I16", "uint32": "U32", "int32": "I32",
-    "uint64": "U64", "int64": "I64", "float16": "F16", "bfloat16": "BF16", "float32": "F32", "float64": "F64",
-    "complex64": "C64", "float8_e4m3fn": "F8_E4M3", "float8_e5m2": "F8_E5M2", "float8_e8m0fnu": "F8_E8M0",
-    "float8_e4m3fnuz": "F8_E4M3FNUZ", "float8_e5m2fnuz": "F8_E5M2FNUZ", "float4_e2m1fn_x2": "F4",
-}  # fmt: skip
+DTYPES: Final = {**{name: dtype for dtype, name in NAMES.items()}, "float4_e2m1fn_x2": "F4"}
 """torch's dtypes, as safetensors spells them."""
 
 _WIDTHS: Final = {
@@ -789,7 +785,7 @@ GLOBALS: Final[Mapping[tuple[str, str], Global]] = {
 
 
 def container(source: Source) -> str | None:
-    """What a file is by its first bytes, if it is something that some version of ``torch.save`` wrote or may have."""
+    """Return what a file is by its first bytes, if a version of ``torch.save`` wrote it or may have."""
     start = _peek(source, 0, 9)
     if start.startswith(b"PK\3\4"):
         return "zip archive"
@@ -799,7 +795,7 @@ def container(source: Source) -> str | None:
 
 
 def mentions(source: Source, word: bytes) -> bool:
-    """Whether ``torch.save`` wrote this and its pickle has ``word`` in it; nothing is built. For detection."""
+    """Return whether ``torch.save`` wrote this and its pickle has ``word`` in it; nothing is built. For detection."""
     start = _peek(source, 0, 16)
     if not start.startswith(b"PK\3\4"):
         return MAGIC.to_bytes(10, "little") in start and word in _peek(source, 0, MAX_PICKLE)
@@ -811,7 +807,7 @@ def mentions(source: Source, word: bytes) -> bool:
 
 
 def load(source: Source, path: object = None, *, alike: dict[bytes, Pickled] | None = None) -> Pickled:
-    """What ``torch.save`` wrote: a zip archive, or the stream from before torch 1.6. No tensor is read.
+    """Return what ``torch.save`` wrote: a zip archive, or the stream from before torch 1.6. No tensor is read.
 
     ``source`` may be a file or a part of one: a member of another zip, an item of a ``.distcp`` file. Tensors become
     ``Tensor`` objects over byte ranges of it that carry the CRC-32 of the archive; nothing else than plain values,
@@ -832,7 +828,7 @@ def load(source: Source, path: object = None, *, alike: dict[bytes, Pickled] | N
 
 
 def load_plain(data: bytes, path: object = None) -> Any:
-    """The value of a pickle that torch did not write and that holds no tensors: DCP's ``.metadata``, for one."""
+    """Return the value of a pickle that torch did not write and that holds no tensors: DCP's ``.metadata``, for one."""
     if len(data) > MAX_PICKLE:
         raise FileError(f"a pickle of {len(data)} bytes; the limit is {MAX_PICKLE}", path=path)
     with paused():
@@ -840,7 +836,7 @@ def load_plain(data: bytes, path: object = None) -> Any:
 
 
 def array(record: Record) -> Tensor | None:
-    """The tensor of a NumPy array's record; ``None`` for a type or byte order that safetensors does not have."""
+    """Return the tensor of a NumPy array's record; ``None`` for a type or byte order that safetensors does not have."""
     match record:
         case Record("numpy", "ndarray", _, (1, tuple(shape), Record("numpy", "dtype") as dtype, fortran, data)):
             pass
@@ -870,7 +866,7 @@ def _room(source: Source) -> int:
 
 
 def _pickle_in(archive: Archive) -> str:
-    """The name of the member that holds the pickle."""
+    """Return the name of the member that holds the pickle."""
     pickles = [name for name in archive if name.endswith("/data.pkl") and name.count("/") == 1]
     if len(pickles) != 1:
         raise FileError(
@@ -915,7 +911,7 @@ def _load_zip(source: Source, path: object, alike: dict[bytes, Pickled] | None) 
 
 
 def _elsewhere(known: Pickled, open_storage: Callable[[str, int], Range]) -> Pickled | None:
-    """A tensor as the same pickle means it in another archive; ``None`` if the storages there have other sizes."""
+    """Return a tensor as the same pickle means it in another archive; ``None`` if its storages have other sizes."""
     storages = {key: open_storage(key, old.size) for key, old in known.storages.items()}
     if any(storages[key].size != old.size for key, old in known.storages.items()):
         return None

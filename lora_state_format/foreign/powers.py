@@ -25,12 +25,12 @@ Betas = tuple[float, ...]
 
 
 def power(beta: float, steps: int) -> float:
-    """What is kept after so many steps."""
+    """Return what is kept after so many steps."""
     return next(islice(_powers(beta), steps, None))
 
 
 def counted(powers: tuple[float, ...], betas: Betas | None, stated: int | None, where: str) -> tuple[int, Betas | None]:
-    """The steps that gave these powers; and the betas, as they were stated, or as found if all of them can be.
+    """Return the steps that gave these powers; and the betas, as they were stated, or as found if all of them can be.
 
     Raises ``FileError``, which begins with ``where``, if steps and betas do not give the powers, and ``OptionError`` if
     neither are known.
@@ -70,13 +70,13 @@ def _count(powers: tuple[float, ...], betas: Betas) -> int | None:
 
 @cache
 def _lead_to(powers: tuple[float, ...], betas: tuple[float | None, ...], steps: int) -> bool:
-    """Whether these betas give these powers; one that is not known gives any."""
+    """Return whether these betas give these powers; one that is not known gives any."""
     pairs = zip(powers, betas, strict=True)
     return all(beta is None or _same(value, power(beta, steps)) for value, beta in pairs)
 
 
 def _powers(beta: float) -> Iterator[float]:
-    """What is kept after 0, 1, 2, ... steps."""
+    """Yield what is kept after 0, 1, 2, ... steps."""
     factor = product = _f32(beta)
     while True:
         yield product
@@ -84,7 +84,7 @@ def _powers(beta: float) -> Iterator[float]:
 
 
 def _f32(number: float) -> float:
-    """The nearest float32. The product of two of them is exact as a Python float, so it is rounded only once."""
+    """Return the nearest float32. The product of two of them is exact as a Python float, so it is rounded only once."""
     return float(struct.unpack("<f", struct.pack("<f", number))[0])
 
 

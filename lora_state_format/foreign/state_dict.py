@@ -50,11 +50,12 @@ class Found:
 
     @property
     def where(self) -> str:
+        """The path, joined by dots."""
         return _dotted(self.path)
 
 
 def is_state_dict(tree: Any) -> bool:
-    """Whether this is what an optimizer's ``state_dict()`` returns, by its structure."""
+    """Return whether this is what an optimizer's ``state_dict()`` returns, by its structure."""
     return (
         isinstance(tree, Mapping)
         and isinstance(tree.get("state"), Mapping)
@@ -64,7 +65,7 @@ def is_state_dict(tree: Any) -> bool:
 
 
 def find(tree: Any) -> list[Found]:
-    """Every optimizer's state dict in a checkpoint, at ``optimizer``, ``optimizer_states.0`` or wherever it lies."""
+    """Return every optimizer's state dict in a checkpoint, wherever it lies (``optimizer``, ``optimizer_states.0``)."""
     return list(_search(tree, ()))
 
 
@@ -89,14 +90,14 @@ class Reader:
     converted: list[Value] = field(default_factory=list)
 
     def slots(self, entry: Mapping[Any, Any], options: Mapping[str, Any], place: Place) -> dict[str, Value]:
-        """A parameter's slot tree. ``options`` are those of its group, ``place`` is where the entry stands."""
+        """Return a parameter's slot tree. ``options`` are those of its group, ``place`` is where the entry stands."""
         for key in entry:
             if not isinstance(key, str):
                 raise UnrepresentableError(f"{_dotted(place)}: a slot is called {key!r}, which is no string")
         return {key: self._value(value, (*place, key), entry, options, len(place)) for key, value in entry.items()}
 
     def value(self, raw: Any, place: Place) -> Value:
-        """An option, or anything else that belongs to no parameter: its tensors are opaque."""
+        """Return an option, or anything else that belongs to no parameter: its tensors are opaque."""
         return self._value(raw, place, {}, {}, None)
 
     def _value(
@@ -142,7 +143,7 @@ def _check_key(key: Any, place: Place) -> None:
 
 
 def _scalar(tensor: Tensor, place: Place) -> Scalar:
-    """The value of a 0-d tensor; its bytes are checked if its storage holds nothing else and states a CRC-32."""
+    """Return the value of a 0-d tensor; its bytes are checked if its storage holds nothing else and states a CRC-32."""
     data = bytes(tensor.bytes())
     source = tensor.pieces[0].source
     if source.crc32 is not None and source.size == len(data) and crc32(data) != source.crc32:
@@ -170,7 +171,7 @@ def from_state_dict(
     global_step: int | None = None,
     resources: tuple[Any, ...] = (),
 ) -> PositionalState:
-    """The state in the state dict of an optimizer, or in those of the several optimizers of one run.
+    """Return the state in the state dict of an optimizer, or in those of the several optimizers of one run.
 
     Where there are several, the ids of each get its index in front (``1:0``), and its place in the checkpoint is its
     ``Optimizer.id``. NumPy's scalars and arrays become Python numbers and tensors; ``origin["converted"]`` lists them.
@@ -245,7 +246,7 @@ def _read_one(reader: Reader, found: Found, index: int, prefix: str | None) -> _
 
 
 def _names(ids: Iterable[int | str], groups: Sequence[Mapping[str, Any]]) -> list[str] | None:
-    """The names that a state dict itself states: as ids, or beside ``params`` in every group.
+    """Return the names that a state dict itself states: as ids, or beside ``params`` in every group.
 
     torch writes ``param_names`` (since 2.6, if the optimizer was given names), OLMo too; LoRA-FA ``names``; Adam-mini
     makes a group of each parameter and puts its ``name`` there.
@@ -269,7 +270,7 @@ def _names(ids: Iterable[int | str], groups: Sequence[Mapping[str, Any]]) -> lis
 
 
 def to_state_dict(state: OptimizerState | PositionalState, optimizer: int = 0) -> dict[str, Any]:
-    """The positional state dict that an optimizer of the state would have written, or had written.
+    """Return the positional state dict that an optimizer of the state would have written, or had written.
 
     Ids are those of the source, or the positions where they were 0..n-1 or never given. Tensors stay ``Tensor`` and
     ``Scalar``. Raises ``UnrepresentableError`` for carried parameters, which are in no group, and where the order of
@@ -314,7 +315,7 @@ def to_state_dict(state: OptimizerState | PositionalState, optimizer: int = 0) -
 
 
 def _without_index(identity: int | str) -> int | str:
-    """The id that ``from_state_dict`` put an optimizer's index in front of."""
+    """Return the id that ``from_state_dict`` put an optimizer's index in front of."""
     rest = str(identity).partition(":")[2]
     return int(rest) if rest.isdecimal() else rest
 

@@ -12,15 +12,17 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Final
 
-from lora_state_format.errors import TargetExistsError, UnrepresentableError
+from lora_state_format.errors import UnrepresentableError
 from lora_state_format.foreign.pickles import Global, Record
-from lora_state_format.io.atomic import TemporaryFile
+from lora_state_format.io.atomic import write_file
 from lora_state_format.io.ledger import Ledger, crc32
+from lora_state_format.io.strict_json import utf8
+from lora_state_format.model.dtypes import NAMES
 from lora_state_format.model.sources import Memory
 from lora_state_format.model.states import Scalar, Slot
 from lora_state_format.model.tensors import CHUNK, Tensor, c_strides, contiguous
 
-__all__ = ["archive", "dumps", "save"]
+__all__ = ["archive", "dumps", "pack", "save"]
 
 ALIGNMENT: Final = 64
 _STREAMED: Final = 0x0808  # sizes and CRC follow the data; names are UTF-8
@@ -33,30 +35,28 @@ _STORAGES: Final = {
 }  # fmt: skip
 """dtype -> torch's class for storages of it."""
 
-_UNTYPED: Final = {
-    "U16": "uint16", "U32": "uint32", "U64": "uint64", "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2",
-    "F8_E8M0": "float8_e8m0fnu", "F8_E4M3FNUZ": "float8_e4m3fnuz", "F8_E5M2FNUZ": "float8_e5m2fnuz",
-}  # fmt: skip
+_UNTYPED: Final = {dtype: name for dtype, name in NAMES.items() if dtype not in _STORAGES}
 """dtype -> torch's name, for those that torch saves in untyped storages."""
 
 
 def save(value: Any, path: Path, *, force: bool = False) -> None:
-    """Write one file, whole or not at all. Raises ``TargetExistsError``, and what ``archive`` raises."""
-    if path.exists() and not force:
-        raise TargetExistsError(f"{path} exists; pass force=True (--force) to replace it")
+    """Write one file, whole or not at all. Raises ``TargetExistsError``, and what ``pack`` raises."""
+    write_file(path, pack(value), force=force)
+
+
+def pack(value: Any) -> Iterator[bytes | memoryview]:
+    """Yield the bytes of a file in order; each chunk is valid until the next one is asked for.
+
+    Raises ``UnrepresentableError`` for a value that torch could not load back, and at the end ``FileError`` for bytes
+    that are not what their files state.
+    """
     ledger = Ledger()
-    with TemporaryFile(path) as file:
-        position = 0
-        for chunk in archive(value, ledger):
-            file.write(position, chunk)
-            position += len(chunk)
-        ledger.check()
-        file.finish(b"")
-        file.commit(path)
+    yield from archive(value, ledger)
+    ledger.check()
 
 
 def archive(value: Any, ledger: Ledger, root: str = "archive") -> Iterator[bytes | memoryview]:
-    """The archive's bytes in order; each chunk is valid until the next is asked for.
+    """Yield the archive's bytes in order; each chunk is valid until the next is asked for.
 
     The CRCs that the tensors' sources state are noted in ``ledger``. Raises ``UnrepresentableError`` for a value
     that torch could not load back.
@@ -82,7 +82,7 @@ def archive(value: Any, ledger: Ledger, root: str = "archive") -> Iterator[bytes
             + extra
         )
         crc = 0
-        for chunk in ledger.chunks(tensor, buffer):
+        for chunk in ledger.chunks(tensor, buffer, name):
             crc = crc32(chunk, crc)
             yield chunk
         yield struct.pack("<4sL2Q" if big else "<4s3L", b"PK\7\10", crc, tensor.size, tensor.size)
@@ -92,7 +92,7 @@ def archive(value: Any, ledger: Ledger, root: str = "archive") -> Iterator[bytes
 
 
 def _directory(members: list[tuple[bytes, int, int, int]], start: int) -> bytes:
-    """The central directory and the records behind it."""
+    """Return the central directory and the records behind it."""
     result = bytearray()
     for name, offset, size, crc in members:
         wide = [value for value in (size, size, offset) if value >= _BIG]
@@ -113,7 +113,7 @@ def _directory(members: list[tuple[bytes, int, int, int]], start: int) -> bytes:
 
 
 def dumps(value: Any) -> bytes:
-    """A pickle of values without tensors: DCP's ``.metadata``, for one."""
+    """Return a pickle of values without tensors: DCP's ``.metadata``, for one."""
     pickler = _Pickler()
     data = pickler.dump(value)
     if pickler.tensors:
@@ -144,7 +144,7 @@ class _Pickler:
             case float():
                 out += b"G" + struct.pack(">d", value)
             case str():
-                text = value.encode()
+                text = utf8(value)
                 out += b"X" + struct.pack("<L", len(text)) + text
             case bytes():
                 # Protocol 2 has no bytes: this is how pickle itself writes them.
@@ -222,4 +222,6 @@ def _integer(value: int) -> bytes:
     if -(1 << 31) <= value < 1 << 31:
         return b"J" + struct.pack("<i", value)
     data = value.to_bytes((value.bit_length() + 8) // 8, "little", signed=True)
+    if len(data) > 255:
+        raise UnrepresentableError(f"an integer of {len(data)} bytes cannot be written into a file that torch loads")
     return b"\x8a" + bytes([len(data)]) + data

@@ -21,7 +21,7 @@ _CLASSES: Final = ("OptimState8bit", "OptimState4bit", "OptimStateFp8")
 
 
 def unpack_torchao(record: Record) -> dict[str, Any] | None:
-    """A pickled tensor of torchao's as a mapping; ``None`` for any other object."""
+    """Return a pickled tensor of torchao's as a mapping; ``None`` for any other object."""
     if not record.module.startswith("torchao.") or record.name not in _CLASSES or not isinstance(record.state, dict):
         return None
     match record.args:
@@ -38,7 +38,7 @@ def unpack_torchao(record: Record) -> dict[str, Any] | None:
 
 
 def pack_torchao(tree: Mapping[str, Any]) -> Record:
-    """The object that torch pickles for such a mapping, and rebuilds with torchao imported."""
+    """Return the object that torch pickles for such a mapping, and rebuilds with torchao imported."""
     module, _, name = tree[TORCHAO].rpartition(".")
     shape = tuple(tree["shape"])
     dtype = next((name for name, spelled in DTYPES.items() if spelled == tree["dtype"]), tree["dtype"])

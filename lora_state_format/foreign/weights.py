@@ -15,7 +15,7 @@ __all__ = ["read_weights"]
 
 
 def read_weights(path: Path, files: Files) -> dict[str, Tensor]:
-    """The tensors of a weights file, safetensors or ``torch.save``, under its keys and in its order."""
+    """Return the tensors of a weights file, safetensors or ``torch.save``, under its keys and in its order."""
     if path.suffix == ".safetensors":
         with File(path) as file:
             header = read_header(file)

@@ -46,7 +46,7 @@ class Member(Range):
         self.path = path
 
     def bytes(self) -> bytearray:
-        """All bytes."""
+        """Return all bytes."""
         buffer = bytearray(self.size)
         self.readinto(0, memoryview(buffer))
         return buffer
@@ -190,7 +190,7 @@ class Archive(Mapping[str, Member]):
             yield value
 
     def _read_near(self, start: int, size: int) -> bytearray:
-        """The same, and what follows is read too and kept."""
+        """Return the same, and what follows is read too and kept."""
         if not self._kept(start, size):
             self._ahead = self._read(start, max(size, min(READ_AHEAD, self._source.size - start)))
             self._ahead_from = start

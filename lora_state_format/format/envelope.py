@@ -13,6 +13,7 @@ from typing import Any, Final
 
 from lora_state_format.errors import FileError
 from lora_state_format.format.manifest import FORMAT, HEX
+from lora_state_format.io.files import is_plain
 from lora_state_format.io.safetensors import ALIGNMENT, Header, Raw
 from lora_state_format.io.strict_json import dumps, loads
 from lora_state_format.model.sources import File
@@ -41,7 +42,7 @@ def is_ours(raw: Raw) -> bool:
 
 
 def stated_digest(raw: Raw) -> str:
-    """The digest that a header states."""
+    """Return the digest that a header states."""
     return raw[8 + len(PREFIX) :][:32].decode("ascii", "replace")
 
 
@@ -55,7 +56,7 @@ def header_digest(raw: Raw) -> str:
 
 
 def is_state(path: str | os.PathLike[str]) -> bool:
-    """Whether a path looks like a file, or the index of a set, of named optimizer state; its first bytes say so."""
+    """Return whether a path looks, by its first bytes, like a file or the index of a set of named state."""
     path = Path(path)
     index = find_index(path)
     start, prefix = (8, PREFIX) if index is None else (0, INDEX_PREFIX)
@@ -66,7 +67,7 @@ def is_state(path: str | os.PathLike[str]) -> bool:
 
 
 def manifest_members(raw: Raw, header: Header, path: object) -> dict[str, Any]:
-    """The manifest's members, after the checks of the one metadata member that holds them (R7, R8)."""
+    """Return the manifest's members, after the checks of the one metadata member that holds them (R7, R8)."""
     if METADATA not in header.metadata:
         raise FileError(f"a safetensors file without '{METADATA}': not named optimizer state", path=path, rule="R7")
     if len(header.metadata) != 1 or not is_ours(raw):
@@ -103,7 +104,7 @@ def set_id(contents: Iterable[str]) -> str:
 
 
 def read_index(index: Path) -> dict[str, Any]:
-    """The members of an index, checked for themselves (R25)."""
+    """Return the members of an index, checked for themselves (R25)."""
 
     def fail(detail: str) -> FileError:
         return FileError(detail, path=index, rule="R25")
@@ -130,9 +131,7 @@ def read_index(index: Path) -> dict[str, Any]:
         raise fail(f"{len(shards)} shards, more than {MAX_SHARDS}")
     for item in shards:
         match item:
-            case {"digest": str(), "file": str(name)} if (
-                len(item) == 2 and not {"/", "\\", "\0"} & {*name} and name not in ("", ".", "..")
-            ):
+            case {"digest": str(), "file": name} if len(item) == 2 and is_plain(name):
                 pass
             case _:
                 raise fail(f"shards holds {dumps(item)[:100]!r}, expected a digest and the name of a file beside it")

@@ -16,6 +16,7 @@ from lora_state_format.format.values import MAX_INT, decode_value, encode_value,
 from lora_state_format.io.safetensors import MAX_DIMENSIONS
 from lora_state_format.io.strict_json import dumps
 from lora_state_format.model.digests import ALGORITHM
+from lora_state_format.model.dtypes import BITS
 from lora_state_format.model.states import (
     Group,
     Naming,
@@ -26,7 +27,7 @@ from lora_state_format.model.states import (
     Slot,
     Value,
 )
-from lora_state_format.model.tensors import BITS, Digest, Tensor
+from lora_state_format.model.tensors import Digest, Tensor
 
 __all__ = [
     "FORMAT",
@@ -115,12 +116,12 @@ class Manifest(NamedTuple):
 
 
 def tensor_key(owner: str, label: str) -> str:
-    """The name of a tensor in the file; composed, never split."""
+    """Return the name of a tensor in the file; composed, never split."""
     return f"{owner}/{label}"
 
 
 def encode(state: OptimizerState, shard: ShardOf | None = None) -> Manifest:
-    """The members of a state's manifest. Members that equal their default are left out (W4).
+    """Return the members of a state's manifest. Members that equal their default are left out (W4).
 
     Raises ``UnrepresentableError`` for values that the format has no form for, and for a state that breaks a rule, so
     that nothing is written that could not be read.
@@ -183,7 +184,7 @@ def encode(state: OptimizerState, shard: ShardOf | None = None) -> Manifest:
 
 
 def _given(**members: Any) -> dict[str, Any]:
-    """The members that are not ``None``."""
+    """Return the members that are not ``None``."""
     return {key: value for key, value in members.items() if value is not None}
 
 
@@ -197,8 +198,8 @@ def _encode_parameter(parameter: Parameter) -> dict[str, Any]:
         entry["adapter"] = parameter.adapter
     if parameter.tied:
         entry["tied"] = list(parameter.tied)
-    if parameter.keys:
-        entry["keys"] = dict(parameter.keys)
+    if parameter.foreign_names:
+        entry["keys"] = dict(parameter.foreign_names)
     if parameter.original_id is not None:
         entry["id"] = encode_value(parameter.original_id, f"the id of {parameter.name!r}", None)
     return entry
@@ -290,7 +291,7 @@ def decode(
     path: object = None,
     resources: tuple[Any, ...] = (),
 ) -> tuple[OptimizerState, ShardOf | None]:
-    """The state that a manifest describes, and its place in a set; everything is checked, no tensor is read.
+    """Return the state that a manifest describes, and its place in a set; everything is checked, no tensor is read.
 
     ``stored`` are the file's tensors by key; ``tensor`` makes one of its key when a slot is asked for. The digests are
     left to ``decode_digests``. Raises ``FileError`` with the id of the broken rule.
@@ -320,7 +321,7 @@ def decode(
 def decode_digests(
     members: dict[str, Any], stored: Collection[str], *, path: object = None
 ) -> tuple[str, dict[str, str]]:
-    """The algorithm's name, and the digests of the file's tensors, whose keys stand in data order (R20).
+    """Return the algorithm's name, and the digests of the file's tensors, whose keys stand in data order (R20).
 
     ``members`` have been checked by ``decode``.
     """
@@ -343,7 +344,7 @@ class _Reader:
         return FileError(detail, path=self.path, rule=rule)
 
     def version(self, members: dict[str, Any]) -> int:
-        """The minor version of a manifest (R10, R11), looked at before anything else."""
+        """Return the minor version of a manifest (R10, R11), looked at before anything else."""
         if members.get("format") != FORMAT:
             raise self.fail(f"manifest.format is {show(members.get('format'))}, expected {show(FORMAT)}", "R10")
         text = members.get("version")
@@ -384,7 +385,7 @@ class _Reader:
         return {**unknown, "version": manifest["version"]} if unknown else {}
 
     def _unknown(self, item: Any, kind: str, where: str, strict: bool) -> set[str]:
-        """The members of an object that version 1.0 does not know, after the check of those that it knows."""
+        """Return the members of an object that version 1.0 does not know, after the check of those that it knows."""
         if type(item) is not dict:
             raise self.fail(f"{where} is {show(item)}, expected an object", "R12")
         types = MEMBERS[kind]
@@ -411,7 +412,7 @@ class _Reader:
         return decode_value(value, lambda detail: self.fail(f"{where} holds {detail}", "R22"), None)
 
     def mapping(self, members: Mapping[str, Any], key: str, where: str = "manifest") -> dict[str, Value]:
-        """A mapping with string keys and without tensors; empty where it is left out."""
+        """Return a mapping with string keys and without tensors; empty where it is left out."""
         value = self.value(members.get(key, {}), f"{where}.{key}")
         if not isinstance(value, dict) or not all(isinstance(k, str) for k in value):
             raise self.fail(f"{where}.{key} is {show(members[key])}, expected a mapping with string keys", "R12")
@@ -494,7 +495,7 @@ def _decode_parameters(
                 dtype=item.get("dtype"),
                 adapter=item.get("adapter"),
                 tied=tuple(item["tied"]) if "tied" in item else (),
-                keys=item.get("keys", {}),
+                foreign_names=item.get("keys", {}),
                 weights=digest,
                 original_id=_decode_id(reader, item["id"], index) if "id" in item else None,
             )
@@ -550,7 +551,7 @@ def check_names(parameters: Sequence[Parameter], *, path: object = None) -> None
 
 
 def _tree(reader: _Reader, where: str, tree: Any) -> _Tree:
-    """A slot tree, checked (R16, R17, R22)."""
+    """Return a slot tree, checked (R16, R17, R22)."""
     labels: list[tuple[str, Role]] = []
 
     def slot(label: str, role: Role) -> _Blank:
@@ -605,7 +606,7 @@ def fits(role: Role, tensor: tuple[int, ...], parameter: tuple[int, ...]) -> boo
 
 
 def _decode_weights(reader: _Reader, members: dict[str, Any]) -> Sequence[Digest | None]:
-    """One digest or none per parameter (R19)."""
+    """Return one digest or none per parameter (R19)."""
     count = len(members["parameters"])
     if "weights" not in members:
         return [None] * count
@@ -626,12 +627,12 @@ def _decode_weights(reader: _Reader, members: dict[str, Any]) -> Sequence[Digest
 
 
 def _pattern(algorithm: str) -> re.Pattern[str]:
-    """What a digest looks like; by an algorithm that is not known here, as any bytes in hex."""
+    """Return the pattern of a digest; of an unknown algorithm, that of any bytes in hex."""
     return HEX if algorithm == ALGORITHM else re.compile(r"(?:[0-9a-f]{2})+")
 
 
 def _decode_set(reader: _Reader, members: dict[str, Any], parameters: int) -> ShardOf | None:
-    """A shard's place (R23)."""
+    """Return a shard's place (R23)."""
     if "set" not in members:
         return None
     item = members["set"]

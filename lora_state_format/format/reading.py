@@ -50,6 +50,7 @@ class Verification:
 
     @property
     def ok(self) -> bool:
+        """Whether nothing is wrong."""
         return not self.problems
 
 
@@ -81,7 +82,7 @@ class _Opened(NamedTuple):
 
 
 def open_state(path: str | os.PathLike[str]) -> OptimizerState:
-    """The state in a file, or in the set whose index stands beside the path. Tensors are read when they are asked for.
+    """Return the state in a file, or in the set whose index is next to the path. Tensors are read on request.
 
     The header's digest is checked, every rule of the format too; the tensors' digests are checked by ``verify`` and by
     whatever copies or loads them. Raises ``FileError`` for a broken rule, ``DigestError`` for a header that was
@@ -91,7 +92,7 @@ def open_state(path: str | os.PathLike[str]) -> OptimizerState:
 
 
 def _open(path: Path) -> tuple[OptimizerState, list[_Opened]]:
-    """The state and the files that it stands in."""
+    """Return the state and the files that it stands in."""
     while True:
         before = _version(path)
         try:
@@ -107,7 +108,7 @@ def _open(path: Path) -> tuple[OptimizerState, list[_Opened]]:
 
 
 def _version(path: Path) -> list[tuple[int, int] | None]:
-    """What changes when a writer replaces the state at a path."""
+    """Return what changes when a writer replaces the state at a path: inodes and times of its files."""
 
     def version(file: Path) -> tuple[int, int] | None:
         try:
@@ -185,7 +186,7 @@ def verify(path: str | os.PathLike[str]) -> Verification:
 
 
 def _open_set(index: Path) -> tuple[OptimizerState, list[_Opened]]:
-    """The union of a set's shards (R23 to R26), and they."""
+    """Return the union of a set's shards (R23 to R26), and they."""
 
     def fail(detail: str, rule: str) -> FileError:
         return FileError(detail, path=index, rule=rule)
@@ -254,14 +255,14 @@ def _merge(parts: list[_Opened], fail: Callable[[str, str], FileError]) -> Optim
 
 
 def _shared(state: OptimizerState) -> str:
-    """What all shards of a set say alike, as text: everything but their parameters and what stands in the first."""
+    """Return what all shards of a set must say alike, as text: all but parameters and what only the first has."""
     groups = tuple(replace(group, count=0) for group in state.groups)
     rest = replace(state, groups=groups, parameters=(), globals={}, origin={}, extra={}, unknown={})
     return dumps(encode(rest).members)
 
 
 def _unknown(parts: list[_Opened]) -> Mapping[str, Any]:
-    """The members that this version does not know: those of the first shard are kept, others could only be lost."""
+    """Return the members that this version does not know. Only those of the first shard can be kept."""
     head, *others = [part.state.unknown for part in parts]
     lost = sorted({key for unknown in others for key in unknown if key != "version"})
     return {**head, "version": others[0]["version"], NESTED: lost} if lost else head

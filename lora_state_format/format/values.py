@@ -10,13 +10,13 @@ from typing import Any, Final, TypeAlias
 
 from lora_state_format.errors import FileError, UnrepresentableError
 from lora_state_format.io.strict_json import dumps
+from lora_state_format.model.dtypes import BITS
 from lora_state_format.model.states import (
     Role,
     Scalar,
     Slot,
     Value,
 )
-from lora_state_format.model.tensors import BITS
 
 __all__ = ["decode_value", "encode_value"]
 
@@ -40,7 +40,7 @@ MakeSlot: TypeAlias = "Callable[[str, Role], Value]"
 
 
 def encode_value(value: Value, place: str, tensors: dict[str, Slot] | None, path: tuple[Any, ...] = ()) -> Any:
-    """A value tree as JSON (W8). Tensors are entered into ``tensors`` under their labels; ``None`` refuses them.
+    """Return a value tree as JSON (W8). Tensors are entered into ``tensors`` under their labels; ``None`` refuses them.
 
     Types are exact: a subclass would come back as its base. Raises ``UnrepresentableError`` naming ``place`` and the
     path in it.
@@ -104,7 +104,7 @@ def is_text(value: str) -> bool:
 
 
 def _is_key(value: Any) -> bool:
-    """What a mapping's key may be (R22): null, boolean, integer, float, string, or a tuple of keys."""
+    """Return whether a value may be a mapping's key (R22): null, boolean, number, string, or a tuple of keys."""
     if type(value) is tuple:
         return all(map(_is_key, value))
     return value is None or type(value) in (bool, int, float, str)
@@ -173,5 +173,5 @@ def _decode_dict(body: list[Any], fail: Fail, slot: MakeSlot | None) -> Value:
 
 
 def show(value: Any) -> str:
-    """Some JSON for a message, without characters that a terminal would act on."""
+    """Return some JSON for a message, without characters that a terminal would act on."""
     return json.dumps(value, default=repr)[:60]

@@ -13,9 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final, NamedTuple
 
-import xxhash
-
-from lora_state_format.errors import OptionError, TargetExistsError, UnrepresentableError
+from lora_state_format.errors import OptionError, UnrepresentableError
 from lora_state_format.format.envelope import (
     INDEX_SUFFIX,
     MAX_INDEX,
@@ -26,19 +24,22 @@ from lora_state_format.format.envelope import (
     header_digest,
     index_of,
     is_state,
+    read_index,
     set_id,
     stated_digest,
 )
 from lora_state_format.format.group_tensors import stowed
 from lora_state_format.format.manifest import FORMAT, Manifest, ShardOf, check_names, encode
-from lora_state_format.io.atomic import TemporaryFile, locked, sync_folder
+from lora_state_format.io import plain
+from lora_state_format.io.atomic import TemporaryFile, check_target, locked, sync_folder
 from lora_state_format.io.ledger import Ledger
-from lora_state_format.io.safetensors import ALIGNMENT, MAX_DIMENSIONS, MAX_HEADER, is_too_large
-from lora_state_format.io.strict_json import MAX_VALUES, dumps, most_values
-from lora_state_format.model.digests import ALGORITHM, check_hash
+from lora_state_format.io.safetensors import MAX_DIMENSIONS, MAX_HEADER, is_too_large
+from lora_state_format.io.strict_json import MAX_VALUES, dumps, most_values, utf8
+from lora_state_format.model.digests import ALGORITHM
+from lora_state_format.model.dtypes import BITS
 from lora_state_format.model.gc import paused
 from lora_state_format.model.states import OptimizerState, Parameter, Slot, Value
-from lora_state_format.model.tensors import BITS, CHUNK, Tensor
+from lora_state_format.model.tensors import CHUNK, Tensor
 
 __all__ = ["Written", "in_file_order", "write"]
 
@@ -93,7 +94,7 @@ def write(
 
 
 def in_file_order(state: OptimizerState, max_shard_size: int | None = None) -> Iterator[tuple[str, Tensor]]:
-    """The tensors of a state with their keys, in the order in which ``write`` reads them."""
+    """Yield the tensors of a state with their keys, in the order in which ``write`` reads them."""
     for manifest in _manifests(state, max_shard_size):
         yield from _layout(manifest).tensors
 
@@ -114,8 +115,12 @@ class _Layout(NamedTuple):
 
 
 def _manifests(state: OptimizerState, max_shard_size: int | None) -> Iterator[Manifest]:
+<<<<<<< HEAD
     """The state's manifest, or those of its shards."""
     state = stowed(state)
+=======
+    """Yield the state's manifest, or those of its shards."""
+>>>>>>> house
     bounds = _bounds(state, max_shard_size)
     if len(bounds) == 1:
         yield encode(state)
@@ -132,30 +137,23 @@ def _manifests(state: OptimizerState, max_shard_size: int | None) -> Iterator[Ma
 def _layout(manifest: Manifest) -> _Layout:
     # W5: wide items first, so that everything is aligned; then parameter order; then label. The sort is stable, and
     # the manifest lists the tensors of each parameter by label.
-    tensors = sorted(
-        ((key, slot.tensor) for key, slot in manifest.tensors.items()), key=lambda item: -BITS[item[1].dtype]
-    )
-    entries = []
-    position = 0
+    held = ((key, slot.tensor) for key, slot in manifest.tensors.items())
+    tensors = plain.in_data_order(held, lambda pair: pair[1].dtype)
     for key, tensor in tensors:
         if tensor.count * BITS[tensor.dtype] % 8 or is_too_large(tensor.shape) or len(tensor.shape) > MAX_DIMENSIONS:
             raise UnrepresentableError(
                 f"tensor {key!r} of type {tensor.dtype} and shape {list(tensor.shape)}: not whole bytes, or too large"
             )
-        end, shape = position + tensor.size, ",".join(map(str, tensor.shape))
-        entries.append(
-            f',{dumps(key)}:{{"dtype":"{tensor.dtype}","shape":[{shape}],"data_offsets":[{position},{end}]}}'
-        )
-        position = end
+    entries = plain.entries((dumps(key), tensor.dtype, tensor.shape, tensor.size) for key, tensor in tensors)
     layout = _Layout(
         members={key: dumps(value) for key, value in manifest.members.items()},
         tensors=tuple(tensors),
-        entries="".join(entries),
-        digests=[ZERO] * len(tensors),
+        entries="".join(f",{entry}" for entry in entries),
+        digests=[],
         header_size=0,
-        data_size=position,
+        data_size=sum(tensor.size for _, tensor in tensors),
     )
-    return layout._replace(header_size=len(_header(layout)))
+    return layout._replace(header_size=len(_header(layout._replace(digests=[ZERO] * len(tensors)))))
 
 
 def _header(layout: _Layout, identity: str = ZERO) -> bytes:
@@ -165,22 +163,20 @@ def _header(layout: _Layout, identity: str = ZERO) -> bytes:
         members["set"] = members["set"].replace(ZERO, identity)
     manifest = ",".join(f"{dumps(key)}:{members[key]}" for key in sorted(members))
     metadata = dumps('{"digest":"' + ZERO + '","manifest":{' + manifest + "}}")
-    try:
-        header = f'{{"__metadata__":{{"{METADATA}":{metadata}}}{layout.entries}}}'.encode()
-    except UnicodeEncodeError:
-        raise UnrepresentableError("the state holds a string with a lone surrogate, which is no text") from None
-    header += b" " * (-(8 + len(header)) % ALIGNMENT)
+    header = utf8(f'{{"__metadata__":{{"{METADATA}":{metadata}}}{layout.entries}}}')
+    whole = plain.padded(header)
+    header = whole[8:]
     values = most_values(header)
     if len(header) > MAX_HEADER or values > MAX_VALUES:
         raise UnrepresentableError(
             f"a header of {len(header)} bytes and {values} values, more than {MAX_HEADER} or {MAX_VALUES}: extra, "
             "globals, or the values of one parameter are too large; keep large data in tensors"
         )
-    return len(header).to_bytes(8, "little") + header
+    return whole
 
 
 def _sealed(layout: _Layout, identity: str = ZERO) -> bytes:
-    """The header with its digest."""
+    """Return the header with its digest."""
     raw = _header(layout, identity)
     start = 8 + len(PREFIX)
     return raw[:start] + header_digest(raw).encode() + raw[start + 32 :]
@@ -190,23 +186,19 @@ def _stream(layout: _Layout, target: TemporaryFile, ledger: Ledger, progress: Ca
     """Copy every tensor behind the room for the header, hashing on the way."""
     position = layout.header_size
     buffer = memoryview(bytearray(CHUNK))
-    for number, (key, tensor) in enumerate(layout.tensors):
-        hasher = xxhash.xxh3_128()
-        for chunk in ledger.chunks(tensor, buffer):
-            hasher.update(chunk)
+    for key, tensor in layout.tensors:
+        for chunk in ledger.chunks(tensor, buffer, key, layout.digests):
             target.write(position, chunk)
             position += len(chunk)
             if progress:
                 progress(len(chunk))
-        layout.digests[number] = hasher.hexdigest()
-        check_hash(key, tensor, layout.digests[number])
 
 
 def _commit_file(path: Path, layout: _Layout, file: TemporaryFile, force: bool) -> Written:
     header = _sealed(layout)
     file.finish(header)
     with _commit(path, force, keep={path.name}):
-        file.commit(path)
+        file.commit(path, force=force)
     return Written(str(path), (str(path),), len(header) + layout.data_size, len(layout.tensors), stated_digest(header))
 
 
@@ -216,8 +208,7 @@ def _check_target(path: Path, force: bool) -> None:
     if path.name.endswith(INDEX_SUFFIX):
         raise OptionError(f"{path} is the name of an index; name the file to write, without '{INDEX_SUFFIX}'")
     for existing in (index_of(path), path):
-        if not force and os.path.lexists(existing):
-            raise TargetExistsError(f"{existing} exists; pass force=True (--force) to replace it")
+        check_target(existing, force=force)
 
 
 @contextlib.contextmanager
@@ -237,9 +228,18 @@ def _commit(path: Path, force: bool, keep: set[str]) -> Iterator[None]:
 
 
 def _siblings(path: Path) -> list[Path]:
-    """The files that may hold a state of this path: the index, the file itself, then the shards of any set."""
+    """Return the files that may hold a state of this path: the index, the file itself, then the shards of any set.
+
+    Shards that another index names, a renamed one for instance, are not among them.
+    """
     shard = re.compile(re.escape(path.stem) + r"-[0-9a-f]{8}-[0-9]{5}-of-[0-9]{5}" + re.escape(path.suffix))
-    shards = [found for found in path.parent.iterdir() if shard.fullmatch(found.name) and is_state(found)]
+    others = [found for found in path.parent.glob(f"*{INDEX_SUFFIX}") if found != index_of(path) and is_state(found)]
+    kept = {item["file"] for index in others for item in read_index(index)["shards"]}
+    shards = [
+        found
+        for found in path.parent.iterdir()
+        if shard.fullmatch(found.name) and found.name not in kept and is_state(found)
+    ]
     return [found for found in (index_of(path), path) if os.path.lexists(found)] + shards
 
 
@@ -247,7 +247,7 @@ def _siblings(path: Path) -> list[Path]:
 
 
 def _bounds(state: OptimizerState, max_size: int | None) -> list[tuple[int, int]]:
-    """The runs of parameters that each become a file."""
+    """Return the runs of parameters that each become a file."""
     starts, size, header = [0], 0, 0
     for position, parameter in enumerate(state.parameters):
         own_size, own_header = _cost(parameter)
@@ -260,8 +260,8 @@ def _bounds(state: OptimizerState, max_size: int | None) -> list[tuple[int, int]
 
 
 def _cost(parameter: Parameter) -> tuple[int, int]:
-    """Bytes of tensors, and bytes of header within some percent: the name stands there once, and once per tensor."""
-    texts = [parameter.name, *parameter.tied, *parameter.keys, *parameter.keys.values()]
+    """Return bytes of tensors and, within some percent, of header: a name stands there once, and once per tensor."""
+    texts = [parameter.name, *parameter.tied, *parameter.foreign_names, *parameter.foreign_names.values()]
     size, header = 0, 160 + sum(len(text) + 8 for text in texts)
     values: list[Value] = [*(parameter.state or {}).values()]
     for value in values:  # which grows
@@ -277,7 +277,7 @@ def _cost(parameter: Parameter) -> tuple[int, int]:
 
 
 def _part(state: OptimizerState, first: int, last: int) -> OptimizerState:
-    """A shard's own part (W13): its parameters, groups with its own counts; what stands once stands in the first."""
+    """Return a shard's own part (W13): its parameters, groups with its own counts; the first has what stands once."""
     groups, start = [], 0
     for group in state.groups:
         stop = start + group.count
@@ -313,7 +313,8 @@ def _commit_set(path: Path, layouts: list[_Layout], files: list[TemporaryFile], 
         temporary.finish(index)
         with _commit(path, force, keep={*names, index_of(path).name}):
             for file, name in zip(files, names, strict=True):
-                file.commit(path.with_name(name))
-            temporary.commit(index_of(path))
+                shard = path.with_name(name)
+                file.commit(shard, force=os.path.lexists(shard) and is_state(shard))
+            temporary.commit(index_of(path), force=force)
     written = tuple(str(path.with_name(name)) for name in (*names, index_of(path).name))
     return Written(str(path), written, size + len(index), sum(len(layout.tensors) for layout in layouts), identity)

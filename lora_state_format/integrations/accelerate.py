@@ -28,7 +28,7 @@ def with_named_state(
     weights: bool = True,
     **policies: Any,
 ) -> T:
-    """The same accelerator; from now on its ``save_state`` and ``load_state`` keep optimizers by name.
+    """Return the same accelerator; from now on its ``save_state`` and ``load_state`` keep optimizers by name.
 
     The folder gets ``training_state/optimizer.safetensors``: of all prepared optimizers, over all prepared models. Of
     several models each has a key that leads its parameters' names: those of ``models``, else ``model``, ``model_1`` and
@@ -54,7 +54,7 @@ def with_named_state(
 
     @contextmanager
     def optimizers(hidden: bool) -> Iterator[list[Any]]:
-        """The prepared optimizers; accelerate does not see them meanwhile if they are hidden."""
+        """Give the prepared optimizers; while they are hidden, accelerate does not see them."""
         found = list(owner._optimizers)
         if hidden:
             owner._optimizers.clear()

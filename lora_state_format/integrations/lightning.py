@@ -44,21 +44,25 @@ class NamedState(Callback):  # type: ignore[misc]
         self._resumed: Path | None = None
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        """Refuse strategies that save checkpoints in their own way."""
         if type(trainer.strategy).save_checkpoint is not Strategy.save_checkpoint:
             raise OptionError(f"{type(trainer.strategy).__name__} saves optimizers in its own way")
         if not isinstance(trainer.strategy.checkpoint_io, _Beside):
             trainer.strategy.checkpoint_io = _Beside(trainer.strategy.checkpoint_io, self, trainer)
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        """Load the state of the checkpoint that the run resumes."""
         path, self._resumed = self._resumed, None
         if path is not None:
             load_optimizer(trainer.optimizers, self._named(trainer), path, **self._policies)
 
     def save(self, trainer: Any, path: Path) -> None:
+        """Save the optimizers' state next to a checkpoint."""
         step = trainer.global_step
         save_optimizer(trainer.optimizers, self._named(trainer), path, weights=self._weights, global_step=step)
 
     def resume(self, path: Path) -> None:
+        """Remember the checkpoint that the run resumes."""
         self._resumed = path
 
     def _named(self, trainer: Any) -> Any:

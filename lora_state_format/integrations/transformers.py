@@ -31,7 +31,7 @@ SCHEDULER: Final = "scheduler.pt"
 
 
 def with_named_state(trainer: T, *, drop_legacy: bool = False, weights: bool = True, **policies: Any) -> T:
-    """The same trainer; from now on it saves its optimizer by name, and resumes by name.
+    """Return the same trainer; from now on it saves its optimizer by name, and resumes by name.
 
     Each ``checkpoint-N`` gets ``training_state/optimizer.safetensors``, before older checkpoints are removed and before
     anything is pushed. ``drop_legacy`` leaves ``optimizer.pt`` out, so that the state is stored once; such a checkpoint
@@ -72,7 +72,7 @@ def with_named_state(trainer: T, *, drop_legacy: bool = False, weights: bool = T
 
 
 def last_checkpoint(folder: str | Path) -> str | None:
-    """The newest ``checkpoint-N`` in a Trainer's output folder that was written to its end, or ``None``.
+    """Return the newest ``checkpoint-N`` in a Trainer's output folder that was written to its end, or ``None``.
 
     Trainer's ``resume_from_checkpoint=True`` takes the newest folder, which a killed run may have left half-written.
     """
@@ -103,7 +103,7 @@ def _check(trainer: Any) -> None:
 
 
 def _fitted(saved: dict[str, Any], scheduler: Any) -> dict[str, Any]:
-    """A scheduler's saved state for the groups that the optimizer has now, which may be others than then.
+    """Return a scheduler's saved state for the groups that the optimizer has now, which may be others than then.
 
     What a scheduler keeps for each group comes from the groups, into which the saved values have been loaded by name.
     """

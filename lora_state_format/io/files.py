@@ -1,25 +1,43 @@
-"""Checkpoints that are folders: any number of files to read, and folders that appear whole or not at all."""
+"""Checkpoints that are folders: the names of their files, and any number of them to read."""
 
 from __future__ import annotations
 
 import contextlib
-import os
-import secrets
-import shutil
 from collections import OrderedDict
 from collections.abc import Iterator
-from fnmatch import fnmatch
 from pathlib import Path
 from typing import Final
 
-from lora_state_format.errors import FileError, TargetExistsError
-from lora_state_format.io.atomic import sync_folder
+from lora_state_format.errors import FileError, RefusedError
 from lora_state_format.model.sources import File
 
-__all__ = ["Files", "PooledFile", "new_folder", "reading"]
+__all__ = ["Files", "PooledFile", "inside", "is_plain", "reading"]
+
+MAX_NAME: Final = 255
+"""Bytes of a file's name, as most file systems have it."""
 
 MAX_OPEN: Final = 64
 """Files that are open at a time; a process may often hold no more than 1,024."""
+
+
+def is_plain(name: object) -> bool:
+    """Return whether a value is the name of one entry of a folder: not a path, not ``.`` or ``..``, not too long."""
+    return (
+        isinstance(name, str)
+        and name not in ("", ".", "..")
+        and not {"/", "\\", "\0"} & {*name}
+        and len(name.encode("utf-8", "surrogatepass")) <= MAX_NAME
+    )
+
+
+def inside(folder: Path, name: object, source: object) -> Path:
+    """Return the path of an entry of a folder, as a file names it.
+
+    Raises ``RefusedError`` for the file ``source`` if the name could lead out of the folder.
+    """
+    if not is_plain(name):
+        raise RefusedError(f"names {str(name)[:100]!r}, which is not the name of a file in its folder", path=source)
+    return folder / str(name)
 
 
 class Files:
@@ -30,12 +48,13 @@ class Files:
         self._open: OrderedDict[Path, File] = OrderedDict()
 
     def __getitem__(self, path: Path) -> PooledFile:
-        """The file at a path. Raises ``FileNotFoundError``, and ``FileError`` for what is no regular file."""
+        """Return the file at a path. Raises ``FileNotFoundError``, and ``FileError`` for what is no regular file."""
         if path not in self._files:
             self._files[path] = PooledFile(path, self)
         return self._files[path]
 
     def opened(self, path: Path) -> File:
+        """Return the open file at a path; the one used longest ago may be closed for it."""
         file = self._open.get(path)
         if file is None:
             file = self._open[path] = File(path)
@@ -52,6 +71,7 @@ class Files:
             file.check_unchanged()
 
     def close(self) -> None:
+        """Close the files; they open again when they are read."""
         for file in self._open.values():
             file.close()
         self._open.clear()
@@ -86,57 +106,15 @@ class PooledFile:
         self.size = files.opened(path).size
 
     def readinto(self, offset: int, out: memoryview) -> None:
+        """Fill ``out`` with the bytes from ``offset`` on."""
         self._files.opened(self.path).readinto(offset, out)
 
     def check_unchanged(self) -> None:
+        """Raise ``FileError`` if the file's size or modification time changed since it was first seen."""
         now = self.path.stat()
         if (now.st_size, now.st_mtime_ns) != (self._known.st_size, self._known.st_mtime_ns):
             raise FileError("changed while it was read", path=self.path)
 
     def view(self, offset: int, size: int) -> memoryview | None:
+        """Return ``None``: a file's bytes are not in memory."""
         return None
-
-
-@contextlib.contextmanager
-def new_folder(target: Path, *, force: bool, replaceable: tuple[str, ...]) -> Iterator[Path]:
-    """A folder beside ``target`` that becomes it where the block ends well, and vanishes where it does not.
-
-    Raises ``TargetExistsError`` if the target exists and ``force`` is not given, or if it holds an entry whose name
-    fits none of the patterns ``replaceable``: what this program did not write, it does not delete.
-    """
-    if target.exists():
-        if not force:
-            raise TargetExistsError(f"{target} exists; pass force=True (--force) to replace it")
-        if not target.is_dir():
-            raise TargetExistsError(f"{target} is a file, and a folder is to be written; choose another name")
-        foreign = sorted(e.name for e in target.iterdir() if not any(fnmatch(e.name, p) for p in replaceable))
-        if foreign:
-            raise TargetExistsError(f"{target} holds other files too ({', '.join(foreign[:3])}); choose another folder")
-    token = secrets.token_hex(8)
-    folder = target.with_name(f".{target.name}.{token}.tmp")
-    folder.mkdir()
-    try:
-        yield folder
-        for inner, _, files in os.walk(folder):
-            for name in files:
-                _sync(Path(inner, name))
-            sync_folder(Path(inner))
-        if target.exists():
-            old = target.with_name(f".{target.name}.{token}.old")
-            target.rename(old)
-            folder.rename(target)
-            shutil.rmtree(old)
-        else:
-            folder.rename(target)
-        sync_folder(target.parent)
-    except BaseException:
-        shutil.rmtree(folder, ignore_errors=True)
-        raise
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

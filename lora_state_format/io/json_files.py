@@ -17,7 +17,7 @@ MAX_JSON: Final = 64 << 20
 
 
 def read_json(path: Path) -> Any:
-    """The value of a JSON file as others write it, so ``NaN`` and keys that occur twice are taken.
+    """Return the value of a JSON file as others write it, so ``NaN`` and keys that occur twice are taken.
 
     Raises ``FileError``.
     """
@@ -40,7 +40,7 @@ def read_json(path: Path) -> Any:
 
 
 def read_json_object(path: Path) -> dict[str, Any]:
-    """The members of a JSON file that holds one object. Raises ``FileError``."""
+    """Return the members of a JSON file that holds one object. Raises ``FileError``."""
     members = read_json(path)
     if not isinstance(members, dict):
         raise FileError("not a JSON object", path=path)

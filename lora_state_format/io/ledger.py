@@ -1,4 +1,4 @@
-"""CRC-32 as zip archives state it: checked on the bytes that stream by, and only otherwise by reading again."""
+"""What files state of their bytes, CRC-32 of zip archives and digests of tensors, checked while the bytes stream by."""
 
 from __future__ import annotations
 
@@ -6,13 +6,16 @@ from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, Protocol
 
+import xxhash
+
 from lora_state_format.errors import FileError
+from lora_state_format.model.digests import check_hash, stated_hash
 from lora_state_format.model.sources import Range, Source
 from lora_state_format.model.tensors import CHUNK, Tensor
 
 if TYPE_CHECKING:
 
-    def crc32(data: bytes | memoryview, value: int = 0) -> int: ...
+    def crc32(data: bytes | memoryview, value: int = 0) -> int: ...  # noqa: D103
 
     combine: Callable[[int, int, int], int] | None
 else:
@@ -32,7 +35,7 @@ class _Changeable(Protocol):
 
 
 class Ledger:
-    """Checks the CRC-32 that sources state about themselves while their bytes stream by, and that no file changes.
+    """Checks what sources and tensors state about their bytes while these stream by, and that no file changes.
 
     What streamed past is kept as (offset, size, crc) per source and combined at the end; only bytes that no tensor
     covers, or that were gathered, are read once more.
@@ -42,7 +45,31 @@ class Ledger:
         self._seen: dict[int, tuple[Source, list[tuple[int, int, int]]]] = {}
         self._files: dict[int, _Changeable] = {}
 
-    def chunks(self, tensor: Tensor, buffer: memoryview) -> Iterator[memoryview]:
+    def chunks(
+        self, tensor: Tensor, buffer: memoryview, key: str = "", digests: list[str] | None = None
+    ) -> Iterator[memoryview]:
+        """Yield a tensor's bytes in order; each chunk is valid until the next one is asked for.
+
+        Args:
+            tensor: What to read.
+            buffer: Reused for the chunks.
+            key: What messages call the tensor.
+            digests: The xxh3-128 of all bytes is appended, if a list is given.
+
+        Raises ``DigestError`` at the end if the tensor's file states another digest.
+        """
+        if digests is None and stated_hash(tensor) is None:
+            yield from self._chunks(tensor, buffer)
+            return
+        hasher = xxhash.xxh3_128()
+        for chunk in self._chunks(tensor, buffer):
+            hasher.update(chunk)
+            yield chunk
+        check_hash(key, tensor, hasher.hexdigest())
+        if digests is not None:
+            digests.append(hasher.hexdigest())
+
+    def _chunks(self, tensor: Tensor, buffer: memoryview) -> Iterator[memoryview]:
         if tensor.runs is None:
             for piece in tensor.pieces:
                 self._note(piece.source)
@@ -78,8 +105,7 @@ class Ledger:
         return self._seen.setdefault(id(source), (source, []))[1]
 
     def check(self) -> None:
-        """Raise ``FileError`` for a file that changed while it was read, and for a source whose bytes do not have the
-        CRC that it states."""
+        """Raise ``FileError`` for a file that changed while it was read, and for bytes that do not have their CRC."""
         for file in self._files.values():
             file.check_unchanged()
         buffer = memoryview(bytearray(CHUNK))
@@ -93,7 +119,7 @@ class Ledger:
 
 
 def _combined_crc(source: Source, parts: Sequence[tuple[int, int, int]], buffer: memoryview) -> int:
-    """The CRC of a source whose parts (offset, size, CRC) were seen; what lies between them is read."""
+    """Return the CRC of a source whose parts (offset, size, CRC) were seen; what lies between them is read."""
     if [part[:2] for part in parts] == [(0, source.size)]:
         return parts[0][2]
     if combine is None or any(a[0] + a[1] > b[0] for a, b in pairwise(parts)):

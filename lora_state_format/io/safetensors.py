@@ -10,9 +10,10 @@ from typing import Any, Final, NamedTuple, TypeAlias
 
 from lora_state_format.errors import FileError
 from lora_state_format.io.strict_json import dumps, loads
+from lora_state_format.model.dtypes import BITS
 from lora_state_format.model.gc import paused
 from lora_state_format.model.sources import File
-from lora_state_format.model.tensors import BITS, Digest, Tensor, contiguous
+from lora_state_format.model.tensors import Digest, Tensor, contiguous
 
 __all__ = ["MAX_DIMENSIONS", "Entry", "Header", "read_header"]
 
@@ -60,9 +61,11 @@ class Header:
 
     @cached_property
     def tensors(self) -> dict[str, Tensor]:
+        """Every tensor by its key, in data order."""
         return {key: self.tensor(key) for key in self.entries}
 
     def tensor(self, key: str, digest: Digest | None = None) -> Tensor:
+        """Return the tensor of a key; nothing is read."""
         entry = self.entries[key]
         return contiguous(entry.dtype, entry.shape, self.file, self.size + entry.begin, digest)
 
@@ -71,7 +74,7 @@ class Header:
 
 
 def read_header(file: File, *, foreign: bool = False) -> Header:
-    """The header of any safetensors file, strictly: ours or a model's. Raises ``FileError`` with the broken rule.
+    """Return the header of any safetensors file, strictly read. Raises ``FileError`` with the broken rule.
 
     ``foreign`` takes ``"__metadata__":null`` too, as MLX writes it.
     """
@@ -79,7 +82,7 @@ def read_header(file: File, *, foreign: bool = False) -> Header:
 
 
 def raw_header(file: File) -> Raw:
-    """The length and the header (R1)."""
+    """Return the length and the header (R1)."""
 
     def fail(detail: str) -> FileError:
         return FileError(detail, path=file.path, rule="R1")
@@ -129,7 +132,7 @@ def parse_header(raw: Raw, file: File, *, foreign: bool = False) -> Header:
 
 
 def _entry(name: str, item: Any, seen: dict[str, Spec], fail: Callable[[str, str], FileError]) -> Entry:
-    """A tensor as the header describes it (R4, R5). ``seen`` has the types and shapes that were found good."""
+    """Return a tensor as the header describes it (R4, R5). ``seen`` has the types and shapes that were found good."""
     try:
         dtype, shape, (begin, end) = item["dtype"], item["shape"], item["data_offsets"]
     except (KeyError, TypeError, ValueError):

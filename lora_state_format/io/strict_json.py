@@ -9,7 +9,7 @@ from collections.abc import Callable
 from json.encoder import encode_basestring
 from typing import Any, Final
 
-from lora_state_format.errors import FileError
+from lora_state_format.errors import FileError, UnrepresentableError
 
 __all__ = [
     "MAX_DEPTH",
@@ -19,6 +19,7 @@ __all__ = [
     "format_float",
     "loads",
     "most_values",
+    "utf8",
 ]
 
 MAX_DEPTH: Final = 64
@@ -39,7 +40,7 @@ FILLING: Final = bytes(set(range(256)) - set(b'[]{},"'))
 
 
 def dumps(value: Any) -> str:
-    """Canonical JSON (W1 to W3): keys sorted by code point, no spaces, only the needed escapes, ECMAScript's floats."""
+    """Return canonical JSON (W1 to W3): keys sorted by code point, no spaces, few escapes, ECMAScript's floats."""
     if isinstance(value, str):
         return encode_basestring(value)
     if isinstance(value, float):
@@ -53,8 +54,16 @@ def dumps(value: Any) -> str:
     return "[" + ",".join(map(dumps, value)) + "]"
 
 
+def utf8(text: str) -> bytes:
+    """Return the bytes of a text. Raises ``UnrepresentableError`` for lone surrogates, which have none."""
+    try:
+        return text.encode()
+    except UnicodeEncodeError:
+        raise UnrepresentableError("the state holds a string with a lone surrogate, which is no text") from None
+
+
 def format_float(value: float) -> str:
-    """The shortest digits that read back as ``value``, placed as ECMAScript places them (ECMA-262, Number::toString).
+    """Return the shortest digits that read back as ``value``, placed as in ECMAScript (ECMA-262, Number::toString).
 
     ``.0`` is appended where the result would read as an integer; minus zero is ``-0.0``.
     """
@@ -79,7 +88,7 @@ def format_float(value: float) -> str:
 
 
 def loads(text: str, *, path: object = None, shallow: bool = False) -> Any:
-    """Strict JSON (R3). Raises ``FileError``; nothing is built before nesting and number of values are known.
+    """Return strict JSON (R3). Raises ``FileError``; nothing is built before nesting and number of values are known.
 
     ``shallow`` says that the caller refuses what is nested more than a few levels deep: then it is not looked for here,
     which takes as long as the parsing.
@@ -139,7 +148,7 @@ def loads(text: str, *, path: object = None, shallow: bool = False) -> Any:
 
 
 def most_values(text: bytes) -> int:
-    """What R3 counts, and the same characters inside strings."""
+    """Return the count that R3 bounds, with the same characters inside strings."""
     return len(text) - len(text.translate(None, b",[{"))
 
 

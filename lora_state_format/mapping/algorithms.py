@@ -17,9 +17,11 @@ from dataclasses import dataclass, field
 from typing import Any, Final
 
 from lora_state_format.errors import FileError, OptionError, UnrepresentableError
+from lora_state_format.model.dtypes import item_size
 from lora_state_format.model.sources import Memory
-from lora_state_format.model.states import OptimizerState, Parameter, Scalar, Slot, Value
-from lora_state_format.model.tensors import Box, Piece, Tensor, item_size
+from lora_state_format.model.states import Group, OptimizerState, Parameter, Scalar, Slot, Value
+from lora_state_format.model.tensors import Box, Piece, Tensor
+from lora_state_format.optimizers.options import Kind, kind_of
 from lora_state_format.optimizers.roles import role_of
 
 __all__ = [
@@ -29,6 +31,7 @@ __all__ = [
     "REFUSED",
     "Algorithm",
     "Layout",
+    "check_alike",
     "choose",
     "group_options",
     "is_zero",
@@ -152,7 +155,7 @@ class Layout:
 
 
 def choose(name: str | None, layouts: Sequence[Layout], found: Iterable[str], where: str) -> tuple[Algorithm, Layout]:
-    """The algorithm that the caller named, and its layout with the fields that were found.
+    """Return the algorithm that the caller named, and its layout with the fields that were found.
 
     ``name`` is a rule or the path of a class. Raises ``OptionError`` where it is missing, unknown, refused, or has
     other fields; ``where`` names the place of the fields.
@@ -173,7 +176,7 @@ def choose(name: str | None, layouts: Sequence[Layout], found: Iterable[str], wh
 
 
 def of_state(state: OptimizerState, name: str | None) -> Algorithm:
-    """The rule of a state's one optimizer, from its class, or as the caller names it.
+    """Return the rule of a state's one optimizer, from its class, or as the caller names it.
 
     Raises ``UnrepresentableError`` for a class without a row, and for several optimizers.
     """
@@ -207,18 +210,68 @@ def _ends(class_path: str) -> tuple[str, str]:
     return class_path.partition(".")[0], class_path.rpartition(".")[2]
 
 
-def layout_of(state: OptimizerState, algorithm: Algorithm, layouts: Sequence[Layout]) -> Layout:
-    """The layout that holds exactly the slots of a state, its step aside.
+NEUTRAL: Final[Mapping[str, tuple[str, ...]]] = {
+    "decoupled_weight_decay": ("adamw", "adamw_uncorrected", "lion"),
+    "initial_accumulator_value": ("adagrad",),
+}
+"""Options that torch's classes have and ``options`` does not list -> rules that they change nothing of."""
 
-    Raises ``UnrepresentableError`` that names the slot that has no place, with the reason where one is known.
+
+def _check_options(number: int, options: Mapping[str, Value], algorithm: Algorithm) -> None:
+    """Raise ``UnrepresentableError`` for an option that changes what a step computes and that other frameworks lack."""
+    if options.get("amsgrad"):
+        raise UnrepresentableError(f"amsgrad=True does not convert between frameworks: {REFUSED['amsgrad']}")
+    if options.get("dampening"):
+        raise UnrepresentableError("SGD with dampening does not convert: no other framework has it")
+    for key, value in options.items():
+        own = key in algorithm.options or algorithm.name in NEUTRAL.get(key, ())
+        if not own and value and kind_of(key, options) in (Kind.MATH, Kind.STATE):
+            raise UnrepresentableError(
+                f"group {number} has {key}={_plain(value)!r}, which {algorithm.name} of other frameworks does not have"
+            )
+
+
+def check_alike(groups: Sequence[Group], algorithm: Algorithm, given: Mapping[str, Any]) -> None:
+    """Raise ``UnrepresentableError`` for groups that differ in an option, where the target makes one of them.
+
+    Args:
+        groups: Those that become one; empty ones do not count.
+        algorithm: Whose options count.
+        given: Options that the caller states for all.
+    """
+    held = [dict(group.options) for group in groups if group.count]
+    for key in algorithm.options:
+        values = [_plain(options[key]) for options in held if key in options]
+        if key not in given and any(value != values[0] for value in values):
+            raise UnrepresentableError(
+                f"groups differ in {key} ({', '.join(dict.fromkeys(map(repr, values)))}), and the target "
+                f"has one {key} for all: say which with --option {key}=..."
+            )
+
+
+def _plain(value: Value) -> Any:
+    """Return an option's value as numbers; a list and a tuple of the same numbers are the same."""
+    if isinstance(value, (list, tuple)):
+        return tuple(map(_plain, value))
+    return value.item() if isinstance(value, Scalar) else value
+
+
+def layout_of(state: OptimizerState, algorithm: Algorithm, layouts: Sequence[Layout]) -> Layout:
+    """Return the layout that holds exactly the slots of a state, its step aside.
+
+    Raises ``UnrepresentableError`` that names the slot, the option or whatever else has no place, with the reason where
+    one is known.
     """
     fitting = [layout for layout in layouts if layout.rule == algorithm.name]
-    for group in state.groups:
-        options = dict(group.options)
-        if options.get("amsgrad"):
-            raise UnrepresentableError(f"amsgrad=True does not convert between frameworks: {REFUSED['amsgrad']}")
-        if options.get("dampening"):
-            raise UnrepresentableError("SGD with dampening does not convert: no other framework has it")
+    if len(state.optimizers) != 1:
+        raise UnrepresentableError(f"the state of {len(state.optimizers)} optimizers, where the target has that of one")
+    if state.globals:
+        name = next(iter(state.globals))
+        raise UnrepresentableError(f"'{name}' belongs to no parameter: the target has no place for it")
+    if state.carried:
+        raise UnrepresentableError(f"'{state.carried[0].name}' is in no group: the target has no place for its state")
+    for number, group in enumerate(state.groups):
+        _check_options(number, dict(group.options), algorithm)
     strange = f"the target has no place for the state of {algorithm.name}"
     for layout in fitting:
         slots = {*layout.fields.values(), *algorithm.recomputed, "step"}
@@ -232,7 +285,7 @@ def layout_of(state: OptimizerState, algorithm: Algorithm, layouts: Sequence[Lay
 
 
 def group_options(algorithm: Algorithm, options: Mapping[str, Any]) -> tuple[tuple[str, Value], ...]:
-    """The options that the caller stated, in the rule's order. Raises ``OptionError`` for one of another rule."""
+    """Return the stated options in the rule's order. Raises ``OptionError`` for one of another rule."""
     for name in options:
         if name in HYPERPARAMETERS and name not in algorithm.options:
             raise OptionError(f"{algorithm.name} has no option '{name}'; it has: {', '.join(algorithm.options)}")
@@ -245,7 +298,7 @@ def group_options(algorithm: Algorithm, options: Mapping[str, Any]) -> tuple[tup
 
 
 def stated_step(options: Mapping[str, Any]) -> int:
-    """The option ``step``. Raises ``OptionError`` unless it is a number of steps."""
+    """Return the option ``step``. Raises ``OptionError`` unless it is a number of steps."""
     step = options["step"]
     if type(step) is not int or step < 0:
         raise OptionError(f"step={step!r} is no number of steps")
@@ -253,7 +306,7 @@ def stated_step(options: Mapping[str, Any]) -> int:
 
 
 def step_scalar(algorithm: Algorithm, count: int) -> Value:
-    """A step as the algorithm's class keeps it. Raises ``UnrepresentableError`` where a float32 does not hold it."""
+    """Return a step as the class keeps it. Raises ``UnrepresentableError`` where a float32 does not hold it."""
     if algorithm.step == "int":
         return count
     if count > 2**24:
@@ -262,7 +315,7 @@ def step_scalar(algorithm: Algorithm, count: int) -> Value:
 
 
 def steps(parameters: Iterable[Parameter]) -> int | None:
-    """The one step of these parameters, a parameter without state having taken none; ``None`` where none counts them.
+    """Return the one step of these parameters; one without state took none. ``None`` where none counts steps.
 
     Raises ``UnrepresentableError`` where they differ: other frameworks have one counter for all.
     """
@@ -292,7 +345,7 @@ def parameter_of(
     path: object,
     shape: tuple[int, ...] | None = None,
 ) -> Parameter:
-    """A parameter with its state as the algorithm's class keeps it; without, where all is as before the first step.
+    """Return a parameter with its state as the class keeps it; without state where all is as before step 1.
 
     ``values`` are its slots by their usual names, ``weight`` is the parameter itself, if it is known. Slots that are
     not shaped as the parameter come with its ``shape``. Raises ``FileError`` for shapes that disagree, ``OptionError``
@@ -320,7 +373,7 @@ def parameter_of(
 
 
 def values_of(parameter: Parameter, algorithm: Algorithm, layout: Layout) -> dict[str, Tensor | Scalar]:
-    """The slots of a layout that a parameter has, under their usual names; zeros where it never took a step."""
+    """Return the slots of a layout that a parameter has, under their usual names; zeros where it never took a step."""
     if parameter.state is None:
         return dict.fromkeys(layout.fields.values(), zeros(parameter))
     held = _slots(parameter, algorithm)
@@ -335,14 +388,14 @@ def values_of(parameter: Parameter, algorithm: Algorithm, layout: Layout) -> dic
 
 
 def _slots(parameter: Parameter, algorithm: Algorithm) -> dict[str, Value]:
-    """A parameter's slots as the class's ``state`` has them."""
+    """Return a parameter's slots as the class's ``state`` has them."""
     state = dict(parameter.state or {})
     inner = state.pop(algorithm.inside, None) if algorithm.inside else None
     return {**state, **inner} if isinstance(inner, Mapping) else state
 
 
 def zeros(parameter: Parameter) -> Tensor | Scalar:
-    """What a framework keeps for a parameter before its first step. One element is held, whatever the shape."""
+    """Return the zeros that a framework keeps before the first step. One element is held, whatever the shape."""
     if parameter.dtype is None:
         raise UnrepresentableError(f"'{parameter.name}' never took a step, and nothing says the type of its state")
     element = bytes(item_size(parameter.dtype))
@@ -353,12 +406,13 @@ def zeros(parameter: Parameter) -> Tensor | Scalar:
 
 
 def is_zero(leaf: Tensor | Scalar) -> bool:
-    """Whether all bytes are zero."""
+    """Return whether all bytes are zero."""
     chunks: Iterable[bytes | memoryview] = [leaf.data] if isinstance(leaf, Scalar) else leaf.chunks()
     return all(bytes(chunk).count(0) == len(chunk) for chunk in chunks)
 
 
 def shape_of(leaf: Tensor | Scalar) -> tuple[int, ...]:
+    """Return the shape of a tensor or of a scalar."""
     return leaf.shape if isinstance(leaf, Tensor) else ()
 
 

@@ -14,9 +14,9 @@ from functools import cache
 from math import prod
 from typing import Any, Final
 
-from lora_state_format.errors import ConversionError, MissingNamesError, UnrepresentableError
+from lora_state_format.errors import ConversionError, MissingNamesError, OptionError, UnrepresentableError
 from lora_state_format.mapping.algorithms import ALGORITHMS
-from lora_state_format.mapping.maps import FIELD, Map, Rule, load
+from lora_state_format.mapping.maps import FIELD, MAPS, Map, Rule, load
 from lora_state_format.model.states import Checkpoint, OptimizerState, Parameter, Role, Slot, Value, walk
 from lora_state_format.model.tensors import Box, Piece, Tensor, contiguous
 from lora_state_format.naming.modules import in_module_order
@@ -29,7 +29,7 @@ OPTION: Final = "map of names and axes: one that is known, or a file"
 
 
 def on_reading(checkpoint: Checkpoint, name: str | None) -> Checkpoint:
-    """A checkpoint under our names, by the map that is named; as it is without one, and by ``none``."""
+    """Return a checkpoint under our names, by the map that is named; as it is without one, and by ``none``."""
     if name in (None, "none"):
         return checkpoint
     assert isinstance(checkpoint.state, OptimizerState)
@@ -39,10 +39,19 @@ def on_reading(checkpoint: Checkpoint, name: str | None) -> Checkpoint:
 
 
 def on_writing(state: OptimizerState, name: str | None, converter: str) -> OptimizerState:
-    """A state under the names of a format: by the map that is named, else by the one that this format was read with."""
+    """Return a state under a format's names: by the named map, else by the one that the format was read with.
+
+    Raises ``OptionError`` where neither is there: the names and axes of one framework are not those of another.
+    """
     if name is None and state.origin.get("format") == converter:
-        name = str(state.origin["map"]) if "map" in state.origin else None
-    return state if name in (None, "none") else invert(state, load(name))
+        name = str(state.origin.get("map", "none"))
+    if name is None:
+        known = ", ".join(layout.name for layout in MAPS)
+        raise OptionError(
+            f"the names and axes of the state are not those of {converter}: say whose it has to have with --map "
+            f"({known}, or a file), or --map none to keep them as they are"
+        )
+    return state if name == "none" else invert(state, load(name))
 
 
 # --- applying -----------------------------------------------------------------------------------------------------
@@ -51,7 +60,7 @@ _SWAPPED: Final = {Role.ROW: Role.COL, Role.COL: Role.ROW}
 
 
 def apply(state: OptimizerState, layout: Map) -> OptimizerState:
-    """A state of foreign names and axes under ours. Parameters come in the order of a torch model's modules, if known.
+    """Return a state of foreign names and axes under ours, in the order of a torch model's modules if it is known.
 
     Raises ``ConversionError`` for a name without a rule or with one that refuses, ``UnrepresentableError`` for slots
     that cannot be permuted.
@@ -86,7 +95,7 @@ def apply(state: OptimizerState, layout: Map) -> OptimizerState:
 
 
 def apply_to_weights(weights: Mapping[str, Tensor], layout: Map) -> dict[str, Tensor]:
-    """The parameters' own tensors as ``apply`` has them, under PEFT's keys if there are any; others are left out."""
+    """Return the parameters' own tensors as ``apply`` has them, under PEFT's keys if there are any."""
     found: dict[str, Tensor] = {}
     for foreign, tensor in weights.items():
         try:
@@ -116,7 +125,7 @@ def _fitting(name: str, shape: Sequence[int], layout: Map) -> tuple[Rule, dict[s
 
 
 def _fits(rule: Rule, count: int) -> bool:
-    """Whether a rule is for tensors with so many axes."""
+    """Return whether a rule is for tensors with so many axes."""
     count -= rule.unstack is not None
     return count >= 2 if rule.merge else rule.axes is None or count == len(rule.axes)
 
@@ -148,7 +157,7 @@ def _here(parameter: Parameter, name: str, rule: Rule, layer: int) -> Parameter:
         shape=_moved(Tensor("U8", parameter.shape, ()), rule, layer).shape,
         state=state,
         adapter=adapter[1] if adapter else None,
-        keys={**parameter.keys, **({"peft": peft[0]} if peft else {})},
+        foreign_names={**parameter.foreign_names, **({"peft": peft[0]} if peft else {})},
         weights=None if rule.moves else parameter.weights,
     )
 
@@ -156,7 +165,7 @@ def _here(parameter: Parameter, name: str, rule: Rule, layer: int) -> Parameter:
 def _permuted(
     state: Mapping[str, Value], parameter: Parameter, rule: Rule, move: Callable[[Tensor], Tensor]
 ) -> dict[str, Value]:
-    """Slots of a parameter whose elements move."""
+    """Return slots of a parameter whose elements move."""
     result: dict[str, Value] = {}
     transposed = rule.axes == (1, 0) and rule.unstack is None and len(parameter.shape) == 2
     for name, value in state.items():
@@ -190,7 +199,7 @@ def _module_order(names: Mapping[str, Parameter]) -> tuple[list[str], bool]:
 
 
 def invert(state: OptimizerState, layout: Map) -> OptimizerState:
-    """A state of our names under the foreign ones, stacked as they are there; ``apply`` gives the same state again.
+    """Return a state under foreign names, stacked as they are there: the inverse of ``apply``.
 
     Raises ``ConversionError`` for a name without a rule, a stack that lacks a layer, and axes to be split of which
     nobody said how; ``UnrepresentableError`` for slots that cannot be permuted.
@@ -257,7 +266,7 @@ def _there(foreign: str, rule: Rule, stack: Mapping[int, Parameter], shapes: Any
         shape=shape,
         state=states[0] if rule.unstack is None else _stacked(foreign, states, shape, rule.unstack),
         adapter=None,
-        keys={kind: key for kind, key in first.keys.items() if kind != "peft"},
+        foreign_names={kind: key for kind, key in first.foreign_names.items() if kind != "peft"},
         weights=None if rule.moves else first.weights,
     )
 
@@ -291,7 +300,7 @@ def _stacked(
 
 @cache
 def _pattern(template: str) -> re.Pattern[str]:
-    """What fits a name with fields."""
+    """Return the pattern of names that fit a template with fields."""
     kinds = {"path": ".+", "layer": "[0-9]+"}
     parts = re.split(FIELD, template)
     for index in range(1, len(parts), 2):
@@ -309,7 +318,7 @@ def _inverse(axes: Sequence[int]) -> list[int]:
 
 
 def _moved(tensor: Tensor, rule: Rule, layer: int) -> Tensor:
-    """A foreign tensor, or one layer of it, as ours."""
+    """Return a foreign tensor, or one layer of it, as ours."""
     if rule.unstack is not None:
         axis, shape = rule.unstack, tensor.shape
         part = tensor.part([layer * (at == axis) for at in range(len(shape))], [*shape[:axis], 1, *shape[axis + 1 :]])

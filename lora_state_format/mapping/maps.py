@@ -159,7 +159,7 @@ MAPS: Final = (
 
 
 def load(name: str | os.PathLike[str]) -> Map:
-    """A map by its name, or from a file of JSON: ``{"name": ..., "summary": ..., "rules": [{"foreign": ..., ...}]}``.
+    """Return a map by its name, or from a JSON file: ``{"name": ..., "summary": ..., "rules": [{"foreign": ...}]}``.
 
     Raises ``OptionError`` for a name that is none, ``FileError`` for a file that holds no map.
     """
@@ -178,7 +178,7 @@ def load(name: str | os.PathLike[str]) -> Map:
 
 
 def _rule(members: Mapping[str, Any]) -> Rule:
-    """A rule from a file. Raises ``ValueError`` and ``TypeError``."""
+    """Return a rule from a file. Raises ``ValueError`` and ``TypeError``."""
     if strange := set(members) - {member.name for member in fields(Rule)}:
         raise ValueError(f"a rule has no member '{min(strange)}'")
     axes = members.get("axes")

@@ -16,7 +16,7 @@ ALGORITHM: Final = "xxh3-128"
 
 
 def hash_tensor(tensor: Tensor, buffer: memoryview | None = None) -> str:
-    """The xxh3-128 of a tensor's little-endian C-order bytes, as 32 hex digits."""
+    """Return the xxh3-128 of a tensor's little-endian C-order bytes, as 32 hex digits."""
     hasher = xxhash.xxh3_128()
     for chunk in tensor.chunks(buffer):
         hasher.update(chunk)
@@ -24,7 +24,7 @@ def hash_tensor(tensor: Tensor, buffer: memoryview | None = None) -> str:
 
 
 def stated_hash(tensor: Tensor) -> str | None:
-    """What ``hash_tensor`` had to be, as the tensor's file states it; ``None`` if it states none by that algorithm."""
+    """Return the digest that the tensor's file states; ``None`` if it states none by this algorithm."""
     return tensor.digest.hex if tensor.digest and tensor.digest.algorithm == ALGORITHM else None
 
 

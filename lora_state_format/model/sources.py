@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import os
 import stat
-from typing import TYPE_CHECKING, Protocol
+import weakref
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Final, Protocol
 
 from lora_state_format.errors import FileError
 
 if TYPE_CHECKING:
     from types import TracebackType
 
-__all__ = ["File", "Memory", "Range", "Source"]
+__all__ = ["File", "Memory", "Range", "Source", "bytes_of"]
+
+
+COPIED: Final = 1 << 20
+"""Bytes of a source that are copied at a time."""
 
 
 class Source(Protocol):
@@ -29,7 +35,7 @@ class Source(Protocol):
         """Fill ``out`` (format ``B``) with the bytes from ``offset`` on; reading past the end is a ``FileError``."""
 
     def view(self, offset: int, size: int) -> memoryview | None:
-        """The same bytes without a copy, where they are in memory anyway; else ``None``."""
+        """Return the same bytes without a copy, where they are in memory anyway; else ``None``."""
 
 
 class File:
@@ -43,10 +49,10 @@ class File:
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = os.fspath(path)
-        self._descriptor = -1
         # O_NONBLOCK: opening a pipe that nobody writes to must not hang. It changes nothing for a regular file.
         descriptor = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
         self._descriptor = descriptor
+        self._finalizer = weakref.finalize(self, os.close, descriptor)  # also runs at interpreter exit
         self._opened = os.fstat(descriptor)
         if not stat.S_ISREG(self._opened.st_mode):
             self.close()
@@ -54,6 +60,7 @@ class File:
         self.size = self._opened.st_size
 
     def readinto(self, offset: int, out: memoryview) -> None:
+        """Fill ``out`` with the bytes from ``offset`` on. Raises ``FileError`` at the file's end."""
         done = 0
         while done < len(out):
             count = os.preadv(self._descriptor, [out[done:]], offset + done)
@@ -65,10 +72,11 @@ class File:
             done += count
 
     def view(self, offset: int, size: int) -> memoryview | None:
+        """Return ``None``: a file's bytes are not in memory."""
         return None
 
     def read(self, offset: int, size: int) -> bytearray:
-        """``size`` bytes from ``offset`` on. Check ``size`` against ``self.size`` before asking for it."""
+        """Return ``size`` bytes from ``offset`` on. Check ``size`` against ``self.size`` before asking for it."""
         buffer = bytearray(size)
         self.readinto(offset, memoryview(buffer))
         return buffer
@@ -80,9 +88,9 @@ class File:
             raise FileError("changed while it was read", path=self.path)
 
     def close(self) -> None:
-        if self._descriptor >= 0:
-            os.close(self._descriptor)
-            self._descriptor = -1
+        """Close the file; closing it again does nothing."""
+        self._descriptor = -1
+        self._finalizer()
 
     def __enter__(self) -> File:
         return self
@@ -90,9 +98,6 @@ class File:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.close()
-
-    def __del__(self) -> None:
         self.close()
 
 
@@ -108,11 +113,13 @@ class Range:
         self.crc32 = crc32
 
     def readinto(self, offset: int, out: memoryview) -> None:
+        """Fill ``out`` with the bytes from ``offset`` on. Raises ``FileError`` at the range's end."""
         if offset + len(out) > self.size:
             raise FileError(f"bytes {offset} to {offset + len(out)} of a range that holds {self.size}")
         self.source.readinto(self.start + offset, out)
 
     def view(self, offset: int, size: int) -> memoryview | None:
+        """Return the bytes without a copy, where the source has them in memory."""
         return self.source.view(self.start + offset, size)
 
 
@@ -126,9 +133,20 @@ class Memory:
         self.size = len(self._view)
 
     def readinto(self, offset: int, out: memoryview) -> None:
+        """Fill ``out`` with the bytes from ``offset`` on. Raises ``FileError`` at the buffer's end."""
         if offset + len(out) > self.size:
             raise FileError(f"bytes {offset} to {offset + len(out)} of a buffer that holds {self.size}")
         out[:] = self._view[offset : offset + len(out)]
 
     def view(self, offset: int, size: int) -> memoryview | None:
+        """Return the bytes without a copy."""
         return self._view[offset : offset + size]
+
+
+def bytes_of(source: Source) -> Iterator[memoryview]:
+    """Yield all bytes of a source in order; each chunk is valid until the next one is asked for."""
+    buffer = memoryview(bytearray(min(COPIED, source.size)))
+    for offset in range(0, source.size, COPIED):
+        chunk = buffer[: source.size - offset]
+        source.readinto(offset, chunk)
+        yield chunk

@@ -16,6 +16,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
 from lora_state_format.errors import ConversionError, OptionError
+from lora_state_format.model.dtypes import DTYPES
 from lora_state_format.model.sources import Memory
 
 if TYPE_CHECKING:
@@ -56,10 +57,8 @@ class Role(str, Enum):
     """Nothing is known: copied whole or not at all."""
 
 
-_CODES: Final[Mapping[str, str]] = {
-    "BOOL": "?", "U8": "B", "I8": "b", "U16": "H", "I16": "h", "U32": "I", "I32": "i", "U64": "Q", "I64": "q",
-    "F16": "e", "F32": "f", "F64": "d",
-}  # fmt: skip
+SHOWN: Final = 3
+"""Parameters, and groups, that the ``repr`` of a state names."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,21 +70,22 @@ class Scalar:
 
     @classmethod
     def of(cls, dtype: str, value: bool | int | float) -> Scalar:
-        """A number as a scalar. Raises ``TypeError`` for a dtype, or a number for it, that ``struct`` does not take."""
+        """Return a number as a scalar. Raises ``TypeError`` for a dtype or a number that ``struct`` does not take."""
         try:
-            return cls(dtype, struct.pack(f"<{_CODES[dtype]}", value))
+            return cls(dtype, struct.pack(f"<{DTYPES[dtype].struct or dtype}", value))
         except (KeyError, struct.error, OverflowError) as error:
             raise TypeError(f"{value!r} has no form as a scalar of type {dtype}") from error
 
     def item(self) -> bool | int | float | complex:
-        """The value as a Python number. Raises ``TypeError`` for a dtype that ``struct`` does not know."""
+        """Return the value as a Python number. Raises ``TypeError`` for a dtype that ``struct`` does not know."""
         if self.dtype == "BF16":
             return float(struct.unpack("<f", b"\0\0" + self.data)[0])
         if self.dtype == "C64":
             return complex(*struct.unpack("<2f", self.data))
-        if self.dtype not in _CODES:
+        code = DTYPES[self.dtype].struct
+        if code is None:
             raise TypeError(f"a scalar of type {self.dtype} has no Python number")
-        value: bool | int | float = struct.unpack(f"<{_CODES[self.dtype]}", self.data)[0]
+        value: bool | int | float = struct.unpack(f"<{code}", self.data)[0]
         return value
 
 
@@ -104,7 +104,7 @@ Value: TypeAlias = (
 
 
 def walk(value: Value, path: tuple[Any, ...] = ()) -> Iterator[tuple[tuple[Any, ...], Value]]:
-    """Every leaf of a value tree with its path, in order."""
+    """Yield every leaf of a value tree with its path, in order."""
     if isinstance(value, Mapping):
         for key, inner in value.items():
             yield from walk(inner, (*path, key))
@@ -136,14 +136,20 @@ class Group:
     name: str | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class Parameter:
-    """One parameter's state, under its name.
+@dataclass(frozen=True, slots=True, repr=False)
+class Parameter(Mapping[str, Any]):
+    """One parameter's state under its name: a mapping from slot to value, a ``Tensor`` where it is one.
 
-    ``state`` is ``None`` for a parameter that never took a step, ``{}`` for one whose optimizer keeps no slots.
-    ``tied`` are other live names of the same tensor; ``keys`` is what others call it (``{"peft": ...}``); ``weights``
-    is the checksum of the parameter's own bytes when the state was saved; ``original_id`` is the id of a positional
-    file.
+    Attributes:
+        name: Its name in ``named_parameters()``, without wrappers' segments.
+        shape: Its shape, even where no slot shows it.
+        state: The slots as they were found; ``None`` if it never took a step, ``{}`` if its optimizer keeps no slots.
+        dtype: Its own dtype, spelled as in safetensors, if it is known.
+        adapter: The adapter that it belongs to.
+        tied: Other live names of the same tensor.
+        foreign_names: What others call it, by who does: ``{"peft": ...}``.
+        weights: The checksum of the parameter's own bytes when the state was saved.
+        original_id: Its id in a positional file, where that was not its position.
     """
 
     name: str
@@ -152,19 +158,31 @@ class Parameter:
     dtype: str | None = None
     adapter: str | None = None
     tied: tuple[str, ...] = ()
-    keys: Mapping[str, str] = field(default_factory=dict)
+    foreign_names: Mapping[str, str] = field(default_factory=dict)
     weights: Digest | None = None
     original_id: int | str | None = None
 
     def __getitem__(self, slot: str) -> Any:
-        """The slot's value; a ``Tensor`` where it is one. Raises ``KeyError``."""
         if self.state is None or slot not in self.state:
             raise KeyError(slot)
         value = self.state[slot]
         return value.tensor if isinstance(value, Slot) else value
 
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.state or ())
+
+    def __len__(self) -> int:
+        return len(self.state or ())
+
+    def __bool__(self) -> bool:
+        return True  # without slots it is still a parameter
+
+    def __repr__(self) -> str:
+        slots = "never stepped" if self.state is None else ", ".join(self.state) or "no slots"
+        return f"Parameter({self.name!r}, {list(self.shape)}: {slots})"
+
     def tensors(self) -> Iterator[tuple[tuple[Any, ...], Slot]]:
-        """Every tensor of the slot tree with its path."""
+        """Yield every tensor of the slot tree with its path."""
         for path, leaf in walk(self.state or {}):
             if isinstance(leaf, Slot):
                 yield path, leaf
@@ -183,7 +201,7 @@ class Naming:
     details: Mapping[str, Value] = field(default_factory=dict)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class OptimizerState(Mapping[str, Parameter]):
     """Named optimizer state: a mapping from parameter name to ``Parameter``, in optimizer order.
 
@@ -226,12 +244,12 @@ class OptimizerState(Mapping[str, Parameter]):
         """The parameters by what others call them; ``None`` where that is several."""
         found: dict[str, Parameter | None] = {}
         for parameter in self.parameters:
-            for key in set(parameter.keys.values()):
+            for key in set(parameter.foreign_names.values()):
                 found[key] = parameter if key not in found else None
         return found
 
     def __getitem__(self, name: str) -> Parameter:
-        """By name, or by a foreign key (``keys``) that only one parameter has."""
+        """By name, or by a foreign name that only one parameter has."""
         try:
             return self._index[name]
         except KeyError:
@@ -243,11 +261,16 @@ class OptimizerState(Mapping[str, Parameter]):
     def __iter__(self) -> Iterator[str]:
         return iter(self._index)
 
+    def __repr__(self) -> str:
+        shown = [f"  {parameter!r}" for parameter in self.parameters[:SHOWN]]
+        more = [f"  ... and {len(self) - SHOWN} more"] if len(self) > SHOWN else []
+        return "\n".join([f"OptimizerState({_head(self)}; names from {self.naming.source})", *shown, *more])
+
     def __len__(self) -> int:
         return len(self.parameters)
 
     def members(self) -> list[tuple[Parameter, ...]]:
-        """The parameters of each group, in order."""
+        """Return the parameters of each group, in order."""
         result, start = [], 0
         for group in self.groups:
             result.append(self.parameters[start : start + group.count])
@@ -299,6 +322,16 @@ class OptimizerState(Mapping[str, Parameter]):
         self.close()
 
 
+def _head(state: OptimizerState | PositionalState) -> str:
+    """Say in a phrase what a state holds."""
+    classes = ", ".join((found.class_path or "unknown class").rpartition(".")[2] for found in state.optimizers)
+    sizes = [group.count for group in state.groups[: SHOWN + 1]]
+    groups = f"groups of {sizes}" if len(sizes) <= SHOWN else f"{len(state.groups)} groups"
+    step = "" if state.global_step is None else f", step {state.global_step}"
+    count = len(state.parameters) if isinstance(state, OptimizerState) else len(state.ids)
+    return f"{classes}: {count} parameters in {groups}{step}"
+
+
 def _shape_of(entry: Mapping[str, Value]) -> tuple[int, ...] | None:
     shown = {leaf.role: leaf.tensor.shape for _, leaf in walk(entry) if isinstance(leaf, Slot)}
     if Role.PARAM in shown:
@@ -311,7 +344,7 @@ def _shape_of(entry: Mapping[str, Value]) -> tuple[int, ...] | None:
     return (*row, col[-1]) if dropped else (*row[:-1], col[-1])
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class PositionalState:
     """State whose parameters have ids, not names: ``ids`` run through the groups as ``OptimizerState.parameters`` do.
 
@@ -329,16 +362,19 @@ class PositionalState:
     global_step: int | None = None
     resources: tuple[Any, ...] = field(default=(), repr=False)
 
+    def __repr__(self) -> str:
+        return f"PositionalState({_head(self)}; without names)"
+
     def sizes(self) -> list[int]:
-        """How many parameters each group has."""
+        """Return how many parameters each group has."""
         return [group.count for group in self.groups]
 
     def shapes(self) -> list[tuple[int, ...] | None]:
-        """The shape of each parameter as its ``param`` slots, or ``row`` and ``col``, show it; else ``None``."""
+        """Return the shape of each parameter as its ``param`` slots, or ``row`` and ``col``, show it; else ``None``."""
         return [_shape_of(self.entries.get(identity, {})) for identity in self.ids]
 
     def named(self, parameters: Sequence[Parameter], naming: Naming) -> OptimizerState:
-        """The same state under names. ``parameters`` stand in the order of ``ids``; their state is filled in from here.
+        """Return the same state under names. ``parameters`` are in the order of ``ids``; their state comes from here.
 
         Raises ``ConversionError`` if the counts differ, a name occurs twice, or a ``param`` slot has another shape than
         its parameter.

@@ -4,27 +4,20 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_left, bisect_right
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any, Final
 
 from lora_state_format.errors import FileError
+from lora_state_format.model.dtypes import BITS, DTYPES, item_size
 from lora_state_format.model.sources import Source
 
 if TYPE_CHECKING:
     import numpy as np
 
-__all__ = ["BITS", "CHUNK", "Box", "Digest", "Flat", "Piece", "Run", "Tensor", "contiguous", "is_tiling", "item_size"]
-
-BITS: Final[Mapping[str, int]] = {
-    "BOOL": 8, "U8": 8, "I8": 8, "U16": 16, "I16": 16, "U32": 32, "I32": 32, "U64": 64, "I64": 64,
-    "F16": 16, "BF16": 16, "F32": 32, "F64": 64, "C64": 64,
-    "F8_E5M2": 8, "F8_E4M3": 8, "F8_E8M0": 8, "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8,
-    "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6,
-}  # fmt: skip
-"""Bits per element of every dtype, spelled as safetensors spells it."""
+__all__ = ["CHUNK", "Box", "Digest", "Flat", "Piece", "Run", "Tensor", "contiguous", "is_tiling"]
 
 CHUNK: Final = 1 << 20
 """Bytes moved at a time."""
@@ -40,11 +33,6 @@ MAX_CUT_AXES: Final = 4
 
 MAX_CORNERS: Final = 1 << 20
 """Corners of all boxes of one tensor, 2 to the power of the axes that are cut for each: of 262,144 boxes in a plane."""
-
-
-def item_size(dtype: str) -> int:
-    """Bytes per element, rounded up for the dtypes that are smaller than a byte."""
-    return (BITS[dtype] + 7) // 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,12 +83,14 @@ class Digest:
     hex: str
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Tensor:
     """A tensor as the places of its bytes. Nothing is read before it is asked for.
 
     ``dtype`` is spelled as in safetensors. The pieces cover every element exactly once. ``digest`` is the checksum that
     the file states, if any. A tensor is itself a ``Source``: of its little-endian bytes in C order.
+
+    ``tensor[2:4, :8]`` is a part, still unread; ``np.asarray(tensor)``, ``numpy()`` and ``torch()`` read.
     """
 
     dtype: str
@@ -108,6 +98,30 @@ class Tensor:
     pieces: tuple[Piece, ...]
     digest: Digest | None = None
     crc32 = None
+
+    def __repr__(self) -> str:
+        return f"Tensor({self.dtype}, {list(self.shape)})"
+
+    def __getitem__(self, index: slice | tuple[slice, ...]) -> Tensor:
+        """Return a part as a tensor of its own; nothing is read.
+
+        Args:
+            index: A slice for each of the first axes, without a step. The number of axes stays: ``tensor[2:3]``.
+        """
+        slices = index if isinstance(index, tuple) else (index,)
+        if len(slices) > len(self.shape) or not all(isinstance(item, slice) for item in slices):
+            raise TypeError(f"{index!r}: a tensor of shape {list(self.shape)} takes up to {len(self.shape)} slices")
+        ranges = [item.indices(size) for item, size in zip(slices, self.shape, strict=False)]
+        if any(step != 1 for _, _, step in ranges):
+            raise ValueError(f"{index!r}: a slice of a tensor has no step")
+        rest = self.shape[len(slices) :]
+        start = [first for first, _, _ in ranges] + [0] * len(rest)
+        return self.part(start, [max(last - first, 0) for first, last, _ in ranges] + list(rest))
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray[Any, Any]:
+        if copy is False:
+            raise ValueError("a tensor's bytes are read from its file: an array of them is always a copy")
+        return self.numpy() if dtype is None else self.numpy().astype(dtype)
 
     @property
     def count(self) -> int:
@@ -183,12 +197,13 @@ class Tensor:
         return list(accumulate(run.size for run in self.runs or ()))
 
     def view(self, offset: int, size: int) -> memoryview | None:
+        """Return bytes without a copy, where they are one run in memory."""
         if self.runs is not None and len(self.runs) == 1:
             return self.runs[0].source.view(self.runs[0].offset + offset, size)
         return None
 
     def chunks(self, buffer: memoryview | None = None) -> Iterator[memoryview]:
-        """All bytes in order. Each chunk is valid until the next one is asked for; ``buffer`` is reused if given."""
+        """Yield all bytes in order. A chunk is valid until the next one is asked for; a given ``buffer`` is reused."""
         if buffer is None:
             buffer = memoryview(bytearray(min(CHUNK, self.size)))
         if self._scattered and self.size > len(buffer) > 0:
@@ -210,7 +225,7 @@ class Tensor:
         return any(_run(where.shape, strides) * width < GATHER_RUN for where, strides in boxes)
 
     def _blocks(self, size: int) -> Iterator[memoryview]:
-        """All bytes in chunks of ``size``, cut from larger blocks: gathering little costs as much as gathering much."""
+        """Yield all bytes in chunks of ``size``, cut from larger blocks: gathering costs the same for less."""
         block = memoryview(bytearray(min(GATHER_SPAN, self.size)))
         for start in range(0, self.size, len(block)):
             part = block[: self.size - start]
@@ -218,19 +233,19 @@ class Tensor:
             yield from (part[offset : offset + size] for offset in range(0, len(part), size))
 
     def bytes(self) -> bytearray:
-        """All bytes at once."""
+        """Return all bytes at once."""
         buffer = bytearray(self.size)
         self.readinto(0, memoryview(buffer))
         return buffer
 
     def boxed(self) -> Tensor:
-        """The same tensor as boxes: flat pieces are hidden behind one source that reads them."""
+        """Return the same tensor as boxes: flat pieces are hidden behind one source that reads them."""
         if all(isinstance(piece.where, Box) for piece in self.pieces):
             return self
         return contiguous(self.dtype, self.shape, self, 0)
 
     def permute(self, axes: Sequence[int]) -> Tensor:
-        """The tensor with its axes in another order; bytes are gathered when they are read.
+        """Return the tensor with its axes in another order; bytes are gathered when they are read.
 
         Raises ``TypeError`` for a dtype that is smaller than a byte.
         """
@@ -253,7 +268,7 @@ class Tensor:
         return Tensor(self.dtype, pick(self.shape), tuple(pieces))
 
     def part(self, start: Sequence[int], shape: Sequence[int]) -> Tensor:
-        """The box of ``shape`` elements from ``start`` on, as a tensor of its own; nothing is read.
+        """Return the box of ``shape`` elements from ``start`` on, as a tensor of its own; nothing is read.
 
         Raises ``TypeError`` for a dtype that is smaller than a byte, unless the box is the whole tensor.
         """
@@ -284,26 +299,20 @@ class Tensor:
             raise TypeError(f"elements of {self.dtype} are smaller than a byte: such a tensor is taken whole")
 
     def read(self, slices: Sequence[slice]) -> bytearray:
-        """The bytes of a part, in C order; only what the part needs is read. Steps other than 1 are refused."""
-        ranges = [s.indices(n) for s, n in zip(slices, self.shape, strict=True)]
-        if any(step != 1 for _, _, step in ranges):
-            raise ValueError("slices with a step")
-        return self.part([a for a, _, _ in ranges], [max(b - a, 0) for a, b, _ in ranges]).bytes()
+        """Return the bytes of a part, in C order; only what the part needs is read. See ``__getitem__``."""
+        return self[tuple(slices)].bytes()
 
     def numpy(self) -> np.ndarray[Any, Any]:
-        """A NumPy array of its own. NumPy has no bfloat16 and no 8-bit floats: those raise ``TypeError``."""
+        """Return a NumPy array of its own. NumPy has no bfloat16 and no 8-bit floats: those raise ``TypeError``."""
         import numpy as np
 
-        names = {
-            "BOOL": "?", "U8": "u1", "I8": "i1", "U16": "<u2", "I16": "<i2", "U32": "<u4", "I32": "<i4", "U64": "<u8",
-            "I64": "<i8", "F16": "<f2", "F32": "<f4", "F64": "<f8", "C64": "<c8",
-        }  # fmt: skip
-        if self.dtype not in names:
+        kind = DTYPES[self.dtype].numpy
+        if kind is None:
             raise TypeError(f"NumPy has no {self.dtype}; use .bytes(), or .torch()")
-        return np.frombuffer(self.bytes(), dtype=names[self.dtype]).reshape(self.shape)
+        return np.frombuffer(self.bytes(), dtype=kind).reshape(self.shape)
 
     def torch(self) -> Any:
-        """A ``torch.Tensor`` of its own, on the CPU. Needs torch."""
+        """Return a ``torch.Tensor`` of its own, on the CPU. Needs torch."""
         from lora_state_format.torch.tensors import to_torch
 
         return to_torch(self)
@@ -312,13 +321,13 @@ class Tensor:
 def contiguous(
     dtype: str, shape: Sequence[int], source: Source, offset: int = 0, digest: Digest | None = None
 ) -> Tensor:
-    """A tensor whose bytes lie in one run, in C order, from ``offset`` on."""
+    """Return a tensor whose bytes lie in one run, in C order, from ``offset`` on."""
     shape = tuple(shape)
     return Tensor(dtype, shape, (Piece(source, offset, Box((0,) * len(shape), shape)),), digest)
 
 
 def c_strides(shape: Sequence[int]) -> tuple[int, ...]:
-    """Elements to step along each axis of a C-order tensor without gaps."""
+    """Return elements to step along each axis of a C-order tensor without gaps."""
     strides = [1] * len(shape)
     for axis in range(len(shape) - 2, -1, -1):
         strides[axis] = strides[axis + 1] * max(shape[axis + 1], 1)
@@ -339,12 +348,12 @@ def _intersection(a: Box, b: Box) -> Box | None:
 
 
 def _is_whole(piece: Piece, shape: tuple[int, ...]) -> bool:
-    """Whether a piece is all of a tensor, in C order."""
+    """Return whether a piece is all of a tensor, in C order."""
     return isinstance(piece.where, Box) and piece.strides is None and piece.where == Box((0,) * len(shape), shape)
 
 
 def _extent(piece: Piece, shape: tuple[int, ...]) -> tuple[Any, int]:
-    """First element and number of elements of a piece that is one run of the tensor; ``None`` for the first if not.
+    """Return the first element and the number of elements of a piece; ``None`` for the first if it is not one run.
 
     Raises ``FileError`` for a piece that is not inside the tensor.
     """
@@ -367,7 +376,7 @@ def _extent(piece: Piece, shape: tuple[int, ...]) -> tuple[Any, int]:
 
 
 def is_tiling(boxes: Sequence[Box], shape: tuple[int, ...]) -> bool:
-    """Whether boxes inside a tensor of this shape have each of its elements exactly once; linear in their number.
+    """Return whether boxes inside a tensor of this shape have each of its elements exactly once, in linear time.
 
     They do if and only if their indicator functions add up to the whole's. So do then the differences along all axes,
     which are not zero at a box's corners alone, with signs in turn: the corners of all have to cancel the whole's.
@@ -396,7 +405,7 @@ def is_tiling(boxes: Sequence[Box], shape: tuple[int, ...]) -> bool:
 
 
 def _cut_axes(boxes: Sequence[Box], shape: tuple[int, ...]) -> list[int]:
-    """The axes along which boxes are not as long as the tensor."""
+    """Return the axes along which boxes are not as long as the tensor."""
     return [axis for axis, size in enumerate(shape) if any(box.shape[axis] != size for box in boxes)]
 
 
@@ -410,7 +419,7 @@ def _check_disjoint(tensor: Tensor) -> None:
 
 
 def _fill(tensor: Tensor, first: int, last: int, out: memoryview) -> None:
-    """Elements ``first`` to ``last`` of a tensor whose pieces are boxes that are not all runs."""
+    """Fill ``out`` with elements ``first`` to ``last`` of a tensor whose pieces are boxes that are not all runs."""
     width = item_size(tensor.dtype)
     for position, box in _boxes(tensor.shape, first, last):
         part = out[(position - first) * width :][: math.prod(box.shape) * width]
@@ -445,14 +454,14 @@ def _sort(pieces: Sequence[Piece], axis: int) -> _Sorted:
 
 
 def _meeting(index: _Sorted, box: Box) -> Sequence[Piece]:
-    """The pieces that can share elements with a box, as far as the one axis tells."""
+    """Return the pieces that can share elements with a box, as far as the one axis tells."""
     start = box.start[index.axis]
     first = bisect_right(index.reach, start)
     return index.pieces[first : bisect_left(index.starts, start + box.shape[index.axis])]
 
 
 def _boxes(shape: tuple[int, ...], first: int, last: int) -> Iterator[tuple[int, Box]]:
-    """The elements from ``first`` to ``last`` in C order, as boxes that are each one run of the output."""
+    """Yield the elements from ``first`` to ``last`` in C order, as boxes that are each one run of the output."""
     while first < last:
         # The largest trailing block that starts here and ends in time; then as many of them as fit in its parent.
         axis, block = len(shape), 1
@@ -523,7 +532,7 @@ def _gather(
 
 
 def _run(shape: Sequence[int], strides: Sequence[int]) -> int:
-    """Elements that lie in one run at the end of a strided box."""
+    """Return elements that lie in one run at the end of a strided box."""
     run = 1
     for size, stride in zip(reversed(shape), reversed(strides), strict=True):
         if size != 1 and stride != run:

@@ -50,10 +50,11 @@ class Exchanges(NamedTuple):
     undecided: int
 
     def plus(self, other: Exchanges) -> Exchanges:
+        """Return the counts of both."""
         return Exchanges(self.excluded + other.excluded, self.undecided + other.undecided)
 
     def share(self) -> float:
-        """The share that is excluded; 0 where there is none to exclude."""
+        """Return the share that is excluded; 0 where there is none to exclude."""
         return self.excluded / max(1, self.excluded + self.undecided)
 
 
@@ -76,7 +77,7 @@ class Evidence:
     notes: tuple[str, ...] = ()
 
     def rules_out(self, orders: Iterable[str]) -> bool:
-        """Whether each of these orders, but for this one itself, is excluded."""
+        """Return whether each of these orders, but for this one itself, is excluded."""
         return all(self.orders.get(label, "excluded") == "excluded" for label in orders)
 
     def to_json(self) -> dict[str, Any]:
@@ -113,7 +114,7 @@ def weigh(
 
 
 def head_size(config: Mapping[str, Any]) -> int | None:
-    """The size of an attention head in a model's ``config.json``, for ``head_dim``; ``None`` where it does not say."""
+    """Return the size of an attention head by a model's ``config.json``; ``None`` where it does not say."""
     stated, hidden, heads = (config.get(key) for key in ("head_dim", "hidden_size", "num_attention_heads"))
     if isinstance(stated, int):
         return stated
@@ -126,7 +127,7 @@ def judge(
     silent: Sequence[str] = (),
     notes: Sequence[str] = (),
 ) -> Evidence:
-    """The verdict on a table of states against weights; ``orders`` are held against it beside those always tried."""
+    """Return the verdict on a table of states against weights. ``orders`` are tried besides the usual ones."""
     units = table.units
     pairs, twins, against, doubts = Exchanges(0, 0), Exchanges(0, 0), [], 0
     parts: dict[str, Exchanges] = {}
@@ -197,7 +198,7 @@ def _count(outcomes: Iterable[str]) -> Exchanges:
 
 
 def _outcome(losses: Sequence[Loss]) -> str:
-    """What to say of an order that makes each of the modules it moves lose this much.
+    """Return the outcome for an order that makes each of the modules it moves lose this much.
 
     The loudest modules are not heard: in an order that is wrong as a whole, a few may be right by accident. Only a
     signal that is sure can speak for the other order, or has to agree with it.
@@ -217,7 +218,7 @@ def _outcome(losses: Sequence[Loss]) -> str:
 def _orders(
     state: OptimizerState, units: Sequence[Unit], orders: Mapping[str, Sequence[str]]
 ) -> Iterator[tuple[str, Sources | None]]:
-    """The given orders by label; ``None`` for one that puts a state on a parameter of another shape."""
+    """Yield the given orders by label; ``None`` for one that puts a state on a parameter of another shape."""
     where = {part.name: (number, kind) for number, unit in enumerate(units) for kind, part in unit.parts.items()}
 
     def place(name: str) -> tuple[str, tuple[int, ...]]:

@@ -117,7 +117,7 @@ ORDERS: Final[tuple[Order, ...]] = (
 
 
 def in_module_order(names: Iterable[str], base_model: str = "") -> list[str]:
-    """Names in ``named_parameters()`` order: numbers as numbers, modules beside each other as ``ORDERS`` says.
+    """Return names in ``named_parameters()`` order: numbers as numbers, modules beside each other as ``ORDERS`` says.
 
     Raises ``MissingNamesError`` that names every set of modules whose order is not known.
     """
@@ -146,7 +146,7 @@ def in_module_order(names: Iterable[str], base_model: str = "") -> list[str]:
 
 
 def _ordered(parent: str, children: list[str], base_model: str) -> list[str] | None:
-    """The children in the order that all applicable rows give them; ``None`` if there is no row, or rows disagree."""
+    """Return the children in the order of all applicable rows; ``None`` if there is no row, or rows disagree."""
     if len(children) == 1:
         return children
     if all(child.isdecimal() for child in children):

@@ -43,14 +43,14 @@ DATA_PARALLEL: Final = "module"
 
 
 def strip_wrappers(name: str) -> str:
-    """The name without the segments of ``WRAPPERS``."""
+    """Return the name without the segments of ``WRAPPERS``."""
     if "_" not in name:
         return name
     return ".".join(segment for segment in name.split(".") if segment not in WRAPPERS)
 
 
 def without_wrappers(names: Iterable[str]) -> tuple[list[str], tuple[str, ...]]:
-    """The names without wrapper segments, and the segments that were removed, sorted.
+    """Return the names without wrapper segments, and the segments that were removed, sorted.
 
     ``module.`` is removed where it leads every name. Raises ``ConversionError`` if two names become one.
     """
@@ -90,7 +90,7 @@ _COMPUTED: Final = ("P_TUNING", "PREFIX_TUNING", "MULTITASK_PROMPT_TUNING")
 
 
 def split_adapter(name: str) -> tuple[str, str, str] | None:
-    """What stands before an adapter's name in a ``named_parameters()`` name, the adapter, and what stands behind it.
+    """Return the part of a ``named_parameters()`` name before the adapter's name, the adapter, and the part behind it.
 
     The adapter's name stands where PEFT puts it, and only there: a module that has the same name stays. ``None`` if the
     parameter belongs to no adapter.
@@ -103,13 +103,13 @@ def split_adapter(name: str) -> tuple[str, str, str] | None:
 
 
 def with_adapter(name: str, adapter: str) -> str:
-    """The name of the same parameter in an adapter of another name."""
+    """Return the name of the same parameter in an adapter of another name."""
     parts = split_adapter(name)
     return name if parts is None else f"{parts[0]}.{adapter}{parts[2]}"
 
 
 def peft_key(name: str) -> tuple[str, str] | None:
-    """The key of a ``named_parameters()`` name in ``adapter_model.safetensors``, and its adapter.
+    """Return the key of a ``named_parameters()`` name in ``adapter_model.safetensors``, and its adapter.
 
     ``None`` if it belongs to no adapter of a ``PeftModel``, or if PEFT does not save the parameter itself (the networks
     behind P-tuning).
@@ -127,7 +127,7 @@ def peft_key(name: str) -> tuple[str, str] | None:
 
 
 def _live_name(key: str, adapter: str, config: Mapping[str, Any] | None) -> str | None:
-    """The ``named_parameters()`` name behind a key of an adapter file; ``None`` for a frozen tensor saved with it."""
+    """Return the ``named_parameters()`` name of an adapter file's key; ``None`` for a frozen tensor saved with it."""
     if split_adapter(key):
         return key
     if tuner := _KEY.fullmatch(key):
@@ -152,7 +152,7 @@ def _live_name(key: str, adapter: str, config: Mapping[str, Any] | None) -> str 
 
 
 def _saved_module(key: str, config: Mapping[str, Any] | None) -> str | None:
-    """The module of ``modules_to_save`` that a key lies in: the outermost whose path ends as the configuration says."""
+    """Return the module of ``modules_to_save`` of a key: the outermost whose path ends as the config says."""
     segments = key.split(".")
     if config is None:
         return ".".join(segments[:-1]) if segments[-1] == "weight" else None
@@ -164,7 +164,7 @@ def _saved_module(key: str, config: Mapping[str, Any] | None) -> str | None:
 def adapter_parameters(
     weights: Mapping[str, Tensor], adapter: str = "default", config: Mapping[str, Any] | None = None
 ) -> list[Parameter]:
-    """The trainable parameters behind an ``adapter_model.safetensors``, in ``named_parameters()`` order.
+    """Return the trainable parameters behind an ``adapter_model.safetensors``, in ``named_parameters()`` order.
 
     ``weights`` are the file's tensors under its keys; ``config`` is the parsed ``adapter_config.json``, which says what
     of a file is frozen; without it every ``weight`` that belongs to no adapter module is taken for a saved module's.
@@ -188,7 +188,7 @@ def adapter_parameters(
                 state=None,
                 dtype=tensor.dtype,
                 adapter=parts[1] if parts else None,
-                keys={"peft": found[name]},
+                foreign_names={"peft": found[name]},
             )
         )
     return parameters
@@ -201,7 +201,7 @@ Rename: TypeAlias = "Mapping[str, str] | Sequence[tuple[str | re.Pattern[str], s
 
 
 def rename(names: Sequence[str], rule: Rename) -> dict[str, str]:
-    """Each name under its new name.
+    """Return each name under its new name.
 
     A mapping renames whole names; pairs are applied by ``re.sub`` one after the other; a function is called with each
     name. Raises ``OptionError`` if a mapping names what is not there, or two names become one.
@@ -229,7 +229,7 @@ def _substituted(name: str, pairs: Sequence[tuple[str | re.Pattern[str], str]]) 
 
 
 def read_names(path: str | os.PathLike[str]) -> list[str]:
-    """The names in a UTF-8 file, one a line, in optimizer order; blank lines do not count.
+    """Return the names in a UTF-8 file, one a line, in optimizer order; blank lines do not count.
 
     Raises ``ConversionError`` if there are none or one occurs twice.
     """

@@ -52,7 +52,7 @@ INFERRED: Final = ("adapter", "configs", "checkpoint")
 def candidates(
     positional: PositionalState, parameters: Sequence[Parameter | Described], *, rule: str | None = None
 ) -> list[Candidate]:
-    """Every order that some rule proposes and that fits the state; orders that are equal come as one.
+    """Return every order that some rule proposes and that fits the state; orders that are equal come as one.
 
     Raises ``OptionError`` for a rule that does not exist.
     """
@@ -70,7 +70,7 @@ def decide(
     live: Sequence[Sequence[str]] | None = None,
     source: str,
 ) -> OptimizerState:
-    """The state under names; ``naming.details`` says what else fitted and what the weights say.
+    """Return the state under names; ``naming.details`` says what else fitted and what the weights say.
 
     The live optimizer's order, where it fits, and names stated in the file go before rules; other orders that fit are
     then only what the weights are asked about. Raises ``OptionError`` for a rule that does not exist,
@@ -111,13 +111,13 @@ def decide(
 
 
 def interchangeable(parameters: Sequence[Parameter]) -> int:
-    """How many of the parameters share their shape with another: those that could be swapped without it showing."""
+    """Return how many parameters have the same shape as another one, and so could be swapped unnoticed."""
     counts = Counter(p.shape for p in parameters)
     return sum(n for n in counts.values() if n > 1)
 
 
 def side_by_side(adapters: Mapping[str, Sequence[Parameter]]) -> list[Parameter]:
-    """The parameters of several adapters of one model in ``named_parameters()`` order: adapters by creation.
+    """Return the parameters of several adapters of one model in ``named_parameters()`` order: adapters by creation.
 
     PEFT keeps the adapters of a module beside each other: A of each, then B of each.
     """
@@ -136,7 +136,7 @@ def _described(parameter: Parameter | Described) -> Described:
 def _survey(
     positional: PositionalState, parameters: Sequence[Described], rule: str | None
 ) -> tuple[list[Candidate], list[tuple[str, str]]]:
-    """The candidates that fit, equal ones merged, and why each other rule fell away."""
+    """Return the candidates that fit, equal ones merged, and why each other rule fell away."""
     asked = [r for r in RULES if (r.automatic if rule is None else r.name == rule)]
     if not asked:
         raise OptionError(f"no grouping rule '{rule}'; there are: {', '.join(r.name for r in RULES)}")
@@ -157,7 +157,7 @@ def _survey(
 def _live(
     positional: PositionalState, parameters: Sequence[Described], live: Sequence[Sequence[str]]
 ) -> Candidate | None:
-    """The order of a live optimizer, where it fits; empty groups do not count."""
+    """Return the order of a live optimizer, where it fits; empty groups do not count."""
     known = {item.name: item for item in parameters}
     splits = [Split([known[name] for name in group]) for group in live if group and set(group) <= set(known)]
     order = tuple(item.parameter for split in splits for item in split.members)
@@ -168,7 +168,7 @@ def _live(
 
 
 def _adapter_orders(positional: PositionalState, candidate: Candidate) -> Iterator[Candidate]:
-    """The candidate, and where it has several adapters, the same with them created in any other order.
+    """Yield the candidate, and where it has several adapters, the same with them created in any other order.
 
     What differs by its adapter alone stands side by side, so the files of adapters do not tell.
     """

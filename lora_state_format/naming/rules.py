@@ -28,10 +28,12 @@ class Described:
 
     @property
     def name(self) -> str:
+        """The parameter's name."""
         return self.parameter.name
 
     @property
     def axes(self) -> int:
+        """How many axes the parameter has."""
         return len(self.parameter.shape)
 
 
@@ -70,6 +72,7 @@ class Candidate:
 
     @property
     def names(self) -> list[str]:
+        """The names in the candidate's order."""
         return [parameter.name for parameter in self.parameters]
 
 
@@ -128,7 +131,7 @@ def _trainable(parameters: Iterable[Described]) -> list[Described]:
 
 
 def _apart(items: Iterable[Described], *tests: Test) -> list[list[Described]]:
-    """For each test the items that pass it and none before it; last those that pass none."""
+    """Return for each test the items that pass it and none before it; last those that pass none."""
     parts: list[list[Described]] = []
     rest = list(items)
     for test in tests:
@@ -144,7 +147,7 @@ def _named_like(pattern: str) -> Test:
 
 
 def _both(items: Iterable[Described], decays: Test) -> list[Split]:
-    """Those with weight decay, and those without."""
+    """Return those with weight decay, and those without."""
     decayed, plain = _apart(items, decays)
     return [Split(decayed), Split(plain, decays=False)]
 
@@ -157,7 +160,7 @@ def _filled(splits: Iterable[Split]) -> Splits:
 
 
 def _stated(parameters: Sequence[Described], state: PositionalState) -> Iterator[Splits]:
-    """The names that the file itself states, in any case: Adam-mini lowers them."""
+    """Yield the names that the file itself states, in any case: Adam-mini lowers them."""
     if state.names is None:
         return
     known = {strip_wrappers(item.name).casefold(): item for item in parameters}
@@ -205,7 +208,7 @@ def _llamafactory_loraplus(parameters: Sequence[Described], state: PositionalSta
 
 
 def _by_class(item: Described) -> bool:
-    """Both LoRA+ ask for the module's class and for 'bias', in every version."""
+    """Return both LoRA+ ask for the module's class and for 'bias', in every version."""
     return _ERAS[3].decays(item)
 
 
@@ -215,7 +218,7 @@ def _plain_first(parameters: Sequence[Described], state: PositionalState) -> Ite
 
 
 def _muon(parameters: Sequence[Described], state: PositionalState) -> Iterator[Splits]:
-    """The optimizer joins its two lists into one group."""
+    """Yield the optimizer joins its two lists into one group."""
     if _has_option(state, "ns_steps"):
         matrices, rest = _apart(
             _trainable(parameters), lambda item: item.axes == 2 and not re.search("embed|lm_head", item.name)

@@ -32,6 +32,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final, NamedTuple, TypeAlias
 
 from lora_state_format.errors import OptionError, UnrepresentableError
+from lora_state_format.model.dtypes import FLOATS, decoded
 from lora_state_format.model.states import Group, OptimizerState, Parameter, Scalar, Slot, Value
 from lora_state_format.model.tensors import Tensor
 from lora_state_format.optimizers.quantised import BITSANDBYTES, dequantize
@@ -93,9 +94,11 @@ class Term(NamedTuple):
 
 
 class Rule(NamedTuple):
-    """Two sums that gradients keep equal in a layer, since the loss is the same when one side's lines grow and the
-    other's shrink. Biases may be absent. ``turning``: rotary embeddings turn pairs of lines, which share a channel.
-    ``unless`` is a place that must be empty."""
+    """Two sums that gradients keep equal in a layer.
+
+    The loss is the same when one side's lines grow and the other's shrink. Biases may be absent. ``turning``: rotary
+    embeddings turn pairs of lines, which share a channel. ``unless`` is a place that must be empty.
+    """
 
     left: tuple[Term, ...]
     right: tuple[Term, ...]
@@ -190,6 +193,7 @@ class Unit:
 
     @property
     def shapes(self) -> tuple[tuple[str, tuple[int, ...]], ...]:
+        """The kinds of its parts with their shapes."""
         return tuple((kind, part.shape) for kind, part in sorted(self.parts.items()))
 
     @property
@@ -198,7 +202,7 @@ class Unit:
         return any(part.update.any() for part in self.parts.values())
 
     def twin(self, other: Unit) -> bool:
-        """Whether both stand in the same layer."""
+        """Return whether both stand in the same layer."""
         return self.layer is not None and self.layer == other.layer
 
 
@@ -211,7 +215,7 @@ def units_of(
     before: Mapping[str, Tensor] | None = None,
     head_dim: int | None = None,
 ) -> tuple[list[Unit], list[Balance], list[str], list[str]]:
-    """The units, what holds between them, the parameters about which there is nothing to say, and notes on why."""
+    """Return the units, the balances between them, the parameters without evidence, and notes on why."""
     with suppress(OptionError, UnrepresentableError):  # nothing is quantised, or has no one first moment
         state = dequantize(state).state
     groups = [group for group in state.groups for _ in range(group.count)]
@@ -266,7 +270,7 @@ def units_of(
 
 
 def _balances(found: Found, head_dim: int | None) -> list[Balance]:
-    """What holds between the weights of each layer."""
+    """Return the balances between the weights of each layer."""
     places: dict[tuple[str, str], dict[str, tuple[int, tuple[int, ...]]]] = defaultdict(dict)
     for number, ((module, _), entries) in enumerate(found.items()):
         if WEIGHT in entries and (match := _LAYER.fullmatch(module)):
@@ -276,7 +280,7 @@ def _balances(found: Found, head_dim: int | None) -> list[Balance]:
 
 
 def _balance(kind: int, layer: Mapping[str, tuple[int, tuple[int, ...]]], head_dim: int | None) -> Balance | None:
-    """What a row of ``RULES`` comes to in a layer, where all of its weights are there and their shapes agree."""
+    """Return the balance of a row of ``RULES`` in a layer, if all its weights are there and their shapes agree."""
     rule = RULES[kind]
     absent = [t for t in (*rule.left, *rule.right) if t.place not in layer and not t.place.endswith(".bias")]
     if absent or rule.unless in layer:
@@ -300,7 +304,7 @@ def _balance(kind: int, layer: Mapping[str, tuple[int, tuple[int, ...]]], head_d
 
 
 def _split(name: str) -> tuple[str, str | None, str]:
-    """The module, the adapter and the kind of a parameter."""
+    """Return the module, the adapter and the kind of a parameter."""
     match = _PART.fullmatch(name)
     if match is None:
         return name, None, WEIGHT
@@ -309,7 +313,8 @@ def _split(name: str) -> tuple[str, str | None, str]:
 
 
 def value_of(weights: Mapping[str, Tensor], parameter: Parameter) -> Tensor | None:
-    return next((weights[key] for key in (parameter.name, *parameter.keys.values()) if key in weights), None)
+    """Return a parameter's own values, found by its name or a foreign one."""
+    return next((weights[key] for key in (parameter.name, *parameter.foreign_names.values()) if key in weights), None)
 
 
 def _part(
@@ -366,7 +371,7 @@ def _part(
 
 
 def _taken(lines: Lines, tensor: Tensor, first: Value, shape: tuple[int, ...]) -> tuple[Array, Array]:
-    """The lines of a weight and of its first moment, [channels, elements]; zeros where there is no moment."""
+    """Return the lines of a weight and of its first moment, [channels, elements]; zeros where there is no moment."""
     import numpy as np
 
     head, half = lines.head, lines.head // lines.halves
@@ -394,7 +399,7 @@ def _taken(lines: Lines, tensor: Tensor, first: Value, shape: tuple[int, ...]) -
 
 
 def _lag(group: Group, step: Value) -> float:
-    """What an Adam update is multiplied with to give the weights' mean distance from where its gradients were taken."""
+    """Return the factor from an Adam update to the weights' mean distance from where its gradients were taken."""
     options = dict(group.options)
     lr, betas = options.get("lr"), options.get("betas")
     if isinstance(step, Scalar):
@@ -410,7 +415,7 @@ def _lag(group: Group, step: Value) -> float:
 
 
 def _slots(state: Mapping[str, Value]) -> dict[str, Value]:
-    """First moment, second moment, master copy and step, by the names that optimizers give them."""
+    """Return first moment, second moment, master copy and step, by the names that optimizers give them."""
     inner = state.get(BITSANDBYTES)
     flat = {**state, **inner} if isinstance(inner, Mapping) else state
     wanted = {"first": _FIRST, "second": _SECOND, "copy": _COPIES, "step": ("step",)}
@@ -418,26 +423,24 @@ def _slots(state: Mapping[str, Value]) -> dict[str, Value]:
 
 
 def _spans(count: int) -> list[tuple[int, int]]:
-    """Runs of elements, evenly spread, ``SAMPLE`` elements in all at most: (start, length)."""
+    """Return runs of elements, evenly spread, ``SAMPLE`` elements in all at most: (start, length)."""
     if count <= SAMPLE:
         return [(0, count)]
     return [(count * i // 32, SAMPLE // 32) for i in range(32)]
 
 
 def _numbers(value: Value, spans: Sequence[tuple[int, int]], shape: tuple[int, ...]) -> Array | None:
-    """Runs of a slot's values, where it is a tensor of the parameter's shape."""
+    """Return runs of a slot's values, where it is a tensor of the parameter's shape."""
     return _floats(value.tensor, spans) if isinstance(value, Slot) and value.tensor.shape == shape else None
 
 
 def _floats(tensor: Tensor, spans: Sequence[tuple[int, int]]) -> Array:
-    """Runs of a tensor's elements as a flat float32 array. What is no finite number counts as 0."""
+    """Return runs of a tensor's elements as a flat float32 array, what is not finite as 0."""
     import numpy as np
 
-    types = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2"}
-    if tensor.dtype not in types:
+    if tensor.dtype not in FLOATS:
         return np.zeros(sum(length for _, length in spans), np.float32)
-    raw = np.concatenate([np.frombuffer(_bytes(tensor, *span), types[tensor.dtype]) for span in spans])
-    values = (raw.astype(np.uint32) << 16).view(np.float32) if tensor.dtype == "BF16" else raw.astype(np.float32)
+    values = np.concatenate([decoded(_bytes(tensor, *span), tensor.dtype) for span in spans]).astype(np.float32)
     return np.nan_to_num(values, copy=False, posinf=0.0, neginf=0.0)
 
 

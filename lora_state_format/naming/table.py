@@ -74,7 +74,7 @@ class Table:
         self.noise = self._noise()
 
     def _moves(self) -> Iterator[tuple[tuple[str, ...], list[int], bool]]:
-        """What can be exchanged for what: whole units, and single parts of units that have several."""
+        """Return what can be exchanged for what: whole units, and single parts of units that have several."""
         for shapes, members in self.classes.items():
             yield tuple(kind for kind, _ in shapes), members, True
         for (kind, _), members in self.members.items():
@@ -83,7 +83,7 @@ class Table:
                 yield (kind,), several, False
 
     def scores(self, moved: tuple[str, ...], members: Sequence[int]) -> dict[str, Array]:
-        """For each signal: row i, column k: the score of unit i with the moved parts' state of unit k."""
+        """Return for each signal: row i, column k: the score of unit i with the moved parts' state of unit k."""
         import numpy as np
 
         parts = [self.units[number].parts for number in members]
@@ -93,7 +93,7 @@ class Table:
             return [self.row[kind, number] for number in members]
 
         def halves(kind: str) -> tuple[Array, Array]:
-            """Both halves of one side of the identity, [i, k or 1, elements]."""
+            """Return both halves of one side of the identity, [i, k or 1, elements]."""
             if kind in moved:
                 grid = np.ix_(rows(kind), rows(kind))
                 symmetric, skew = (half[grid].swapaxes(0, 1) for half in self.identity[kind, parts[0][kind].shape])
@@ -115,7 +115,7 @@ class Table:
         return result
 
     def _noise(self) -> dict[str, float]:
-        """The deviation of each signal's score where state and weights do not belong together; 1 at least.
+        """Return the deviation of each signal's score where state and weights do not belong together; 1 at least.
 
         The far tail counts as much as the bulk. In a wrong order some of these do belong together, which makes the
         noise larger and every answer more careful; only copies are beyond doubt.
@@ -139,7 +139,7 @@ class Table:
         return result
 
     def nats(self, moved: tuple[str, ...], members: Sequence[int]) -> Array:
-        """What each unit of ``members`` has for the moved parts' state of each other one: by sure signals, by all."""
+        """Return what each unit of ``members`` has for the moved parts of each other one: by sure signals, by all."""
         import numpy as np
 
         total = np.zeros((2, len(members), len(members)), np.float32)
@@ -149,7 +149,7 @@ class Table:
         return total
 
     def exchanges(self) -> Iterator[tuple[str | None, dict[tuple[int, int], Loss]]]:
-        """What each exchange would lose, by the two units: of whole units (``None``), or of one kind of part alone."""
+        """Return what each exchange would lose, by the two units: whole (``None``), or one kind of part alone."""
         for moved, members, whole in self._moves():
             nats = self.nats(moved, members)
             own = nats.diagonal(axis1=1, axis2=2)
@@ -164,7 +164,7 @@ class Table:
             yield None if whole else moved[0], found
 
     def support(self) -> list[Loss]:
-        """What each unit would lose, on average, with the state of another one of its shapes."""
+        """Return what each unit would lose, on average, with the state of another one of its shapes."""
         result: list[Loss] = []
         for moved, members, whole in self._moves():
             if whole:
@@ -183,14 +183,14 @@ class Table:
         return [*result, *zip(losses, losses, strict=True)]
 
     def losses(self, sources: Sources) -> list[Loss]:
-        """What each unit that gets another state would lose."""
+        """Return what each unit that gets another state would lose."""
         moved = {n for (n, _), source in sources.items() if source != n and self.units[n].speaks}
         pairs = [(self._value(number, {}), self._value(number, sources)) for number in sorted(moved)]
         layers = self._layer_losses(sources)
         return [*((own[0] - other[0], own[1] - other[1]) for own, other in pairs), *zip(layers, layers, strict=True)]
 
     def _layer_losses(self, sources: Sources) -> list[float]:
-        """What each balance of a layer loses that some of the units share."""
+        """Return what each balance of a layer loses that some of the units share."""
         touched = {number for (unit, _), source in sources.items() if unit != source for number in self.balanced[unit]}
         pairs = [(self._balance(number, {}), self._balance(number, sources)) for number in sorted(touched)]
         return [self._layer_nats(own) - self._layer_nats(other) for own, other in pairs]
@@ -199,7 +199,7 @@ class Table:
         return math.copysign((score / self.noise["layer"]) ** 2 / 2, score)
 
     def _balance(self, number: int, sources: Sources) -> float:
-        """The score of a layer's balance with the state of other units."""
+        """Return the score of a layer's balance with the state of other units."""
         import numpy as np
 
         _, *sides = self.balances[number]
@@ -217,7 +217,7 @@ class Table:
         return self._sums[source, share]
 
     def _elsewhere(self) -> Iterator[tuple[int, float, Sources]]:
-        """Each balance, its score, and its right side's state replaced by that of a layer nearby."""
+        """Yield each balance, its score, and its right side's state replaced by that of a layer nearby."""
         for number, (kind, _, right) in enumerate(self.balances):
             for other in range(max(0, number - 4 * len(RULES)), min(len(self.balances), number + 4 * len(RULES))):
                 shares = self.balances[other].right
@@ -251,7 +251,7 @@ class Table:
 
 
 def _z(cosine: Any, count: Any) -> Any:
-    """The signed root of twice the log-likelihood ratio of a correlation over ``count`` elements."""
+    """Return the signed root of twice the log-likelihood ratio of a correlation over ``count`` elements."""
     import numpy as np
 
     cosine = np.clip(cosine, -1 + 1e-6, 1 - 1e-6)
@@ -267,13 +267,13 @@ def _unit_length(values: Array) -> Array:
 
 
 def _centred(values: Array) -> Array:
-    """Each entry as one vector of mean 0 and length 1; what is constant becomes zero."""
+    """Return each entry as one vector of mean 0 and length 1; what is constant becomes zero."""
     flat = values.reshape(len(values), -1)
     return _unit_length(flat - flat.mean(axis=1, keepdims=True))
 
 
 def _identity(kind: str, weight: Array, first: Array, drift: Array) -> tuple[Array, Array]:
-    """One side of ``B.T @ grad(B) == grad(A) @ A.T``: its symmetric and its skew part, [state, weight, elements].
+    """Return one side of ``B.T @ grad(B) == grad(A) @ A.T``: its symmetric and skew part, [state, weight, elements].
 
     The weights are moved back to where the gradients were taken, as far as the state tells: not A's in the symmetric
     part, where ``grad(A) @ update(A).T`` has a positive diagonal whatever it is paired with.

@@ -17,7 +17,7 @@ __all__ = ["check"]
 
 
 def check(path: str | os.PathLike[str], folder: str | os.PathLike[str]) -> LoadPlan:
-    """The plan of loading a checkpoint into an optimizer over the trainable parameters of a model.
+    """Return the plan of loading a checkpoint into an optimizer over the trainable parameters of a model.
 
     ``folder`` holds the model's ``config.json`` and, for an adapter, ``adapter_config.json``. What configs do not say
     is not asked: the parameters' dtypes, and the groups and options of an optimizer. Raises what ``read`` and
@@ -36,7 +36,7 @@ def check(path: str | os.PathLike[str], folder: str | os.PathLike[str]) -> LoadP
 
 
 def _live(described: list[Described], state: OptimizerState) -> LiveOptimizer:
-    """The model as the live side, in one group without options; dtypes as the state has them."""
+    """Return the model as the live side, in one group without options; dtypes as the state has them."""
     parameters = {}
     for known in described:
         own = known.parameter

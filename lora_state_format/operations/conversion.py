@@ -81,7 +81,7 @@ class ConversionReport:
         return "\n".join([*lines, *(f"note: {note}" for note in self.notes)])
 
     def to_json(self) -> dict[str, Any]:
-        """The report as JSON values."""
+        """Return the report as JSON values."""
         naming = naming_json(self.naming)
         evidence = naming["details"].pop("evidence", None)
         return {"schema_version": SCHEMA_VERSION, **vars(self), "naming": naming, "evidence": evidence}
@@ -96,14 +96,14 @@ def read(
     optimizer: str | None = None,
     options: Mapping[str, Any] | None = None,
 ) -> OptimizerState:
-    """The named state in a checkpoint of any known format, lazily: close it, or use it in a ``with`` block.
+    """Return the named state in a checkpoint of any known format, lazily: close it, or use it in a ``with`` block.
 
     ``names`` says which parameter a position means where the checkpoint itself does not; ``rule`` forces one of
     ``order.RULES``; ``optimizer`` is the optimizer's class path where the file does not say it; ``options`` are those
     of the converter.
 
     Raises ``FileNotFoundError``, ``UnknownFormatError``, ``FileError`` for a damaged file, ``MissingNamesError`` and
-    other ``ConversionError``\\ s where the parameters cannot be named, ``OptionError`` for what does not apply.
+    other ``ConversionError`` subclasses where the parameters cannot be named, ``OptionError`` for what does not apply.
     """
     converter, match = registry.find(path, source_format)
     registry.check_options(options or {}, converter)
@@ -179,7 +179,7 @@ def convert(
 
 
 def belongs(path: str | os.PathLike[str], weights: str | os.PathLike[str]) -> tuple[Pairing | None, Evidence | None]:
-    """Whether a state and weights belong together: by the digests that the state keeps, and by the numbers.
+    """Return whether a state and weights belong together: by the digests that the state keeps, and by the numbers.
 
     ``weights`` is a safetensors file, or a folder with an adapter or a model in one. The first result is ``None`` where
     the state keeps no digest that could be compared; the second where digests settle it, because the state was saved
@@ -207,7 +207,7 @@ def _read(
     optimizer: str | None,
     options: Mapping[str, Any],
 ) -> tuple[OptimizerState, Mapping[str, Tensor]]:
-    """The named state, and the parameters' own weights as far as they were found."""
+    """Return the named state, and the parameters' own weights as far as they were found."""
     asks = "optimizer" in registry.options(converter)
     if optimizer is not None and asks:
         options = {"optimizer": optimizer, **options}
@@ -236,10 +236,10 @@ def _classed(state: OptimizerState | PositionalState, class_path: str, path: Pat
 
 
 def _paired(state: OptimizerState, weights: Mapping[str, Tensor]) -> OptimizerState:
-    """The state with a digest of each parameter's own bytes, where they are at hand."""
+    """Return the state with a digest of each parameter's own bytes, where they are at hand."""
     parameters = []
     for parameter in state.parameters:
-        tensor = weights.get(parameter.keys.get("peft", parameter.name))
+        tensor = weights.get(parameter.foreign_names.get("peft", parameter.name))
         if parameter.weights is None and tensor is not None and tensor.shape == parameter.shape:
             digest = Digest(ALGORITHM, tensor.dtype, digests.hash_tensor(tensor))
             parameter = replace(parameter, weights=digest)
@@ -271,8 +271,10 @@ def _write(
 
 
 def _check_digests(state: OptimizerState) -> None:
-    """Raise ``DigestError`` for a tensor that is not what its file's digest says, before a format without digests, or
-    a decoded value, takes the damage on."""
+    """Raise ``DigestError`` for a tensor that is not what its file's digest says.
+
+    A format without digests, or a decoded value, would take the damage on.
+    """
     trees = [*((parameter.name, parameter.state or {}) for parameter in state.parameters), ("globals", state.globals)]
     for name, tree in trees:
         for path, leaf in walk(tree):
@@ -293,7 +295,7 @@ def _notes(state: OptimizerState) -> list[str]:
 
 
 def beside_weights(target: Path) -> list[str]:
-    """A warning where a file would lie beside a model's weights, or nothing."""
+    """Return a warning where a file would lie beside a model's weights, or nothing."""
     for beside in sorted(target.parent.glob("*.safetensors")):
         if beside != target and not envelope.is_state(beside):
             warning = (

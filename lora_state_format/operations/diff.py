@@ -109,7 +109,7 @@ def _parameter(a: Parameter, b: Parameter) -> Iterator[str]:
         yield f"{a.name}: {a.dtype} {list(a.shape)} and {b.dtype} {list(b.shape)}"
     if (a.state is None) != (b.state is None):
         yield f"{a.name}: never stepped in the {'first' if a.state is None else 'second'}"
-    for what in ("adapter", "tied", "keys", "original_id"):
+    for what in ("adapter", "tied", "foreign_names", "original_id"):
         if getattr(a, what) != getattr(b, what):
             yield f"{a.name}: {what}: {_text(getattr(a, what))} and {_text(getattr(b, what))}"
     for path, values in _values(a.state or {}, b.state or {}):
@@ -119,7 +119,7 @@ def _parameter(a: Parameter, b: Parameter) -> Iterator[str]:
 
 
 def _values(a: Value, b: Value, path: tuple[str, ...] = ()) -> Iterator[tuple[str, str]]:
-    """The places where two values differ, and how."""
+    """Yield the places where two values differ, and how."""
     if isinstance(a, Mapping) and isinstance(b, Mapping):
         one, two = ({_key(key): key for key in value} for value in (a, b))
         for text in sorted({*one, *two}):
@@ -139,7 +139,7 @@ def _values(a: Value, b: Value, path: tuple[str, ...] = ()) -> Iterator[tuple[st
 
 
 def _key(key: Any) -> str:
-    """A mapping's key as the format writes it: 1, 1.0 and "1" are three."""
+    """Return a mapping's key as the format writes it: 1, 1.0 and "1" are three."""
     return dumps(encode_value(key, "a key", None))
 
 

@@ -64,8 +64,9 @@ def rename(state: OptimizerState, rule: Rename) -> Edited:
         new = replace(old, name=table[old.name], tied=tuple(table[name] for name in old.tied))
         if new.name != old.name:
             adapter, key = split_adapter(new.name), peft_key(new.name)
-            keys = {kind: value for kind, value in old.keys.items() if kind != "peft"}
-            new = replace(new, adapter=adapter[1] if adapter else None, keys=keys | ({"peft": key[0]} if key else {}))
+            others = {kind: value for kind, value in old.foreign_names.items() if kind != "peft"}
+            foreign = others | ({"peft": key[0]} if key else {})
+            new = replace(new, adapter=adapter[1] if adapter else None, foreign_names=foreign)
         parameters.append(new)
     return Edited(replace(state, parameters=tuple(parameters)), count)
 
@@ -124,7 +125,7 @@ def prune(state: OptimizerState, match: str | None = None, *, carried: bool = Fa
 
 
 def _like(key: str, old: Value, new: Value) -> Value:
-    """The new value in the type of the old one, as far as numbers go; ``None`` goes with everything."""
+    """Return the new value in the type of the old one, as far as numbers go; ``None`` goes with everything."""
     if isinstance(old, Scalar) and isinstance(new, (int, float)):
         with contextlib.suppress(TypeError):
             return Scalar.of(old.dtype, new)

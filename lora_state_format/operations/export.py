@@ -6,21 +6,17 @@ rounded once, so that it does not depend on the chunks.
 
 from __future__ import annotations
 
-import json
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Literal, TypeAlias
 
-import xxhash
-
-from lora_state_format.errors import DigestError, FileError, OptionError, TargetExistsError
-from lora_state_format.io.atomic import TemporaryFile
-from lora_state_format.io.ledger import Ledger
-from lora_state_format.model.digests import stated_hash
+from lora_state_format.errors import FileError, OptionError
+from lora_state_format.io import plain
+from lora_state_format.io.atomic import check_target
+from lora_state_format.model.dtypes import DTYPES, FLOATS, decoded
 from lora_state_format.model.states import OptimizerState, Parameter, Scalar, Value
-from lora_state_format.model.tensors import BITS, CHUNK, Tensor
 
 if TYPE_CHECKING:
     import numpy as np
@@ -40,8 +36,6 @@ Every optimizer with these slots, a ``step`` and ``betas`` uses them so, but tho
 SQUARES: Final = frozenset({"exp_avg_sq", "max_exp_avg_sq", "square_avg", "sum", "variance"})
 """Slots that are means or sums of squared gradients."""
 
-FLOATS: Final[Mapping[str, str]] = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2"}
-
 
 @dataclass(frozen=True)
 class Exported:
@@ -51,20 +45,6 @@ class Exported:
     tensors: int
     size: int
     without: tuple[str, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class _Item:
-    """A tensor to write: where it comes from, and what it becomes."""
-
-    name: str
-    tensor: Tensor
-    dtype: str
-    function: Function | None
-
-    @property
-    def size(self) -> int:
-        return self.tensor.count * BITS[self.dtype] // 8
 
 
 def export(
@@ -90,31 +70,32 @@ def export(
     ``DigestError`` and ``FileError`` for damaged bytes; nothing is left behind then.
     """
     path = Path(path)
-    if path.exists() and not force:
-        raise TargetExistsError(f"{path} exists; pass force=True (--force) to replace it")
+    check_target(path, force=force)
     if eps is not None and not inverse_root:
         raise OptionError("eps is a part of the inverse root; pass inverse_root=True (--inverse-root) with it")
     found = state.slot(slot)
     options = {p.name: dict(g.options) for g, ps in zip(state.groups, state.members(), strict=True) for p in ps}
-    items: dict[str, _Item] = {}
+    items: dict[str, plain.Item] = {}
     for name, tensor in found.items():
         parameter = state[name]
-        function = None
+        where, function = f"'{name}': slot '{slot}'", None
+        dtype = tensor.dtype
         if unbiased or inverse_root:
             if tensor.dtype not in FLOATS:
-                raise OptionError(f"'{name}': slot '{slot}' is {tensor.dtype}, which cannot be computed with")
+                raise OptionError(f"{where} is {tensor.dtype}, which cannot be computed with")
             decay = _correction(parameter, slot, options.get(name, {})) if unbiased else 1.0
             damping = _damping(parameter, slot, options.get(name, {}), eps) if inverse_root else None
-            function = _function(f"'{name}': slot '{slot}'", decay, damping)
-        dtype = tensor.dtype if function is None or tensor.dtype == "F64" else "F32"
-        item = _Item(f"'{name}': slot '{slot}'", tensor, dtype, function)
+            dtype = tensor.dtype if tensor.dtype == "F64" else "F32"
+            function = _converting(tensor.dtype, dtype, _function(where, decay, damping))
+        item = plain.Item(f"{name}/{slot}", tensor, dtype, function)
         other = items.setdefault(_key(parameter, keys), item)
         if other is not item:
             raise OptionError(
-                f"{other.name} and {item.name} would have the same key, '{_key(parameter, keys)}': export one adapter "
-                "at a time (`lora-state prune`)"
+                f"'{other.name}' and '{item.name}' would have the same key, '{_key(parameter, keys)}': export one "
+                "adapter at a time (`lora-state prune`)"
             )
-    _write(path, dict(sorted(items.items(), key=lambda item: (-BITS[item[1].dtype], item[0]))))
+    # "format" is what loaders of model weights look for in a file of tensors
+    plain.save(items, path, metadata={"format": "pt"}, force=force)
     size = sum(item.size for item in items.values())
     return Exported(str(path), len(items), size, tuple(p.name for p in state.parameters if p.name not in found))
 
@@ -122,16 +103,16 @@ def export(
 def _key(parameter: Parameter, keys: Keys) -> str:
     if keys == "model":
         return parameter.name
-    if "peft" not in parameter.keys:
+    if "peft" not in parameter.foreign_names:
         raise OptionError(f"'{parameter.name}' has no key in an adapter file: export with keys='model' (--keys model)")
-    return parameter.keys["peft"]
+    return parameter.foreign_names["peft"]
 
 
 # --- what is computed -----------------------------------------------------------------------------------------------
 
 
 def _correction(parameter: Parameter, slot: str, options: Mapping[str, Value]) -> float:
-    """What a moment is divided by to be unbiased."""
+    """Return what a moment is divided by to be unbiased."""
     if slot not in DECAYS:
         raise OptionError(f"slot '{slot}' is no mean with a known decay; known are: {', '.join(DECAYS)}")
     betas, step = options.get("betas"), _number((parameter.state or {}).get("step"))
@@ -153,7 +134,7 @@ def _damping(parameter: Parameter, slot: str, options: Mapping[str, Value], eps:
 
 
 def _number(value: Value) -> float | None:
-    """An option or a step as a number, if it is one."""
+    """Return an option or a step as a number, if it is one."""
     number = value.item() if isinstance(value, Scalar) else value
     return number if isinstance(number, (int, float)) else None
 
@@ -176,44 +157,10 @@ def _function(where: str, correction: float, damping: float | None) -> Function:
 # --- writing --------------------------------------------------------------------------------------------------------
 
 
-def _write(path: Path, items: Mapping[str, _Item]) -> None:
-    # "format" is what loaders of model weights look for in a file of tensors
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    position = 0
-    for key, item in items.items():
-        offsets = [position, position + item.size]
-        header[key] = {"dtype": item.dtype, "shape": list(item.tensor.shape), "data_offsets": offsets}
-        position += item.size
-    raw = json.dumps(header, separators=(",", ":")).encode()
-    raw += b" " * (-(8 + len(raw)) % 64)
-    start = 8 + len(raw)
-    ledger, buffer = Ledger(), memoryview(bytearray(CHUNK))
-    with TemporaryFile(path) as file:
-        for item in items.values():
-            for chunk in _computed(item, ledger, buffer):
-                file.write(start, chunk)
-                start += len(chunk)
-        ledger.check()
-        file.finish(len(raw).to_bytes(8, "little") + raw)
-        file.commit(path)
+def _converting(source: str, target: str, function: Function) -> Callable[[memoryview], memoryview]:
+    """Return what computes chunks of one dtype from chunks of another."""
 
+    def convert(chunk: memoryview) -> memoryview:
+        return function(decoded(chunk, source).astype("f8")).astype(DTYPES[target].numpy).data.cast("B")
 
-def _computed(item: _Item, ledger: Ledger, buffer: memoryview) -> Iterator[memoryview]:
-    """The bytes to write, chunk by chunk; those that are read are checked."""
-    stated = stated_hash(item.tensor)
-    hasher = xxhash.xxh3_128()
-    for chunk in ledger.chunks(item.tensor, buffer):
-        hasher.update(chunk)
-        yield chunk if item.function is None else _converted(chunk, item)
-    if stated and hasher.hexdigest() != stated:
-        raise DigestError(f"{item.name} does not match its digest: the file was changed after it was written")
-
-
-def _converted(chunk: memoryview, item: _Item) -> memoryview:
-    import numpy as np
-
-    assert item.function is not None
-    values = np.frombuffer(chunk, FLOATS[item.tensor.dtype])
-    if item.tensor.dtype == "BF16":
-        values = (values.astype("<u4") << 16).view("<f4")
-    return item.function(values.astype(np.float64)).astype(FLOATS[item.dtype]).data.cast("B")
+    return convert

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final, NamedTuple
 
+from lora_state_format.model.dtypes import NUMBERS, decoded
 from lora_state_format.model.states import Naming, OptimizerState, PositionalState, Scalar, Slot, Value, walk
 from lora_state_format.model.tensors import Tensor
 
@@ -57,7 +58,7 @@ class Entry(NamedTuple):
 
 
 def entries(state: OptimizerState | PositionalState) -> Iterator[Entry]:
-    """The parameters of a state in order."""
+    """Yield the parameters of a state in order."""
     groups = (index for index, group in enumerate(state.groups) for _ in range(group.count))
     if isinstance(state, OptimizerState):
         for p in state.parameters:
@@ -68,15 +69,17 @@ def entries(state: OptimizerState | PositionalState) -> Iterator[Entry]:
 
 
 def tensors(state: OptimizerState | PositionalState) -> Iterator[Tensor]:
-    """Every tensor of a state."""
+    """Yield every tensor of a state."""
     trees: Iterable[Value] = (*(entry.state or {} for entry in entries(state)), state.globals)
     return (leaf.tensor for tree in trees for _, leaf in walk(tree) if isinstance(leaf, Slot))
 
 
 @dataclass(slots=True)
 class Statistics:
-    """Of the elements of tensors: how many, how many are zero, how many not finite (``broken``); of the finite ones the
-    sum of squares and the largest magnitude."""
+    """Counts of elements: all, those that are zero, those that are not finite (``broken``).
+
+    Of the finite ones also the sum of squares and the largest magnitude.
+    """
 
     elements: int = 0
     zeros: int = 0
@@ -85,15 +88,13 @@ class Statistics:
     largest: float = 0.0
 
     def add(self, tensor: Tensor) -> None:
+        """Count the elements of a tensor; one of a dtype without numbers is left out."""
         import numpy as np
 
         for chunk in tensor.chunks():
-            if tensor.dtype == "BF16":
-                values = (np.frombuffer(chunk, "<u2").astype("<u4") << 16).view("<f4")
-            elif tensor.dtype in {"F16", "F32", "F64", "U8", "I8", "I16", "I32", "I64"}:
-                values = np.frombuffer(chunk, f"<{tensor.dtype[0].lower()}{int(tensor.dtype[1:]) // 8}")
-            else:
+            if tensor.dtype not in NUMBERS:
                 return
+            values = decoded(chunk, tensor.dtype)
             finite = values[np.isfinite(values)].astype("f8")
             self.elements += values.size
             self.zeros += int((values == 0).sum())
@@ -103,6 +104,7 @@ class Statistics:
 
     @property
     def rms(self) -> float:
+        """The root of the mean square of the finite elements."""
         return math.sqrt(self.squares / max(self.elements - self.broken, 1))
 
     def __str__(self) -> str:
@@ -113,6 +115,7 @@ class Statistics:
         return f" (rms {self.rms:.3g}, largest {self.largest:.3g}{zeros}{broken})"
 
     def to_json(self) -> dict[str, float]:
+        """Return the statistics as JSON values."""
         return {
             "elements": self.elements, "zeros": self.zeros, "not_finite": self.broken,
             "rms": self.rms, "largest": self.largest,
@@ -123,7 +126,7 @@ class Statistics:
 
 
 def describe_naming(naming: Naming) -> Iterator[str]:
-    """Where names came from, and how sure that is."""
+    """Yield where names came from, and how sure that is."""
     text = f"names: from {SOURCES.get(naming.source, naming.source)}"
     if naming.rule:
         text += f", in the order of rule '{naming.rule}'"
@@ -136,7 +139,7 @@ def describe_naming(naming: Naming) -> Iterator[str]:
 
 
 def describe_evidence(evidence: Mapping[str, Any]) -> str:
-    """What the numbers say of an order; ``evidence`` is ``Evidence.to_json()``, as ``naming`` keeps it."""
+    """Say what the numbers tell of an order; ``evidence`` is ``Evidence.to_json()``, as ``naming`` keeps it."""
     pairs, orders = evidence["pairs"], list(evidence["orders"].values())
     return (
         f"evidence: {evidence['verdict']}; of the exchanges of two modules {pairs['excluded']} excluded and "
@@ -145,13 +148,13 @@ def describe_evidence(evidence: Mapping[str, Any]) -> str:
 
 
 def describe_support(origin: Mapping[str, Value]) -> Iterator[str]:
-    """What there is to say of a converter that was never tried on the files that it is for."""
+    """Yield a note on a converter that was never tried on the files that it is for."""
     if isinstance(support := origin.get("support"), str):
         yield f"support of this format is {support}: it was never tried on a file of a real run"
 
 
 def describe(state: OptimizerState | PositionalState, *, statistics: bool = False) -> Iterator[str]:
-    """A state line by line: totals, groups, and the parameters, those that differ only in numbers on one line.
+    """Yield a state line by line: totals, groups, and the parameters, those that differ only in numbers on one line.
 
     ``statistics`` reads every tensor.
     """
@@ -221,7 +224,7 @@ class _Row:
 
 
 def _template(entry: Entry) -> tuple[str, list[int]]:
-    """What the parameter is called, for ``str.format``, with its numbers taken out; and the numbers."""
+    """Return what the parameter is called, for ``str.format``, with its numbers taken out; and the numbers."""
     if entry.name is None and isinstance(entry.id, int):
         return "id {}", [entry.id]
     name = entry.name if entry.name is not None else f"id {entry.id}"
@@ -238,7 +241,7 @@ def _span(numbers: set[int]) -> str:
 
 
 def _kind(leaf: Value, shape: tuple[int, ...] | None) -> str:
-    """What a slot is: its dtype, and its shape and role where it is not like its parameter."""
+    """Return what a slot is: its dtype, and its shape and role where it is not like its parameter."""
     if not isinstance(leaf, Slot):
         return ""
     alike = leaf.tensor.shape == shape
@@ -261,7 +264,7 @@ def _dotted(path: tuple[Any, ...]) -> str:
 
 
 def plain(value: Value) -> Any:
-    """A value as JSON has it. Lossy on purpose: tuples are lists, bytes hex digits, what is not finite a string."""
+    """Return a value as JSON has it, lossy on purpose: tuples are lists, bytes hex digits, infinities strings."""
     if isinstance(value, Mapping):
         return {str(key): plain(inner) for key, inner in value.items()}
     if isinstance(value, (tuple, list)):
@@ -280,7 +283,7 @@ def plain(value: Value) -> Any:
 
 
 def to_json(state: OptimizerState | PositionalState, *, statistics: bool = False) -> dict[str, Any]:
-    """A state as JSON values, every parameter by itself; ``statistics`` reads every tensor."""
+    """Return a state as JSON values, every parameter by itself; ``statistics`` reads every tensor."""
     parameters = []
     for entry in entries(state):
         member = {

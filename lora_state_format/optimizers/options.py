@@ -41,5 +41,5 @@ OPTIONS: Final[Mapping[str, Kind]] = {
 
 
 def kind_of(option: str, beside: Collection[str] = ("d0",)) -> Kind:
-    """The kind of an option among those of its group: ``d`` is state in Prodigy, where ``d0`` is its first value."""
+    """Return the kind of an option of a group: ``d`` is state in Prodigy, where ``d0`` is its first value."""
     return Kind.MATH if option == "d" and "d0" not in beside else OPTIONS.get(option, Kind.MATH)

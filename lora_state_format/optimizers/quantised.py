@@ -53,7 +53,7 @@ class Dequantized:
 
 
 def dequantize(state: OptimizerState) -> Dequantized:
-    """The state with every quantised moment as a float32 tensor, decoded when it is read.
+    """Return the state with every quantised moment as a float32 tensor, decoded when it is read.
 
     bitsandbytes' ``state1`` and ``state2`` become ``exp_avg`` and ``exp_avg_sq``, and ``step`` a float32 scalar, as
     torch's Adam has them. Raises ``OptionError`` if nothing is quantised, ``UnrepresentableError`` for AdEMAMix, whose
@@ -138,7 +138,7 @@ def _of_bitsandbytes(which: str, slots: Mapping[str, Value], parameter: Paramete
 
 
 def _block(count: int, blocks: int, name: str) -> int:
-    """Elements of a block: the power of two that cuts so many elements into so many blocks."""
+    """Return elements of a block: the power of two that cuts so many elements into so many blocks."""
     for exponent in range(5, 40):
         if -(-count // (1 << exponent)) == blocks:
             return 1 << exponent
@@ -146,7 +146,7 @@ def _block(count: int, blocks: int, name: str) -> int:
 
 
 def _moment(key: str, value: Value, parameter: Parameter, bounds: list[float]) -> Value:
-    """A tensor of torchao's, decoded; anything else as it is."""
+    """Return a tensor of torchao's, decoded; anything else as it is."""
     if not isinstance(value, Mapping) or TORCHAO not in value:
         return value
     codes, scale, table, shape = (value.get(name) for name in ("codes", "scale", "qmap", "shape"))
@@ -191,7 +191,7 @@ def _floats(tensor: Tensor) -> np.ndarray[Any, Any]:
 
 
 def _e4m3() -> np.ndarray[Any, Any]:
-    """The value of every code of float8_e4m3fn: no infinities, one pattern of NaN, subnormals below 2**-6."""
+    """Return the value of every code of float8_e4m3fn: no infinities, one pattern of NaN, subnormals below 2**-6."""
     import numpy as np
 
     values = np.empty(256, dtype=np.float32)

@@ -40,7 +40,7 @@ def role_of(
     siblings: Mapping[str, Any] | None = None,
     options: Mapping[str, Any] | None = None,
 ) -> Role:
-    """The role of a slot's tensor where only its name is known.
+    """Return the role of a slot's tensor where only its name is known.
 
     ``path`` leads to the tensor inside a parameter's slot tree; ``siblings`` is the dict that holds it; ``options`` are
     those of the parameter's group. bitsandbytes calls its moments ``state1`` and ``state2``: codes of blocks if they

@@ -45,7 +45,7 @@ class BackgroundSave:
         return not self._thread.is_alive()
 
     def wait(self) -> Written:
-        """What was written, once it is on the disk. Raises what writing raised."""
+        """Wait until the file is on the disk and return what was written. Raises what writing raised."""
         self._thread.join()
         self.seen = True
         if self._error is not None:
@@ -68,8 +68,10 @@ def _settle() -> None:
 
 
 def start(prepare: Callable[[], Callable[[], Written]]) -> BackgroundSave:
-    """Let ``prepare`` copy a state out, and write it with what it returns; after ``settle``, so that only one copy is
-    held and no path has two writers."""
+    """Let ``prepare`` copy a state out, and write it with what it returns.
+
+    ``settle`` comes first, so that only one copy is held and no path has two writers.
+    """
     global _last
     with _lock:
         _settle()

@@ -105,12 +105,12 @@ class Named:
     parts: dict[str, Part]
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """The shape of the whole parameter."""
+        """Return the shape of the whole parameter."""
         return self.parts[name].shape if name in self.parts else tuple(self.tensors[name].shape)
 
 
 def named_tensors(model: Models) -> Named:
-    """The parameters of a model, or of several, under their names. Raises ``CaptureError`` if two share one."""
+    """Return the parameters of a model, or of several, under their names. Raises ``CaptureError`` if two share one."""
     tensors: dict[str, torch.Tensor] = {}
     tied: dict[str, tuple[str, ...]] = {}
     names: dict[int, str] = {}
@@ -150,7 +150,7 @@ def _adapter_configs(module: torch.nn.Module) -> Mapping[str, Any]:
 
 
 def _place(path: str, places: dict[str, tuple[str, Any]]) -> tuple[str, Any]:
-    """The path without the segments of wrappers, and the module there."""
+    """Return the path without the segments of wrappers, and the module there."""
     if path not in places:
         head, _, segment = path.rpartition(".")
         clean, module = _place(head, places)
@@ -159,9 +159,14 @@ def _place(path: str, places: dict[str, tuple[str, Any]]) -> tuple[str, Any]:
     return places[path]
 
 
+<<<<<<< HEAD
 def _layer(
     name: str, tensor: torch.Tensor, places: dict[str, tuple[str, Any]], configs: Mapping[str, Any]
 ) -> Layer | None:
+=======
+def _scale(name: str, places: dict[str, tuple[str, Any]]) -> float | None:
+    """Return what PEFT's LoRA layer around a parameter multiplies with: alpha / r, or as the adapter has it."""
+>>>>>>> house
     parts = split_adapter(name)
     if parts is None:
         return None
@@ -185,6 +190,7 @@ def _lineage(kind: type) -> tuple[str, ...]:
 
 
 def optimizers_of(optimizer: Optimizers) -> tuple[torch.optim.Optimizer, ...]:
+<<<<<<< HEAD
     """Return the optimizers of a run, without the shells that frameworks put around them.
 
     Raises ``OptionError`` for something that is no optimizer.
@@ -194,6 +200,9 @@ def optimizers_of(optimizer: Optimizers) -> tuple[torch.optim.Optimizer, ...]:
             f"the first argument is a {type(optimizer).__name__}, which is a model: pass the optimizer first, then the "
             "model, then the path"
         )
+=======
+    """Return the optimizers of a run, without the shells that frameworks put around them."""
+>>>>>>> house
     listed = [optimizer] if isinstance(optimizer, torch.optim.Optimizer) else optimizer
     return tuple(map(_shelled, listed))
 
@@ -213,8 +222,47 @@ def _shelled(optimizer: Any) -> torch.optim.Optimizer:
     return cast("torch.optim.Optimizer", optimizer)
 
 
+<<<<<<< HEAD
 def digest_of(tensor: torch.Tensor) -> Digest:
     """Return the digest of a live tensor's bytes."""
+=======
+def describe(optimizer: Optimizers, model: Models) -> LiveOptimizer:
+    """Return the live side of a load. Raises ``CaptureError`` as ``capture`` does."""
+    named, optimizers = named_tensors(model), optimizers_of(optimizer)
+    reader = Reader(as_leaf)
+    groups = [
+        LiveGroup(number, tuple(_options(reader, group)), tuple(names), _group_name(group))
+        for number, group, names in _groups(optimizers, named)
+    ]
+    parameters = {
+        name: LiveParameter(
+            name,
+            named.shape(name),
+            dtype_name(tensor.dtype) or str(tensor.dtype),
+            tensor.requires_grad,
+            named.tied.get(name, ()),
+            None if is_sharded(tensor) or name in named.parts else _digester(tensor),
+            named.scaling.get(name),
+        )
+        for name, tensor in named.tensors.items()
+    }
+    lineages = tuple(_stepping(type(found)) for found in optimizers)
+    return LiveOptimizer(tuple(Optimizer(kinds[0]) for kinds in lineages), tuple(groups), parameters, lineages)
+
+
+def _stepping(kind: type) -> tuple[str, ...]:
+    """Return the class and those of its ancestors whose ``step`` it has."""
+    own = inspect.unwrap(kind.step)  # type: ignore[attr-defined]
+    same = [ancestor for ancestor in kind.__mro__ if inspect.unwrap(getattr(ancestor, "step", None) or len) is own]
+    return tuple(_class_path(ancestor) for ancestor in same)
+
+
+def _digester(tensor: torch.Tensor) -> Callable[[], Digest]:
+    return lambda: _digest(tensor)
+
+
+def _digest(tensor: torch.Tensor) -> Digest:
+>>>>>>> house
     content = _content(tensor)
     return Digest(ALGORITHM, content.dtype, hash_tensor(content))
 
@@ -222,7 +270,7 @@ def digest_of(tensor: torch.Tensor) -> Digest:
 def grouped(
     optimizers: Sequence[torch.optim.Optimizer], named: Named
 ) -> Iterator[tuple[int, Mapping[str, Any], list[str]]]:
-    """Each group with the number of its optimizer and its parameters' names."""
+    """Yield each group with the number of its optimizer and its parameters' names."""
     strangers: list[str] = []
     owners: dict[str, int] = {}
     seen: set[str] = set()
@@ -270,8 +318,13 @@ def group_name(group: Mapping[str, Any]) -> str | None:
     return name if isinstance(name, str) else None
 
 
+<<<<<<< HEAD
 def group_options(reader: Reader, group: Mapping[str, Any], where: str | None = None) -> Iterator[tuple[str, Value]]:
     """A group's options; those that have no form in a file are left out, with a warning that says ``where``."""
+=======
+def _options(reader: Reader, group: Mapping[str, Any], where: str | None = None) -> Iterator[tuple[str, Value]]:
+    """Yield a group's options; those that have no form in a file are left out, with a warning that says ``where``."""
+>>>>>>> house
     for key, raw in group.items():
         if key in ("params", "param_names"):
             continue
@@ -283,7 +336,7 @@ def group_options(reader: Reader, group: Mapping[str, Any], where: str | None = 
 
 
 def _content(tensor: torch.Tensor) -> Tensor:
-    """A live tensor as its bytes; of a sharded one all of them, which every rank must ask for."""
+    """Return a live tensor as its bytes; of a sharded one all of them, which every rank must ask for."""
     if is_sharded(tensor):
         from lora_state_format.torch.distributed import gathered
 
@@ -319,7 +372,7 @@ def capture(
     global_step: int | None = None,
     copy: bool = False,
 ) -> OptimizerState:
-    """The state of an optimizer, or of several, under the model's names.
+    """Return the state of an optimizer, or of several, under the model's names.
 
     Tensors are not copied: write the state before the next step, or ask for a ``copy``, which is in the host's memory
     and stays as it is. ``weights`` adds a digest of each parameter's own bytes, by which a load can tell whether state
@@ -441,7 +494,7 @@ def _origin(
 
 
 def with_weights(state: OptimizerState, model: Models, *, copy: bool = False) -> OptimizerState:
-    """The state with a digest of each parameter's own bytes, as they are in the model.
+    """Return the state with a digest of each parameter's own bytes, as they are in the model.
 
     With ``copy`` each is copied for that: memory that NumPy has seen can no longer be resized, as FSDP1 does with its.
     """
@@ -470,13 +523,18 @@ def _parameter(
         dtype=dtype_name(tensor.dtype),
         adapter=parts[1] if parts else None,
         tied=named.tied.get(name, ()),
+<<<<<<< HEAD
         keys={"peft": key[0]} if key else {},
         weights=digest_of(tensor) if weights else None,
+=======
+        foreign_names={"peft": key[0]} if key else {},
+        weights=_digest(tensor) if weights else None,
+>>>>>>> house
     )
 
 
 def _scalings(parameters: Iterable[Parameter], named: Named) -> Mapping[str, Value]:
-    """alpha / r by adapter, and by parameter where it differs from that of the adapter's first."""
+    """Return alpha / r by adapter, and by parameter where it differs from that of the adapter's first."""
     found: dict[str, Value] = {}
     for parameter in parameters:
         layer = named.layers.get(parameter.name)
@@ -505,7 +563,7 @@ def _slots(
 
 
 def _fitted(value: Any, shape: tuple[int, ...]) -> Any:
-    """Slots that are called like ones of the parameter's shape, and have another, are opaque."""
+    """Return slots that are called like ones of the parameter's shape, and have another, are opaque."""
     if isinstance(value, Slot):
         return Slot(value.tensor) if value.role is Role.PARAM and value.tensor.shape != shape else value
     if isinstance(value, Mapping):
@@ -516,7 +574,11 @@ def _fitted(value: Any, shape: tuple[int, ...]) -> Any:
 
 
 def _globals(reader: Reader, optimizers: Sequence[torch.optim.Optimizer]) -> Mapping[str, Value]:
+<<<<<<< HEAD
     """Return what belongs to no parameter, as ``state_dict.from_state_dict`` lays it out."""
+=======
+    """Return state under keys that are no parameters, as ``state_dict.from_state_dict`` lays it out."""
+>>>>>>> house
     found: dict[str, Value] = {}
     for number, optimizer in enumerate(optimizers):
         own = {**_loose(reader, optimizer), **{key: reader.value(raw, (key,)) for key, raw in beside(optimizer).items()}}

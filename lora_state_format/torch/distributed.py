@@ -52,7 +52,7 @@ class StateReader(StorageReader):
 
     @classmethod
     def of(cls, state: OptimizerState, key: Callable[[str, str], str] = "{}/{}".format) -> StateReader:
-        """All tensors of a state, under ``key(parameter, slot)``; nested slots are joined by dots."""
+        """Return all tensors of a state, under ``key(parameter, slot)``; nested slots are joined by dots."""
         return cls(
             {
                 key(parameter.name, ".".join(map(str, path))): slot.tensor
@@ -61,9 +61,11 @@ class StateReader(StorageReader):
             }
         )
 
-    def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None: ...
+    def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
+        """Do nothing: there is nothing to reset."""
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        """Return the metadata that torch's planner works with."""
         return Metadata(
             state_dict_metadata={
                 key: TensorStorageMetadata(
@@ -79,15 +81,19 @@ class StateReader(StorageReader):
             storage_meta=StorageMeta(),
         )
 
-    def set_up_storage_reader(self, metadata: Metadata, is_coordinator: bool, *args: Any, **kwargs: Any) -> None: ...
+    def set_up_storage_reader(self, metadata: Metadata, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
+        """Do nothing: the state is open."""
 
     def prepare_local_plan(self, plan: LoadPlan) -> LoadPlan:
+        """Return the plan as it is."""
         return plan
 
     def prepare_global_plan(self, plans: list[LoadPlan]) -> list[LoadPlan]:
+        """Return the plans as they are."""
         return plans
 
     def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
+        """Read what this rank needs of each item."""
         for item in plan.items:
             assert item.type is LoadItemType.TENSOR
             key = item.storage_index.fqn
@@ -103,11 +109,12 @@ class StateReader(StorageReader):
 
     @classmethod
     def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:
+        """Return ``False``: this reader is never chosen by a path."""
         return False
 
 
 def read_shard(tensor: Tensor, out: DTensor, where: str) -> None:
-    """This rank's part of a tensor into its part of ``out``, whatever the placement."""
+    """Read this rank's part of a tensor into its part of ``out``, whatever the placement."""
     reader, planner = StateReader({where: tensor}), DefaultLoadPlanner()
     planner.set_up_planner({where: out}, reader.read_metadata(), is_coordinator=False)
     reader.read_data(planner.create_local_plan(), planner).wait()
@@ -164,7 +171,7 @@ class Together:
         self._held: tuple[DTensor, memoryview] | None = None
 
     def take(self, tensor: DTensor) -> memoryview:
-        """All bytes of a tensor. Only the last one taken is held."""
+        """Return all bytes of a tensor. Only the last one taken is held."""
         if self._held is None or self._held[0] is not tensor:
             self._held = None
             if self._sync(READY) != READY:
@@ -187,7 +194,7 @@ class Together:
             )
 
     def _sync(self, flag: int) -> int:
-        """What all ranks say, or ``FAILED`` where they do not say the same."""
+        """Return what all ranks say, or ``FAILED`` where they do not say the same."""
         flags = torch.tensor([flag, -flag], device=self._device)
         dist.all_reduce(flags, dist.ReduceOp.MAX)
         worst, best = int(flags[0]), -int(flags[1])
@@ -240,14 +247,14 @@ class _Gathered:
 
 
 def gathered(tensor: DTensor) -> Tensor:
-    """A DTensor as all its bytes, which can be read inside ``Together``."""
+    """Return a DTensor as all its bytes, which can be read inside ``Together``."""
     dtype = dtype_name(tensor.dtype)
     assert dtype is not None
     return contiguous(dtype, tuple(tensor.shape), _Gathered(tensor))
 
 
 def follow(tensors: Iterable[Tensor]) -> None:
-    """What the ranks that do not write do: bring together each tensor when its turn comes."""
+    """Take part, on the ranks that do not write, in bringing each tensor together when its turn comes."""
     for tensor in tensors:
         for piece in tensor.pieces:
             if isinstance(piece.source, _Gathered) and tensor.size:
@@ -255,7 +262,7 @@ def follow(tensors: Iterable[Tensor]) -> None:
 
 
 def from_first(value: T | None) -> T:
-    """What rank 0 has, on every rank."""
+    """Return, on every rank, what rank 0 has."""
     box = [value]
     dist.broadcast_object_list(box, src=0)
     assert box[0] is not None

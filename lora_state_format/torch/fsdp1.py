@@ -31,7 +31,7 @@ class Part:
 
 
 def parts_of(model: torch.nn.Module) -> dict[int, Part]:
-    """The parameters that FSDP1 has cut up, by ``id(parameter)``; no more than a look where there can be none.
+    """Return the parameters that FSDP1 has cut up, by ``id(parameter)``; no more than a look where there can be none.
 
     Raises ``CaptureError`` for ``use_orig_params=False``, where parameters have no names of their own.
     """
@@ -54,12 +54,12 @@ def parts_of(model: torch.nn.Module) -> dict[int, Part]:
 
 
 def run_of(tensor: Tensor, part: Part) -> Tensor:
-    """A rank's elements of a slot of the parameter's shape; nothing is read."""
+    """Return a rank's elements of a slot of the parameter's shape; nothing is read."""
     return contiguous(tensor.dtype, (tensor.count,), tensor).part((part.start,), (part.count,))
 
 
 def full_state(optimizer: torch.optim.Optimizer, model: torch.nn.Module) -> Mapping[str, Mapping[str, Any]]:
-    """The slots of whole parameters by name on rank 0, nothing on the others; every rank must call this."""
+    """Return the slots of whole parameters by name on rank 0, nothing on the others; every rank must call this."""
     from torch.distributed.fsdp import (
         FullOptimStateDictConfig,
         FullStateDictConfig,
@@ -94,5 +94,5 @@ def whole_weights(model: torch.nn.Module) -> Iterator[None]:
 
 
 def _elsewhere(model: torch.nn.Module) -> bool:
-    """Whether there is anything to move to the host's memory."""
+    """Return whether there is anything to move to the host's memory."""
     return any(parameter.device.type != "cpu" for parameter in model.parameters())

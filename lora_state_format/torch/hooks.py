@@ -39,6 +39,7 @@ class Following:
     handles: tuple[Any, ...]
 
     def remove(self) -> None:
+        """Take the hooks off again."""
         for handle in self.handles:
             handle.remove()
 
@@ -118,7 +119,7 @@ def _inside_dcp() -> bool:
 
 
 def _named(state_dict: Mapping[str, Any], model: Models) -> OptimizerState | None:
-    """The state under the names that the state dict carries; ``None`` if it carries none."""
+    """Return the state under the names that the state dict carries; ``None`` if it carries none."""
     if not all("param_names" in group for group in state_dict["param_groups"]):
         return None
     positional = from_state_dict(state_dict, leaf=cast("Leaf", as_leaf), origin={"format": "torch"})

@@ -89,7 +89,7 @@ def plan(state: OptimizerState, optimizer: Optimizers, model: Models, **policies
 
 
 def _open(path: Path, live: Live) -> OptimizerState:
-    """The named state at a path; positions are named in the live optimizer's order, or else by the live model."""
+    """Return the named state at a path; positions are named by the live optimizer's order, or the live model."""
     if envelope.is_state(path):
         return reading.open_state(path)
     checkpoint = registry.read(path)
@@ -129,7 +129,7 @@ def _open(path: Path, live: Live) -> OptimizerState:
 
 
 def _beside(parameter: LiveParameter, weights: Mapping[str, Tensor]) -> Parameter:
-    """The parameter, with the digest of its own bytes where they lie beside the state."""
+    """Return the parameter, with the digest of its own bytes where they lie beside the state."""
     key = peft_key(parameter.name)
     tensor = weights.get(key[0] if key else parameter.name)
     return Parameter(
@@ -138,14 +138,14 @@ def _beside(parameter: LiveParameter, weights: Mapping[str, Tensor]) -> Paramete
         state=None,
         dtype=parameter.dtype,
         tied=parameter.tied,
-        keys={"peft": key[0]} if key else {},
+        foreign_names={"peft": key[0]} if key else {},
         weights=Digest(ALGORITHM, tensor.dtype, digests.hash_tensor(tensor)) if tensor else None,
     )
 
 
 @contextlib.contextmanager
 def _agreed(optimizer: Optimizers, model: Models) -> Iterator[Callable[[], None]]:
-    """What is called before anything changes: of a sharded model it returns when every rank is there."""
+    """Give a barrier to call before anything changes; of a sharded model it returns when every rank is there."""
     if sharding(optimizer, model) is None:
         yield lambda: None
         return

@@ -37,7 +37,7 @@ _PROJECTORS: Final = frozenset(
 """Classes whose objects are what their attributes are."""
 
 def unpacked(raw: Any) -> Any:
-    """A slot with its objects as mappings, laid out as ``quantised.unpack_torchao`` lays out those of a pickle."""
+    """Return a slot with its objects as mappings, laid out as ``torchao.unpack_torchao`` does for a pickle."""
     path = f"{type(raw).__module__}.{type(raw).__qualname__}"
     if type(raw).__name__ in _MOMENTS and path.startswith("torchao."):
         kept = {key: value for key, value in vars(raw).items() if key != "_shape"}
@@ -50,7 +50,7 @@ def unpacked(raw: Any) -> Any:
 
 
 def packed(tree: dict[Any, Any]) -> Any:
-    """A mapping of live tensors as the object that it was, or as it is.
+    """Return a mapping of live tensors as the object that it was, or as it is.
 
     Raises ``UnrepresentableError`` for another class than those, ``MissingDependencyError`` if its package is not
     installed.
@@ -85,7 +85,7 @@ def _module(name: str) -> Any:
 
 
 def flat(slots: Mapping[str, Any], lineage: tuple[str, ...]) -> Mapping[str, Any]:
-    """A parameter's slots as the live class has them: bitsandbytes nests those of its state dict since 0.49.2."""
+    """Return a parameter's slots as the live class has them: bitsandbytes nests them in dicts since 0.49.2."""
     inner = slots.get(BITSANDBYTES)
     if not isinstance(inner, Mapping) or not any(path.startswith("bitsandbytes.") for path in lineage):
         return slots

@@ -72,7 +72,7 @@ MAX_SECONDS: Final = 120
 
 
 def rebuild(folder: str | os.PathLike[str], adapter_config: str | os.PathLike[str] | None = None) -> list[Described]:
-    """The parameters of the model that ``config.json`` and, for an adapter, ``adapter_config.json`` describe.
+    """Return the parameters of the model that ``config.json`` and, for an adapter, ``adapter_config.json`` describe.
 
     They stand in ``named_parameters()`` order, frozen ones too; their dtypes are unknown. ``adapter_config`` is the
     adapter's configuration where it lies elsewhere. No weights are read, no code of the checkpoint is run, nothing is
@@ -114,7 +114,7 @@ def rebuild(folder: str | os.PathLike[str], adapter_config: str | os.PathLike[st
 
 
 def describe(model: Models) -> list[Described]:
-    """Every parameter of a model, or of several by name, in ``named_parameters()`` order, each once."""
+    """Return every parameter of a model, or of several by name, in ``named_parameters()`` order, each once."""
     found = named_tensors(model)
     result = []
     for name, tensor in found.tensors.items():
@@ -127,7 +127,7 @@ def describe(model: Models) -> list[Described]:
                     state=None,
                     adapter=parts[1] if parts else None,
                     tied=found.tied.get(name, ()),
-                    keys={"peft": key[0]} if key else {},
+                    foreign_names={"peft": key[0]} if key else {},
                 ),
                 tensor.requires_grad,
                 tuple(kind.__name__ for kind in found.owners[name].__mro__[:-1]),
@@ -137,7 +137,7 @@ def describe(model: Models) -> list[Described]:
 
 
 def _bare(value: Any, path: Path) -> Any:
-    """A configuration without what names code. Raises ``FileError`` for more of something than a model has."""
+    """Return a configuration without what names code. Raises ``FileError`` for more of something than a model has."""
     if isinstance(value, list):
         return [_bare(item, path) for item in value]
     if not isinstance(value, dict):
@@ -186,7 +186,7 @@ def _replaced(holder: Any, name: str, value: Any) -> Iterator[None]:
 
 
 def _model_config(transformers: Any, described: dict[str, Any]) -> Any:
-    """The model's configuration, from a folder that holds nothing else."""
+    """Return the model's configuration, from a folder that holds nothing else."""
     if "model_type" not in described:
         raise ValueError(f"{CONFIG} has no model_type")
     with tempfile.TemporaryDirectory() as folder:
@@ -197,7 +197,7 @@ def _model_config(transformers: Any, described: dict[str, Any]) -> Any:
 
 
 def _adapter(peft: Any, members: dict[str, Any]) -> PeftConfig:
-    """The adapter's configuration, made to train and to start from nothing."""
+    """Return the adapter's configuration, made to train and to start from nothing."""
     if members.get("peft_type") not in peft.PEFT_TYPE_TO_CONFIG_MAPPING:
         raise ValueError(f"adapters of type {members.get('peft_type')!r} are not known")
     if members["peft_type"] in LOADING:
@@ -208,7 +208,7 @@ def _adapter(peft: Any, members: dict[str, Any]) -> PeftConfig:
 
 
 def _class(transformers: Any, config: Any, tuned: PeftConfig | None) -> Any:
-    """What builds the model: the class the adapter was put on, or has a head for, or the one the config names."""
+    """Return what builds the model: the class of the adapter's base or head, or the one that the config names."""
     if tuned is not None:
         name = (tuned.auto_mapping or {}).get("base_model_class")
         if name and hasattr(transformers, name):

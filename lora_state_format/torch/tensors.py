@@ -13,6 +13,7 @@ import xxhash
 from lora_state_format.errors import DigestError, UnrepresentableError
 from lora_state_format.io.ledger import Ledger
 from lora_state_format.model.digests import stated_hash
+from lora_state_format.model.dtypes import NAMES
 from lora_state_format.model.sources import Memory, Source
 from lora_state_format.model.states import Scalar
 from lora_state_format.model.tensors import CHUNK, Box, Piece, Tensor, contiguous
@@ -29,14 +30,8 @@ __all__ = [
     "to_torch",
 ]
 
-_SPELLINGS: Final[Mapping[str, str]] = {
-    "BOOL": "bool", "U8": "uint8", "I8": "int8", "U16": "uint16", "I16": "int16", "U32": "uint32", "I32": "int32",
-    "U64": "uint64", "I64": "int64", "F16": "float16", "BF16": "bfloat16", "F32": "float32", "F64": "float64",
-    "C64": "complex64", "F8_E5M2": "float8_e5m2", "F8_E4M3": "float8_e4m3fn", "F8_E8M0": "float8_e8m0fnu",
-    "F8_E4M3FNUZ": "float8_e4m3fnuz", "F8_E5M2FNUZ": "float8_e5m2fnuz",
-}  # fmt: skip
 DTYPES: Final[Mapping[str, torch.dtype]] = {
-    name: getattr(torch, spelled) for name, spelled in _SPELLINGS.items() if hasattr(torch, spelled)
+    name: getattr(torch, spelled) for name, spelled in NAMES.items() if hasattr(torch, spelled)
 }
 """safetensors' dtypes as torch has them. The 4- and 6-bit ones, which torch packs or lacks, are not there."""
 
@@ -44,12 +39,12 @@ _NAMES: Final = {dtype: name for name, dtype in DTYPES.items()}
 
 
 def dtype_name(dtype: torch.dtype) -> str | None:
-    """A torch dtype in safetensors' spelling, ``None`` if it has none."""
+    """Return a torch dtype in safetensors' spelling, ``None`` if it has none."""
     return _NAMES.get(dtype)
 
 
 def is_sharded(tensor: Any) -> bool:
-    """Whether this is a DTensor, of which each rank has its part; no more than a look where there can be none."""
+    """Return whether this is a DTensor, of which each rank has its part."""
     module = sys.modules.get("torch.distributed.tensor")
     return module is not None and isinstance(tensor, module.DTensor)
 
@@ -86,7 +81,7 @@ class _Device:
 
 
 def from_torch(tensor: torch.Tensor) -> Tensor:
-    """A live tensor as the places of its bytes: nothing is copied, and what changes there later changes here.
+    """Return a live tensor as the places of its bytes: nothing is copied, and what changes there later changes here.
 
     Other layouts than C order are described by their strides. Raises ``UnrepresentableError`` for tensors that have no
     plain bytes (subclasses, sparse ones, dtypes that safetensors lacks).
@@ -106,19 +101,19 @@ def from_torch(tensor: torch.Tensor) -> Tensor:
 
 
 def to_torch(tensor: Tensor) -> torch.Tensor:
-    """A tensor of its own in CPU memory. Raises ``UnrepresentableError`` for a dtype that torch lacks."""
+    """Return a tensor of its own in CPU memory. Raises ``UnrepresentableError`` for a dtype that torch lacks."""
     result = torch.empty(tensor.shape, dtype=dtype_of(tensor.dtype))
     read_into(tensor, result)
     return result
 
 
 def scalar_to_torch(scalar: Scalar) -> torch.Tensor:
-    """A 0-d tensor in CPU memory."""
+    """Return a 0-d tensor in CPU memory."""
     return torch.frombuffer(bytearray(scalar.data), dtype=dtype_of(scalar.dtype)).reshape(())
 
 
 def dtype_of(name: str) -> torch.dtype:
-    """The torch dtype that safetensors spells so. Raises ``UnrepresentableError`` if this torch has none."""
+    """Return the torch dtype that safetensors spells so. Raises ``UnrepresentableError`` if this torch has none."""
     if name not in DTYPES:
         raise UnrepresentableError(f"a tensor of type {name}, which this torch does not have")
     return DTYPES[name]

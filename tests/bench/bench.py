@@ -218,7 +218,7 @@ def many(count: int) -> Any:
                 state={"step": Scalar("F32", b"\0\0\x80\x3f"), **slots},
                 dtype="F32",
                 adapter="default",
-                keys={"peft": f"{key}.weight"},
+                foreign_names={"peft": f"{key}.weight"},
                 weights=Digest("xxh3-128", "F32", f"{number:032x}"),
             )
         )

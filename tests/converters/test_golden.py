@@ -104,7 +104,7 @@ def test_lerobot_positional(tmp_path: Path) -> None:
         if name.endswith("json"):
             assert json.loads(ours.read_text()) == json.loads(theirs.read_text())
         else:
-            assert sorted(ours.read_bytes()) == sorted(theirs.read_bytes())
+            assert ours.read_bytes() == theirs.read_bytes()
 
 
 def test_lerobot_several_optimizers() -> None:

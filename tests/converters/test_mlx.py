@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import zipfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from lora_state_format.errors import (
 from lora_state_format.format import reading, writing
 from lora_state_format.io import safetensors
 from lora_state_format.io.plain import header
+from lora_state_format.mapping.maps import MAPS
 from lora_state_format.model.sources import Memory
 from lora_state_format.model.states import (
     Checkpoint,
@@ -148,7 +150,7 @@ def test_what_the_caller_has_to_say(tmp_path: Path) -> None:
     mlx.write(plain, tmp_path / "back.safetensors", base=None, force=False, options={})
     flax = registry.writer("flax_msgpack")
     with pytest.raises(UnrepresentableError) as refused:
-        flax.write(plain, tmp_path / "never", base=None, force=False, options={})
+        flax.write(plain, tmp_path / "never", base=None, force=False, options={"map": "none"})
     assert str(refused.value) == "the target has no place for the state of adam_uncorrected"
 
 
@@ -245,10 +247,40 @@ def test_what_mlx_has_no_place_for(tmp_path: Path) -> None:
             ConversionError,
             "'p0' of shape [2] has no rule in map 'mlx_lm' to go back by",
         ),
+        (
+            state(Group(0, (("lr", 0.1), ("maximize", True)), 1)),
+            {},
+            UnrepresentableError,
+            "group 0 has maximize=True, which adam of other frameworks does not have",
+        ),
+        (
+            state(Group(0, (("lr", 0.1), ("decoupled_weight_decay", True)), 1)),
+            {},
+            UnrepresentableError,
+            "group 0 has decoupled_weight_decay=True, which adam of other frameworks does not have",
+        ),
+        (
+            state(Group(0, (("lr", 0.1), ("eps", 1e-8)), 1), Group(0, (("lr", 0.1), ("eps", 1e-6)), 1)),
+            {},
+            UnrepresentableError,
+            "groups differ in eps (1e-08, 1e-06), and the target has one eps for all: say which with --option eps=...",
+        ),
+        (
+            replace(state(Group(0, (("lr", 0.1),), 1)), globals={"k": 3}),
+            {},
+            UnrepresentableError,
+            "'k' belongs to no parameter: the target has no place for it",
+        ),
+        (
+            replace(state(Group(0, (("lr", 0.1),), 1)), optimizers=(Optimizer("torch.optim.adam.Adam"),) * 2),
+            {},
+            UnrepresentableError,
+            "the state of 2 optimizers, where the target has that of one",
+        ),
     ]
     for found, options, kind, message in cases:
         with pytest.raises(kind) as caught:
-            mlx.write(found, target, base=None, force=False, options=options)
+            mlx.write(found, target, base=None, force=False, options={"map": "none", **options})
         assert str(caught.value) == message
     with pytest.raises(OptionError) as refused:
         mlx.write(cases[0][0], target, base=tmp_path / "base", force=False, options={})
@@ -260,9 +292,15 @@ def test_what_mlx_has_no_place_for(tmp_path: Path) -> None:
         Naming("model"),
     )
     with pytest.raises(UnrepresentableError, match=r"^the state does not say how many steps were taken: say --option "):
+        mlx.write(sgd, target, base=None, force=False, options={"map": "none"})
+    with pytest.raises(OptionError) as unnamed:
         mlx.write(sgd, target, base=None, force=False, options={})
+    assert str(unnamed.value) == (
+        "the names and axes of the state are not those of mlx: say whose it has to have with --map "
+        f"({', '.join(layout.name for layout in MAPS)}, or a file), or --map none to keep them as they are"
+    )
     assert not target.exists()
-    mlx.write(sgd, target, base=None, force=False, options={"step": 7})
+    mlx.write(sgd, target, base=None, force=False, options={"map": "none", "step": 7})
     assert read(target, optimizer="sgd").global_step == 7
 
 
@@ -352,8 +390,8 @@ def test_it_holds_what_mlx_holds_and_comes_back(tmp_path: Path, name: str, dora:
     named = "base_model.model.model.layers.1.self_attn.q_proj.lora_A.default.weight"
     adapter = dict(tree_flatten(model.trainable_parameters()))
     assert state[named].shape == adapter["model.layers.1.self_attn.q_proj.lora_a"].shape[::-1]
-    assert state[named].keys == {"peft": "base_model.model.model.layers.1.self_attn.q_proj.lora_A.weight"}
-    weight = checkpoint.weights[state[named].keys["peft"]]
+    assert state[named].foreign_names == {"peft": "base_model.model.model.layers.1.self_attn.q_proj.lora_A.weight"}
+    weight = checkpoint.weights[state[named].foreign_names["peft"]]
     assert np.array_equal(weight.numpy(), np.array(adapter["model.layers.1.self_attn.q_proj.lora_a"]).T)
     other = "lora_magnitude_vector.default.weight" if dora else "lora_embedding_A.default"
     assert any(name.endswith(other) for name in state)

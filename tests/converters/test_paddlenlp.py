@@ -172,8 +172,8 @@ def test_what_is_refused(tmp_path: Path) -> None:
         (
             adam(),
             {"weight_map": {"w/moment1_0": "../x"}},
-            FileError,
-            "its weight_map names files outside of its folder",
+            RefusedError,
+            "names '../x', which is not the name of a file in its folder",
         ),
         (
             adam(),

@@ -184,7 +184,7 @@ def test_sharded_weights_and_versions_beside_it(tmp_path: Path, model: torch.nn.
         (
             "model.safetensors.index.json",
             '{"weight_map": {"x": "../model.safetensors"}}',
-            "its weight_map names files outside of its folder",
+            "names '../model.safetensors', which is not the name of a file in its folder",
         ),
         ("model.safetensors", "x", "1 bytes: too short for a safetensors file [R1]"),
     ],

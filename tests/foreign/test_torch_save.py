@@ -13,9 +13,10 @@ import torch
 from lora_state_format.errors import TargetExistsError, UnrepresentableError
 from lora_state_format.foreign import pickles
 from lora_state_format.foreign.torch_save import _STORAGES, _UNTYPED, _directory, save
+from lora_state_format.model.dtypes import item_size
 from lora_state_format.model.sources import File, Memory
 from lora_state_format.model.states import Scalar
-from lora_state_format.model.tensors import contiguous, item_size
+from lora_state_format.model.tensors import contiguous
 
 TENSORS = {
     dtype: contiguous(dtype, (2, 3), Memory(bytes(i % 2 for i in range(6 * item_size(dtype)))))

@@ -21,9 +21,10 @@ from lora_state_format.format.reading import Verification, open_state, verify
 from lora_state_format.format.writing import write
 from lora_state_format.io.safetensors import read_header
 from lora_state_format.model import digests
+from lora_state_format.model.dtypes import BITS
 from lora_state_format.model.sources import File, Memory
 from lora_state_format.model.states import Group, Naming, Optimizer, OptimizerState, Parameter, Role, Scalar, Slot
-from lora_state_format.model.tensors import BITS, Box, Digest, Piece, Tensor, contiguous
+from lora_state_format.model.tensors import Box, Digest, Piece, Tensor, contiguous
 
 VECTORS: Final = Path(__file__).parents[2] / "spec" / "vectors"
 

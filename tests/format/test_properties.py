@@ -20,9 +20,10 @@ from lora_state_format.errors import StateFormatError
 from lora_state_format.format import envelope, reading, writing
 from lora_state_format.format.manifest import fits
 from lora_state_format.io.safetensors import read_header
+from lora_state_format.model.dtypes import BITS
 from lora_state_format.model.sources import File, Memory
 from lora_state_format.model.states import Group, Naming, Optimizer, OptimizerState, Parameter, Role, Scalar, Slot
-from lora_state_format.model.tensors import BITS, Digest, contiguous
+from lora_state_format.model.tensors import Digest, contiguous
 from lora_state_format.operations.diff import diff
 
 DTYPES: Final = sorted(BITS)
@@ -114,7 +115,7 @@ def parameters(draw: st.DrawFn, name: str, tied: tuple[str, ...]) -> Parameter:
         dtype=draw(st.none() | st.sampled_from(DTYPES)),
         adapter=draw(st.none() | TEXT),
         tied=tied,
-        keys=draw(st.dictionaries(TEXT, TEXT, max_size=2)),
+        foreign_names=draw(st.dictionaries(TEXT, TEXT, max_size=2)),
         weights=draw(st.none() | digests()),
         original_id=draw(st.none() | st.integers(0, 2**70) | TEXT),
     )
@@ -208,7 +209,8 @@ def test_equal_states_have_equal_bytes(state: OptimizerState) -> None:
             replace(g, options=tuple((key, shuffled(value)) for key, value in g.options)) for g in state.groups
         ),
         parameters=tuple(
-            replace(p, state=shuffled(p.state), keys=dict(reversed([*p.keys.items()]))) for p in state.parameters
+            replace(p, state=shuffled(p.state), foreign_names=dict(reversed([*p.foreign_names.items()])))
+            for p in state.parameters
         ),
         naming=replace(state.naming, details=shuffled(state.naming.details)),
         **{name: shuffled(getattr(state, name)) for name in ("globals", "origin", "extra", "extensions")},

@@ -221,7 +221,7 @@ def hostile_state() -> OptimizerState:
         optimizers=(Optimizer(f"torch.optim.{ODD}"),),
         groups=(Group(0, ((ODD, ODD), ("lr", 0.5)), 2, ODD),),
         parameters=(
-            Parameter(ODD, (2, 3), slots, adapter=ODD, tied=(f"{ODD}2",), keys={"peft": ODD}),
+            Parameter(ODD, (2, 3), slots, adapter=ODD, tied=(f"{ODD}2",), foreign_names={"peft": ODD}),
             Parameter("../../b", (2, 3), slots),
         ),
         naming=Naming(ODD, ODD, {ODD: ODD}),

@@ -159,7 +159,7 @@ def test_the_function_is_the_same_and_the_way_back_is_exact(tmp_path: Path, case
     x = filled(7, IN)
     np.testing.assert_allclose(peft(moments(ours), x, path), function(arrays, x), rtol=1e-4, atol=1e-5)
     assert ours.naming.details == {"map": name, "order": "modules"}
-    assert ours[f"{path}.lora_A.default.weight"].keys == {"peft": f"{path}.lora_A.weight"}
+    assert ours[f"{path}.lora_A.default.weight"].foreign_names == {"peft": f"{path}.lora_A.weight"}
     assert ours[f"{path}.lora_A.default.weight"].adapter == "default"
     write(ours, tmp_path / "state.safetensors")
     with open_state(tmp_path / "state.safetensors") as reopened:

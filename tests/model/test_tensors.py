@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 from lora_state_format.errors import ConversionError, FileError
 from lora_state_format.model import tensors
+from lora_state_format.model.dtypes import BITS, item_size
 from lora_state_format.model.sources import Memory
 from lora_state_format.model.states import (
     Group,
@@ -30,7 +31,7 @@ from lora_state_format.model.states import (
     Value,
     walk,
 )
-from lora_state_format.model.tensors import BITS, Box, Digest, Flat, Piece, Tensor, contiguous, is_tiling, item_size
+from lora_state_format.model.tensors import Box, Digest, Flat, Piece, Tensor, contiguous, is_tiling
 
 Array = np.ndarray[Any, Any]
 
@@ -309,7 +310,10 @@ def test_types_smaller_than_a_byte_are_taken_whole() -> None:
         (lambda t: t.permute((0, 0)), "axes (0, 0) of a tensor with 2"),
         (lambda t: t.part((0,), (1,)), "a box of 1 axes in a tensor of 2"),
         (lambda t: t.part((0, 2), (2, 2)), "box (2, 2) at (0, 2) of a tensor of shape (2, 3)"),
-        (lambda t: t.read([slice(0, 2, 2), slice(None)]), "slices with a step"),
+        (
+            lambda t: t.read([slice(0, 2, 2), slice(None)]),
+            "(slice(0, 2, 2), slice(None, None, None)): a slice of a tensor has no step",
+        ),
         (lambda t: t.readinto(20, memoryview(bytearray(8))), "bytes 20 to 28 of a tensor that has 24"),
     ],
 )
@@ -370,8 +374,8 @@ def named(*parameters: Parameter) -> OptimizerState:
 
 def test_a_state_is_a_mapping_by_name() -> None:
     tensor = contiguous("F32", (2,), Memory(bytes(8)))
-    a = Parameter("a", (2,), {"m": Slot(tensor), "step": 3}, keys={"peft": "x", "mlx": "y"})
-    b, c = Parameter("b", (2,), None, keys={"peft": "z"}), Parameter("c", (2,), {}, keys={"mlx": "z"})
+    a = Parameter("a", (2,), {"m": Slot(tensor), "step": 3}, foreign_names={"peft": "x", "mlx": "y"})
+    b, c = Parameter("b", (2,), None, foreign_names={"peft": "z"}), Parameter("c", (2,), {}, foreign_names={"mlx": "z"})
     state = named(a, b, c)
     assert (list(state), len(state), "a" in state, "nothing" in state) == (["a", "b", "c"], 3, True, False)
     assert state["a"]["m"] is tensor

@@ -375,7 +375,7 @@ def test_digests_first() -> None:
 
 def test_weights_by_a_foreign_key() -> None:
     state, weights = lora(4)
-    keyed = tuple(replace(p, keys={"peft": p.name.replace(".default", "")}) for p in state.parameters)
+    keyed = tuple(replace(p, foreign_names={"peft": p.name.replace(".default", "")}) for p in state.parameters)
     by_key = {name.replace(".default", ""): values for name, values in weights.items()}
     assert weigh(replace(state, parameters=keyed), by_key).verdict == "confirmed"
 

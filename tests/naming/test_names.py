@@ -97,10 +97,10 @@ def test_the_keys_of_every_method_turn_back_into_the_names_of_the_model(
 
     assert {p.name: p.shape for p in found} == live
     assert [p.name for p in found] == list(live)
-    assert all(p.keys["peft"] in keys for p in found)
+    assert all(p.foreign_names["peft"] in keys for p in found)
     for parameter in found:
         own = parameter.adapter is not None
-        assert (peft_key(parameter.name) == (parameter.keys["peft"], adapter)) is own
+        assert (peft_key(parameter.name) == (parameter.foreign_names["peft"], adapter)) is own
 
 
 def test_a_head_that_peft_saves_by_itself_is_trainable(tmp_path: Path) -> None:

@@ -654,9 +654,9 @@ def test_a_wild_checkpoint(folder: str, rule: str, expected: str | None) -> None
     if not path.exists():
         pytest.skip("the collection of other people's checkpoints is not here")
     with lsf.read(path) as named:
-        assert [p.keys.get("peft", p.name) for p in named.parameters] == json.loads((path / "names.json").read_text())[
-            "names"
-        ]
+        assert [p.foreign_names.get("peft", p.name) for p in named.parameters] == json.loads(
+            (path / "names.json").read_text()
+        )["names"]
         assert named.naming.rule == rule
         if expected:
             assert verdict(named) == expected

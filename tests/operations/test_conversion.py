@@ -67,7 +67,7 @@ def test_a_trainer_folder_becomes_a_file_by_name(founding: Founding, tmp_path: P
         assert dict(state.groups[0].options)["lr"] == 1e-3
         assert state.naming.source == "adapter"
         first = next(iter(state))
-        assert state[first].keys == {"peft": first.replace(".default", "")}
+        assert state[first].foreign_names == {"peft": first.replace(".default", "")}
         assert state[first].adapter == "default"
     assert lsf.verify(target).ok
 
@@ -81,7 +81,7 @@ def test_the_weights_digests_are_those_of_the_adapter(founding: Founding, tmp_pa
     convert(founding.path, tmp_path / "optimizer.safetensors")
     with lsf.open_state(tmp_path / "optimizer.safetensors") as state:
         for parameter in state.values():
-            tensor = weights[parameter.keys["peft"]]
+            tensor = weights[parameter.foreign_names["peft"]]
             assert tensor.dtype == torch.float32
             assert parameter.weights is not None
             assert parameter.weights.dtype == "F32"
@@ -180,7 +180,7 @@ def test_names_as_a_list(alone: Path, founding: Founding) -> None:
 def test_a_file_of_adapter_keys_beside_the_adapter(founding: Founding) -> None:
     with read(founding.path, names=[name.replace(".default", "") for name in founding.slots]) as state:
         assert exactly(state, founding)
-        assert all(parameter.keys["peft"] == name.replace(".default", "") for name, parameter in state.items())
+        assert all(parameter.foreign_names["peft"] == name.replace(".default", "") for name, parameter in state.items())
 
 
 @pytest.mark.parametrize("given", ["adapter_model.safetensors", ""])

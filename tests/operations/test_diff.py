@@ -123,7 +123,7 @@ def test_what_is_said_of_a_parameter(tmp_path: Path) -> None:
     for other, line in (
         (replace(a, adapter="x"), "a: adapter: None and 'x'"),
         (replace(a, tied=("z",)), "a: tied: () and ('z',)"),
-        (replace(a, keys={"peft": "y"}), "a: keys: {} and {'peft': 'y'}"),
+        (replace(a, foreign_names={"peft": "y"}), "a: foreign_names: {} and {'peft': 'y'}"),
         (replace(a, original_id=7), "a: original_id: None and 7"),
         (replace(a, dtype="F32"), "a: None [4] and F32 [4]"),
         (role, "a: exp_avg: role param and opaque"),

@@ -30,7 +30,7 @@ def parameter(name: str, fill: int) -> Parameter:
         shape=(2, 2),
         state={"step": Scalar.of("F32", 3.0), "exp_avg": Slot(tensor), "exp_avg_sq": Slot(tensor)},
         adapter="default",
-        keys={"peft": key[0], "other": f"x{fill}"},
+        foreign_names={"peft": key[0], "other": f"x{fill}"},
         weights=Digest("xxh3-128", "F32", f"{fill:032x}"),
     )
 
@@ -128,7 +128,7 @@ def test_a_renamed_adapter(state: OptimizerState) -> None:
     assert changed == 5
     assert list(edited) == [name.replace("default", "style") for name in state]
     assert {found.adapter for found in edited.values()} == {"style"}
-    assert [found.keys for found in edited.values()] == [found.keys for found in state.values()]
+    assert [found.foreign_names for found in edited.values()] == [found.foreign_names for found in state.values()]
     assert unchanged(edited, state, "parameters")
     assert edited.parameters[0].state is state.parameters[0].state
 
@@ -136,7 +136,7 @@ def test_a_renamed_adapter(state: OptimizerState) -> None:
 def test_keys_follow_the_names(state: OptimizerState) -> None:
     edited, changed = rename(state, {NAMES[0]: "encoder.weight"})
     assert changed == 1
-    assert (edited["encoder.weight"].adapter, edited["encoder.weight"].keys) == (None, {"other": "x0"})
+    assert (edited["encoder.weight"].adapter, edited["encoder.weight"].foreign_names) == (None, {"other": "x0"})
     assert edited[NAMES[1]] == state[NAMES[1]]
 
 

@@ -305,12 +305,12 @@ def test_what_does_not_apply(
 
 def test_two_adapters_with_the_same_keys(tmp_path: Path) -> None:
     state = small({}, exp_avg=floats(1, 2))
-    pair = tuple(replace(state["w"], name=name, keys={"peft": "w.lora_A.weight"}) for name in ("one", "two"))
+    pair = tuple(replace(state["w"], name=name, foreign_names={"peft": "w.lora_A.weight"}) for name in ("one", "two"))
     state = replace(state, groups=(Group(0, (), 2),), parameters=pair)
     with pytest.raises(OptionError) as caught:
         export(state, tmp_path / "a.safetensors", "exp_avg", keys="peft")
     assert str(caught.value) == (
-        "'one': slot 'exp_avg' and 'two': slot 'exp_avg' would have the same key, 'w.lora_A.weight': export one "
+        "'one/exp_avg' and 'two/exp_avg' would have the same key, 'w.lora_A.weight': export one "
         "adapter at a time (`lora-state prune`)"
     )
 
@@ -330,9 +330,7 @@ def test_a_flipped_bit(saved: Path, tmp_path: Path) -> None:
     saved.write_bytes(data)
     with lsf.open_state(saved) as state, pytest.raises(DigestError) as caught:
         export(state, tmp_path / "a", "exp_avg")
-    assert str(caught.value) == (
-        f"'{B}': slot 'exp_avg' does not match its digest: the file was changed after it was written"
-    )
+    assert str(caught.value) == (f"tensor '{B}/exp_avg' does not match the digest in the file that it comes from [R21]")
     assert not (tmp_path / "a").exists()
 
 

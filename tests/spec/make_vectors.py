@@ -19,6 +19,7 @@ import xxhash
 
 from lora_state_format.format import writing
 from lora_state_format.io.strict_json import dumps
+from lora_state_format.model.dtypes import BITS
 from lora_state_format.model.sources import Memory
 from lora_state_format.model.states import (
     Group,
@@ -31,7 +32,7 @@ from lora_state_format.model.states import (
     Slot,
     Value,
 )
-from lora_state_format.model.tensors import BITS, Digest, contiguous
+from lora_state_format.model.tensors import Digest, contiguous
 
 FOLDER: Final = Path(__file__).parents[2] / "spec" / "vectors"
 NAME: Final = "optimizer.safetensors"
@@ -263,7 +264,7 @@ def written() -> Iterator[tuple[str, str, OptimizerState]]:
                     adam((2, 4), 3.0, 1),
                     dtype="F32",
                     adapter="default",
-                    keys={"peft": f"{prefix}.lora_A.weight"},
+                    foreign_names={"peft": f"{prefix}.lora_A.weight"},
                     weights=Digest("xxh3-128", "F32", xxh3(bytes(32))),
                 ),
                 Parameter(f"{prefix}.lora_B.default.weight", (4, 2), None, dtype="F32", adapter="default"),
@@ -377,7 +378,7 @@ def written() -> Iterator[tuple[str, str, OptimizerState]]:
         state(
             [
                 Parameter("embed.weight", (2,), None, tied=("head.weight", "decoder.weight"), original_id=3),
-                Parameter("w", (2,), None, keys={"peft": "x.w", "mlx": "w"}, original_id=2**64 + 1),
+                Parameter("w", (2,), None, foreign_names={"peft": "x.w", "mlx": "w"}, original_id=2**64 + 1),
                 Parameter("v", (2,), None, original_id="module.v"),
             ]
         ),

@@ -126,7 +126,7 @@ def test_an_adapters_parameters_know_their_adapter_and_their_key() -> None:
 
     model: Any = get_peft_model(linear(), LoraConfig(target_modules=["0"]), adapter_name="mine")
     found = capture(torch.optim.SGD([p for p in model.parameters() if p.requires_grad]), model)
-    assert [(p.name, p.adapter, p.keys["peft"]) for p in found.parameters] == [
+    assert [(p.name, p.adapter, p.foreign_names["peft"]) for p in found.parameters] == [
         (f"base_model.model.0.lora_{ab}.mine.weight", "mine", f"base_model.model.0.lora_{ab}.weight") for ab in "AB"
     ]
 
