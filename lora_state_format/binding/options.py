@@ -32,7 +32,6 @@ class Chosen:
     notes: tuple[str, ...]
 
 
-<<<<<<< HEAD
 def choose(
     state: OptimizerState,
     live: LiveOptimizer,
@@ -40,9 +39,6 @@ def choose(
     given: Mapping[str, Any],
     crossings: Mapping[tuple[int | None, int], Crossing],
 ) -> Chosen:
-=======
-def choose(state: OptimizerState, live: LiveOptimizer, restored: Mapping[str, str], given: Mapping[str, Any]) -> Chosen:
->>>>>>> house
     """Return what loading sets in each live group.
 
     Args:
@@ -157,7 +153,6 @@ def _sources(state: OptimizerState, live: LiveOptimizer, restored: Mapping[str, 
     return result
 
 
-<<<<<<< HEAD
 def _for_group(
     number: int,
     feeding: Sequence[int],
@@ -195,11 +190,6 @@ def _settable(live: Options, saved: Sequence[Options], ways: Sequence[Crossing |
         if kind in _HYPERPARAMETERS or (kind is Kind.STATE and not crossed):
             if key not in kept:
                 yield key
-=======
-def _settable(live: Mapping[str, Value], saved: Sequence[Mapping[str, Value]]) -> Iterator[str]:
-    """Yield the options that may be set: those that the group has, and state that only the file has."""
-    yield from (key for key in live if kind_of(key) is not Kind.RUNTIME)
->>>>>>> house
     found = {key: None for options in saved for key in options if kind_of(key, options) is Kind.STATE}
     yield from (key for key in found if key not in live and not crossed)
 
@@ -273,7 +263,6 @@ def _zero_rate(live: LiveOptimizer, chosen: Sequence[Options], given: Mapping[st
         )
 
 
-<<<<<<< HEAD
 def _driven(live: LiveOptimizer, given: Mapping[str, Any]) -> Iterator[str]:
     """Yield a note where the caller sets a rate that a scheduler is going to replace."""
     value = given.get("lr", "saved")
@@ -290,12 +279,6 @@ def _left_out(live: LiveOptimizer, saved: Sequence[Options], sources: Sequence[S
 
     A newer torch wrote them, or another class.
     """
-=======
-def _left_out(
-    live: LiveOptimizer, saved: Sequence[Mapping[str, Value]], sources: Sequence[Sequence[int]]
-) -> Iterator[str]:
-    """Yield a note on saved options that change what a step computes and that no live group has."""
->>>>>>> house
     strange = {
         key: None
         for number, feeding in enumerate(sources)

@@ -115,12 +115,8 @@ class _Layout(NamedTuple):
 
 
 def _manifests(state: OptimizerState, max_shard_size: int | None) -> Iterator[Manifest]:
-<<<<<<< HEAD
     """The state's manifest, or those of its shards."""
     state = stowed(state)
-=======
-    """Yield the state's manifest, or those of its shards."""
->>>>>>> house
     bounds = _bounds(state, max_shard_size)
     if len(bounds) == 1:
         yield encode(state)

@@ -147,7 +147,6 @@ def known_path(lineage: Iterable[str]) -> str | None:
 
 
 def known(lineage: Iterable[str]) -> Known:
-<<<<<<< HEAD
     """Return the row of the first of these classes that has one, else ``UNKNOWN``."""
     path = known_path(lineage)
     return UNKNOWN if path is None else CLASSES[path]
@@ -166,7 +165,3 @@ def same_class(saved: tuple[str, ...], live: tuple[str, ...]) -> bool:
 def _scripted(path: str, other: str) -> bool:
     (module, _, name), (module2, _, name2) = path.rpartition("."), other.rpartition(".")
     return name == name2 and (module == module2 or "__main__" in (module, module2))
-=======
-    """Return the row of the first of these classes that has one: a class, then its ancestors."""
-    return next((CLASSES[path] for path in lineage if path in CLASSES), Known(counts=None))
->>>>>>> house

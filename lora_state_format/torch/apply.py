@@ -70,11 +70,7 @@ class LoadReport:
         return "\n".join([self.line(), *self.replaced, *self.notes])
 
     def line(self) -> str:
-<<<<<<< HEAD
         """Return the report without what was replaced, and without its notes."""
-=======
-        """Return the report without its notes."""
->>>>>>> house
         text = f"restored {self.restored}/{self.total} parameters, {_span(self.slots)} slots each"
         if self.steps:
             text += f", step {_span(self.steps)}"
@@ -125,7 +121,6 @@ def carry_out(loading: LoadPlan, live: Live, agree: Callable[[], None] = lambda:
     return _said(report)
 
 
-<<<<<<< HEAD
 class _Staged(NamedTuple):
     """A parameter's new slots, ``None`` for none, and what was quantised for them."""
 
@@ -174,9 +169,6 @@ def _nested(
 
 
 def _staged(loading: LoadPlan, live: Live, ledger: Ledger) -> list[_Staged]:
-=======
-def _staged(loading: LoadPlan, named: Named, ledger: Ledger) -> list[dict[str, Any] | None]:
->>>>>>> house
     """Return the new slots of each binding.
 
     Half of the time goes into the pages of new memory, so two threads read: open files can be read by both. Ranks that
@@ -194,15 +186,9 @@ def _staged(loading: LoadPlan, named: Named, ledger: Ledger) -> list[dict[str, A
         return [*readers.map(stage, loading.bindings)]
 
 
-<<<<<<< HEAD
 def _stage(binding: Binding, live: Live, ledger: Ledger) -> _Staged:
     """Return a parameter's new slots, read and checked."""
     part = live.named.parts.get(binding.name)
-=======
-def _stage(binding: Binding, named: Named, live: LiveOptimizer, ledger: Ledger) -> dict[str, Any] | None:
-    """Return a parameter's new slots, read and checked; ``None`` for none."""
-    part = named.parts.get(binding.name)
->>>>>>> house
     if binding.saved is None or binding.saved.state is None or (part and not part.count):
         return _Staged(None)
     group = live.side.members[binding.name]
@@ -260,22 +246,9 @@ def _built(
     }
 
 
-<<<<<<< HEAD
 def _tensor(slot: Slot, path: tuple[Any, ...], place: _Place) -> torch.Tensor:
     """Return a slot's tensor, where the parameter is; what is shaped like the parameter has its layout too."""
     tensor, binding, parameter = slot.tensor, place.binding, place.parameter
-=======
-def _tensor(
-    slot: Slot,
-    binding: Binding,
-    path: tuple[Any, ...],
-    parameter: torch.Tensor,
-    part: Part | None,
-    ledger: Ledger,
-) -> torch.Tensor:
-    """Return a slot's tensor, where the parameter is; what is shaped like the parameter has its layout too."""
-    tensor = slot.tensor
->>>>>>> house
     saved = dtype_of(tensor.dtype)
     like = slot.role in (Role.PARAM, Role.ROW, Role.COL)
     dtype = dtype_of(binding.dtype) if binding.dtype and like and saved.is_floating_point else saved
@@ -296,19 +269,10 @@ def _tensor(
     return out
 
 
-<<<<<<< HEAD
 def _shard(slot: Slot, dtype: torch.dtype, place: _Place, where: str) -> torch.Tensor:
     """Return this rank's part of a slot, placed as the parameter is."""
     if slot.role is not Role.PARAM or place.binding.resize:
         what = "it has another shape" if place.binding.resize else f"its role is {slot.role.value}, not param"
-=======
-def _shard(
-    slot: Slot, dtype: torch.dtype, binding: Binding, parameter: torch.Tensor, part: Part | None, where: str
-) -> torch.Tensor:
-    """Return this rank's part of a slot, placed as the parameter is."""
-    if slot.role is not Role.PARAM or binding.resize:
-        what = "it has another shape" if binding.resize else f"its role is {slot.role.value}, not param"
->>>>>>> house
         raise BindError(f"{where} cannot follow a sharded parameter: {what}")
     out = torch.empty_like(place.parameter, dtype=dtype, requires_grad=False)
     if place.part:
@@ -320,7 +284,6 @@ def _shard(
     return out
 
 
-<<<<<<< HEAD
 def _resized(old: torch.Tensor, out: torch.Tensor, mean: bool, change: Resize) -> torch.Tensor:
     """Return the moments of a parameter of another shape: what both have is kept, what is new is zero or the mean."""
     new = torch.full(change.after, float(old.double().mean()) if mean and old.numel() else 0.0, dtype=old.dtype)
@@ -333,18 +296,6 @@ def _resized(old: torch.Tensor, out: torch.Tensor, mean: bool, change: Resize) -
 
 def _step(value: int | float | Scalar, row: Known, device: torch.device, on_device: bool) -> Any:
     """Return a step count as a class counts: a Python number, or a 0-d tensor where it expects one."""
-=======
-def _resized(old: torch.Tensor, out: torch.Tensor, mean: bool) -> torch.Tensor:
-    """Return the moments of a parameter of another shape: what both have is kept, what is new is zero or the mean."""
-    common = tuple(slice(0, min(a, b)) for a, b in zip(old.shape, out.shape, strict=True))
-    out.fill_(float(old.double().mean()) if mean and old.numel() else 0.0)
-    out[common].copy_(old[common])
-    return out
-
-
-def _step(value: int | float | Scalar, row: Known, device: torch.device, on_device: bool) -> Any:
-    """Return a step count as the live class counts: a Python number, or a 0-d tensor where it expects one."""
->>>>>>> house
     if row.counts is int:
         return int(value.item().real) if isinstance(value, Scalar) else int(value)
     if isinstance(value, Scalar):
@@ -356,11 +307,7 @@ def _step(value: int | float | Scalar, row: Known, device: torch.device, on_devi
     return step.to(device=device, dtype=torch.float32) if on_device else step
 
 
-<<<<<<< HEAD
 def _in_memory(parameter: Parameter) -> Parameter:
-=======
-def _kept(parameter: Parameter) -> Parameter:
->>>>>>> house
     """Return a carried parameter with its tensors in memory, for a save after the file is closed."""
 
     def copied(value: Any) -> Any:
@@ -373,66 +320,10 @@ def _kept(parameter: Parameter) -> Parameter:
     return replace(parameter, state=copied(parameter.state))
 
 
-<<<<<<< HEAD
 # --- the report -----------------------------------------------------------------------------------------------------
 
 
 def _report(loading: LoadPlan, codes: list[Coded]) -> LoadReport:
-=======
-def _loose(values: Mapping[str, Value], count: int) -> list[dict[Any, Any]]:
-    """Return for each optimizer the state under keys that are no parameters."""
-    found: list[dict[Any, Any]] = []
-    for number in range(count):
-        own = values.get(str(number), {}) if count > 1 else values
-        state = own.get("state", {}) if isinstance(own, Mapping) else {}
-        assert isinstance(state, Mapping)
-        found.append({key: _plain(value) for key, value in state.items()})
-    return found
-
-
-def _plain(value: Value) -> Any:
-    if isinstance(value, Slot):
-        return to_torch(value.tensor)
-    if isinstance(value, Scalar):
-        return scalar_to_torch(value)
-    if isinstance(value, Mapping):
-        return {key: _plain(inner) for key, inner in value.items()}
-    return type(value)(map(_plain, value)) if isinstance(value, (list, tuple)) else value
-
-
-@torch.no_grad()
-def _set(current: Any, value: Any) -> Any:
-    """Return a group option's new value: a live tensor stays the object it is, numbers stay numbers."""
-    if isinstance(current, (list, tuple)) and isinstance(value, (list, tuple)) and len(current) == len(value):
-        return type(current)(_set(a, b) for a, b in zip(current, value, strict=True))
-    if isinstance(current, torch.Tensor) and isinstance(value, (int, float, Scalar, torch.Tensor)):
-        return current.copy_(scalar_to_torch(value) if isinstance(value, Scalar) else torch.as_tensor(value))
-    if isinstance(value, Scalar) and isinstance(current, (int, float)):
-        return value.item()
-    return _plain(value)
-
-
-# --- the report -----------------------------------------------------------------------------------------------------
-
-
-def _compare(loading: LoadPlan) -> tuple[int, tuple[str, ...]]:
-    """Return how many live parameters have the bytes of the save, and the names of those that have others."""
-    matching, differing = 0, []
-    for binding in loading.bindings:
-        saved, own = binding.saved.weights if binding.saved else None, loading.live.parameters[binding.name]
-        if saved is None or own.digest is None or binding.resize:
-            continue
-        if (saved.algorithm, saved.dtype) != (ALGORITHM, own.dtype):
-            continue
-        if own.digest() == saved:
-            matching += 1
-        else:
-            differing.append(binding.name)
-    return matching, tuple(differing)
-
-
-def _report(loading: LoadPlan, matching: int, differing: tuple[str, ...]) -> LoadReport:
->>>>>>> house
     restored = [binding.saved for binding in loading.bindings if binding.saved]
     counts = [sum(1 for _ in parameter.tensors()) for parameter in restored if parameter.state is not None]
     steps = [int(step) for parameter in restored if (step := _number((parameter.state or {}).get("step"))) is not None]

@@ -159,14 +159,9 @@ def _place(path: str, places: dict[str, tuple[str, Any]]) -> tuple[str, Any]:
     return places[path]
 
 
-<<<<<<< HEAD
 def _layer(
     name: str, tensor: torch.Tensor, places: dict[str, tuple[str, Any]], configs: Mapping[str, Any]
 ) -> Layer | None:
-=======
-def _scale(name: str, places: dict[str, tuple[str, Any]]) -> float | None:
-    """Return what PEFT's LoRA layer around a parameter multiplies with: alpha / r, or as the adapter has it."""
->>>>>>> house
     parts = split_adapter(name)
     if parts is None:
         return None
@@ -190,7 +185,6 @@ def _lineage(kind: type) -> tuple[str, ...]:
 
 
 def optimizers_of(optimizer: Optimizers) -> tuple[torch.optim.Optimizer, ...]:
-<<<<<<< HEAD
     """Return the optimizers of a run, without the shells that frameworks put around them.
 
     Raises ``OptionError`` for something that is no optimizer.
@@ -200,9 +194,6 @@ def optimizers_of(optimizer: Optimizers) -> tuple[torch.optim.Optimizer, ...]:
             f"the first argument is a {type(optimizer).__name__}, which is a model: pass the optimizer first, then the "
             "model, then the path"
         )
-=======
-    """Return the optimizers of a run, without the shells that frameworks put around them."""
->>>>>>> house
     listed = [optimizer] if isinstance(optimizer, torch.optim.Optimizer) else optimizer
     return tuple(map(_shelled, listed))
 
@@ -222,47 +213,8 @@ def _shelled(optimizer: Any) -> torch.optim.Optimizer:
     return cast("torch.optim.Optimizer", optimizer)
 
 
-<<<<<<< HEAD
 def digest_of(tensor: torch.Tensor) -> Digest:
     """Return the digest of a live tensor's bytes."""
-=======
-def describe(optimizer: Optimizers, model: Models) -> LiveOptimizer:
-    """Return the live side of a load. Raises ``CaptureError`` as ``capture`` does."""
-    named, optimizers = named_tensors(model), optimizers_of(optimizer)
-    reader = Reader(as_leaf)
-    groups = [
-        LiveGroup(number, tuple(_options(reader, group)), tuple(names), _group_name(group))
-        for number, group, names in _groups(optimizers, named)
-    ]
-    parameters = {
-        name: LiveParameter(
-            name,
-            named.shape(name),
-            dtype_name(tensor.dtype) or str(tensor.dtype),
-            tensor.requires_grad,
-            named.tied.get(name, ()),
-            None if is_sharded(tensor) or name in named.parts else _digester(tensor),
-            named.scaling.get(name),
-        )
-        for name, tensor in named.tensors.items()
-    }
-    lineages = tuple(_stepping(type(found)) for found in optimizers)
-    return LiveOptimizer(tuple(Optimizer(kinds[0]) for kinds in lineages), tuple(groups), parameters, lineages)
-
-
-def _stepping(kind: type) -> tuple[str, ...]:
-    """Return the class and those of its ancestors whose ``step`` it has."""
-    own = inspect.unwrap(kind.step)  # type: ignore[attr-defined]
-    same = [ancestor for ancestor in kind.__mro__ if inspect.unwrap(getattr(ancestor, "step", None) or len) is own]
-    return tuple(_class_path(ancestor) for ancestor in same)
-
-
-def _digester(tensor: torch.Tensor) -> Callable[[], Digest]:
-    return lambda: _digest(tensor)
-
-
-def _digest(tensor: torch.Tensor) -> Digest:
->>>>>>> house
     content = _content(tensor)
     return Digest(ALGORITHM, content.dtype, hash_tensor(content))
 
@@ -318,13 +270,8 @@ def group_name(group: Mapping[str, Any]) -> str | None:
     return name if isinstance(name, str) else None
 
 
-<<<<<<< HEAD
 def group_options(reader: Reader, group: Mapping[str, Any], where: str | None = None) -> Iterator[tuple[str, Value]]:
     """A group's options; those that have no form in a file are left out, with a warning that says ``where``."""
-=======
-def _options(reader: Reader, group: Mapping[str, Any], where: str | None = None) -> Iterator[tuple[str, Value]]:
-    """Yield a group's options; those that have no form in a file are left out, with a warning that says ``where``."""
->>>>>>> house
     for key, raw in group.items():
         if key in ("params", "param_names"):
             continue
@@ -523,13 +470,8 @@ def _parameter(
         dtype=dtype_name(tensor.dtype),
         adapter=parts[1] if parts else None,
         tied=named.tied.get(name, ()),
-<<<<<<< HEAD
         keys={"peft": key[0]} if key else {},
         weights=digest_of(tensor) if weights else None,
-=======
-        foreign_names={"peft": key[0]} if key else {},
-        weights=_digest(tensor) if weights else None,
->>>>>>> house
     )
 
 
@@ -574,11 +516,7 @@ def _fitted(value: Any, shape: tuple[int, ...]) -> Any:
 
 
 def _globals(reader: Reader, optimizers: Sequence[torch.optim.Optimizer]) -> Mapping[str, Value]:
-<<<<<<< HEAD
     """Return what belongs to no parameter, as ``state_dict.from_state_dict`` lays it out."""
-=======
-    """Return state under keys that are no parameters, as ``state_dict.from_state_dict`` lays it out."""
->>>>>>> house
     found: dict[str, Value] = {}
     for number, optimizer in enumerate(optimizers):
         own = {**_loose(reader, optimizer), **{key: reader.value(raw, (key,)) for key, raw in beside(optimizer).items()}}
