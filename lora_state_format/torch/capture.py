@@ -470,7 +470,7 @@ def _parameter(
         dtype=dtype_name(tensor.dtype),
         adapter=parts[1] if parts else None,
         tied=named.tied.get(name, ()),
-        keys={"peft": key[0]} if key else {},
+        foreign_names={"peft": key[0]} if key else {},
         weights=digest_of(tensor) if weights else None,
     )
 
