@@ -17,7 +17,7 @@ from lora_state_format.errors import BindError
 from lora_state_format.model.states import Scalar, Slot, Value
 from lora_state_format.torch.tensors import scalar_to_torch, to_torch
 
-__all__ = ["Change", "Options", "group_changes", "plain", "swap"]
+__all__ = ["Change", "Options", "group_changes", "plain", "remembered", "swap"]
 
 _HOOKS: Final = ("_optimizer_load_state_dict_pre_hooks", "_optimizer_load_state_dict_post_hooks")
 _KEPT: Final = frozenset({"state", "param_groups", "defaults", *_HOOKS})
@@ -133,7 +133,7 @@ def swap(changes: Sequence[Change], options: Options, finish: Callable[[], Calla
         options: What their groups are to have.
         finish: Does what else belongs to the load, and returns what undoes it.
     """
-    undo = [_remembered(change.optimizer) for change in changes]
+    undo = [remembered(change.optimizer) for change in changes]
     undo += [_refilling(tensor) for tensor, _ in options.in_place]
     try:
         for change in changes:
@@ -151,7 +151,7 @@ def swap(changes: Sequence[Change], options: Options, finish: Callable[[], Calla
         raise
 
 
-def _remembered(optimizer: torch.optim.Optimizer) -> Callable[[], None]:
+def remembered(optimizer: torch.optim.Optimizer) -> Callable[[], None]:
     """Return what puts an optimizer back as it is now."""
     attributes, state = dict(vars(optimizer)), dict(optimizer.state)
     mappings = [(mapping, dict(mapping)) for mapping in (*optimizer.param_groups, optimizer.defaults)]
