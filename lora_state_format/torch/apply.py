@@ -111,13 +111,14 @@ def carry_out(loading: LoadPlan, live: Live, agree: Callable[[], None] = lambda:
     loading.state.check_unchanged()
     report = _report(loading, [entry.coded for entry in staged if entry.coded])
     tensors, members = live.named.tensors.values(), tuple(loading.live.members)
+    before = carrying.entries(tensors)
     agree()
-
-    def carry() -> Callable[[], None]:
-        before = carrying.replaced(tensors, members, carried)
-        return lambda: carrying.restore(tensors, before)
-
-    swap(changes, options, carry)
+    swap(
+        changes,
+        options,
+        lambda: carrying.replace(tensors, members, carried),
+        lambda: carrying.restore(tensors, before),
+    )
     return _said(report)
 
 

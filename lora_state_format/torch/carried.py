@@ -13,11 +13,11 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from lora_state_format.model.states import Parameter
 
-__all__ = ["kept", "replaced", "restore"]
+__all__ = ["Kept", "entries", "kept", "replace", "restore"]
 
-_Kept = tuple[frozenset[str], tuple[Parameter, ...]]
+Kept = tuple[frozenset[str], tuple[Parameter, ...]]
 
-_KEPT: Final = cast("MutableMapping[torch.Tensor, list[_Kept]]", WeakTensorKeyDictionary())
+_KEPT: Final = cast("MutableMapping[torch.Tensor, list[Kept]]", WeakTensorKeyDictionary())
 """First parameter of a model -> for each optimizer the names of its parameters at the load, and what it carries."""
 
 
@@ -26,23 +26,24 @@ def kept(tensors: Collection[torch.Tensor], members: Collection[str]) -> tuple[P
     return tuple(parameter for names, carried in _of(tensors) if not names.isdisjoint(members) for parameter in carried)
 
 
-def replaced(
-    tensors: Collection[torch.Tensor], members: Collection[str], carried: tuple[Parameter, ...]
-) -> list[_Kept]:
-    """Let the optimizers over these parameters carry this from now on; return what the model's carried before."""
-    before = _of(tensors)
-    others = [entry for entry in before if entry[0].isdisjoint(members)]
+def entries(tensors: Collection[torch.Tensor]) -> list[Kept]:
+    """Return everything that a model's optimizers carry, to put back."""
+    return _of(tensors)
+
+
+def replace(tensors: Collection[torch.Tensor], members: Collection[str], carried: tuple[Parameter, ...]) -> None:
+    """Let the optimizers over these parameters carry this from now on."""
+    others = [entry for entry in _of(tensors) if entry[0].isdisjoint(members)]
     restore(tensors, [*others, (frozenset(members), carried)] if carried else others)
-    return before
 
 
-def restore(tensors: Collection[torch.Tensor], entries: list[_Kept]) -> None:
+def restore(tensors: Collection[torch.Tensor], entries: list[Kept]) -> None:
     """Let a model's optimizers carry what they did."""
     first = next(iter(tensors), None)
     if first is not None:
         _KEPT[first] = entries
 
 
-def _of(tensors: Collection[torch.Tensor]) -> list[_Kept]:
+def _of(tensors: Collection[torch.Tensor]) -> list[Kept]:
     first = next(iter(tensors), None)
     return _KEPT[first] if first is not None and first in _KEPT else []

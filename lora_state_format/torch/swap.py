@@ -125,16 +125,19 @@ def plain(value: Value) -> Any:
 # --- the swap -------------------------------------------------------------------------------------------------------
 
 
-def swap(changes: Sequence[Change], options: Options, finish: Callable[[], Callable[[], None]]) -> None:
+def swap(
+    changes: Sequence[Change], options: Options, finish: Callable[[], None], unfinish: Callable[[], None]
+) -> None:
     """Put everything in place.
 
     Args:
         changes: What each optimizer is to have.
         options: What their groups are to have.
-        finish: Does what else belongs to the load, and returns what undoes it.
+        finish: Does what else belongs to the load.
+        unfinish: Undoes that, whether it was done or not.
     """
     undo = [remembered(change.optimizer) for change in changes]
-    undo += [_refilling(tensor) for tensor, _ in options.in_place]
+    undo.append(unfinish)
     try:
         for change in changes:
             if change.beside:
@@ -144,7 +147,7 @@ def swap(changes: Sequence[Change], options: Options, finish: Callable[[], Calla
             mapping.update(values)
         for tensor, new in options.in_place:
             _fill(tensor, new)
-        undo.append(finish())
+        finish()
     except BaseException:
         for back in reversed(undo):
             back()
@@ -152,9 +155,11 @@ def swap(changes: Sequence[Change], options: Options, finish: Callable[[], Calla
 
 
 def remembered(optimizer: torch.optim.Optimizer) -> Callable[[], None]:
-    """Return what puts an optimizer back as it is now."""
+    """Return what puts an optimizer back as it is now, the values of tensors among its options included."""
     attributes, state = dict(vars(optimizer)), dict(optimizer.state)
     mappings = [(mapping, dict(mapping)) for mapping in (*optimizer.param_groups, optimizer.defaults)]
+    options = [value for _, before in mappings for key, value in before.items() if key != "params"]
+    tensors = [(tensor, tensor.detach().clone()) for tensor in _tensors(options)]
 
     def back() -> None:
         vars(optimizer).clear()
@@ -162,13 +167,17 @@ def remembered(optimizer: torch.optim.Optimizer) -> Callable[[], None]:
         for mapping, before in mappings:
             _refill(mapping, before)
         _refill(optimizer.state, state)
+        for tensor, values in tensors:
+            if not torch.equal(tensor, values):
+                _fill(tensor, values)
 
     return back
 
 
-def _refilling(tensor: torch.Tensor) -> Callable[[], None]:
-    before = tensor.detach().clone()
-    return lambda: _fill(tensor, before)
+def _tensors(value: Any) -> list[torch.Tensor]:
+    if isinstance(value, (list, tuple)):
+        return [tensor for item in value for tensor in _tensors(item)]
+    return [value] if isinstance(value, torch.Tensor) else []
 
 
 @torch.no_grad()
