@@ -285,6 +285,7 @@ def _left_out(live: LiveOptimizer, saved: Sequence[Options], sources: Sequence[S
         for source in feeding
         for key in saved[source]
         if kind_of(key, saved[source]) is Kind.MATH and key not in live.options[number]
+        if saved[source][key] not in (None, False)  # what is off says nothing
     }
     if strange:
         yield f"the live groups have no option {', '.join(strange)}: what the file says of it was left out"
