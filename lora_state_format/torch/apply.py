@@ -153,7 +153,11 @@ def _nested(
     """Return the change of an optimizer, and of those inside it, whose slots stand under the attribute."""
     held = inner(optimizer)
     before: Mapping[Any, Any] = optimizer.state
-    state = {key: value for key, value in before.items() if isinstance(key, torch.Tensor) and id(key) not in bound}
+    state = {
+        key: value
+        for key, value in before.items()
+        if isinstance(key, torch.Tensor) and (bound.get(id(key)) is None if _untouched(value) else id(key) not in bound)
+    }
     state |= {p: slots for p, entry in entries.items() if (slots := {k: v for k, v in entry.items() if k not in held})}
     state |= {p: {} for p, entry in entries.items() if not entry}
     loose = own.get("state", {})
@@ -167,6 +171,11 @@ def _nested(
         assert isinstance(nested, Mapping)
         changes += _nested(value, within, nested, bound)
     return changes
+
+
+def _untouched(slots: Mapping[str, Any]) -> bool:
+    """Return whether slots are those that a constructor made: Adagrad's step cannot do without them."""
+    return "step" in slots and not slots["step"]
 
 
 def _staged(loading: LoadPlan, live: Live, ledger: Ledger) -> list[_Staged]:

@@ -107,7 +107,9 @@ def crossed(source: str, target: str) -> tuple[str, LoadReport]:
             assert report.restored == 2
         held = {slot for slots in optimizer.state.values() for slot in slots}
         advance(model, optimizer, range(3, 4))
-        assert all(torch.isfinite(p).all() and not torch.equal(p, q) for p, q in zip(model.values(), before, strict=True))
+        assert all(torch.isfinite(p).all() for p in model.values())
+        moved = any(not torch.equal(p, q) for p, q in zip(model.values(), before, strict=True))
+        assert moved or target.endswith("SOAP"), "only SOAP's first step does nothing but prepare"
         assert held <= {slot for slots in optimizer.state.values() for slot in slots}
         if letter == EXACT:
             reference, same = run(source)
