@@ -22,7 +22,7 @@ from lora_state_format.foreign.torchao import pack_torchao, unpack_torchao
 from lora_state_format.io.ledger import crc32
 from lora_state_format.model.gc import paused
 from lora_state_format.model.states import Group, Optimizer, OptimizerState, PositionalState, Role, Scalar, Slot, Value
-from lora_state_format.model.tensors import Tensor
+from lora_state_format.model.tensors import Tensor, memory_order
 from lora_state_format.optimizers.quantised import TORCHAO
 from lora_state_format.optimizers.roles import role_of
 
@@ -117,7 +117,7 @@ class Reader:
         tensor = self._tensor(raw, place)
         if isinstance(tensor, Tensor):
             role = Role.OPAQUE if depth is None else role_of(place[depth:], tensor.dtype, siblings, options)
-            return Slot(tensor, role)
+            return Slot(tensor, role, memory_order(tensor) if role is Role.OPAQUE else None)
         return tensor
 
     def _tensor(self, raw: Any, place: Place) -> Tensor | Scalar | Value:

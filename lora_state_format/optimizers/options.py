@@ -32,6 +32,10 @@ OPTIONS: Final[Mapping[str, Kind]] = {
     **dict.fromkeys(("name", "names", "param_names", "scaling_factors"), Kind.RUNTIME),
     # Prodigy and D-Adaptation
     **dict.fromkeys(("d", "d0", "d_max", "d_hat", "d_numerator", "d_denom", "numerator_weighted", "k"), Kind.STATE),
+    # what optimizers of pytorch_optimizer put into their groups as they go
+    **dict.fromkeys(("step_size", "g0_norm", "gsq_weighted", "sk_sq_weighted", "sk_l1", "d_de_nom"), Kind.STATE),
+    **dict.fromkeys(("prev_param_norm", "prev_grad_norm", "curr_param_norm", "curr_grad_norm"), Kind.STATE),
+    "update_counter": Kind.STATE,
     # apex and pytorch_optimizer count steps by group
     "step": Kind.STATE,
     # schedule-free

@@ -28,6 +28,7 @@ from lora_state_format.torch.objects import flat, packed
 from lora_state_format.torch.swap import Change, group_changes, plain, swap
 from lora_state_format.torch.tensors import (
     dtype_of,
+    empty,
     from_torch,
     is_sharded,
     read_into,
@@ -274,7 +275,7 @@ def _tensor(slot: Slot, path: tuple[Any, ...], place: _Place) -> torch.Tensor:
     if slot.role is Role.PARAM:
         out = torch.empty_like(parameter, dtype=dtype, requires_grad=False)
     else:
-        out = torch.empty(tensor.shape, dtype=dtype, device=parameter.device)
+        out = empty(tensor.shape, dtype, parameter.device, slot.order)
     read_into(tensor, out, ledger=place.ledger, where=where)
     return out
 
@@ -322,7 +323,7 @@ def _in_memory(parameter: Parameter) -> Parameter:
 
     def copied(value: Any) -> Any:
         if isinstance(value, Slot):
-            return replace(value, tensor=from_torch(to_torch(value.tensor)))
+            return replace(value, tensor=from_torch(to_torch(value.tensor, value.order)))
         if isinstance(value, Mapping):
             return {key: copied(inner) for key, inner in value.items()}
         return type(value)(map(copied, value)) if isinstance(value, (list, tuple)) else value

@@ -35,7 +35,7 @@ from lora_state_format.model.states import (
     Value,
     walk,
 )
-from lora_state_format.model.tensors import Digest, Tensor
+from lora_state_format.model.tensors import Digest, Tensor, memory_order
 from lora_state_format.naming.names import peft_key, split_adapter
 from lora_state_format.optimizers.classes import CLASSES
 from lora_state_format.torch.carried import kept
@@ -507,7 +507,8 @@ def _slots(
 def _fitted(value: Any, shape: tuple[int, ...]) -> Any:
     """Return slots that are called like ones of the parameter's shape, and have another, are opaque."""
     if isinstance(value, Slot):
-        return Slot(value.tensor) if value.role is Role.PARAM and value.tensor.shape != shape else value
+        other = value.role is Role.PARAM and value.tensor.shape != shape
+        return Slot(value.tensor, order=memory_order(value.tensor)) if other else value
     if isinstance(value, Mapping):
         return {key: _fitted(inner, shape) for key, inner in value.items()}
     if isinstance(value, (list, tuple)):

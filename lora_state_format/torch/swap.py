@@ -114,7 +114,7 @@ def _changed(key: str, current: Any, value: Any, split: set[int], in_place: dict
 def plain(value: Value) -> Any:
     """Return a value of a state as torch has it: tensors of its own in CPU memory."""
     if isinstance(value, Slot):
-        return to_torch(value.tensor)
+        return to_torch(value.tensor, value.order)
     if isinstance(value, Scalar):
         return scalar_to_torch(value)
     if isinstance(value, Mapping):
