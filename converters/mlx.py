@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
 
-from lora_state_format.errors import FileError, OptionError, RefusedError, UnrepresentableError
+from lora_state_format.errors import FileError, OptionError, RefusedError, Remedy, UnrepresentableError
 from lora_state_format.foreign.zips import Archive
 from lora_state_format.io import plain
 from lora_state_format.io.safetensors import Entry, Header, read_header
@@ -48,6 +48,7 @@ LAYOUTS: Final = (
 )
 UNCORRECTED: Final = {"adam": "adam_uncorrected", "adamw": "adamw_uncorrected"}
 NAMES: Final = ("optimizer_state.safetensors", "optimizer.safetensors")
+TARGET: Final = NAMES[0]
 SUFFIX: Final = "_optimizer.safetensors"
 """mflux and others write ``0000100_optimizer.safetensors``, and the adapter with the same number."""
 COUNTERS: Final = {"step": ("U64", ()), "learning_rate": ("F32", ())}
@@ -156,8 +157,8 @@ def _rule(options: Mapping[str, Any], path: Path) -> str | None:
     corrected = options.get("bias_correction")
     if not isinstance(corrected, bool):
         raise OptionError(
-            f"{path}: MLX's {rule} corrects the bias of its moments or not (by default it does not), and the file does "
-            "not say: say --option bias_correction=True, or False"
+            f"{path}: the file does not say whether MLX's {rule} corrected the bias of its moments",
+            remedy=Remedy("pass {options}, or False, which is MLX's default", {"options": {"bias_correction": True}}),
         )
     return rule if corrected else UNCORRECTED[rule]
 
@@ -214,7 +215,7 @@ def _steps(state: OptimizerState, algorithm: Algorithm, options: Mapping[str, An
     if count is None:
         count = algorithms.stated_step(options) if "step" in options else state.global_step
     if count is None:
-        raise UnrepresentableError("the state does not say how many steps were taken: say --option step=N")
+        raise UnrepresentableError("the state does not say how many steps were taken", remedy=algorithms.STATE_STEPS)
     return count
 
 
@@ -224,5 +225,8 @@ def _rate(state: OptimizerState, options: Mapping[str, Any]) -> float:
     rates = {rate.item() if isinstance(rate, Scalar) else rate for rate in found}
     rate = options["lr"] if "lr" in options else rates.pop() if len(rates) == 1 else None
     if not isinstance(rate, (int, float)):
-        raise UnrepresentableError(f"groups with the learning rates {found}, where MLX has one: say --option lr=...")
+        raise UnrepresentableError(
+            f"MLX has one learning rate, and the groups have {found}",
+            remedy=Remedy("pass the one to write as {options}", {"options": {"lr": ...}}),
+        )
     return float(rate)

@@ -26,6 +26,8 @@ never at the text.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any, Final
 
 __all__ = [
@@ -41,6 +43,7 @@ __all__ = [
     "OptionError",
     "RankError",
     "RefusedError",
+    "Remedy",
     "StateFormatError",
     "TargetExistsError",
     "UnknownFormatError",
@@ -52,11 +55,77 @@ __all__ = [
 MAX_DETAIL: Final = 2000
 """Characters of a message about a file's bytes."""
 
+SHORT_OPTIONS: Final[Mapping[str, str]] = {"options": "--option", "source_format": "--from", "target_format": "--to"}
+"""Argument of a function -> its option on the command line, where that is not the same word."""
+
+
+@dataclass(frozen=True)
+class Remedy:
+    """What to do about an error, in the words of whoever reads it: of Python's, or of the command line.
+
+    Args:
+        text: A clause with the name of each argument in braces: ``"pass {force} to replace it"``.
+        arguments: Name of an argument -> its value; ``...`` for a value that the reader has to choose. ``options``
+            takes a mapping of a converter's options.
+
+    >>> remedy = Remedy("pass {force} to replace it", {"force": True})
+    >>> remedy.in_python()
+    'pass force=True to replace it'
+    >>> remedy.on_command_line()
+    'pass --force to replace it'
+    """
+
+    text: str
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+
+    def in_python(self) -> str:
+        """Return the text with keyword arguments: ``names=``, ``force=True``, ``options={'step': ...}``."""
+        return self.text.format(**{name: f"{name}={_literal(value)}" for name, value in self.arguments.items()})
+
+    def on_command_line(self) -> str:
+        """Return the text with options: ``--names``, ``--force``, ``--option step=...``."""
+        return self.text.format(**{name: _option(name, value) for name, value in self.arguments.items()})
+
+
+def _literal(value: Any) -> str:
+    if isinstance(value, Mapping):
+        items = (f"{key!r}: {'...' if item is ... else repr(item)}" for key, item in value.items())
+        return f"{{{', '.join(items)}}}"
+    return "" if value is ... else repr(value)
+
+
+def _option(name: str, value: Any) -> str:
+    flag = SHORT_OPTIONS.get(name, f"--{name.replace('_', '-')}")
+    if isinstance(value, Mapping):
+        return " ".join(f"{flag} {key}={'...' if item is ... else item}" for key, item in value.items())
+    return flag if value is ... or value is True else f"{flag} {value}"
+
 
 class StateFormatError(Exception):
-    """Root of the tree. ``exit_code`` is what the command line ends with."""
+    """Root of the tree. ``exit_code`` is what the command line ends with.
+
+    ``remedy`` says what to do now, if that is a matter of arguments; ``str`` spells them as Python does.
+    """
 
     exit_code = 3
+
+    def __init__(self, message: str, *, remedy: Remedy | None = None) -> None:
+        self.message = message
+        self.remedy = remedy
+        super().__init__(message)
+
+    def __str__(self) -> str:
+        return self._with("" if self.remedy is None else self.remedy.in_python())
+
+    def on_command_line(self) -> str:
+        """Return the message with the arguments of its remedy as options of a command."""
+        return self._with("" if self.remedy is None else self.remedy.on_command_line())
+
+    def _with(self, remedy: str) -> str:
+        """Return the message and its remedy: on a line of its own after a message of several lines."""
+        if not remedy:
+            return self.message
+        return f"{self.message}\nhint: {remedy}" if "\n" in self.message else f"{self.message}; {remedy}"
 
 
 class FileError(StateFormatError, ValueError):
@@ -66,11 +135,13 @@ class FileError(StateFormatError, ValueError):
     foreign formats), ``detail`` the message without both.
     """
 
-    def __init__(self, detail: str, *, path: object = None, rule: str | None = None) -> None:
+    def __init__(
+        self, detail: str, *, path: object = None, rule: str | None = None, remedy: Remedy | None = None
+    ) -> None:
         self.detail = detail
         self.path = path
         self.rule = rule
-        super().__init__(_located(detail, path, rule))
+        super().__init__(_located(detail, path, rule), remedy=remedy)
 
 
 def _located(detail: str, path: object, rule: str | None) -> str:
@@ -95,8 +166,8 @@ class UnknownFormatError(StateFormatError, ValueError):
 class AmbiguousFormatError(UnknownFormatError):
     """Several converters recognise the path; ``matches`` names them with their reasons."""
 
-    def __init__(self, message: str, matches: tuple[Any, ...] = ()) -> None:
-        super().__init__(message)
+    def __init__(self, message: str, matches: tuple[Any, ...] = (), *, remedy: Remedy | None = None) -> None:
+        super().__init__(message, remedy=remedy)
         self.matches = matches
 
 
@@ -105,11 +176,13 @@ class DigestError(StateFormatError, ValueError):
 
     exit_code = 1
 
-    def __init__(self, detail: str, *, path: object = None, rule: str | None = None) -> None:
+    def __init__(
+        self, detail: str, *, path: object = None, rule: str | None = None, remedy: Remedy | None = None
+    ) -> None:
         self.detail = detail
         self.path = path
         self.rule = rule
-        super().__init__(_located(detail, path, rule))
+        super().__init__(_located(detail, path, rule), remedy=remedy)
 
 
 class UnrepresentableError(StateFormatError, TypeError):
@@ -132,8 +205,8 @@ class BindError(StateFormatError, ValueError):
 
     exit_code = 1
 
-    def __init__(self, message: str, plan: Any = None) -> None:
-        super().__init__(message)
+    def __init__(self, message: str, plan: Any = None, *, remedy: Remedy | None = None) -> None:
+        super().__init__(message, remedy=remedy)
         self.plan = plan
 
 
@@ -150,8 +223,8 @@ class MissingNamesError(ConversionError):
 class AmbiguousOrderError(ConversionError):
     """Several orders fit; ``candidates`` names them."""
 
-    def __init__(self, message: str, candidates: tuple[str, ...] = ()) -> None:
-        super().__init__(message)
+    def __init__(self, message: str, candidates: tuple[str, ...] = (), *, remedy: Remedy | None = None) -> None:
+        super().__init__(message, remedy=remedy)
         self.candidates = candidates
 
 

@@ -15,7 +15,13 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, NamedTuple, Protocol, cast
 
-from lora_state_format.errors import AmbiguousFormatError, MissingDependencyError, OptionError, UnknownFormatError
+from lora_state_format.errors import (
+    AmbiguousFormatError,
+    MissingDependencyError,
+    OptionError,
+    Remedy,
+    UnknownFormatError,
+)
 
 if TYPE_CHECKING:
     from lora_state_format.model.states import Checkpoint, OptimizerState
@@ -103,7 +109,10 @@ class Converter(Protocol):
 
 
 class Writer(Converter, Protocol):
-    """A converter that can also write its format, exactly or not at all."""
+    """A converter that can also write its format, exactly or not at all.
+
+    One whose checkpoints are single files may say in ``TARGET`` what such a file is called in a folder.
+    """
 
     def write(
         self, state: OptimizerState, path: Path, *, base: Path | None, force: bool, options: Mapping[str, Any]
@@ -227,8 +236,9 @@ def detect(path: str | os.PathLike[str]) -> tuple[Converter, Match]:
     if len(found) > 1:
         claims = "; ".join(f"{converter.NAME} ({match.reason})" for converter, match in found)
         raise AmbiguousFormatError(
-            f"{path}: {len(found)} formats fit: {claims}; say which with --from (source_format=)",
+            f"{path}: {len(found)} formats fit: {claims}",
             tuple((converter.NAME, match) for converter, match in found),
+            remedy=Remedy("pass the right one as {source_format}", {"source_format": ...}),
         )
     if not found:
         known = "; ".join(f"{converter.NAME} ({converter.DESCRIPTION})" for converter in (named, *others))

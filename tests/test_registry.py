@@ -162,8 +162,8 @@ def test_two_claims_to_one_path(package: Path) -> None:
     with pytest.raises(AmbiguousFormatError) as caught:
         registry.detect(path)
     assert str(caught.value) == (
-        f"{path}: 2 formats fit: first (the suffix .both); second (the suffix .both); say which with --from "
-        "(source_format=)"
+        f"{path}: 2 formats fit: first (the suffix .both); second (the suffix .both); pass the right one "
+        "as source_format="
     )
     assert [name for name, _ in caught.value.matches] == ["first", "second"]
 

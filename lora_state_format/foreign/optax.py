@@ -11,6 +11,7 @@ from lora_state_format.foreign.optax_nodes import Keys, Leaf, Node, Tree, counte
 from lora_state_format.mapping.algorithms import (
     HYPERPARAMETERS,
     OPTIMIZER,
+    STATE_STEPS,
     Algorithm,
     Layout,
     check_alike,
@@ -184,7 +185,7 @@ def to_tree(state: OptimizerState, *, options: Mapping[str, Any], base: Tree = N
 
     def counter(dtype: str) -> Scalar:
         if step is None:
-            raise UnrepresentableError("the state does not say how many steps were taken: say --option step=N")
+            raise UnrepresentableError("the state does not say how many steps were taken", remedy=STATE_STEPS)
         return Scalar(dtype, int(step).to_bytes(item_size(dtype), "little"))
 
     def filled(place: Value) -> Tree:

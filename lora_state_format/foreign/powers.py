@@ -12,7 +12,7 @@ from functools import cache
 from itertools import islice
 from typing import Final
 
-from lora_state_format.errors import FileError, OptionError
+from lora_state_format.errors import FileError, OptionError, Remedy
 
 __all__ = ["counted", "power"]
 
@@ -37,23 +37,28 @@ def counted(powers: tuple[float, ...], betas: Betas | None, stated: int | None, 
     """
     held = f"{where} has the powers {list(powers)}"
     if stated is None and betas is None:
-        raise OptionError(f"{where}: neither steps nor betas are known: say --option step=N, or betas=...")
+        raise OptionError(
+            f"{where}: neither the number of steps nor the betas are known",
+            remedy=Remedy("pass one of them, as in {options}", {"options": {"step": ...}}),
+        )
     if not all(0 <= value < 1 for value in powers) or not 0 <= (stated or 0) <= MAX_STEPS:
         raise FileError(
-            f"{held}{f' after {stated} steps' if stated else ''}, which are none, or beyond what is checked"
+            f"{held}{f' after {stated} steps' if stated else ''}, which are not powers of betas in [0, 1), or exceed "
+            f"{MAX_STEPS:,} steps"
         )
     if stated is None:
         assert betas is not None
         count = _count(powers, betas)
         if count is None:
-            raise FileError(f"{held}, to which no number of steps with betas {betas} leads")
+            raise FileError(f"{held}, which are not those of betas {betas} after any number of steps")
         return count, betas
     found = [None if value < TINY else round(value ** (1 / (stated + 1)), 6) for value in powers]
     chosen: tuple[float | None, ...] = betas or tuple(found)
     if not _lead_to(powers, chosen, stated):
         raise FileError(
             f"{held}, which are not those of betas {chosen} after {stated} steps: the files are of different steps, or "
-            "the betas are others (say --option betas=...)"
+            "the betas were different ones",
+            remedy=Remedy("in that case pass {options}", {"options": {"betas": ...}}),
         )
     return stated, betas or (tuple(beta for beta in found if beta is not None) if None not in found else None)
 

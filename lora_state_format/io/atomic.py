@@ -17,12 +17,13 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, Final
 
-from lora_state_format.errors import TargetExistsError
+from lora_state_format.errors import Remedy, TargetExistsError
 
 __all__ = [
     "TemporaryFile",
     "check_target",
     "exchange",
+    "gathered",
     "locked",
     "made_folders",
     "move_new",
@@ -35,6 +36,11 @@ __all__ = [
 
 TOKEN: Final = "[0-9a-f]{16}"
 """A pattern of what makes the name of a temporary file or folder its writer's own."""
+
+SMALL: Final = 1 << 16
+"""Bytes up to which chunks are written together."""
+
+REPLACE: Final = Remedy("pass {force} to replace it", {"force": True})
 
 _AT_FDCWD: Final = -100
 _NOREPLACE: Final = 1
@@ -49,7 +55,7 @@ _UNSUPPORTED: Final = frozenset({errno.EINVAL, errno.ENOSYS, errno.ENOTSUP})
 def refuse_existing(path: Path, *, force: bool) -> None:
     """Raise ``TargetExistsError`` if anything is at a path, a link that points nowhere included, unless ``force``."""
     if not force and os.path.lexists(path):
-        raise TargetExistsError(f"{path} exists; pass force=True (--force) to replace it")
+        raise TargetExistsError(f"{path} exists", remedy=REPLACE)
 
 
 def check_target(path: Path, *, force: bool) -> None:
@@ -91,7 +97,7 @@ def move_new(source: Path, target: Path) -> None:
             refuse_existing(target, force=False)
             source.rename(target)
     except FileExistsError:
-        raise TargetExistsError(f"{target} exists; pass force=True (--force) to replace it") from None
+        raise TargetExistsError(f"{target} exists", remedy=REPLACE) from None
 
 
 def exchange(first: Path, second: Path) -> bool:
@@ -124,7 +130,7 @@ def write_file(path: Path, chunks: Iterable[bytes | memoryview], *, force: bool)
     check_target(path, force=force)
     with TemporaryFile(path) as file:
         position = 0
-        for chunk in chunks:
+        for chunk in gathered(chunks):
             file.write(position, chunk)
             position += len(chunk)
         file.finish()
@@ -135,21 +141,23 @@ def write_file(path: Path, chunks: Iterable[bytes | memoryview], *, force: bool)
 class TemporaryFile:
     """A file next to its target that becomes it, or another file next to it, by a rename; or vanishes.
 
-    It is locked while its writer lives, so that the next writer knows a killed one's left-over and removes it.
+    It is locked while its writer lives, so that the next writer knows a killed one's left-over and removes it; but for
+    ``sweep=False``, where others write parts of the same state on nodes whose locks may be unknown here.
     An ``OSError`` of writing names the target.
     """
 
-    def __init__(self, target: Path) -> None:
+    def __init__(self, target: Path, *, sweep: bool = True) -> None:
         self._target = target
         with locked(target.parent):  # else another writer could sweep the file between its making and its locking
-            _sweep(target)
+            if sweep:
+                _sweep(target)
             self.path = target.with_name(f".{target.name}.{os.urandom(8).hex()}.tmp")
             # 0o666: the umask decides, as for any file that a program makes.
             self._descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
             with contextlib.suppress(OSError):  # a file system without locks: left-overs stay
                 fcntl.flock(self._descriptor, fcntl.LOCK_EX)
 
-    def write(self, position: int, data: bytes | memoryview) -> None:
+    def write(self, position: int, data: bytes | bytearray | memoryview) -> None:
         """Write bytes at a position."""
         with _naming(self._target):
             write_all(self._descriptor, data, position)
@@ -173,11 +181,26 @@ class TemporaryFile:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.path.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # the next writer removes it
+            self.path.unlink()
         os.close(self._descriptor)
 
 
-def write_all(descriptor: int, data: bytes | memoryview, position: int) -> None:
+def gathered(chunks: Iterable[bytes | memoryview]) -> Iterator[bytes | bytearray | memoryview]:
+    """Yield the same bytes, small chunks together: each is a system call."""
+    small = bytearray()
+    for chunk in chunks:
+        if len(small) + len(chunk) > SMALL:
+            yield small
+            small = bytearray()
+        if len(chunk) > SMALL:
+            yield chunk
+        else:
+            small += chunk
+    yield small
+
+
+def write_all(descriptor: int, data: bytes | bytearray | memoryview, position: int) -> None:
     """Write bytes at a position of a file: all of them, where the system takes only some at a time."""
     while len(data):
         count = os.pwrite(descriptor, data, position)

@@ -16,7 +16,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
 
-from lora_state_format.errors import FileError, OptionError, UnrepresentableError
+from lora_state_format.errors import FileError, OptionError, Remedy, UnrepresentableError
 from lora_state_format.model.dtypes import item_size
 from lora_state_format.model.sources import Memory
 from lora_state_format.model.states import Group, OptimizerState, Parameter, Scalar, Slot, Value
@@ -29,6 +29,7 @@ __all__ = [
     "HYPERPARAMETERS",
     "OPTIMIZER",
     "REFUSED",
+    "STATE_STEPS",
     "Algorithm",
     "Layout",
     "check_alike",
@@ -44,6 +45,9 @@ __all__ = [
     "values_of",
     "zeros",
 ]
+
+STATE_STEPS: Final = Remedy("pass the number as {options}", {"options": {"step": ...}})
+"""Where steps are counted and nobody says how many."""
 
 _DECAYS: Final = ("lr", "betas", "eps", "weight_decay")
 
@@ -165,8 +169,8 @@ def choose(name: str | None, layouts: Sequence[Layout], found: Iterable[str], wh
     fit = ", ".join(dict.fromkeys(layout.rule for layout in fitting)) or "no rule that converts"
     if name is None:
         raise OptionError(
-            f"{where} holds {_listed(held)}, and the file does not say of which rule; it fits {fit}: say which with "
-            "--optimizer (optimizer=)"
+            f"{where} holds {_listed(held)}, and the file does not name its optimizer; it fits {fit}",
+            remedy=Remedy("pass the right one as {optimizer}", {"optimizer": ...}),
         )
     algorithm = _find(name)
     layout = next((layout for layout in fitting if layout.rule == algorithm.name), None)
@@ -186,7 +190,10 @@ def of_state(state: OptimizerState, name: str | None) -> Algorithm:
     class_path = classes.pop()
     if class_path is None:
         if name is None:
-            raise OptionError("the state does not say its optimizer's class: say it with --optimizer (optimizer=)")
+            raise OptionError(
+                "the state does not name its optimizer's class",
+                remedy=Remedy("pass it as {optimizer}", {"optimizer": ...}),
+            )
         return _find(name)
     try:
         return _find(class_path)
@@ -243,9 +250,10 @@ def check_alike(groups: Sequence[Group], algorithm: Algorithm, given: Mapping[st
     for key in algorithm.options:
         values = [_plain(options[key]) for options in held if key in options]
         if key not in given and any(value != values[0] for value in values):
+            found = ", ".join(dict.fromkeys(map(repr, values)))
             raise UnrepresentableError(
-                f"groups differ in {key} ({', '.join(dict.fromkeys(map(repr, values)))}), and the target "
-                f"has one {key} for all: say which with --option {key}=..."
+                f"groups differ in {key} ({found}), and the target has one for all",
+                remedy=Remedy("pass it as {options}", {"options": {key: ...}}),
             )
 
 
@@ -363,7 +371,7 @@ def parameter_of(
     if algorithm.step is not None:
         if step is None:
             raise OptionError(
-                f"{path}: {algorithm.class_path} counts its steps, and the file does not: say --option step=N"
+                f"{path}: {algorithm.class_path} counts its steps, and the file does not", remedy=STATE_STEPS
             )
         state["step"] = step_scalar(algorithm, step)
     for slot, leaf in values.items():

@@ -12,7 +12,7 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
 from typing import NamedTuple
 
-from lora_state_format.errors import OptionError
+from lora_state_format.errors import OptionError, Remedy
 from lora_state_format.model.states import OptimizerState, Parameter, Scalar, Value
 from lora_state_format.naming import names
 from lora_state_format.naming.names import Rename, peft_key, split_adapter
@@ -67,7 +67,8 @@ def rename(state: OptimizerState, rule: Rename) -> Edited:
             others = {kind: value for kind, value in old.foreign_names.items() if kind != "peft"}
             foreign = others | ({"peft": key[0]} if key else {})
             new = replace(new, adapter=adapter[1] if adapter else None, foreign_names=foreign)
-        parameters.append(new)
+        # The ids of a state dict that is keyed by name were the old names.
+        parameters.append(replace(new, original_id=None) if isinstance(old.original_id, str) else new)
     return Edited(replace(state, parameters=tuple(parameters)), count)
 
 
@@ -106,7 +107,10 @@ def prune(state: OptimizerState, match: str | None = None, *, carried: bool = Fa
     Groups that become empty stay. Raises ``OptionError`` if there is nothing to remove.
     """
     if (match is None) is not carried:
-        raise OptionError("prune: say which parameters, by match= (--match) or carried=True (--carried)")
+        raise OptionError(
+            "prune removes either the parameters that match an expression or those in no group",
+            remedy=Remedy("pass {match} or {carried}", {"match": ..., "carried": True}),
+        )
     if match is None:
         goes = {parameter.name for parameter in state.carried}
         if not goes:
@@ -116,6 +120,8 @@ def prune(state: OptimizerState, match: str | None = None, *, carried: bool = Fa
         goes = {parameter.name for parameter in state.parameters if matches(parameter)}
         if not goes:
             raise _nothing("", match, state)
+        if len(goes) == len(state):
+            raise OptionError(f"prune: '{match}' matches all {len(state)} parameters, and nothing would be left")
     groups = tuple(
         replace(group, count=sum(parameter.name not in goes for parameter in members))
         for group, members in zip(state.groups, state.members(), strict=True)

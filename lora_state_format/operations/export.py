@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Literal, TypeAlias
 
-from lora_state_format.errors import FileError, OptionError
+from lora_state_format.errors import FileError, OptionError, Remedy
 from lora_state_format.io import plain
 from lora_state_format.io.atomic import check_target
 from lora_state_format.model.dtypes import DTYPES, FLOATS, decoded
@@ -72,7 +72,10 @@ def export(
     path = Path(path)
     check_target(path, force=force)
     if eps is not None and not inverse_root:
-        raise OptionError("eps is a part of the inverse root; pass inverse_root=True (--inverse-root) with it")
+        raise OptionError(
+            "eps is used for the inverse root only",
+            remedy=Remedy("pass {inverse_root} with it", {"inverse_root": True}),
+        )
     found = state.slot(slot)
     options = {p.name: dict(g.options) for g, ps in zip(state.groups, state.members(), strict=True) for p in ps}
     items: dict[str, plain.Item] = {}
@@ -104,7 +107,9 @@ def _key(parameter: Parameter, keys: Keys) -> str:
     if keys == "model":
         return parameter.name
     if "peft" not in parameter.foreign_names:
-        raise OptionError(f"'{parameter.name}' has no key in an adapter file: export with keys='model' (--keys model)")
+        raise OptionError(
+            f"'{parameter.name}' has no key in an adapter file", remedy=Remedy("export with {keys}", {"keys": "model"})
+        )
     return parameter.foreign_names["peft"]
 
 
@@ -129,7 +134,7 @@ def _damping(parameter: Parameter, slot: str, options: Mapping[str, Value], eps:
         raise OptionError(f"slot '{slot}' holds no squares; known are: {', '.join(sorted(SQUARES))}")
     stated = _number(options.get("eps")) if eps is None else eps
     if stated is None:
-        raise OptionError(f"'{parameter.name}': its group states no eps; pass eps= (--eps)")
+        raise OptionError(f"'{parameter.name}': its group has no eps", remedy=Remedy("pass {eps}", {"eps": ...}))
     return stated
 
 

@@ -28,6 +28,7 @@ __all__ = [
     "read_into",
     "refusal",
     "scalar_to_torch",
+    "to_host",
     "to_torch",
 ]
 
@@ -115,6 +116,15 @@ def empty(
     axes = order or tuple(range(len(shape)))
     back = sorted(range(len(axes)), key=axes.__getitem__)
     return torch.empty([shape[axis] for axis in axes], dtype=dtype, device=device).permute(back)
+
+
+def to_host(tensor: torch.Tensor) -> torch.Tensor:
+    """Return a copy of a tensor in the host's memory; in pinned memory, which copies faster, if it is on a device."""
+    source = tensor.detach()
+    if source.device.type == "cpu":
+        return source.clone()
+    host = torch.empty_like(source, device="cpu", pin_memory=source.device.type == "cuda")
+    return host.copy_(source)
 
 
 def scalar_to_torch(scalar: Scalar) -> torch.Tensor:

@@ -237,8 +237,8 @@ def test_what_the_caller_has_to_say(tmp_path: Path) -> None:
         (
             {},
             (
-                f"{path}: 0 holds count, mu, nu, and the file does not say of which rule; it fits adam, adamw, "
-                "adamax: say which with --optimizer (optimizer=)"
+                f"{path}: 0 holds count, mu, nu, and the file does not name its optimizer; it fits adam, adamw, "
+                "adamax; pass the right one as optimizer="
             ),
         ),
         (
@@ -269,7 +269,8 @@ def test_what_the_caller_has_to_say(tmp_path: Path) -> None:
     with pytest.raises(OptionError) as caught:
         read(rms, optimizer="rmsprop")
     assert str(caught.value) == (
-        f"{rms}: torch.optim.rmsprop.RMSprop counts its steps, and the file does not: say --option step=N"
+        f"{rms}: torch.optim.rmsprop.RMSprop counts its steps, and the file does not; pass the number as "
+        "options={'step': ...}"
     )
     with pytest.raises(OptionError, match=r"^step='x' is no number of steps$"):
         read(rms, optimizer="rmsprop", step="x")
@@ -466,7 +467,7 @@ def test_what_optax_has_no_place_for(tmp_path: Path) -> None:
         (
             state_of(one, optimizers=(Optimizer(None),)),
             OptionError,
-            "the state does not say its optimizer's class: say it with --optimizer (optimizer=)",
+            "the state does not name its optimizer's class; pass it as optimizer=",
         ),
         (
             state_of(one, optimizers=(Optimizer("torch.optim.adam.Adam"), Optimizer("torch.optim.sgd.SGD"))),
@@ -478,7 +479,7 @@ def test_what_optax_has_no_place_for(tmp_path: Path) -> None:
                 Parameter("a", (2,), {"exp_avg": tensor}), optimizers=(Optimizer("lion_pytorch.lion_pytorch.Lion"),)
             ),
             UnrepresentableError,
-            "the state does not say how many steps were taken: say --option step=N",
+            "the state does not say how many steps were taken; pass the number as options={'step': ...}",
         ),
     ]
     for state, kind, message in cases:
@@ -491,7 +492,7 @@ def test_what_optax_has_no_place_for(tmp_path: Path) -> None:
     assert str(caught.value) == "only the state has a parameter 'a': the base is of another model"
     with pytest.raises(TargetExistsError) as exists:
         flax_msgpack.write(state_of(one), base, base=None, force=False, options={"map": "none"})
-    assert str(exists.value) == f"{base} exists; pass force=True (--force) to replace it"
+    assert str(exists.value) == f"{base} exists; pass force=True to replace it"
     assert not (tmp_path / "never").exists()
 
 

@@ -124,15 +124,15 @@ def test_what_the_caller_has_to_say(tmp_path: Path) -> None:
         (
             {},
             (
-                f"{path}: 'w' holds m, v, and the file does not say of which rule; it fits adam, adamw, "
-                "adam_uncorrected, adamw_uncorrected: say which with --optimizer (optimizer=)"
+                f"{path}: 'w' holds m, v, and the file does not name its optimizer; it fits adam, adamw, "
+                "adam_uncorrected, adamw_uncorrected; pass the right one as optimizer="
             ),
         ),
         (
             {"optimizer": "adamw"},
             (
-                f"{path}: MLX's adamw corrects the bias of its moments or not (by default it does not), and the "
-                "file does not say: say --option bias_correction=True, or False"
+                f"{path}: the file does not say whether MLX's adamw corrected the bias of its moments; pass "
+                "options={'bias_correction': True}, or False, which is MLX's default"
             ),
         ),
         ({**CORRECTED, "lr": 0.5}, f"{path} holds lr=0.0010000000474974513, not 0.5"),
@@ -221,13 +221,13 @@ def test_what_mlx_has_no_place_for(tmp_path: Path) -> None:
             state(Group(0, (("lr", 0.1),), 1), Group(0, (("lr", 0.2),), 1)),
             {},
             UnrepresentableError,
-            "groups with the learning rates [0.1, 0.2], where MLX has one: say --option lr=...",
+            ("MLX has one learning rate, and the groups have [0.1, 0.2]; pass the one to write as options={'lr': ...}"),
         ),
         (
             state(Group(0, (), 1)),
             {},
             UnrepresentableError,
-            "groups with the learning rates [None], where MLX has one: say --option lr=...",
+            "MLX has one learning rate, and the groups have [None]; pass the one to write as options={'lr': ...}",
         ),
         (
             state(Group(0, (("lr", 0.1),), 1), slots={"max_exp_avg_sq": moment}),
@@ -263,7 +263,7 @@ def test_what_mlx_has_no_place_for(tmp_path: Path) -> None:
             state(Group(0, (("lr", 0.1), ("eps", 1e-8)), 1), Group(0, (("lr", 0.1), ("eps", 1e-6)), 1)),
             {},
             UnrepresentableError,
-            "groups differ in eps (1e-08, 1e-06), and the target has one eps for all: say which with --option eps=...",
+            "groups differ in eps (1e-08, 1e-06), and the target has one for all; pass it as options={'eps': ...}",
         ),
         (
             replace(state(Group(0, (("lr", 0.1),), 1)), globals={"k": 3}),
@@ -291,13 +291,16 @@ def test_what_mlx_has_no_place_for(tmp_path: Path) -> None:
         (Parameter("p", (2,), {"momentum_buffer": moment}),),
         Naming("model"),
     )
-    with pytest.raises(UnrepresentableError, match=r"^the state does not say how many steps were taken: say --option "):
+    with pytest.raises(
+        UnrepresentableError, match=r"^the state does not say how many steps were taken; pass the number as options="
+    ):
         mlx.write(sgd, target, base=None, force=False, options={"map": "none"})
     with pytest.raises(OptionError) as unnamed:
         mlx.write(sgd, target, base=None, force=False, options={})
     assert str(unnamed.value) == (
-        "the names and axes of the state are not those of mlx: say whose it has to have with --map "
-        f"({', '.join(layout.name for layout in MAPS)}, or a file), or --map none to keep them as they are"
+        "the names and axes of the state are not those of mlx; maps are known for "
+        f"{', '.join(layout.name for layout in MAPS)}; pass one, a file, or 'none' to keep the names, as "
+        "options={'map': ...}"
     )
     assert not target.exists()
     mlx.write(sgd, target, base=None, force=False, options={"map": "none", "step": 7})

@@ -120,7 +120,8 @@ def test_steps_that_disagree(tmp_path: Path) -> None:
             FileError,
             (
                 f"{where} has the powers {powers}, which are not those of betas (0.919166, 0.9992) after 4 steps: the "
-                "files are of different steps, or the betas are others (say --option betas=...)"
+                "files are of different steps, or the betas were different ones; in that case "
+                "pass options={'betas': ...}"
             ),
         ),
         (
@@ -128,7 +129,8 @@ def test_steps_that_disagree(tmp_path: Path) -> None:
             FileError,
             (
                 f"{where} has the powers {powers}, which are not those of betas (0.9, 0.999) after 4 steps: the files "
-                "are of different steps, or the betas are others (say --option betas=...)"
+                "are of different steps, or the betas were different ones; in that case "
+                "pass options={'betas': ...}"
             ),
         ),
     ):
@@ -138,17 +140,23 @@ def test_steps_that_disagree(tmp_path: Path) -> None:
     (folder / "trainer_state.json").unlink()
     with pytest.raises(OptionError) as unknown:
         read(folder)
-    assert str(unknown.value) == f"{where}: neither steps nor betas are known: say --option step=N, or betas=..."
+    assert str(unknown.value) == (
+        f"{where}: neither the number of steps nor the betas are known; pass one of them, as in options={{'step': ...}}"
+    )
     for value in (-0.5, float("nan"), 2.0):
         odd = {**adam(3), "q.lora_A/beta1_pow_acc_0": np.array([value], np.float32)}
-        with pytest.raises(FileError, match=r"after 3 steps, which are none, or beyond what is checked$"):
+        with pytest.raises(
+            FileError, match=r"after 3 steps, which are not powers of betas in \[0, 1\), or exceed 1,000,000 steps$"
+        ):
             read(checkpoint(tmp_path / "odd", odd, step=3))
-    with pytest.raises(FileError, match=r" after 1000001 steps, which are none, or beyond what is checked$"):
+    with pytest.raises(
+        FileError, match=r" after 1000001 steps, which are not powers of betas in \[0, 1\), or exceed 1,000,000 steps$"
+    ):
         read(checkpoint(tmp_path / "odd", adam(3), step=1_000_001))
     with pytest.raises(FileError) as none:
         read(folder, betas=[0.9, 0.9])
     assert str(none.value) == (
-        f"{where} has the powers {powers}, to which no number of steps with betas (0.9, 0.9) leads"
+        f"{where} has the powers {powers}, which are not those of betas (0.9, 0.9) after any number of steps"
     )
 
 
@@ -249,7 +257,8 @@ def test_what_the_layout_has_no_place_for(tmp_path: Path) -> None:
     with pytest.raises(UnrepresentableError) as caught:
         paddlenlp.write(state, tmp_path / "b", base=None, force=False, options={})
     assert str(caught.value) == (
-        "the target keeps powers of betas, and the groups have none, or not the same: say --option betas=(b1,b2)"
+        "PaddleNLP keeps powers of one pair of betas, and the groups have no betas, or different ones; pass the two "
+        "numbers as options={'betas': ...}"
     )
     with pytest.raises(OptionError, match=r"^betas=0\.9 is not two numbers from 0 to 1$"):
         read(tmp_path / "a", betas=0.9)

@@ -96,6 +96,6 @@ def test_nothing_is_overwritten(tmp_path: Path) -> None:
     save(1, tmp_path / "x.pt")
     with pytest.raises(TargetExistsError) as error:
         save(2, tmp_path / "x.pt")
-    assert str(error.value) == f"{tmp_path / 'x.pt'} exists; pass force=True (--force) to replace it"
+    assert str(error.value) == f"{tmp_path / 'x.pt'} exists; pass force=True to replace it"
     save(2, tmp_path / "x.pt", force=True)
     assert torch.load(tmp_path / "x.pt") == 2

@@ -279,7 +279,7 @@ def test_a_target_is_not_replaced_by_itself(path: Path) -> None:
     before = path.read_bytes()
     with pytest.raises(TargetExistsError) as caught:
         write(make(scale=2), path)
-    assert str(caught.value) == f"{path} exists; pass force=True (--force) to replace it"
+    assert str(caught.value) == f"{path} exists; pass force=True to replace it"
     assert path.read_bytes() == before
     write(make(scale=2), path, force=True)
     assert path.read_bytes() != before
@@ -295,7 +295,7 @@ def test_a_set_is_not_replaced_by_itself(path: Path) -> None:
     write(make(), path, max_shard_size=50)
     with pytest.raises(TargetExistsError) as caught:
         write(make(), path)
-    assert str(caught.value) == f"{path}.index.json exists; pass force=True (--force) to replace it"
+    assert str(caught.value) == f"{path}.index.json exists; pass force=True to replace it"
 
 
 def test_targets_that_are_no_files(tmp_path: Path) -> None:

@@ -223,7 +223,9 @@ def test_prune_a_whole_group(state: OptimizerState) -> None:
 def test_prune_nothing_or_both(state: OptimizerState, arguments: dict[str, Any]) -> None:
     with pytest.raises(OptionError) as caught:
         prune(state, **arguments)
-    assert str(caught.value) == "prune: say which parameters, by match= (--match) or carried=True (--carried)"
+    assert str(caught.value) == (
+        "prune removes either the parameters that match an expression or those in no group; pass match= or carried=True"
+    )
 
 
 def test_prune_a_pattern_that_matches_nothing(state: OptimizerState) -> None:
@@ -243,7 +245,11 @@ def test_prune_a_pattern_that_matches_nothing(state: OptimizerState) -> None:
             ["edit", "--set", "lr=2", "--set", "betas=(0.5,0.9)", "--group", "slow"], None,
             lambda s: set_options(s, {"lr": 2.0}, "slow"),
         ),
-        (["rename", "--rule", r"\.default\.", ".a."], "renamed 5 parameters", lambda s: rename(s, [("default", "a")])),
+        (
+            ["rename", "--rename", r"\.default\.", ".a."],
+            "renamed 5 parameters",
+            lambda s: rename(s, [("default", "a")]),
+        ),
         (["reset", "--match", "lora_A"], "reset 2 parameters", lambda s: reset(s, "lora_A")),
         (["strip", "--slot", "exp_avg", "--slot", "step"], "dropped 10 slots", lambda s: strip(s, ["exp_avg", "step"])),
         (["prune", "--match", "score"], "removed 1 parameters", lambda s: prune(s, "score")),
@@ -277,7 +283,7 @@ def test_a_command_overwrites_only_by_force(
     lsf.write(state, path)
     command = ["edit", str(path), str(path), "--set", "lr=1e-5"]
     assert run(command) == 2
-    assert capsys.readouterr().err == f"error: {path} exists; pass force=True (--force) to replace it\n"
+    assert capsys.readouterr().err == f"error: {path} exists; pass --force to replace it\n"
     assert run([*command, "--force", "--json"]) == 0
     out, err = capsys.readouterr()
     with lsf.open_state(path) as found:
@@ -287,7 +293,7 @@ def test_a_command_overwrites_only_by_force(
     assert {key: members[key] for key in ("schema_version", "source", "target", "changed")} == {
         "schema_version": 1, "source": str(path), "target": str(path), "changed": 2,
     }  # fmt: skip
-    assert err == "note: a learning-rate scheduler that is resumed beside this state sets lr again\n"
+    assert err == "note: a learning-rate scheduler that is resumed next to this state sets lr again\n"
 
 
 @pytest.mark.parametrize("text", ["lr", "lr=high", "lr=[", "lr=__import__('os')"])
@@ -297,4 +303,5 @@ def test_a_setting_that_is_none(
     lsf.write(state, tmp_path / "a.safetensors")
     assert run(["edit", str(tmp_path / "a.safetensors"), str(tmp_path / "b.safetensors"), "--set", text]) == 2
     expected = f"error: Invalid value: {text!r}: write OPTION=VALUE, the value as in Python (strings in quotes)\n"
+    expected += "  Try 'lora-state edit --help' for help.\n"
     assert capsys.readouterr().err == expected

@@ -278,11 +278,11 @@ def floats(*values: float, dtype: str = "<f4") -> Slot:
         ),
         (
             {}, {"exp_avg_sq": floats(1, 2)}, "exp_avg_sq", {"inverse_root": True},
-            "'w': its group states no eps; pass eps= (--eps)",
+            "'w': its group has no eps; pass eps=",
         ),
         (
             {}, {"exp_avg_sq": floats(1, 2)}, "exp_avg_sq", {"eps": 1.0},
-            "eps is a part of the inverse root; pass inverse_root=True (--inverse-root) with it",
+            "eps is used for the inverse root only; pass inverse_root=True with it",
         ),
         (
             {"eps": 1.0}, {"exp_avg_sq": floats(1, 2, dtype="<i4")}, "exp_avg_sq", {"inverse_root": True},
@@ -290,7 +290,7 @@ def floats(*values: float, dtype: str = "<f4") -> Slot:
         ),
         (
             {}, {"exp_avg": floats(1, 2)}, "exp_avg", {"keys": "peft"},
-            "'w' has no key in an adapter file: export with keys='model' (--keys model)",
+            "'w' has no key in an adapter file; export with keys='model'",
         ),
     ],
 )  # fmt: skip
@@ -337,7 +337,7 @@ def test_a_flipped_bit(saved: Path, tmp_path: Path) -> None:
 def test_an_existing_target(saved: Path) -> None:
     with lsf.open_state(saved) as state, pytest.raises(TargetExistsError) as caught:
         export(state, saved, "exp_avg")
-    assert str(caught.value) == f"{saved} exists; pass force=True (--force) to replace it"
+    assert str(caught.value) == f"{saved} exists; pass force=True to replace it"
 
 
 def test_it_may_replace_its_own_source(saved: Path, optimizer: torch.optim.Optimizer, model: torch.nn.Module) -> None:

@@ -197,7 +197,7 @@ def test_saving_replaces_an_older_file_unless_told_not_to(saved: Path) -> None:
     before = saved.read_bytes()
     with pytest.raises(TargetExistsError) as caught:
         save_optimizer(optimizer, model, saved, force=False)
-    assert str(caught.value) == f"{saved} exists; pass force=True (--force) to replace it"
+    assert str(caught.value) == f"{saved} exists; pass force=True to replace it"
     assert saved.read_bytes() == before
     written = save_optimizer(optimizer, model, saved)
     assert (written.path, written.tensors) == (str(saved), 8)

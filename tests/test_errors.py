@@ -1,0 +1,102 @@
+"""What to do about an error, in Python's words and in the command line's."""
+
+from __future__ import annotations
+
+import ast
+import copy
+import inspect
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+import pytest
+
+import lora_state_format
+from lora_state_format import cli, errors
+from lora_state_format.errors import FileError, OptionError, Remedy, TargetExistsError
+from lora_state_format.operations import edit
+
+SOURCES = sorted(Path(lora_state_format.__file__).parent.rglob("*.py")) + sorted(
+    Path(lora_state_format.__file__).parents[1].glob("converters/*.py")
+)
+
+
+@pytest.mark.parametrize(
+    ("text", "arguments", "in_python", "on_command_line"),
+    [
+        ("pass {force} to replace it", {"force": True}, "force=True", "--force"),
+        ("pass {names} with names", {"names": ...}, "names=", "--names"),
+        ("pass {keys}", {"keys": "model"}, "keys='model'", "--keys model"),
+        ("pass {source_format}", {"source_format": ...}, "source_format=", "--from"),
+        ("pass {inverse_root}", {"inverse_root": True}, "inverse_root=True", "--inverse-root"),
+        ("pass {options}", {"options": {"step": ...}}, "options={'step': ...}", "--option step=..."),
+        (
+            "pass {options}",
+            {"options": {"bias_correction": True, "lr": 0.1}},
+            "options={'bias_correction': True, 'lr': 0.1}",
+            "--option bias_correction=True --option lr=0.1",
+        ),
+    ],
+)
+def test_a_remedy_is_in_the_words_of_its_reader(
+    text: str, arguments: dict[str, Any], in_python: str, on_command_line: str
+) -> None:
+    remedy = Remedy(text, arguments)
+    (name,) = arguments
+    assert remedy.in_python() == text.replace(f"{{{name}}}", in_python)
+    assert remedy.on_command_line() == text.replace(f"{{{name}}}", on_command_line)
+
+
+def test_a_message_ends_with_its_remedy() -> None:
+    remedy = Remedy("pass {force} to replace it", {"force": True})
+    error = TargetExistsError("x exists", remedy=remedy)
+    assert str(error) == "x exists; pass force=True to replace it"
+    assert error.on_command_line() == "x exists; pass --force to replace it"
+    several = OptionError("two things\nthis\nthat", remedy=remedy)
+    assert str(several) == "two things\nthis\nthat\nhint: pass force=True to replace it"
+    assert several.on_command_line() == "two things\nthis\nthat\nhint: pass --force to replace it"
+    assert str(OptionError("as it is")) == OptionError("as it is").on_command_line() == "as it is"
+
+
+@pytest.mark.parametrize("copied", [copy.copy, lambda error: pickle.loads(pickle.dumps(error))])
+def test_an_error_can_be_sent_to_another_process(copied: Any) -> None:
+    remedy = Remedy("pass {options}", {"options": {"step": ...}})
+    for error in (
+        FileError("short", path="a/b", rule="R7", remedy=remedy),
+        TargetExistsError("x exists", remedy=remedy),
+        errors.MissingDependencyError("needs torch", remedy=remedy),
+        errors.AmbiguousOrderError("two orders", ("a", "b"), remedy=remedy),
+    ):
+        again = copied(error)
+        assert (type(again), str(again), vars(again)) == (type(error), str(error), vars(error))
+
+
+def _remedies() -> list[tuple[str, set[str]]]:
+    """Return the place and the arguments of every ``Remedy`` in the package."""
+    found = []
+    for path in SOURCES:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "Remedy" and len(node.args) == 2:
+                keys = [ast.literal_eval(key) for key in node.args[1].keys if key]  # type: ignore[attr-defined]
+                found.append((f"{path.name}:{node.lineno}", set(keys)))
+    return found
+
+
+def test_every_remedy_names_arguments_that_exist() -> None:
+    lsf = lora_state_format
+    functions: list[Callable[..., Any]] = [lsf.convert, lsf.read, lsf.export, lsf.write, edit.prune]
+    keywords = {name for function in functions for name in inspect.signature(function).parameters}
+    options = {
+        option
+        for command in cli.commands.commands.values()
+        for parameter in command.params
+        if isinstance(parameter, click.Option)
+        for option in parameter.opts
+    }
+    remedies = _remedies()
+    assert remedies
+    for place, arguments in remedies:
+        assert arguments <= keywords, place
+        assert {errors.SHORT_OPTIONS.get(name, f"--{name.replace('_', '-')}") for name in arguments} <= options, place
