@@ -55,6 +55,7 @@ BUILT_IN: Final[Mapping[str, str]] = {
     "accelerate": "lora_state_format.converters.accelerate",
     "composer": "lora_state_format.converters.composer",
     "dcp": "lora_state_format.converters.dcp",
+    "deepspeed_plain": "lora_state_format.converters.deepspeed_plain",
     "deepspeed_universal": "lora_state_format.converters.deepspeed_universal",
     "deepspeed_zero": "lora_state_format.converters.deepspeed_zero",
     "diffusers": "lora_state_format.converters.diffusers",

@@ -556,7 +556,7 @@ def _check_tree(value: Any, most: int) -> None:
 
 
 _NESTING: Final = frozenset({dict, list, tuple, set, frozenset, Record})
-_PLAIN: Final = frozenset({type(None), bool, int, float, str, bytes})
+_PLAIN: Final = frozenset({type(None), bool, int, float, str, bytes, Global})
 _ODD: Final = frozenset({tuple, frozenset, complex})
 
 
@@ -727,6 +727,8 @@ _INERT: Final[Mapping[str, str]] = {
     "torch.serialization": "_get_layout",
     "torch.distributed.checkpoint.metadata": "Metadata MetadataIndex TensorStorageMetadata BytesStorageMetadata "
     "ChunkStorageMetadata TensorProperties StorageMeta _MEM_FORMAT_ENCODING",
+    "torch.distributed.checkpoint.planner": "SavePlan WriteItem WriteItemType TensorWriteData BytesIOWriteData",
+    "torch.distributed._shard.sharded_tensor.metadata": "TensorProperties MEM_FORMAT_ENCODING",
     "torch.distributed.checkpoint.filesystem": "_StorageInfo",
     "torch.distributed.checkpoint.hf_storage": "_HFStorageInfo",
     "torch.distributed.tensor": "DTensor",

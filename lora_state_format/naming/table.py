@@ -196,7 +196,7 @@ class Table:
         return [self._layer_nats(own) - self._layer_nats(other) for own, other in pairs]
 
     def _layer_nats(self, score: float) -> float:
-        return math.copysign((score / self.noise["layer"]) ** 2 / 2, score)
+        return math.copysign((score / self.noise.get("layer", PRIOR[0])) ** 2 / 2, score)
 
     def _balance(self, number: int, sources: Sources) -> float:
         """Return the score of a layer's balance with the state of other units."""
