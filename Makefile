@@ -4,7 +4,7 @@ PYTHON ?= python3
 PYTHONS ?= 3.10 3.12 3.13
 
 .DEFAULT_GOAL := help
-.PHONY: bench crashes demo docs fuzz help lint test test-frameworks test-lowest test-pythons
+.PHONY: bench crashes demo docs fuzz help lint readers test test-browser test-frameworks test-lowest test-pythons
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*##  */\1@/p' $(MAKEFILE_LIST) | awk -F@ '{ printf "make %-16s %s\n", $$1, $$2 }'
@@ -61,6 +61,26 @@ test-pythons:  ## what needs no torch, with every other version of Python that i
 		fi; \
 	done
 
+# Call with a program and the Debian packages that have it: installs them where the program is missing and root asks.
+define program
+	@command -v $(1) >/dev/null || { [ "$$(id -u)" = 0 ] && apt-get update -qq && \
+		DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $(2); } || \
+		{ echo "there is no $(1) here: install $(2)"; exit 1; }
+endef
+
+readers:  ## the readers in JavaScript and Rust, and the matrix of all readers and vectors
+	$(call program,node,nodejs)
+	$(call program,cargo,cargo)
+	@if command -v npm >/dev/null; then cd readers/js && npm install --silent --no-audit --no-fund --no-package-lock \
+		&& npm run --silent types; else echo "without npm: no check of types, nor of the Hub's parser"; fi
+	cd readers/js && node --test
+	cargo test --quiet --offline --manifest-path readers/rust/Cargo.toml
+	$(PYTHON) spec/conformance/run.py
+
+test-browser: .venv-browser/ready  ## the viewer in a headless Chromium
+	$(call program,chromedriver,chromium chromium-driver)
+	.venv-browser/bin/pytest -m browser tests/web
+
 # A folder is ready until its constraints or the project's requirements change.
 .venv/ready: pyproject.toml constraints.txt
 	@echo 'Installing PyTorch, transformers, PEFT and the tests into .venv: some minutes, once.'
@@ -77,12 +97,17 @@ test-pythons:  ## what needs no torch, with every other version of Python that i
 	.venv-frameworks/bin/pip install --quiet --constraint constraints-frameworks.txt --editable '.[frameworks,test]'
 	touch $@
 
+.venv-browser/ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv-browser
+	.venv-browser/bin/pip install --quiet --constraint constraints.txt --editable '.[browser]' hypothesis pytest
+	touch $@
+
 .venv-lowest/ready: pyproject.toml constraints-lowest.txt
 	$(PYTHON) -m venv .venv-lowest
-	.venv-lowest/bin/pip install --quiet --constraint constraints-lowest.txt --editable . hypothesis jsonschema pytest
+	.venv-lowest/bin/pip install --quiet --constraint constraints-lowest.txt --editable . hypothesis jsonschema pytest safetensors
 	touch $@
 
 .venv-3.%/ready: pyproject.toml constraints.txt
 	python3.$* -m venv .venv-3.$*
-	.venv-3.$*/bin/pip install --quiet --constraint constraints.txt --editable . hypothesis jsonschema pytest pytest-xdist
+	.venv-3.$*/bin/pip install --quiet --constraint constraints.txt --editable . hypothesis jsonschema pytest pytest-xdist safetensors
 	touch $@

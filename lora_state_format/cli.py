@@ -285,6 +285,10 @@ def _parse_options(context: click.Context, option: click.Parameter, given: Seque
     return {key: _literal(value) if equals else True for key, equals, value in pairs}
 
 
+def _parse_store(context: click.Context, option: click.Parameter, given: Sequence[str]) -> dict[str, str]:
+    return dict(text.partition("=")[::2] for text in given)
+
+
 def _literal(text: str) -> Any:
     """Parse a Python literal; return other text unchanged."""
     import ast
@@ -372,7 +376,7 @@ def _reading(command: Callable[..., Any]) -> Callable[..., Any]:
     "lora-state convert optimizer.safetensors optimizer.pt --to torch_optimizer"
 )
 @click.argument("source", type=PATH)
-@click.argument("target", type=PATH)
+@click.argument("target", type=click.Path())  # as it is given: a slash at its end means a folder
 @_reading
 @click.option(
     "--to", "target_format", metavar="FORMAT", default="named", show_default=True, shell_complete=_complete_formats,
@@ -380,10 +384,13 @@ def _reading(command: Callable[..., Any]) -> Callable[..., Any]:
 )  # fmt: skip
 @click.option("--base", type=PATH, help="A checkpoint of the target's format, to take the rest from.")
 @click.option("--dequantize", is_flag=True, help="Decode 8-bit and 4-bit moments to float32; the report says the loss.")
+@click.option(
+    "--store", metavar="SLOT=BF16", multiple=True, callback=_parse_store, help="Round a slot; lossy, and said so."
+)
 @_force
 @click.option("--dry-run", is_flag=True, help="Do everything but write.")
 @_json
-def convert(source: Path, target: Path, reading: dict[str, Any], as_json: bool, **options: Any) -> None:
+def convert(source: Path, target: str, reading: dict[str, Any], as_json: bool, **options: Any) -> None:
     """Convert the checkpoint SOURCE into the file TARGET, keyed by parameter name."""
     from lora_state_format.operations.conversion import convert
 
@@ -835,6 +842,29 @@ def formats(as_json: bool) -> None:
     for converter in converters:
         _say(f"{converter.NAME} ({'read, write' if hasattr(converter, 'write') else 'read'}): {converter.DESCRIPTION}")
         _say(*(f"    --option {key}: {meaning}" for key, meaning in registry.options(converter).items()))
+
+
+@_command(
+    name="prune-checkpoints",
+    examples="lora-state prune-checkpoints runs/lora --keep 2 --dry-run\n"
+    "lora-state prune-checkpoints runs/lora --keep 2",
+)
+@click.argument("folder", type=PATH)
+@click.option("--keep", type=click.IntRange(min=1), required=True, help="Checkpoints that keep their state: the last.")
+@click.option("--legacy", is_flag=True, help="Also optimizer.pt, optimizer.bin and optimizer_N.bin.")
+@click.option("--dry-run", is_flag=True, help="Show what would be removed.")
+@_json
+def prune_checkpoints(folder: Path, keep: int, legacy: bool, dry_run: bool, as_json: bool) -> None:
+    """Remove the optimizer's state from all but a run's last checkpoints; weights and all else stay."""
+    from lora_state_format.operations.checkpoints import prune_checkpoints
+    from lora_state_format.operations.report import SCHEMA_VERSION
+
+    pruned = prune_checkpoints(folder, keep, legacy=legacy, dry_run=dry_run)
+    if as_json:
+        members = {"kept": list(map(str, pruned.kept)), "removed": list(map(str, pruned.removed))}
+        _say_json({"schema_version": SCHEMA_VERSION, "dry_run": dry_run, **members, "bytes": pruned.size})
+    else:
+        _say(*str(pruned).split("\n"))
 
 
 @_command(examples="lora-state demo\nlora-state demo --out demo")

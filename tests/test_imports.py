@@ -30,7 +30,8 @@ FLOORS = [
     ["operations"],
     ["numpy", "testing"],
     ["demo"],
-    ["", "cli"],
+    [""],
+    ["cli"],
     ["__main__"],
 ]
 """The package from the ground up: a part imports from the floors below its own and from itself. The root is ""."""

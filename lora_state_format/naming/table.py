@@ -15,9 +15,9 @@ if TYPE_CHECKING:
     Array: TypeAlias = "NDArray[np.float32]"
 from lora_state_format.naming.signals import (
     BIAS,
+    CONSERVED,
     MAGNITUDE,
     PRIOR,
-    RULES,
     SURE,
     WEIGHT,
     A,
@@ -219,7 +219,9 @@ class Table:
     def _elsewhere(self) -> Iterator[tuple[int, float, Sources]]:
         """Yield each balance, its score, and its right side's state replaced by that of a layer nearby."""
         for number, (kind, _, right) in enumerate(self.balances):
-            for other in range(max(0, number - 4 * len(RULES)), min(len(self.balances), number + 4 * len(RULES))):
+            for other in range(
+                max(0, number - 4 * len(CONSERVED)), min(len(self.balances), number + 4 * len(CONSERVED))
+            ):
                 shares = self.balances[other].right
                 same = [
                     self.units[a.unit].shapes == self.units[b.unit].shapes for a, b in zip(right, shares, strict=False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 from collections import Counter
@@ -13,14 +14,14 @@ from typing import TYPE_CHECKING, Any, Final, TypeAlias
 from lora_state_format import registry
 from lora_state_format.errors import ConversionError, MissingNamesError, OptionError, Remedy
 from lora_state_format.format import envelope, writing
-from lora_state_format.io.atomic import refuse_existing
+from lora_state_format.io.atomic import made_folders, refuse_existing
 from lora_state_format.model import digests
 from lora_state_format.model.digests import ALGORITHM
 from lora_state_format.model.states import Checkpoint, Naming, OptimizerState, PositionalState, Slot, walk
 from lora_state_format.model.tensors import Digest, Tensor
 from lora_state_format.naming.evidence import head_size
 from lora_state_format.naming.rules import Described
-from lora_state_format.naming.sources import CONFIG, Names, config_of, name_state, resolve, with_weights
+from lora_state_format.naming.sources import CONFIG, Named, Names, config_of, name_state, resolve, with_weights
 from lora_state_format.operations.entries import tensors
 from lora_state_format.operations.report import (
     NOTHING_HELD,
@@ -30,7 +31,7 @@ from lora_state_format.operations.report import (
     describe_support,
     naming_json,
 )
-from lora_state_format.optimizers import quantised
+from lora_state_format.optimizers import quantised, rounded
 
 if TYPE_CHECKING:
     from lora_state_format.naming.evidence import Evidence, Pairing
@@ -39,6 +40,8 @@ if TYPE_CHECKING:
 __all__ = ["ConversionReport", "Found", "Names", "belongs", "convert", "look", "read", "read_either"]
 
 ASKED: Final = {"trainable": ..., "names": ...}
+
+logger = logging.getLogger("lora_state_format")
 
 Progress: TypeAlias = "Callable[[int, int], None]"
 
@@ -145,7 +148,10 @@ def read(
     converter, match = registry.find(path, source_format)
     registry.check_options(options or {}, converter)
     reading = _Reading(source_format, names, rule, optimizer, options, trainable)
-    return _read(converter, match, Path(path), reading)[0]
+    named = _read(converter, match, Path(path), reading)
+    for skipped in named.skipped:
+        logger.warning("%s", skipped)
+    return named.state
 
 
 def read_either(path: str | os.PathLike[str], **reading: Any) -> OptimizerState:
@@ -185,14 +191,14 @@ def look(
         raise MissingNamesError(f"stored by position; `convert` names them by building the model of {folder}")
 
     try:
-        state = name_state(checkpoint, path, names=names, rule=rule, rebuild=build, weigh=False)
+        named = name_state(checkpoint, path, names=names, rule=rule, rebuild=build, weigh=False)
     except ConversionError as error:
         if asked:
             raise
         reason = str(error).split("\n")[0].removeprefix(f"{path}: ")
         return Found(checkpoint.state, converter.NAME, f"none: {reason}")
-    _check_trainable(state, trainable, path)
-    return Found(state, converter.NAME)
+    _check_trainable(named.state, trainable, path)
+    return Found(named.state, converter.NAME)
 
 
 def convert(
@@ -208,6 +214,7 @@ def convert(
     trainable: Sequence[str] = (),
     base: str | os.PathLike[str] | None = None,
     dequantize: bool = False,
+    store: Mapping[str, str] | None = None,
     force: bool = False,
     dry_run: bool = False,
     progress: Progress | None = None,
@@ -215,8 +222,10 @@ def convert(
     """Convert a checkpoint into a file of named optimizer state, or into another format that can hold it exactly.
 
     Takes the arguments of ``read``; ``options`` may also be those of the target's converter, and ``base`` is a
-    checkpoint of the target's format to take the rest from, where it has one. ``dequantize`` decodes 8-bit and 4-bit
-    moments to float32, so that a run can go on with an ordinary Adam; the report says what that loses. ``force``
+    checkpoint of the target's format to take the rest from, where it has one. A ``target`` with a slash at its end is a
+    folder, in which the file gets its usual name; folders that are missing are made. ``dequantize`` decodes 8-bit and
+    4-bit moments to float32, so that a run can go on with an ordinary Adam; the report says what that loses. ``store``
+    rounds slots, as ``{"exp_avg": "BF16"}``, and the report says what that does to Adam's next update. ``force``
     replaces an existing target; ``dry_run`` does everything but write; ``progress`` is told the bytes of tensors
     written and their total. Where the parameters' own weights were found, their digests are kept, so that loading can
     tell whether weights and state belong together.
@@ -224,28 +233,29 @@ def convert(
     Raises what ``read`` raises, ``DigestError`` for a named source that is damaged, ``TargetExistsError``, and
     ``UnrepresentableError`` for what the target cannot hold.
     """
-    source, target = Path(source), Path(target)
-    if target.is_dir() and target_format == registry.NAMED:
-        raise OptionError(f"{target} is a folder; name the file to write, as in {target / 'optimizer.safetensors'}")
-    refuse_existing(target, force=force)
     writer = registry.writer(target_format)
+    source, target = Path(source), _target(target, writer)
+    refuse_existing(target, force=force)
     converter, match = registry.find(source, source_format)
     options = options or {}
     registry.check_options(options, converter, writer)
     if base is not None and not Path(base).exists():
         raise FileNotFoundError(f"{base}: no such file or folder to take the rest from")
     reading = _Reading(source_format, names, rule, optimizer, options, trainable)
-    state, weights = _read(converter, match, source, reading)
-    with state:
+    named = _read(converter, match, source, reading)
+    with named.state as state:
         if not dry_run and (dequantize or target_format != registry.NAMED):
             _check_digests(state)  # ``writing.write`` does so itself with what it copies
         decoded = quantised.dequantize(state) if dequantize else None
-        state = _paired(decoded.state if decoded else state, weights)
+        state = _paired(decoded.state if decoded else state, named.weights)
+        narrowed = rounded.stored(state, store, measure=True) if store else None
+        state = narrowed.state if narrowed else state
         sizes = [tensor.size for tensor in tensors(state)]
         digest = None
         if not dry_run:
             given = None if base is None else Path(base)
-            digest = _write(writer, state, target, given, force, options, progress)
+            with made_folders(target):
+                digest = _write(writer, state, target, given, force, options, progress)
         return ConversionReport(
             source=str(source),
             source_format=converter.NAME,
@@ -261,8 +271,8 @@ def convert(
             naming=state.naming,
             paired=sum(parameter.weights is not None for parameter in state.parameters),
             digest=digest,
-            notes=(*([str(decoded)] if decoded else []), *_notes(state)),
-            warnings=tuple(beside_weights(target)),
+            notes=(*([str(decoded)] if decoded else []), *_notes(state, target_format), *_error(narrowed)),
+            warnings=(*named.skipped, *beside_weights(target)),
         )
 
 
@@ -277,23 +287,22 @@ def belongs(path: str | os.PathLike[str], weights: str | os.PathLike[str]) -> tu
 
     path = Path(path)
     checkpoint = with_weights(registry.read(path), Path(weights))
-    with name_state(checkpoint, path, rebuild=rebuild) as state:
-        pairing = paired(state, checkpoint.weights)
+    named = name_state(checkpoint, path, rebuild=rebuild)
+    with named.state as state:
+        pairing = paired(state, named.weights)
         settled = state.naming.rule is None and pairing.matching == len(state)
         compared = pairing.matching + len(pairing.differing) > 0
         head_dim = head_size(config_of(checkpoint, CONFIG) or {})
-        evidence = None if settled else weigh(state, checkpoint.weights, head_dim=head_dim)
+        evidence = None if settled else weigh(state, named.weights, head_dim=head_dim)
         return (pairing if compared else None), evidence
 
 
-def _read(
-    converter: Converter, match: Match, path: Path, reading: _Reading
-) -> tuple[OptimizerState, Mapping[str, Tensor]]:
+def _read(converter: Converter, match: Match, path: Path, reading: _Reading) -> Named:
     """Return the named state, and the parameters' own weights as far as they were found."""
     checkpoint = _checkpoint(converter, match, path, reading)
-    state = name_state(checkpoint, path, names=reading.names, rule=reading.rule, rebuild=_builder(reading.trainable))
-    _check_trainable(state, reading.trainable, path)
-    return state, checkpoint.weights
+    named = name_state(checkpoint, path, names=reading.names, rule=reading.rule, rebuild=_builder(reading.trainable))
+    _check_trainable(named.state, reading.trainable, path)
+    return named
 
 
 def _checkpoint(converter: Converter, match: Match, path: Path, reading: _Reading) -> Checkpoint:
@@ -369,12 +378,23 @@ def _paired(state: OptimizerState, weights: Mapping[str, Tensor]) -> OptimizerSt
     """Return the state with a digest of each parameter's own bytes, where they are at hand."""
     parameters = []
     for parameter in state.parameters:
-        tensor = weights.get(parameter.foreign_names.get("peft", parameter.name))
+        tensor = weights.get(parameter.name, weights.get(parameter.foreign_names.get("peft", "")))
         if parameter.weights is None and tensor is not None and tensor.shape == parameter.shape:
             digest = Digest(ALGORITHM, tensor.dtype, digests.hash_tensor(tensor))
             parameter = replace(parameter, weights=digest)
         parameters.append(parameter)
     return replace(state, parameters=tuple(parameters))
+
+
+def _target(given: str | os.PathLike[str], writer: Writer) -> Path:
+    """Return the path to write to: in a folder, which a slash at the end stands for, the usual name of a file."""
+    path = Path(given)
+    usual: str | None = getattr(writer, "TARGET", None)
+    if usual is not None and os.fspath(given).endswith(os.sep):
+        return path / usual
+    if usual is not None and path.is_dir():
+        raise OptionError(f"{path} is a folder; name the file to write, as in {path / usual}")
+    return path
 
 
 def _write(
@@ -413,13 +433,22 @@ def _check_digests(state: OptimizerState) -> None:
                 digests.check_hash(key, leaf.tensor, digests.hash_tensor(leaf.tensor))
 
 
+def _error(narrowed: rounded.Stored | None) -> list[str]:
+    if narrowed is None or narrowed.error is None:
+        return []
+    return [f"Adam's next update differs by {narrowed.error:.2g} (relative, by norm) for what was rounded"]
+
+
 def _naming_lines(naming: Naming) -> list[str]:
     head, *rest = describe_naming(naming)
     return [f"names: {head}", *(f"how sure: {line}" for line in rest)]
 
 
-def _notes(state: OptimizerState) -> list[str]:
+def _notes(state: OptimizerState, target_format: str) -> list[str]:
     notes = []
+    if target_format != registry.NAMED and state.extra:
+        held = ", ".join(map(str, state.extra))
+        notes.append(f"extra ({held}) is not written: only the named format has a place for it")
     if idle := sum(parameter.state is None for parameter in state.parameters):
         notes.append(f"{idle} parameters never took a step; they are kept as such")
     if state.carried:
@@ -431,6 +460,8 @@ def _notes(state: OptimizerState) -> list[str]:
 
 def beside_weights(target: Path) -> list[str]:
     """Return a warning where a file would lie beside a model's weights, or nothing."""
+    if target.suffix != ".safetensors":
+        return []
     for beside in sorted(target.parent.glob("*.safetensors")):
         if beside != target and not envelope.is_state(beside):
             warning = (

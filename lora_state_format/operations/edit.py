@@ -67,7 +67,8 @@ def rename(state: OptimizerState, rule: Rename) -> Edited:
             others = {kind: value for kind, value in old.foreign_names.items() if kind != "peft"}
             foreign = others | ({"peft": key[0]} if key else {})
             new = replace(new, adapter=adapter[1] if adapter else None, foreign_names=foreign)
-        parameters.append(new)
+        # The ids of a state dict that is keyed by name were the old names.
+        parameters.append(replace(new, original_id=None) if isinstance(old.original_id, str) else new)
     return Edited(replace(state, parameters=tuple(parameters)), count)
 
 

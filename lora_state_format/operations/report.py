@@ -12,6 +12,7 @@ from lora_state_format.model.states import Group, Naming, OptimizerState, Positi
 from lora_state_format.operations.entries import Entry, Kind, dotted, entries, kind_of, kinds, span
 from lora_state_format.operations.statistics import Finding, Measure, Statistics, findings
 from lora_state_format.operations.tables import Table
+from lora_state_format.optimizers.rounded import describe_stored
 
 __all__ = [
     "NOTHING_HELD",
@@ -152,9 +153,11 @@ def describe_evidence(evidence: Mapping[str, Any]) -> str:
 
 
 def describe_support(origin: Mapping[str, Value]) -> Iterator[str]:
-    """Yield what there is to say of a converter that was never tried on the files that it is for."""
+    """Yield notes on a converter that was never tried on the files that it is for, and on slots that were rounded."""
     if isinstance(support := origin.get("support"), str):
         yield f"support of this format is {support}: it was never tried on a file of a real run"
+    if sentence := describe_stored(origin):
+        yield sentence
 
 
 # --- tables -------------------------------------------------------------------------------------------------------
