@@ -129,7 +129,9 @@ class Table:
         if elsewhere := [self._balance(n, sources) for n, _, sources in self._elsewhere()]:
             wrong["layer"].append(np.array(elsewhere))
         assumed, count = PRIOR
-        result = {"layer": max(1.0, assumed)}  # where a single layer was trained, there is no other one to measure it by
+        result = {
+            "layer": max(1.0, assumed)
+        }  # where a single layer was trained, there is no other one to measure it by
         for name, scores in wrong.items():
             values = np.concatenate(scores)
             # Half of a standard normal's absolute values lie above 0.6745, one in a hundred above 2.576.
