@@ -365,7 +365,14 @@ def test_to_another_framework(lora: Run, tmp_path: Path) -> None:
     )
     assert code == 0, printed
     back = tmp_path / "back.safetensors"
-    assert command("convert", target, back, "--map", "mlx_lm", "--optimizer", "adamw")[0] == 0
+    told = ["--map", "mlx_lm", "--optimizer", "adamw"]
+    code, printed = command("convert", target, back, *told)
+    assert code == 2
+    assert printed.splitlines()[-1] == (
+        f"error: {target}: the file does not say whether MLX's adamw corrected the bias of its moments; pass --option "
+        "bias_correction=True, or False, which is MLX's default"
+    )
+    assert command("convert", target, back, *told, "--option", "bias_correction=True")[0] == 0
     own = {name: lora.optimizer.state[p]["exp_avg_sq"] for name, p in lora.model.named_parameters() if p.requires_grad}
     with lsf.open_state(back) as state:
         assert set(state) == set(own)
