@@ -128,10 +128,12 @@ class Table:
                 wrong[name].append(score[~np.eye(len(score), dtype=bool)])
         if elsewhere := [self._balance(n, sources) for n, _, sources in self._elsewhere()]:
             wrong["layer"].append(np.array(elsewhere))
-        result = {}
+        assumed, count = PRIOR
+        result = {
+            "layer": max(1.0, assumed)
+        }  # where a single layer was trained, there is no other one to measure it by
         for name, scores in wrong.items():
             values = np.concatenate(scores)
-            assumed, count = PRIOR
             # Half of a standard normal's absolute values lie above 0.6745, one in a hundred above 2.576.
             middle, tail = (float(v) for v in np.quantile(np.abs(values), [0.5, 0.99]) / [0.6745, 2.576])
             seen = middle**2 if name == "copy" else max(float(np.square(values).mean()), tail**2)

@@ -57,8 +57,8 @@ def check(
         described = only_trainable(described, trainable)
     try:
         state = read(path, **reading)
-    except MissingNamesError:
-        if reading.get("names") is not None:
+    except ConversionError as error:
+        if reading.get("names") is not None or not (trainable or isinstance(error, MissingNamesError)):
             raise
         state = read(path, **{**reading, "names": folder, "trainable": trainable})
     with state:
