@@ -281,6 +281,7 @@ class Shaped(Protocol):
     @property
     def shape(self) -> tuple[int, ...]:
         """Sizes of its axes."""
+        ...
 
 
 def decode(

@@ -141,10 +141,10 @@ def _save_whole(
     """Rank 0 writes what FSDP1 brings together in its memory."""
     from lora_state_format.torch.distributed import agreement, from_first
 
-    optimizers = optimizers_of(optimizer)
-    if isinstance(model, Mapping) or len(optimizers) > 1:
+    first, *others = optimizers_of(optimizer)
+    if isinstance(model, Mapping) or others:
         raise CaptureError("FullyShardedDataParallel is saved for one model and one optimizer at a time")
-    entries = full_state(optimizers[0], model)
+    entries = full_state(first, model)
     written = None
     with agreement(True) as agree, whole_weights(model) if weights else contextlib.nullcontext():
         if torch.distributed.get_rank() == 0:
