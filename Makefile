@@ -15,10 +15,11 @@ demo: .venv/ready  ## train, convert, rebuild, resume: the main job, told step b
 test: lint  ## lint, types and every test that needs no framework but torch, transformers and peft
 	OMP_NUM_THREADS=1 .venv/bin/pytest --numprocesses auto --dist loadfile
 
-lint: .venv/ready  ## ruff and mypy
+lint: .venv/ready  ## ruff, mypy and pyright
 	.venv/bin/ruff check
 	.venv/bin/ruff format --check
 	.venv/bin/mypy
+	.venv/bin/pyright --pythonpath .venv/bin/python
 
 test-frameworks: .venv-frameworks/ready  ## the converters against every framework they read
 	OMP_NUM_THREADS=1 .venv-frameworks/bin/pytest -m frameworks

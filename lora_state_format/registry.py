@@ -111,6 +111,7 @@ class Converter(Protocol):
 
     def read(self, match: Match, options: Mapping[str, Any]) -> Checkpoint:
         """Return the state at ``match.path``, lazily, and next to it whatever can name its parameters."""
+        ...
 
 
 class Writer(Converter, Protocol):

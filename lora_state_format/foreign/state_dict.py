@@ -111,7 +111,7 @@ class Reader:
             for key in raw:
                 _check_key(key, place)
             return {key: self._value(inner, (*place, key), raw, options, depth) for key, inner in raw.items()}
-        if type(raw) in (list, tuple):
+        if isinstance(raw, (list, tuple)) and type(raw) in (list, tuple):
             items = (self._value(x, (*place, number), siblings, options, depth) for number, x in enumerate(raw))
             return list(items) if type(raw) is list else tuple(items)
         tensor = self._tensor(raw, place)

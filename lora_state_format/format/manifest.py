@@ -297,6 +297,7 @@ class Shaped(Protocol):
     @property
     def shape(self) -> tuple[int, ...]:
         """Sizes of its axes."""
+        ...
 
 
 def decode(

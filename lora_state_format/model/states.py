@@ -241,7 +241,9 @@ class OptimizerState(Mapping[str, Parameter]):
     resources: tuple[Any, ...] = field(default=(), repr=False)
 
     __eq__ = object.__eq__
-    __hash__ = object.__hash__
+
+    def __hash__(self) -> int:
+        return object.__hash__(self)
 
     def __post_init__(self) -> None:
         if len(self._index) != len(self.parameters):

@@ -368,7 +368,7 @@ def _part(kind: str, held: Held, ranks: int, lines: Iterable[Lines]) -> Part:
 
     parameter, tensor, older, group = held
     shape = parameter.shape
-    matrix = kind in {A, B} and len(shape) >= 2
+    matrix = kind in {A, B}
     spans = [(0, tensor.count)] if matrix else _spans(tensor.count)
 
     def arranged(values: Array | None) -> Array | None:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+import operator
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
+from functools import reduce
 from itertools import combinations
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -13,6 +15,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     Array: TypeAlias = "NDArray[np.float32]"
+
 from lora_state_format.naming.signals import (
     BIAS,
     CONSERVED,
@@ -205,7 +208,9 @@ class Table:
         import numpy as np
 
         _, *sides = self.balances[number]
-        left, right = (sum(self._sum(sources.get((s.unit, WEIGHT), s.unit), s) for s in side) for side in sides)
+        left, right = (
+            reduce(operator.add, (self._sum(sources.get((s.unit, WEIGHT), s.unit), s) for s in side)) for side in sides
+        )
         # A few channels may hold most of a sum; only as many count as would have it evenly.
         energy = left * left + right * right
         count = energy.sum() ** 2 / max(np.square(energy).sum(), 1e-38)
@@ -262,7 +267,7 @@ def _z(cosine: Any, count: Any) -> Any:
     return np.sign(cosine) * np.sqrt(-count * np.log1p(-cosine * cosine))
 
 
-def _unit_length(values: Array) -> Array:
+def _unit_length(values: NDArray[np.floating[Any]]) -> Array:
     import numpy as np
 
     length = np.linalg.norm(values, axis=-1, keepdims=True)
