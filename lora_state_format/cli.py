@@ -17,6 +17,7 @@ import click
 
 from lora_state_format import __version__
 from lora_state_format.errors import MissingDependencyError, StateFormatError
+from lora_state_format.model.text import printable
 
 if TYPE_CHECKING:
     from lora_state_format.model.states import OptimizerState
@@ -67,34 +68,27 @@ def run(arguments: Sequence[str]) -> int:
         return 0
     except OSError as error:
         message = f"{error.filename}: {error.strerror}" if error.filename else str(error)
-        return _fail(_printable(message), UNREADABLE)
+        return _fail(printable(message), UNREADABLE)
     return int(code or 0)
 
 
 def _fail(message: str, code: int) -> int:
     """Say what is wrong on one line; the lines of a list in the message follow, indented."""
     first, *rest = message.split("\n")
-    click.echo(f"error: {_printable(first)}", err=True)
+    click.echo(f"error: {printable(first)}", err=True)
     for line in rest:
-        click.echo(f"  {_printable(line.strip())}", err=True)
+        click.echo(f"  {printable(line.strip())}", err=True)
     return code
 
 
 def _say(*lines: str) -> None:
     for line in lines:
-        click.echo(_printable(line))
-
-
-def _printable(text: str) -> str:
-    """Return the text on one line, with nothing in it that a terminal would act on: names come out of files."""
-    if text.isprintable():
-        return text
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+        click.echo(printable(line))
 
 
 def _warn(warnings: Iterable[str]) -> None:
     for warning in warnings:
-        click.echo(f"warning: {_printable(warning)}", err=True)
+        click.echo(f"warning: {printable(warning)}", err=True)
 
 
 def _say_json(members: Any) -> None:
@@ -197,7 +191,7 @@ def convert(source: Path, target: str, layout: str | None, as_json: bool, **opti
 
     if layout is not None:
         options["options"]["map"] = layout
-    with _progress(f"converting {_printable(source.name)}") as progress:
+    with _progress(f"converting {printable(source.name)}") as progress:
         report = convert(source, target, progress=progress, **options)
     _warn(report.warnings)
     if as_json:
@@ -291,7 +285,7 @@ def verify(path: Path, weights: Path | None, as_json: bool) -> int:
 @click.argument("second", type=PATH)
 @_json
 def diff(first: Path, second: Path, as_json: bool) -> int:
-    """Compare two checkpoints by name, bit for bit."""
+    """Compare two checkpoints by name, bit for bit, and tell how far their numbers are apart."""
     from lora_state_format.operations.conversion import read
     from lora_state_format.operations.diff import diff
     from lora_state_format.operations.report import SCHEMA_VERSION
@@ -299,8 +293,7 @@ def diff(first: Path, second: Path, as_json: bool) -> int:
     with read(first) as one, read(second) as two:
         found = diff(one, two)
     if as_json:
-        members = {name: getattr(found, name) for name in ("run", "removed", "added", "slots", "moved")}
-        _say_json({"schema_version": SCHEMA_VERSION, "same": not found, **members})
+        _say_json({"schema_version": SCHEMA_VERSION, **found.to_json()})
     else:
         _say(*str(found).split("\n"))
     return FINDING if found else 0

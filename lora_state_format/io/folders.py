@@ -35,7 +35,7 @@ from lora_state_format.io.atomic import (
 )
 from lora_state_format.io.files import is_plain
 
-__all__ = ["NewFolder", "new_folder"]
+__all__ = ["NewFolder", "new_folder", "sweep"]
 
 HEAD: Final = b"lora_state_format: files that a writer may have left behind\n"
 """The first line of a journal."""
@@ -205,8 +205,13 @@ def _beside(target: Path, token: str) -> tuple[Path, Path]:
     return target.with_name(f".{target.name}.{token}.tmp"), target.with_name(f".{target.name}.{token}.old")
 
 
+def sweep(target: Path) -> None:
+    """Remove what dead writers of ``target`` left behind, and put back what stood aside; ``new_folder`` does so too."""
+    with locked(target.parent):
+        _sweep(target)
+
+
 def _sweep(target: Path) -> None:
-    """Remove what writers of ``target`` left behind that no longer live; put back what stood aside."""
     pattern = re.compile(re.escape(f".{target.name}.") + f"({TOKEN})" + r"\.names")
     for path in list(target.parent.iterdir()):
         match = pattern.fullmatch(path.name)
