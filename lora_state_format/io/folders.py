@@ -103,7 +103,7 @@ def new_folder(target: Path, *, force: bool, replaces: Collection[str] = ()) -> 
         replaces: The files that such a folder may hold, as ``a/b`` in it. They are removed.
 
     Raises ``TargetExistsError`` if the target exists and ``force`` is false, and if it is no folder, or holds a file
-    that is neither in ``replaces`` nor written anew. That is checked at first, and again at the end.
+    that is not in ``replaces``. That is checked at first, and again at the end.
     """
     _check(target, force, replaces)
     with locked(target.parent):
@@ -114,7 +114,7 @@ def new_folder(target: Path, *, force: bool, replaces: Collection[str] = ()) -> 
         yield folder
         folder.sync()
         with locked(target.parent):
-            _commit(target, journal, force, {*replaces, *journal.names})
+            _commit(target, journal, force, replaces)
 
 
 def _check(target: Path, force: bool, allowed: Collection[str]) -> None:
@@ -173,7 +173,11 @@ class _Journal:
         with contextlib.suppress(OSError):  # a file system without locks: left-overs stay
             fcntl.flock(self._descriptor, fcntl.LOCK_EX)
         self._size = 0
-        self._append(HEAD)
+        try:
+            self._append(HEAD)
+        except BaseException:
+            self.__exit__(None, None, None)
+            raise
 
     def note(self, *names: str) -> None:
         """Write names down before there are files of these names."""

@@ -225,11 +225,8 @@ def _groups(a: OptimizerState, b: OptimizerState) -> Iterator[str]:
         shared.update({(number, number): 0 for number in range(len(a.groups))})
     for (first, second), count in sorted(shared.items()):
         one, two = a.groups[first], b.groups[second]
-        if (
-            len(a.groups) == len(b.groups)
-            and first == second
-            and (one.optimizer, one.name, one.count) != (two.optimizer, two.name, two.count)
-        ):
+        alike = (one.optimizer, one.name, one.count) == (two.optimizer, two.name, two.count)
+        if paired and first == second and not alike:
             yield f"group {first}: of {one.count} and {two.count} parameters, or another name or optimizer"
         where = f"group {first}" if first == second else f"groups {first} and {second}, {count} parameters"
         options = dict(one.options), dict(two.options)

@@ -200,7 +200,8 @@ def test_a_flipped_bit_is_a_difference(tmp_path: Path, capsys: pytest.CaptureFix
             {"different": 1, "largest": 0.5},
         ),
         (
-            contiguous("BF16", (2,), Memory(b"\x80\x3f\x00\x40")), contiguous("BF16", (2,), Memory(b"\x80\x3f\x80\x3f")),
+            contiguous("BF16", (2,), Memory(b"\x80\x3f\x00\x40")),
+            contiguous("BF16", (2,), Memory(b"\x80\x3f\x80\x3f")),
             "1 of 2 elements differ, by 1 at most, relative 0.447, cosine 0.948683",
             {"different": 1, "largest": 1.0, "relative": math.sqrt(1 / 5), "cosine": 3 / math.sqrt(10)},
         ),
