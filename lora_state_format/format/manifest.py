@@ -551,9 +551,7 @@ def _check_layouts(
     stored: Mapping[str, Shaped],
 ) -> None:
     """R27: layouts are of opaque tensors of the file, and have an axis for each of theirs."""
-    opaque = {
-        tensor_key(owner, label) for owner, labels in owners for label, role in labels if role is Role.OPAQUE
-    }
+    opaque = {tensor_key(owner, label) for owner, labels in owners for label, role in labels if role is Role.OPAQUE}
     for key, axes in layouts.items():
         if key not in opaque:
             raise reader.fail(f"layouts names {key!r}, which is no opaque tensor of the file", "R27")
