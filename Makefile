@@ -37,7 +37,7 @@ test-lowest: .venv-lowest/ready  ## what needs no torch, with the lowest version
 
 WITHOUT_TORCH := $(patsubst %,tests/test_%.py,container crashes diff edit folders fuzz hostile imports manifest mapping \
 	mappings model plan properties readers registry sources vectors) \
-	$(patsubst %,tests/converters/test_%.py,flax_msgpack mlx paddlenlp)
+	$(patsubst %,tests/converters/test_%.py,flax_msgpack mlx paddlenlp) $(patsubst %,tests/spec/test_%.py,conformance text)
 
 # A command of that name may be there and refuse to run: pyenv's, which run where they are asked for by version.
 test-pythons:  ## what needs no torch, with every other version of Python that is here; a part of the largest and longest

@@ -157,6 +157,7 @@ def test_the_version_of_the_text_is_released_or_being_made() -> None:
     [
         *("spec/format.md", "spec/registry.md", "spec/afternoon.md", "spec/conformance/README.md"),
         *("spec/versions/README.md", "spec/versions/1.0/format.md", "docs/conformance.md", "docs/readers.md"),
+        *("docs/upstream/README.md", "docs/upstream/torchtitan.md", "docs/upstream/hf-lora-state/README.md"),
         *("readers/js/README.md", "readers/rust/README.md", "viewer/README.md"),
     ],
 )
