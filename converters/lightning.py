@@ -26,6 +26,8 @@ from lora_state_format.registry import Match
 NAME: Final = "lightning"
 DESCRIPTION: Final = "a Lightning .ckpt file: optimizer_states beside pytorch-lightning_version"
 
+TARGET: Final = "last.ckpt"
+
 
 def detect(path: Path) -> Match | None:
     if not path.is_file():

@@ -82,7 +82,7 @@ _F64 = struct.Struct(">d")
     EMPTY_TUPLE, TUPLE, TUPLE1, TUPLE2, TUPLE3, EMPTY_LIST, LIST, APPEND, APPENDS, EMPTY_DICT, DICT, SETITEM, SETITEMS,
     EMPTY_SET, ADDITEMS, FROZENSET, BINGET, LONG_BINGET, BINPUT, LONG_BINPUT, MEMOIZE, GLOBAL, STACK_GLOBAL, REDUCE,
     BUILD, NEWOBJ, NEWOBJ_EX, BINPERSID, PROTO, FRAME,
-) = OPCODES = (
+) = (
     b"(.012GJKM\x8a\x8bTUX\x8c\x8dBC\x8e\x96N\x88\x89)t\x85\x86\x87]lae}dsu\x8f\x90\x91hjqr\x94c\x93Rb\x81\x92Q\x80\x95"
 )  # fmt: skip
 
@@ -589,7 +589,7 @@ def _check_tree(value: Any, most: int) -> None:
 
 
 _NESTING: Final = frozenset({dict, list, tuple, set, frozenset, Record})
-_PLAIN: Final = frozenset({type(None), bool, int, float, str, bytes})
+_PLAIN: Final = frozenset({type(None), bool, int, float, str, bytes, Global})
 _ODD: Final = frozenset({tuple, frozenset, complex})
 
 
@@ -787,6 +787,7 @@ _INERT: Final[Mapping[str, str]] = {
     "torch.serialization": "_get_layout",
     "torch.distributed.checkpoint.metadata": "Metadata MetadataIndex TensorStorageMetadata BytesStorageMetadata "
     "ChunkStorageMetadata TensorProperties StorageMeta _MEM_FORMAT_ENCODING",
+    "torch.distributed.checkpoint.planner": "SavePlan WriteItem WriteItemType TensorWriteData BytesIOWriteData",
     "torch.distributed._shard.sharded_tensor.metadata": "TensorProperties MEM_FORMAT_ENCODING",
     "torch.distributed.checkpoint.filesystem": "_StorageInfo",
     "torch.distributed.checkpoint.hf_storage": "_HFStorageInfo",

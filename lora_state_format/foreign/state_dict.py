@@ -22,7 +22,7 @@ from lora_state_format.foreign.torchao import pack_torchao, unpack_torchao
 from lora_state_format.io.ledger import crc32
 from lora_state_format.model.gc import paused
 from lora_state_format.model.states import Group, Optimizer, OptimizerState, PositionalState, Role, Scalar, Slot, Value
-from lora_state_format.model.tensors import Tensor
+from lora_state_format.model.tensors import Tensor, memory_order
 from lora_state_format.optimizers.quantised import TORCHAO
 from lora_state_format.optimizers.roles import role_of
 
@@ -111,13 +111,13 @@ class Reader:
             for key in raw:
                 _check_key(key, place)
             return {key: self._value(inner, (*place, key), raw, options, depth) for key, inner in raw.items()}
-        if type(raw) in (list, tuple):
+        if isinstance(raw, (list, tuple)) and type(raw) in (list, tuple):
             items = (self._value(x, (*place, number), siblings, options, depth) for number, x in enumerate(raw))
             return list(items) if type(raw) is list else tuple(items)
         tensor = self._tensor(raw, place)
         if isinstance(tensor, Tensor):
             role = Role.OPAQUE if depth is None else role_of(place[depth:], tensor.dtype, siblings, options)
-            return Slot(tensor, role)
+            return Slot(tensor, role, memory_order(tensor) if role is Role.OPAQUE else None)
         return tensor
 
     def _tensor(self, raw: Any, place: Place) -> Tensor | Scalar | Value:
@@ -125,6 +125,8 @@ class Reader:
             return known
         if isinstance(raw, Tensor):
             return raw if raw.shape else _scalar(raw, place)
+        if isinstance(raw, Scalar):
+            return raw
         if isinstance(raw, NumpyScalar) and not isinstance(raw.value, complex):
             self.converted.append(f"{_dotted(place)}: NumPy {raw.dtype} to {type(raw.value).__name__}")
             return raw.value

@@ -7,7 +7,7 @@ have no names yet is a ``PositionalState``; ``PositionalState.named`` is the onl
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from enum import Enum
 from functools import cached_property
@@ -36,6 +36,7 @@ __all__ = [
     "Slot",
     "Value",
     "Weights",
+    "mapped",
     "walk",
 ]
 
@@ -92,10 +93,15 @@ class Scalar:
 
 @dataclass(frozen=True, slots=True)
 class Slot:
-    """A tensor of one or more dimensions in a slot tree."""
+    """A tensor of one or more dimensions in a slot tree.
+
+    ``order`` has its axes from the slowest to the fastest in memory, where that was another order than C's: only of
+    opaque tensors, since others are laid out as their parameter.
+    """
 
     tensor: Tensor
     role: Role = Role.OPAQUE
+    order: tuple[int, ...] | None = None
 
 
 Value: TypeAlias = (
@@ -114,6 +120,15 @@ def walk(value: Value, path: tuple[Any, ...] = ()) -> Iterator[tuple[tuple[Any, 
             yield from walk(inner, (*path, index))
     else:
         yield path, value
+
+
+def mapped(value: Any, leaf: Callable[[Any, tuple[Any, ...]], Any], path: tuple[Any, ...] = ()) -> Any:
+    """Return a value tree with ``leaf(value, path)`` in place of every leaf."""
+    if isinstance(value, Mapping):
+        return {key: mapped(inner, leaf, (*path, key)) for key, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(mapped(inner, leaf, (*path, index)) for index, inner in enumerate(value))
+    return leaf(value, path)
 
 
 @dataclass(frozen=True, slots=True)
@@ -226,7 +241,9 @@ class OptimizerState(Mapping[str, Parameter]):
     resources: tuple[Any, ...] = field(default=(), repr=False)
 
     __eq__ = object.__eq__
-    __hash__ = object.__hash__
+
+    def __hash__(self) -> int:
+        return object.__hash__(self)
 
     def __post_init__(self) -> None:
         if len(self._index) != len(self.parameters):

@@ -30,11 +30,10 @@ from lora_state_format.errors import AmbiguousOrderError, ConversionError, Optio
 from lora_state_format.model.states import Naming, OptimizerState, Parameter, PositionalState, Role, Slot, Value, walk
 from lora_state_format.model.tensors import Tensor
 from lora_state_format.naming.evidence import Evidence, weigh
-from lora_state_format.naming.modules import in_module_order
-from lora_state_format.naming.names import plain_name, split_adapter, with_adapter
-from lora_state_format.naming.rules import RULES, Candidate, Described, Split, Splits, _trainable
+from lora_state_format.naming.names import plain_name, split_adapter
+from lora_state_format.naming.rules import RULES, Candidate, Described, Split, Splits, trainable_of
 
-__all__ = ["ContradictedError", "candidates", "decide", "interchangeable", "side_by_side"]
+__all__ = ["ContradictedError", "candidates", "decide", "interchangeable"]
 
 LIVE: Final = "live"
 """Stands for a rule where the order is that of a live optimizer."""
@@ -129,19 +128,6 @@ def interchangeable(parameters: Sequence[Parameter]) -> int:
     """Return how many parameters have the same shape as another one, and so could be swapped unnoticed."""
     counts = Counter(p.shape for p in parameters)
     return sum(n for n in counts.values() if n > 1)
-
-
-def side_by_side(adapters: Mapping[str, Sequence[Parameter]]) -> list[Parameter]:
-    """Return the parameters of several adapters of one model in ``named_parameters()`` order: adapters by creation.
-
-    PEFT keeps the adapters of a module beside each other: A of each, then B of each.
-    """
-    every = [parameter for parameters in adapters.values() for parameter in parameters]
-    places = [with_adapter(parameter.name, "default") for parameter in every]
-    rank = {place: number for number, place in enumerate(in_module_order(dict.fromkeys(places)))}
-    turn = {name: number for number, name in enumerate(adapters)}
-    order = sorted(range(len(every)), key=lambda n: (rank[places[n]], turn[every[n].adapter or ""]))
-    return [every[n] for n in order]
 
 
 def _described(parameter: Parameter | Described) -> Described:
@@ -340,7 +326,7 @@ def _shapes_differ(parameter: Parameter, identity: int | str, path: tuple[object
 def _nothing_fits(
     positional: PositionalState, parameters: Sequence[Described], reasons: Sequence[tuple[str, str]]
 ) -> str:
-    trainable = len(_trainable(parameters))
+    trainable = len(trainable_of(parameters))
     count = f"{len(parameters)}" if trainable == len(parameters) else f"{len(parameters)} ({trainable} trainable)"
     head = (
         f"no order of the {count} parameters fits the {len(positional.ids)} of the optimizer, whose groups hold "
@@ -355,10 +341,15 @@ def _nothing_fits(
     elif len(positional.ids) > len(parameters):
         lines.append(
             "hint: the optimizer holds more parameters than these; if it was made of all of a model's, frozen ones "
-            "too, pass the folder with the model's config.json (--names, names=)"
+            "too, pass names= with the folder of the model's config.json"
+        )
+    elif len(positional.ids) < trainable and any(item.classes for item in parameters):
+        lines.append(
+            "hint: if only a part of the model was trained, say which: trainable='REGEX' for each part, or "
+            "names= with a file of names in optimizer order"
         )
     elif len(reasons) > 1:
-        lines.append("hint: pass a file of names in optimizer order (--names), or the model that was trained")
+        lines.append("hint: pass names= with a file of names in optimizer order, or the model that was trained")
     return "\n".join(lines)
 
 

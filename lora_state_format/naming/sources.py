@@ -23,6 +23,7 @@ from lora_state_format.errors import (
     MissingDependencyError,
     MissingNamesError,
     OptionError,
+    Remedy,
 )
 from lora_state_format.io.json_files import read_json_object
 from lora_state_format.io.safetensors import read_header
@@ -105,6 +106,7 @@ def name_state(
     rule: str | None = None,
     live: Live | None = None,
     rebuild: Rebuild,
+    weigh: bool = True,
 ) -> Named:
     """Return the state of a checkpoint under names; state that has names already is returned as it is.
 
@@ -115,24 +117,31 @@ def name_state(
         rule: The grouping rule to force, one of ``rules.RULES``.
         live: The live model to take names from; it goes before everything in the checkpoint.
         rebuild: Describes the model of a folder with configs; called only where the weights do not say their order.
+        weigh: Whether the weights, if there are any, are read to tell how sure the order is.
 
     Raises:
         MissingNamesError: Nothing says which parameter a position means.
         OptionError: ``names`` or ``rule`` for a state that has names.
         ConversionError: No order fits, or several do (``AmbiguousOrderError``).
     """
-    return _named(checkpoint, path, names, rule, live, rebuild)._replace(skipped=checkpoint.skipped)
+    return _named(checkpoint, path, names, rule, live, rebuild, weigh)._replace(skipped=checkpoint.skipped)
 
 
 def _named(
-    checkpoint: Checkpoint, path: Path, names: Names | None, rule: str | None, live: Live | None, rebuild: Rebuild
+    checkpoint: Checkpoint,
+    path: Path,
+    names: Names | None,
+    rule: str | None,
+    live: Live | None,
+    rebuild: Rebuild,
+    weigh: bool,
 ) -> Named:
     state, weights = checkpoint.state, checkpoint.weights
     if isinstance(state, OptimizerState):
         if names is not None or rule is not None:
             raise OptionError(f"{path}: its parameters have names; --names and --rule (names=, rule=) do not apply")
         return Named(state, weights)
-    decided = partial(_decided, head_dim=head_size(config_of(checkpoint, CONFIG) or {}), rule=rule)
+    decided = partial(_decided, head_dim=head_size(config_of(checkpoint, CONFIG) or {}), rule=rule, weigh=weigh)
     if live is not None:
         source = _Source(live.parameters, "model", None, weights or live.weights)
         return Named(decided(state, source, live=live.groups).state, weights)
@@ -153,6 +162,7 @@ def _decided(
     *,
     head_dim: int | None,
     rule: str | None,
+    weigh: bool,
     live: Sequence[Sequence[str]] | None = None,
 ) -> Named:
     named = order.decide(
@@ -161,7 +171,7 @@ def _decided(
         others=source.others,
         partly=source.partly,
         rule=source.rule or rule,
-        weights=source.weights or None,
+        weights=(source.weights or None) if weigh else None,
         head_dim=head_dim,
         live=live,
         source=source.name,
@@ -288,8 +298,8 @@ def _inferred(
         raise min(failures.values(), key=_weight)
     if any(checkpoint.skipped):
         told = "".join(f"\n  {skipped}" for skipped in checkpoint.skipped)
-        raise MissingNamesError(f"{_nothing_known(path, state)}; what could have told was skipped:{told}")
-    raise MissingNamesError(_nothing_known(path, state))
+        raise MissingNamesError(f"{_nothing_known(path, state)}; unreadable files were skipped:{told}", remedy=NAME_IT)
+    raise MissingNamesError(_nothing_known(path, state), remedy=NAME_IT)
 
 
 def _weight(error: ConversionError | FileError) -> int:
@@ -307,10 +317,16 @@ def _divided(weights: Weights) -> list[Weights]:
 
 def _nothing_known(path: Path, state: PositionalState) -> str:
     return (
-        f"{path}: the state of {len(state.ids)} parameters stands under positions, and nothing beside it says "
-        "which parameter a position means; pass --names (names=) with a file of names in optimizer order, the "
-        "adapter file, or a folder with config.json and adapter_config.json"
+        f"{path}: stores {len(state.ids)} parameters by position and contains no names, and no neighbouring file "
+        "names them"
     )
+
+
+NAME_IT: Final = Remedy(
+    "pass {names} with a file of names in optimizer order, the adapter file, or a folder with config.json and "
+    "adapter_config.json",
+    {"names": ...},
+)
 
 
 def _nearest(fitting: Mapping[tuple[str, ...], Sequence[Named]], optimizer: str, path: Path) -> Named:

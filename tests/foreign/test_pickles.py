@@ -11,6 +11,7 @@ import io
 import json
 import pathlib
 import pickle
+import pickletools
 import random
 import struct
 import subprocess
@@ -541,7 +542,7 @@ def test_damaged_files_are_read_or_refused(zipped: bool) -> None:
         accepted(bytes(data))
 
 
-FRAGMENTS = [bytes([code]) for code in pickles.OPCODES] + [
+FRAGMENTS = [opcode.code.encode("latin-1") for opcode in pickletools.opcodes] + [
     b"K\0", b"h\0", b"h\1", b"q\0", b"j\0\0\0\0", b"\x8c\1x", b"\x8a\1\5", hostile.storage(), hostile.tensor(), b"tR",
     b"ctorch._utils\n_rebuild_tensor_v3\n", b"ctorch\nfloat32\n", b"ctorch._tensor\n_rebuild_from_type_v2\n",
     b"ccollections\nOrderedDict\n", b"cbuiltins\nset\n", b"c_codecs\nencode\n", b"cnumpy\ndtype\n",
