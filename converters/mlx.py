@@ -48,6 +48,7 @@ LAYOUTS: Final = (
 )
 UNCORRECTED: Final = {"adam": "adam_uncorrected", "adamw": "adamw_uncorrected"}
 NAMES: Final = ("optimizer_state.safetensors", "optimizer.safetensors")
+TARGET: Final = NAMES[0]
 SUFFIX: Final = "_optimizer.safetensors"
 """mflux and others write ``0000100_optimizer.safetensors``, and the adapter with the same number."""
 COUNTERS: Final = {"step": ("U64", ()), "learning_rate": ("F32", ())}

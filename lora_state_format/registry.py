@@ -110,7 +110,10 @@ class Converter(Protocol):
 
 
 class Writer(Converter, Protocol):
-    """A converter that can also write its format, exactly or not at all."""
+    """A converter that can also write its format, exactly or not at all.
+
+    One whose checkpoints are single files may say in ``TARGET`` what such a file is called in a folder.
+    """
 
     def write(
         self, state: OptimizerState, path: Path, *, base: Path | None, force: bool, options: Mapping[str, Any]

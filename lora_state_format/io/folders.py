@@ -25,6 +25,7 @@ from lora_state_format.errors import TargetExistsError, UnrepresentableError
 from lora_state_format.io.atomic import (
     TOKEN,
     exchange,
+    gathered,
     locked,
     move_new,
     refuse_existing,
@@ -65,15 +66,15 @@ class NewFolder:
                     f"{name[:100]!r} would become the name of a file, and is not the plain name of one: rename it"
                 )
         path = self.path.joinpath(*place)
-        self._make(path.parent)
         self._journal.note("/".join(place))
+        self._make(path.parent)
         try:
             descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
         except FileExistsError:
             raise UnrepresentableError(f"two files would be called {'/'.join(place)!r}: rename one") from None
         try:
             position = 0
-            for chunk in chunks:
+            for chunk in gathered(chunks):
                 write_all(descriptor, chunk, position)
                 position += len(chunk)
             sync(descriptor)

@@ -250,9 +250,10 @@ def check_alike(groups: Sequence[Group], algorithm: Algorithm, given: Mapping[st
     for key in algorithm.options:
         values = [_plain(options[key]) for options in held if key in options]
         if key not in given and any(value != values[0] for value in values):
+            found = ", ".join(dict.fromkeys(map(repr, values)))
             raise UnrepresentableError(
-                f"groups differ in {key} ({', '.join(dict.fromkeys(map(repr, values)))}), and the target "
-                f"has one {key} for all: say which with --option {key}=..."
+                f"groups differ in {key} ({found}), and the target has one for all",
+                remedy=Remedy("pass it as {options}", {"options": {key: ...}}),
             )
 
 

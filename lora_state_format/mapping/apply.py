@@ -14,7 +14,7 @@ from functools import cache
 from math import prod
 from typing import Any, Final
 
-from lora_state_format.errors import ConversionError, MissingNamesError, OptionError, UnrepresentableError
+from lora_state_format.errors import ConversionError, MissingNamesError, OptionError, Remedy, UnrepresentableError
 from lora_state_format.mapping.algorithms import ALGORITHMS
 from lora_state_format.mapping.maps import FIELD, MAPS, Map, Rule, load
 from lora_state_format.model.states import Checkpoint, OptimizerState, Parameter, Role, Slot, Value, walk
@@ -48,8 +48,8 @@ def on_writing(state: OptimizerState, name: str | None, converter: str) -> Optim
     if name is None:
         known = ", ".join(layout.name for layout in MAPS)
         raise OptionError(
-            f"the names and axes of the state are not those of {converter}: say whose it has to have with --map "
-            f"({known}, or a file), or --map none to keep them as they are"
+            f"the names and axes of the state are not those of {converter}; maps are known for {known}",
+            remedy=Remedy("pass one, a file, or 'none' to keep the names, as {options}", {"options": {"map": ...}}),
         )
     return state if name == "none" else invert(state, load(name))
 

@@ -17,7 +17,19 @@ from lora_state_format.model.sources import Source
 if TYPE_CHECKING:
     import numpy as np
 
-__all__ = ["CHUNK", "Box", "Digest", "Flat", "Piece", "Run", "Tensor", "contiguous", "is_tiling"]
+__all__ = [
+    "CHUNK",
+    "Box",
+    "Digest",
+    "Flat",
+    "Piece",
+    "Run",
+    "Tensor",
+    "boxes_between",
+    "contiguous",
+    "intersection",
+    "is_tiling",
+]
 
 CHUNK: Final = 1 << 20
 """Bytes moved at a time."""
@@ -283,7 +295,7 @@ class Tensor:
         pieces = []
         for piece in self.boxed().pieces:
             assert isinstance(piece.where, Box)
-            common = _intersection(piece.where, target)
+            common = intersection(piece.where, target)
             if common is None:
                 continue
             strides = piece.strides or c_strides(piece.where.shape)
@@ -339,7 +351,8 @@ def _drop_units(shape: Sequence[int], strides: Sequence[int]) -> list[int]:
     return [stride for size, stride in zip(shape, strides, strict=True) if size != 1]
 
 
-def _intersection(a: Box, b: Box) -> Box | None:
+def intersection(a: Box, b: Box) -> Box | None:
+    """Return what two boxes share; ``None`` if that is no element."""
     start = tuple(max(x, y) for x, y in zip(a.start, b.start, strict=True))
     stop = tuple(min(x + m, y + n) for x, m, y, n in zip(a.start, a.shape, b.start, b.shape, strict=True))
     if any(x >= y for x, y in zip(start, stop, strict=True)):
@@ -421,7 +434,7 @@ def _check_disjoint(tensor: Tensor) -> None:
 def _fill(tensor: Tensor, first: int, last: int, out: memoryview) -> None:
     """Fill ``out`` with elements ``first`` to ``last`` of a tensor whose pieces are boxes that are not all runs."""
     width = item_size(tensor.dtype)
-    for position, box in _boxes(tensor.shape, first, last):
+    for position, box in boxes_between(tensor.shape, first, last):
         part = out[(position - first) * width :][: math.prod(box.shape) * width]
         candidates = [_meeting(index, box) for index in tensor._sorted]
         for piece in min(candidates, key=len, default=tensor.pieces):
@@ -460,8 +473,8 @@ def _meeting(index: _Sorted, box: Box) -> Sequence[Piece]:
     return index.pieces[first : bisect_left(index.starts, start + box.shape[index.axis])]
 
 
-def _boxes(shape: tuple[int, ...], first: int, last: int) -> Iterator[tuple[int, Box]]:
-    """Yield the elements from ``first`` to ``last`` in C order, as boxes that are each one run of the output."""
+def boxes_between(shape: tuple[int, ...], first: int, last: int) -> Iterator[tuple[int, Box]]:
+    """Yield the elements from ``first`` to ``last`` in C order, as boxes that are each one run, with their places."""
     while first < last:
         # The largest trailing block that starts here and ends in time; then as many of them as fit in its parent.
         axis, block = len(shape), 1
@@ -482,7 +495,7 @@ def _boxes(shape: tuple[int, ...], first: int, last: int) -> Iterator[tuple[int,
 
 def _fill_box(piece: Piece, box: Box, width: int, out: memoryview) -> None:
     assert isinstance(piece.where, Box)
-    common = _intersection(piece.where, box)
+    common = intersection(piece.where, box)
     if common is None:
         return
     strides = piece.strides or c_strides(piece.where.shape)

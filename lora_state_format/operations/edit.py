@@ -67,7 +67,8 @@ def rename(state: OptimizerState, rule: Rename) -> Edited:
             others = {kind: value for kind, value in old.foreign_names.items() if kind != "peft"}
             foreign = others | ({"peft": key[0]} if key else {})
             new = replace(new, adapter=adapter[1] if adapter else None, foreign_names=foreign)
-        parameters.append(new)
+        # The ids of a state dict that is keyed by name were the old names.
+        parameters.append(replace(new, original_id=None) if isinstance(old.original_id, str) else new)
     return Edited(replace(state, parameters=tuple(parameters)), count)
 
 
@@ -119,6 +120,8 @@ def prune(state: OptimizerState, match: str | None = None, *, carried: bool = Fa
         goes = {parameter.name for parameter in state.parameters if matches(parameter)}
         if not goes:
             raise _nothing("", match, state)
+        if len(goes) == len(state):
+            raise OptionError(f"prune: '{match}' matches all {len(state)} parameters, and nothing would be left")
     groups = tuple(
         replace(group, count=sum(parameter.name not in goes for parameter in members))
         for group, members in zip(state.groups, state.members(), strict=True)

@@ -5,6 +5,7 @@ from lora_state_format.torch.background import BackgroundSave
 from lora_state_format.torch.capture import capture
 from lora_state_format.torch.hooks import Following, follow_names
 from lora_state_format.torch.load import load_optimizer, plan
+from lora_state_format.torch.resize import resize_adapter
 from lora_state_format.torch.save import save_optimizer
 
 __all__ = [
@@ -16,5 +17,6 @@ __all__ = [
     "follow_names",
     "load_optimizer",
     "plan",
+    "resize_adapter",
     "save_optimizer",
 ]

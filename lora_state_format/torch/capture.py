@@ -11,7 +11,8 @@ import inspect
 import logging
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from functools import partial
 from typing import Any, Final, Literal, TypeAlias, cast
 from weakref import WeakKeyDictionary
 
@@ -38,7 +39,7 @@ from lora_state_format.model.tensors import Digest, Tensor
 from lora_state_format.naming.names import peft_key, split_adapter
 from lora_state_format.torch.fsdp1 import Part, parts_of
 from lora_state_format.torch.objects import outside, unpacked
-from lora_state_format.torch.tensors import dtype_name, from_torch, is_sharded, refusal
+from lora_state_format.torch.tensors import dtype_name, from_torch, is_sharded, refusal, to_host
 
 __all__ = [
     "CARRIED",
@@ -46,12 +47,12 @@ __all__ = [
     "Named",
     "Optimizers",
     "capture",
-    "capture_with",
+    "capture_parts",
     "describe",
     "named_tensors",
     "optimizers_of",
     "sharding",
-    "with_weights",
+    "weights_of",
 ]
 
 logger = logging.getLogger("lora_state_format")
@@ -281,20 +282,22 @@ def _options(reader: Reader, group: Mapping[str, Any], where: str | None = None)
                 logger.warning("%s: option %s; it is not saved, and a load keeps what the live group has", where, error)
 
 
-def _content(tensor: torch.Tensor) -> Tensor:
-    """Return a live tensor as its bytes; of a sharded one all of them, which every rank must ask for."""
+def _content(tensor: torch.Tensor, copy: bool = False) -> Tensor:
+    """Return a tensor's bytes, live or copied; of a sharded one all of them, which arrive inside ``gather``."""
     if is_sharded(tensor):
-        from lora_state_format.torch.distributed import gathered
+        from lora_state_format.torch.exchange import spread
 
         sharded = cast("Any", tensor)
-        return gathered(sharded) if tensor.shape else from_torch(sharded.full_tensor())
-    return from_torch(tensor)
+        if tensor.shape:
+            return spread(sharded, copy=copy)
+        tensor = sharded.full_tensor()
+    return from_torch(to_host(tensor) if copy else tensor)
 
 
-def as_leaf(raw: Any) -> Tensor | Scalar | None:
-    """Live tensors, and NumPy's scalars as Python numbers."""
+def as_leaf(raw: Any, copy: bool = False) -> Tensor | Scalar | None:
+    """Live tensors, or copies of them, and NumPy's scalars as Python numbers."""
     if isinstance(raw, torch.Tensor):
-        content = _content(raw)
+        content = _content(raw, copy)
         return content if content.shape else Scalar(content.dtype, bytes(content.bytes()))
     numpy = sys.modules.get("numpy")
     if numpy is not None and isinstance(raw, numpy.generic) and not isinstance(raw, (numpy.str_, numpy.bytes_)):
@@ -302,8 +305,21 @@ def as_leaf(raw: Any) -> Tensor | Scalar | None:
     return None
 
 
-def _copied(raw: Any) -> Tensor | Scalar | None:
-    return as_leaf(raw.detach().to("cpu", copy=True) if isinstance(raw, torch.Tensor) else raw)
+def _leaf(name: str, part: Part | None, copy: bool) -> Leaf:
+    """Return what reads the slots of a parameter; those of a part stand for the whole parameter's."""
+
+    def leaf(raw: Any) -> Tensor | Scalar | None:
+        if part and isinstance(raw, torch.Tensor) and raw.shape == (part.count,):
+            return _part_content(name, part, raw, copy) if part.shape else as_leaf(raw[0])
+        return as_leaf(raw, copy)
+
+    return cast("Leaf", leaf)
+
+
+def _part_content(name: str, part: Part, local: torch.Tensor, copy: bool) -> Tensor:
+    from lora_state_format.torch.exchange import run
+
+    return run(name, part.shape, part.start, local, copy=copy)
 
 
 # --- capture --------------------------------------------------------------------------------------------------------
@@ -327,33 +343,37 @@ def capture(
     Raises ``CaptureError`` if the optimizer holds parameters that the model does not have, and
     ``UnrepresentableError`` for a value that no file can hold, naming the parameter and the slot.
     """
-    return capture_with(None, optimizer, model, weights=weights, extra=extra, global_step=global_step, copy=copy)
+    named = named_tensors(model)
+    if named.parts:
+        raise CaptureError(
+            "FSDP has cut the parameters up: call save_optimizer on every rank, which brings them together"
+        )
+    return capture_parts(optimizer, model, named, weights=weights, extra=extra, global_step=global_step, copy=copy)
 
 
-def capture_with(
-    entries: Mapping[str, Mapping[str, Any]] | None,
+def capture_parts(
     optimizer: Optimizers,
     model: Models,
+    named: Named,
     *,
     weights: bool,
     extra: Mapping[str, Any] | None,
     global_step: int | None,
-    copy: bool = False,
+    copy: bool,
 ) -> OptimizerState:
-    """As ``capture``; ``entries`` are the slots of whole parameters by name where the optimizer has only parts."""
-    named, optimizers = named_tensors(model), optimizers_of(optimizer)
-    if named.parts and entries is None:
-        raise CaptureError(
-            "FSDP has cut the parameters up: call save_optimizer on every rank, which brings them together"
-        )
-    reader = Reader(cast("Leaf", _copied if copy else as_leaf))
+    """Return what ``capture`` does, with the slots of this rank where parameters are cut up.
+
+    A parameter of which this rank has no elements has no state here.
+    """
+    optimizers = optimizers_of(optimizer)
+    reader = Reader(cast("Leaf", partial(as_leaf, copy=copy)))
     groups: list[Group] = []
     parameters: dict[str, Parameter] = {}
 
     def add(name: str, state: Mapping[torch.Tensor, Mapping[str, Any]], options: Mapping[str, Any]) -> None:
-        tensor = named.tensors[name]
-        entry = state.get(tensor) if entries is None else entries.get(name)
-        slots = None if entry is None else _slots(reader, name, named, entry, options)
+        tensor, part = named.tensors[name], named.parts.get(name)
+        entry = state.get(tensor) if part is None or part.count else None
+        slots = None if entry is None else _slots(Reader(_leaf(name, part, copy)), name, named, entry, options)
         parameters[name] = _parameter(name, tensor, named, slots, weights)
 
     for place, (number, group, names) in enumerate(_groups(optimizers, named)):
@@ -393,18 +413,10 @@ def capture_with(
     )
 
 
-def with_weights(state: OptimizerState, model: Models, *, copy: bool = False) -> OptimizerState:
-    """Return the state with a digest of each parameter's own bytes, as they are in the model.
-
-    With ``copy`` each is copied for that: memory that NumPy has seen can no longer be resized, as FSDP1 does with its.
-    """
-    tensors = named_tensors(model).tensors
-
-    def digest(tensor: torch.Tensor) -> Digest:
-        return _digest(tensor.detach().clone() if copy else tensor)
-
-    parameters = (replace(p, weights=digest(tensors[p.name])) if p.name in tensors else p for p in state.parameters)
-    return replace(state, parameters=tuple(parameters))
+def weights_of(named: Named, name: str, *, copy: bool = False) -> Tensor:
+    """Return a parameter's own bytes, or a copy of them; of a sharded one they arrive inside ``gather``."""
+    part, tensor = named.parts.get(name), named.tensors[name]
+    return _part_content(name, part, tensor, copy) if part and part.shape else _content(tensor, copy)
 
 
 def _parameter(

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -22,6 +23,7 @@ from lora_state_format.model.tensors import Digest, Tensor
 from lora_state_format.naming import order, rules
 from lora_state_format.naming.names import Rename, peft_key
 from lora_state_format.naming.sources import Live, name_state
+from lora_state_format.optimizers.rounded import describe_stored
 from lora_state_format.torch.apply import LoadReport, apply
 from lora_state_format.torch.capture import (
     Models,
@@ -29,10 +31,12 @@ from lora_state_format.torch.capture import (
     describe,
     named_tensors,
     sharding,
+    weights_of,
 )
 from lora_state_format.torch.rebuild import rebuild
 from lora_state_format.torch.tensors import (
     from_torch,
+    is_sharded,
     refusal,
 )
 
@@ -55,6 +59,7 @@ def load_optimizer(
     dtype: planning.Dtype = "saved",
     options: Mapping[str, Any] | None = None,
     rename: Rename | None = None,
+    verify: bool = True,
 ) -> LoadReport:
     """Load state into a live optimizer, or several, by the names of the model's parameters: all of it, or nothing.
 
@@ -63,14 +68,65 @@ def load_optimizer(
     proof. The policies are those of ``plan.Policies``.
 
     Of a sharded model each rank reads its own part, whatever the placement; call this on every rank. If one fails, all
-    do. Tensors that are read in parts are not verified against their digests, and weights are not compared.
+    do. Digests cover whole tensors, so the ranks share the work of verifying those that they read in parts, and of
+    comparing the weights: each tensor is read, or sent, once more. ``verify=False`` leaves both out.
 
     Raises ``BindError`` that names everything that does not fit, ``DigestError`` and ``FileError`` for damaged bytes,
     ``RankError`` if another rank raised something, and what opening the path raises. The optimizer is then as it was.
     """
     policies = Policies(missing, unexpected, mismatch, dtype, options or {}, rename)
-    with _agreed(optimizer, model) as agree, _open(Path(path), live := describe(optimizer, model), model) as state:
-        return apply(planning.plan(state, live, policies), optimizer, model, agree)
+    if sharding(optimizer, model):
+        return _load_together(optimizer, model, Path(path), policies, verify)
+    with _open(Path(path), live := describe(optimizer, model), model) as state:
+        return apply(_planned(state, live, policies), optimizer, model)
+
+
+def _planned(state: OptimizerState, live: LiveOptimizer, policies: Policies) -> LoadPlan:
+    """Return the plan, which says too what the file says of slots that were rounded."""
+    loading = planning.plan(state, live, policies)
+    lossy = describe_stored(state.origin)
+    return replace(loading, notes=(*loading.notes, lossy)) if lossy else loading
+
+
+def _load_together(optimizer: Optimizers, model: Models, path: Path, policies: Policies, verify: bool) -> LoadReport:
+    """Load a sharded state: every rank its part, all of them or none."""
+    from lora_state_format.torch.distributed import agreement, hashes, verify_share
+
+    named = named_tensors(model)
+    spread = {name for name, tensor in named.tensors.items() if is_sharded(tensor) or name in named.parts}
+    with agreement() as agree, _open(path, live := describe(optimizer, model), model) as state:
+        agree(False)
+        if verify and any(parameter.weights for parameter in state.parameters):
+            found = hashes({name: weights_of(named, name) for name in live.members if name in spread})
+            live = _with_digests(live, found)
+        loading = _planned(state, live, policies)
+        parts = {
+            f"'{b.name}': slot '{'.'.join(map(str, path))}'": slot.tensor
+            for b in loading.bindings
+            if b.saved and b.name in spread
+            for path, slot in b.saved.tensors()
+        }
+        with ThreadPoolExecutor(1) as beside:
+            verifying = beside.submit(verify_share, parts if verify else {})
+
+            def settle() -> None:
+                verifying.result()
+                agree(True)
+
+            return apply(loading, optimizer, model, settle)
+
+
+def _with_digests(live: LiveOptimizer, hashes: Mapping[str, str]) -> LiveOptimizer:
+    """Return the live side, with the digests of parameters of which this rank has only a part."""
+
+    def digest(parameter: LiveParameter) -> Callable[[], Digest]:
+        return lambda: Digest(ALGORITHM, parameter.dtype, hashes[parameter.name])
+
+    parameters = {
+        name: replace(parameter, digest=digest(parameter)) if name in hashes else parameter
+        for name, parameter in live.parameters.items()
+    }
+    return replace(live, parameters=parameters)
 
 
 def plan(state: OptimizerState, optimizer: Optimizers, model: Models, **policies: Unpack[PolicyArguments]) -> LoadPlan:
@@ -100,7 +156,9 @@ def _open(path: Path, live: LiveOptimizer, model: Models) -> OptimizerState:
     own = {name: from_torch(tensor) for name, tensor in named.tensors.items() if refusal(tensor) is None}
     where = "beside it" if checkpoint.weights else "of the live model"
     groups = [group.parameters for group in live.groups]
-    state = name_state(checkpoint, path, live=Live(parameters, groups, own), rebuild=rebuild)
+    state, _, skipped = name_state(checkpoint, path, live=Live(parameters, groups, own), rebuild=rebuild)
+    for file in skipped:
+        logger.warning("%s", file)
     details = state.naming.details
     evidence = cast("Mapping[str, str]", details.get("evidence", {}))
     verdict = evidence.get("verdict")
@@ -109,6 +167,8 @@ def _open(path: Path, live: LiveOptimizer, model: Models) -> OptimizerState:
             f"{path}: its parameters do not stand in the order of the live optimizer, say the weights {where}\n"
             "hint: give it names first, with convert(path, 'optimizer.safetensors'), and load that file"
         )
+    if state.naming.rule == "stated":
+        return state
     logger.warning(
         "%s has no names; its %d parameters were named by the order of the live %s. Order alone is no proof: %s of "
         "them could be swapped without a shape that shows it%s",
@@ -134,15 +194,3 @@ def _beside(parameter: LiveParameter, weights: Mapping[str, Tensor]) -> Paramete
         foreign_names={"peft": key[0]} if key else {},
         weights=Digest(ALGORITHM, tensor.dtype, digests.hash_tensor(tensor)) if tensor else None,
     )
-
-
-@contextlib.contextmanager
-def _agreed(optimizer: Optimizers, model: Models) -> Iterator[Callable[[], None]]:
-    """Give a barrier to call before anything changes; of a sharded model it returns when every rank is there."""
-    if sharding(optimizer, model) is None:
-        yield lambda: None
-        return
-    from lora_state_format.torch.distributed import agreement
-
-    with agreement(True) as agree:
-        yield agree

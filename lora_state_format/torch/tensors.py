@@ -27,6 +27,7 @@ __all__ = [
     "read_into",
     "refusal",
     "scalar_to_torch",
+    "to_host",
     "to_torch",
 ]
 
@@ -105,6 +106,15 @@ def to_torch(tensor: Tensor) -> torch.Tensor:
     result = torch.empty(tensor.shape, dtype=dtype_of(tensor.dtype))
     read_into(tensor, result)
     return result
+
+
+def to_host(tensor: torch.Tensor) -> torch.Tensor:
+    """Return a copy of a tensor in the host's memory; in pinned memory, which copies faster, if it is on a device."""
+    source = tensor.detach()
+    if source.device.type == "cpu":
+        return source.clone()
+    host = torch.empty_like(source, device="cpu", pin_memory=source.device.type == "cuda")
+    return host.copy_(source)
 
 
 def scalar_to_torch(scalar: Scalar) -> torch.Tensor:

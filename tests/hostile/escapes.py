@@ -269,7 +269,7 @@ def from_zip(folder: Path, chance: random.Random, root: Path) -> Path:
     path = folder / "agent.zip"
     with zipfile.ZipFile(path, "w") as archive:
         for _ in range(2):
-            name = hostile(chance, root).replace("\0", "").encode("utf-8", "replace").decode()[:200]
+            name = hostile(chance, root).replace("\0", "").encode("utf-8", "replace").decode()[:200] or "x"
             archive.writestr(
                 f"{name}{chance.choice(('', 'optimizer.pth'))}", genuine(root, "torch_optimizer").read_bytes()
             )

@@ -305,7 +305,7 @@ def test_nothing_fits() -> None:
         "  llamafactory-loraplus: makes groups of [1, 1, 0, 0]\n"
         "  llamafactory-badam: makes groups of [0, 2]\n"
         "  one-per-parameter: makes groups of [1, 1]\n"
-        "hint: pass a file of names in optimizer order (--names), or the model that was trained"
+        "hint: pass names= with a file of names in optimizer order, or the model that was trained"
     )
 
 
