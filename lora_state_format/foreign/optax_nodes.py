@@ -160,7 +160,7 @@ def _walk(tree: Tree, place: Keys, nodes: list[Node], injected: Mapping[str, Val
     if fields in REFUSED_NODES:
         rule = REFUSED_NODES[fields]
         raise RefusedError(f"{where} is the state of {rule}, which does not convert: {REFUSED[rule]}", path=path)
-    raise RefusedError(f"{where} holds {', '.join(sorted(fields))[:200]}: no state of optax that is known", path=path)
+    raise RefusedError(f"{where} holds {', '.join(sorted(fields))[:200]}: not a known state of optax", path=path)
 
 
 def _wrapper(

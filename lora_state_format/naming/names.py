@@ -1,7 +1,7 @@
 """Names of parameters: wrapper segments, PEFT's keys, rename rules, and the order in which models define modules.
 
-Strings in, strings out; no model is asked. What is said here of PEFT was read off PEFT 0.21 by saving one adapter of
-each method; the module orders are those of the models of transformers 5.23 (and, for the names of the time, 4.x).
+Strings in, strings out, without a model. PEFT's keys were read off PEFT 0.21 by saving one adapter of each method; the
+module orders are those of the models of transformers 5.23 (and, for the names of the time, 4.x).
 """
 
 from __future__ import annotations
@@ -301,7 +301,7 @@ def read_names(path: str | os.PathLike[str]) -> list[str]:
     for number, line in enumerate(lines, 1):
         name = line.strip()
         if name and seen.setdefault(name, number) != number:
-            raise ConversionError(f"{os.fspath(path)}: '{name}' stands on line {seen[name]} and on line {number}")
+            raise ConversionError(f"{os.fspath(path)}: '{name}' is on line {seen[name]} and on line {number}")
     if not seen:
         raise ConversionError(f"{os.fspath(path)}: holds no name")
     return list(seen)

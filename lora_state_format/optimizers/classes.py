@@ -1,7 +1,7 @@
-"""What is known of optimizer classes, as data.
+"""Optimizer classes, as data.
 
 Each row of ``CLASSES`` was found by running the class: which slots its step cannot do without, which of them it takes
-only in the parameter's own dtype, how it counts steps. A class that is not here is taken as it comes.
+only in the parameter's own dtype, how it counts steps. Of a class that is not here nothing is demanded.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ __all__ = ["CLASSES", "Known", "known"]
 
 @dataclass(frozen=True, slots=True)
 class Known:
-    """What the step of an optimizer class asks of a parameter's state.
+    """The demands of an optimizer class's step on a parameter's state.
 
     ``needs`` are the slots without which it raises, ``optional`` those that it needs if a group option (the value) is
     on. ``same_dtype`` are slots that it takes in the parameter's dtype only (``Tensor.lerp_`` does not promote).
@@ -54,7 +54,7 @@ CLASSES: Final[Mapping[str, Known]] = {
     "torch.optim.lbfgs.LBFGS": Known(counts=None, ordered=True),
     "transformers.optimization.Adafactor": Known(("step",), counts=int),
 }
-"""Class path -> what its step asks for. Measured on torch 2.13 and transformers 5.23."""
+"""Class path -> demands of its step. Measured on torch 2.13 and transformers 5.23."""
 
 
 def known(lineage: Iterable[str]) -> Known:
