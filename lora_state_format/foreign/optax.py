@@ -1,4 +1,4 @@
-"""Optimizer state as optax keeps it, and back: no optax, no jax. ``optax_nodes`` has the structure of its trees."""
+"""Optimizer state as optax keeps it, and back, without optax or jax. ``optax_nodes`` has the structure of its trees."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ OPTIONS: Final[Mapping[str, str]] = {
     "step": "steps taken, where the state of the rule does not count them",
     **HYPERPARAMETERS,
 }
-"""What a caller may state of a tree."""
+"""Facts about a tree that a caller may state."""
 
 
 # --- reading ------------------------------------------------------------------------------------------------------
@@ -72,11 +72,11 @@ def from_tree(
 ) -> OptimizerState:
     """Return the state in a tree, with a group for each label of ``multi_transform``. Names are paths joined with dots.
 
-    ``options`` are those of ``OPTIONS``; ``weights`` are the parameters themselves, as far as they are known. What is
+    ``options`` are those of ``OPTIONS``; ``weights`` are the parameters themselves, as far as they are known. The tree
     around the parameters' state is kept in ``origin["tree"]``, from which ``to_tree`` makes the same tree again.
 
-    Raises what ``survey`` raises, ``FileError`` for shapes that disagree, and ``OptionError`` for what has to be said,
-    or is said and not so.
+    Raises what ``survey`` raises, ``FileError`` for shapes that disagree, and ``OptionError`` for a fact that the
+    caller has to state, or states wrongly.
     """
     around, nodes = survey(tree, path)
     step = _step(around, nodes, options)
@@ -134,10 +134,10 @@ def _parameter(
 def _unfolded(
     values: Mapping[str, Leaf], weight: Tensor | None, name: str, path: object
 ) -> tuple[dict[str, Leaf], tuple[int, ...]]:
-    """Adafactor's slots in use, and the parameter's shape.
+    """Return Adafactor's slots in use, and the parameter's shape.
 
     optax fills those not in use with one element. Its ``v_row`` is the mean over the *larger* axis (the last, if both
-    are as large), where everybody else's row is the mean over the last.
+    are as large), where the row of other frameworks is the mean over the last.
     """
     row, col, whole = values["exp_avg_sq_row"], values["exp_avg_sq_col"], values["exp_avg_sq"]
     if shape_of(row) == shape_of(col) == (1,):
@@ -171,7 +171,7 @@ def to_tree(state: OptimizerState, *, options: Mapping[str, Any], base: Tree = N
     ``base`` is a tree of the same optimizer, as ``tx.init(params)`` makes it, for all around the parameters' state;
     without it that is as the state's own origin had it, else as ``optax.NAME(lr)`` makes it.
 
-    Raises ``UnrepresentableError`` for what optax has no place for, ``ConversionError`` if ``base`` is of another
+    Raises ``UnrepresentableError`` for a state that optax cannot hold, ``ConversionError`` if ``base`` is of another
     optimizer.
     """
     algorithm = of_state(state, options.get("optimizer"))
@@ -243,7 +243,7 @@ def _values(parameter: Parameter, algorithm: Algorithm, layout: RuleLayout) -> M
 
 
 def _folded(values: dict[str, Leaf], parameter: Parameter) -> dict[str, Leaf]:
-    """Adafactor's slots as optax has them; ``_unfolded`` says how."""
+    """Return Adafactor's slots as optax has them; ``_unfolded`` says how."""
     if not values:
         return values
     unused = zeros(replace(parameter, shape=(1,), dtype=next(iter(values.values())).dtype))
@@ -260,13 +260,13 @@ def _folded(values: dict[str, Leaf], parameter: Parameter) -> dict[str, Leaf]:
 
 
 def _void(parameter: Parameter, algorithm: Algorithm, layout: RuleLayout) -> Leaf:
-    """Zeros of the parameter's type, or of its state's."""
+    """Return zeros of the parameter's type, or of its state's."""
     first = next(iter(values_of(parameter, algorithm, layout).values()))
     return zeros(replace(parameter, dtype=parameter.dtype or first.dtype))
 
 
 def _pointer(keys: Keys) -> str:
-    """Return a path as a JSON pointer (RFC 6901): no key makes it ambiguous."""
+    """Return a path as a JSON pointer (RFC 6901): unambiguous for any keys."""
     return "".join("/" + key.replace("~", "~0").replace("/", "~1") for key in keys)
 
 

@@ -53,7 +53,7 @@ def strip_wrappers(name: str) -> str:
 
 
 def plain_name(name: str) -> str:
-    """Return the name without wrapper segments and in lower case, to compare names that others spelled."""
+    """Return the name without wrapper segments and in lower case, to compare names that others wrote."""
     plain = strip_wrappers(name).casefold()
     while plain.startswith(f"{DATA_PARALLEL}."):
         plain = plain[len(DATA_PARALLEL) + 1 :]
@@ -103,7 +103,7 @@ _COMPUTED: Final = ("P_TUNING", "PREFIX_TUNING", "MULTITASK_PROMPT_TUNING")
 def split_adapter(name: str) -> tuple[str, str, str] | None:
     """Return the part of a ``named_parameters()`` name before the adapter's name, the adapter, and the part behind it.
 
-    The adapter's name stands where PEFT puts it, and only there: a module that has the same name stays. ``None`` if the
+    Only the adapter's name in the place where PEFT puts it counts: a module of the same name stays. ``None`` if the
     parameter belongs to no adapter.
     """
     match = _LIVE.fullmatch(name)
@@ -201,12 +201,12 @@ def adapter_orders(
 ) -> list[list[Parameter]]:
     """Return the trainable parameters behind an adapter's file in each order that ``named_parameters()`` may have.
 
-    ``weights`` are the file's tensors under its keys; ``config`` is the parsed ``adapter_config.json``, which says what
-    of a file is frozen; without it every ``weight`` that belongs to no adapter module is taken for a saved module's.
-    ``ordered`` says that the file keeps the model's order, as a pickle does; but saved modules stand at its end, so
-    those of embeddings may have to go first. PEFT before 0.6 trained the originals of saved modules too; that is one
-    more way. Each parameter has its key under ``keys["peft"]``. Raises ``MissingNamesError`` where no order of the
-    modules is known, or the file does not hold what was trained.
+    ``weights`` are the file's tensors under its keys; ``config`` is the parsed ``adapter_config.json``, which says
+    which tensors of a file are frozen; without it every ``weight`` that belongs to no adapter module is taken for a
+    saved module's. ``ordered`` says that the file keeps the model's order, as a pickle does; but saved modules are at
+    its end, so those of embeddings may have to go first. PEFT before 0.6 trained the originals of saved modules too;
+    that is one more way. Each parameter has its key under ``foreign_names["peft"]``. Raises ``MissingNamesError`` where
+    no order of the modules is known, or the file lacks trained parameters.
     """
     found: dict[str, str] = {}
     for key in weights:
@@ -261,7 +261,7 @@ def rename(names: Sequence[str], rule: Rename) -> dict[str, str]:
     """Return each name under its new name.
 
     A mapping renames whole names; pairs are applied by ``re.sub`` one after the other; a function is called with each
-    name. Raises ``OptionError`` if a mapping names what is not there, or two names become one.
+    name. Raises ``OptionError`` if a mapping names an unknown parameter, or two names become one.
     """
     if isinstance(rule, Mapping):
         absent = [old for old in rule if old not in set(names)]
