@@ -26,6 +26,7 @@ from lora_state_format.format.envelope import (
     set_id,
     stated_digest,
 )
+from lora_state_format.format.group_tensors import unstowed
 from lora_state_format.format.manifest import NESTED, ShardOf, check_names, decode, decode_digests, encode
 from lora_state_format.io.safetensors import Header, parse_header, raw_header
 from lora_state_format.io.strict_json import dumps
@@ -87,7 +88,7 @@ def open_state(path: str | os.PathLike[str]) -> OptimizerState:
     whatever copies or loads them. Raises ``FileError`` for a broken rule, ``DigestError`` for a header that was
     changed, ``FileNotFoundError``.
     """
-    return _open(Path(path))[0]
+    return unstowed(_open(Path(path))[0])
 
 
 def _open(path: Path) -> tuple[OptimizerState, list[_Opened]]:

@@ -28,6 +28,7 @@ from lora_state_format.format.envelope import (
     set_id,
     stated_digest,
 )
+from lora_state_format.format.group_tensors import stowed
 from lora_state_format.format.manifest import FORMAT, Manifest, ShardOf, check_names, encode
 from lora_state_format.io import plain
 from lora_state_format.io.atomic import TemporaryFile, check_target, locked, sync_folder
@@ -130,6 +131,7 @@ def lay_out(state: OptimizerState, bounds: Bounds, number: int) -> Layout:
 
     Raises ``UnrepresentableError`` for a state that has no form in a file.
     """
+    state = stowed(state)
     if len(bounds) == 1:
         return _layout(encode(state))
     if number == 0:

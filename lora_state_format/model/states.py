@@ -93,10 +93,15 @@ class Scalar:
 
 @dataclass(frozen=True, slots=True)
 class Slot:
-    """A tensor of one or more dimensions in a slot tree."""
+    """A tensor of one or more dimensions in a slot tree.
+
+    ``order`` has its axes from the slowest to the fastest in memory, where that was another order than C's: only of
+    opaque tensors, since others are laid out as their parameter.
+    """
 
     tensor: Tensor
     role: Role = Role.OPAQUE
+    order: tuple[int, ...] | None = None
 
 
 Value: TypeAlias = (

@@ -29,6 +29,7 @@ __all__ = [
     "contiguous",
     "intersection",
     "is_tiling",
+    "memory_order",
 ]
 
 CHUNK: Final = 1 << 20
@@ -344,6 +345,23 @@ def c_strides(shape: Sequence[int]) -> tuple[int, ...]:
     for axis in range(len(shape) - 2, -1, -1):
         strides[axis] = strides[axis + 1] * max(shape[axis + 1], 1)
     return tuple(strides)
+
+
+def memory_order(tensor: Tensor) -> tuple[int, ...] | None:
+    """Return the axes of a tensor from the slowest to the fastest in its source; ``None`` for C order, or with gaps.
+
+    Axes of one element come first.
+    """
+    strides = tensor.pieces[0].strides if len(tensor.pieces) == 1 else None
+    if strides is None or 0 in tensor.shape:
+        return None
+    sized = [axis for axis, size in enumerate(tensor.shape) if size > 1]
+    units = [axis for axis, size in enumerate(tensor.shape) if size == 1]
+    moving = sorted(sized, key=lambda axis: -strides[axis])
+    dense = c_strides([tensor.shape[axis] for axis in moving])
+    if moving == sized or dense != tuple(strides[axis] for axis in moving):
+        return None
+    return (*units, *moving)
 
 
 def _drop_units(shape: Sequence[int], strides: Sequence[int]) -> list[int]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import groupby
 from pathlib import Path
 from typing import Any, Final, TypeAlias
 
@@ -223,7 +224,7 @@ def adapter_orders(
     plain = [[_adapter_parameter(name, found[name], weights) for name in names] for names in orders]
     if not any(SAVED in name for name in found):
         return plain[:1]
-    return [*plain, *([p for item in names for p in (*_original(item), item)] for names in plain)]
+    return [*plain, *map(_with_originals, plain)]
 
 
 SAVED: Final = ".modules_to_save."
@@ -242,13 +243,19 @@ def _adapter_parameter(name: str, key: str, weights: Mapping[str, Tensor]) -> Pa
     )
 
 
-def _original(parameter: Parameter) -> list[Parameter]:
-    """Return the parameter that a saved module's is a copy of, if it is one."""
-    head, _, tail = split_adapter(parameter.name) or ("", "", "")
-    if not head.endswith(SAVED[:-1]):
-        return []
-    name = f"{head.removesuffix(SAVED[:-1])}.original_module{tail}"
-    return [Parameter(name, parameter.shape, None, dtype=parameter.dtype)]
+def _with_originals(parameters: Sequence[Parameter]) -> list[Parameter]:
+    """Return the parameters with those that saved modules are copies of, each module's in front of its copy."""
+    result: list[Parameter] = []
+    for head, module in groupby(parameters, lambda p: (split_adapter(p.name) or ("", "", ""))[0]):
+        members = list(module)
+        if head.endswith(SAVED[:-1]):
+            original = f"{head.removesuffix(SAVED[:-1])}.original_module"
+            tails = [(split_adapter(p.name) or ("", "", ""))[2] for p in members]
+            result += [
+                Parameter(original + tail, p.shape, None, dtype=p.dtype) for p, tail in zip(members, tails, strict=True)
+            ]
+        result += members
+    return result
 
 
 # --- rename rules and files of names --------------------------------------------------------------------------------

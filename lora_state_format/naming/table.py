@@ -131,10 +131,12 @@ class Table:
                 wrong[name].append(score[~np.eye(len(score), dtype=bool)])
         if elsewhere := [self._balance(n, sources) for n, _, sources in self._elsewhere()]:
             wrong["layer"].append(np.array(elsewhere))
-        result = {}
+        assumed, count = PRIOR
+        result = {
+            "layer": max(1.0, assumed)
+        }  # where a single layer was trained, there is no other one to measure it by
         for name, scores in wrong.items():
             values = np.concatenate(scores)
-            assumed, count = PRIOR
             # Half of a standard normal's absolute values lie above 0.6745, one in a hundred above 2.576.
             middle, tail = (float(v) for v in np.quantile(np.abs(values), [0.5, 0.99]) / [0.6745, 2.576])
             seen = middle**2 if name == "copy" else max(float(np.square(values).mean()), tail**2)
@@ -199,7 +201,7 @@ class Table:
         return [self._layer_nats(own) - self._layer_nats(other) for own, other in pairs]
 
     def _layer_nats(self, score: float) -> float:
-        return math.copysign((score / self.noise["layer"]) ** 2 / 2, score)
+        return math.copysign((score / self.noise.get("layer", PRIOR[0])) ** 2 / 2, score)
 
     def _balance(self, number: int, sources: Sources) -> float:
         """Return the score of a layer's balance with the state of other units."""

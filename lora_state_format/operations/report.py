@@ -341,12 +341,17 @@ def tree(state: OptimizerState | PositionalState) -> Iterator[str]:
         numbers = iter(kind.numbers)
         node = root
         for segment in kind.label.split("."):
-            segment = f"{{{span(next(numbers))}}}" if segment == "*" else segment
+            segment = _braced(next(numbers)) if segment == "*" else segment
             node = node.setdefault(segment, {})
         shape = "" if kind.shape is None else f" {list(kind.shape)}"
         state_text = "" if kind.stepped else ", never stepped"
         node[None] = f"{shape}  x {len(kind.members):,}, {kind.size:,} bytes{state_text}"
     yield from _branches(root, "")
+
+
+def _braced(numbers: set[int]) -> str:
+    """Return a number, or several in braces."""
+    return span(numbers) if len(numbers) == 1 else f"{{{span(numbers)}}}"
 
 
 def _branches(node: Mapping[Any, Any], indent: str) -> Iterator[str]:

@@ -161,7 +161,7 @@ BAD: dict[str, tuple[Any, str]] = {
     "a path twice": (msgpack.packb((["a"], msgpack.packb(1))) * 2, "the path a twice, at byte 14"),
     "a path through a leaf": (
         msgpack.packb((["a"], msgpack.packb(1))) + msgpack.packb((["a", "b"], msgpack.packb(1))),
-        "a path through 'a', which is no map, at byte 16",
+        "a path through 'a', which is not a map, at byte 16",
     ),
     "a path of numbers": (msgpack.packb(([1], msgpack.packb(1))), "a path with a key that is not text, at byte 3"),
 }
@@ -207,7 +207,7 @@ ODD: dict[str, tuple[Any, str]] = {
         {"count": MOMENT, "hyperparams": {}, "hyperparams_states": {}, "inner_state": adam()},
         "count is an array of type F32 and shape [2, 3], where one number was expected",
     ),
-    "what nobody knows": (adam() | {"1": {"ema": {}}}, "1 holds ema: no state of optax that is known"),
+    "what nobody knows": (adam() | {"1": {"ema": {}}}, "1 holds ema: not a known state of optax"),
     "half accumulated": (
         {"mini_step": COUNT, "gradient_step": COUNT, "inner_opt_state": adam(), "acc_grads": {}, "skip_state": {}},
         ("mini_step is 3: gradients are half accumulated, which no other framework keeps with the state; save it after "
@@ -643,7 +643,7 @@ def test_refused_optimizers(tmp_path: Path) -> None:
         (optax.contrib.schedule_free_adamw, "the root is the state of schedule_free, which does not convert: "),
         (lambda lr: optax.rmsprop(lr, momentum=0.9), "0 and 2 both hold state of 'a.k': a rule of two parts "),
         (lambda lr: optax.flatten(optax.adam(lr)), "0/mu is an array of type F32 and shape [36], where a tree of the "),
-        (lambda lr: optax.chain(optax.ema(0.9), optax.sgd(lr)), "0 holds count, ema: no state of optax that is known"),
+        (lambda lr: optax.chain(optax.ema(0.9), optax.sgd(lr)), "0 holds count, ema: not a known state of optax"),
         (optax.sgd, "holds no parameter's state: its optimizer keeps none, or it is not of optax"),
     ):
         path.write_bytes(to_bytes(trained(make)[2]))

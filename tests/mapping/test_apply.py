@@ -348,7 +348,7 @@ REFUSED: dict[str, tuple[OptimizerState, str, type[StateFormatError], str]] = {
     ),
     "in no group": (
         replace(state_of({"q.lora_a": A}), groups=(Group(0, (), 0),)), "flax_nnx", ConversionError,
-        "'q.lora_a' has state and is in no group: no map says where to put it",
+        "'q.lora_a' has state and is in no group, so no map says where to put it",
     ),
     "one name for two": (
         state_of({"a.embed_tokens.lora_a": A, "b.lora_a": A}), "twice", ConversionError,
@@ -383,7 +383,7 @@ def test_what_does_not_go_back() -> None:
     fresh = replace(ours, parameters=(replace(ours.parameters[0], state=None), *ours.parameters[1:]))
     stack = "transformer.layers.stacked.self_attn.q_proj.lora.lora_A.weight"
     for state, name, message in (
-        (ours, "paddle", "there is no map 'paddle', nor a file of that name; maps: "),
+        (ours, "paddle", "'paddle' is neither a map nor a file; the maps are: "),
         (two, "levanter", f"'{stack}' is a stack of layers, of which only [0, 2] are there"),
         (steps, "levanter", f"'{stack}' is a stack of layers that differ in 'step'"),
         (slots, "levanter", f"'{stack}' is a stack of layers that differ in 'exp_avg'"),
@@ -463,11 +463,11 @@ def test_a_map_from_a_file(tmp_path: Path) -> None:
         ('{"name": "x", "rules": [{"foreign": "{a}", "ours": "{b}"}]}', "'{a}' and '{b}' do not have the same fields"),
         (
             '{"name": "x", "rules": [{"foreign": "a", "ours": "a", "axes": [1]}]}',
-            "the rule of 'a' has no such merge or axes",
+            "the rule of 'a' has an unknown merge, or axes that are not a permutation",
         ),
         (
             '{"name": "x", "rules": [{"foreign": "a", "ours": "a", "merge": "all"}]}',
-            "the rule of 'a' has no such merge or axes",
+            "the rule of 'a' has an unknown merge, or axes that are not a permutation",
         ),
     ],
 )  # fmt: skip
@@ -486,7 +486,7 @@ def test_maps_are_listed_where_there_is_none() -> None:
     with pytest.raises(OptionError) as caught:
         load("nosuch")
     names = ", ".join(known.name for known in MAPS)
-    assert str(caught.value) == f"there is no map 'nosuch', nor a file of that name; maps: {names}"
+    assert str(caught.value) == f"'nosuch' is neither a map nor a file; the maps are: {names}"
 
 
 def test_on_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -250,7 +250,7 @@ def small(options: Mapping[str, Any], **slots: Any) -> OptimizerState:
     return OptimizerState((Optimizer(),), (Group(0, tuple(options.items()), 1),), (parameter,), Naming("model"))
 
 
-BIAS = "'w': the bias of 'exp_avg' is known from its step and its group's betas, which here are "
+BIAS = "'w': correcting the bias of 'exp_avg' takes its step and its group's betas, which here are "
 
 
 def floats(*values: float, dtype: str = "<f4") -> Slot:
