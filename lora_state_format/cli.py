@@ -281,7 +281,8 @@ def _parse_options(context: click.Context, option: click.Parameter, given: Seque
 
 
 def _parse_store(context: click.Context, option: click.Parameter, given: Sequence[str]) -> dict[str, str]:
-    return dict(text.partition("=")[::2] for text in given)
+    pairs = (text.partition("=") for text in given)
+    return {key: value for key, _, value in pairs}
 
 
 def _literal(text: str) -> Any:
