@@ -19,7 +19,7 @@ from lora_state_format.errors import FileError, UnrepresentableError
 from lora_state_format.foreign import keyed
 from lora_state_format.foreign.dcp import Folder, is_folder, metadata, open_folder, write_folder
 from lora_state_format.foreign.state_dict import Found, from_state_dict, is_state_dict
-from lora_state_format.model.states import Checkpoint, OptimizerState, Scalar
+from lora_state_format.model.states import Checkpoint, OptimizerState, Scalar, Weights
 from lora_state_format.model.tensors import Tensor
 from lora_state_format.registry import Match
 
@@ -61,7 +61,8 @@ def read(match: Match, options: Mapping[str, Any]) -> Checkpoint:
             _check_steps(item)
         state = from_state_dict(*found, origin={"format": NAME}, resources=tuple(opened))
         weights = {name: tensor for folder in opened for name, tensor in _weights(folder)}
-        return Checkpoint(keyed.named(state, weights=weights), weights)
+        candidates = ((Weights("the folder", weights, ordered=True),),) if weights else ()
+        return Checkpoint(keyed.named(state, weights=weights), weights, candidates=candidates)
     except BaseException:
         for folder in opened:
             folder.close()

@@ -17,6 +17,7 @@ from typing import Any, Final
 
 from lora_state_format.errors import FileError, OptionError, UnrepresentableError
 from lora_state_format.foreign import keyed, pickles
+from lora_state_format.foreign.masters import check_masters
 from lora_state_format.foreign.pickles import Record
 from lora_state_format.foreign.state_dict import from_state_dict
 from lora_state_format.foreign.torch_save import pack
@@ -42,6 +43,10 @@ MASTER_SLOT: Final = "master_param"
 LATEST: Final = "latest_universal"
 """The file that names the tag to load."""
 
+_MIXED: Final = (
+    "ds_to_universal.py mixes up parameters of runs with round_robin_gradients, or the files are not of one save; "
+    "convert the ZeRO folder itself, which is read right"
+)
 _GLOBAL: Final = ("zero", "optimizer_state.pt")
 _MODEL: Final = re.compile(r"(?:zero_pp_rank_0_)?mp_rank_\d+(?:_\d+)?_model_states\.pt")
 
@@ -83,6 +88,7 @@ def _read(folder: Path, files: Files, masters: bool) -> Checkpoint:
             for name, shape in names.items()
         }
         _check_alike(held, folder / "zero")
+        check_masters({name: slots[MASTER] for name, slots in held.items() if MASTER in slots}, weights, folder, _MIXED)
         for name, shape in names.items():
             slots = held[name]
             master = slots.pop(MASTER, None)

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from functools import cache
 from importlib import import_module
 from pathlib import Path
@@ -47,6 +48,9 @@ __all__ = [
     "writer",
 ]
 
+LOOKED_INTO: Final = 100
+"""Folders of a folder without state that are looked into for one, those with the largest numbers first."""
+
 NAMED: Final = "named"
 """The name under which this package's own format is registered."""
 
@@ -55,6 +59,7 @@ BUILT_IN: Final[Mapping[str, str]] = {
     "accelerate": "lora_state_format.converters.accelerate",
     "composer": "lora_state_format.converters.composer",
     "dcp": "lora_state_format.converters.dcp",
+    "deepspeed_plain": "lora_state_format.converters.deepspeed_plain",
     "deepspeed_universal": "lora_state_format.converters.deepspeed_universal",
     "deepspeed_zero": "lora_state_format.converters.deepspeed_zero",
     "diffusers": "lora_state_format.converters.diffusers",
@@ -106,6 +111,7 @@ class Converter(Protocol):
 
     def read(self, match: Match, options: Mapping[str, Any]) -> Checkpoint:
         """Return the state at ``match.path``, lazily, and next to it whatever can name its parameters."""
+        ...
 
 
 class Writer(Converter, Protocol):
@@ -241,9 +247,19 @@ def detect(path: str | os.PathLike[str]) -> tuple[Converter, Match]:
             remedy=Remedy("pass the right one as {source_format}", {"source_format": ...}),
         )
     if not found:
-        known = "; ".join(f"{converter.NAME} ({converter.DESCRIPTION})" for converter in (named, *others))
-        raise UnknownFormatError(f"{path}: no optimizer state found here; looked for: {known}")
+        raise UnknownFormatError(_nothing_here(path, [named, *others]))
     return found[0]
+
+
+def _nothing_here(path: Path, asked: Sequence[Converter]) -> str:
+    """Return what to say of a path without state: which folders in it have some, or else what was looked for."""
+    inner = sorted(path.iterdir()) if path.is_dir() else []
+    numbered = [(int(number[0]), folder) for folder in inner if (number := re.findall(r"\d+", folder.name))]
+    for _, folder in sorted(numbered, reverse=True)[:LOOKED_INTO]:
+        if folder.is_dir() and any(_asked(converter, folder) for converter in asked):
+            return f"{path}: no optimizer state in this folder itself; the newest folder in it that has one is {folder}"
+    known = ", ".join(converter.NAME for converter in asked)
+    return f"{path}: no optimizer state found here; looked for: {known} (`lora-state formats` says what these are)"
 
 
 def _asked(converter: Converter, path: Path) -> Match | None:

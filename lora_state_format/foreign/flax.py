@@ -62,7 +62,8 @@ def first_key(file: File) -> str | None:
     reader = _Reader(file)
     try:
         if reader.is_stream():
-            reader.head(), reader.head()
+            reader.head()
+            reader.head()
         else:
             kind, size = reader.head()
             if kind != "map" or size == 0:  # a pickle too begins as an empty map does

@@ -89,7 +89,7 @@ def manifest_members(raw: Raw, header: Header, path: object) -> dict[str, Any]:
 
 
 def index_of(path: Path) -> Path:
-    return path.with_name(path.name + INDEX_SUFFIX)
+    return path.parent / (path.name + INDEX_SUFFIX)  # not with_name: "." and "/" have none
 
 
 def find_index(path: Path) -> Path | None:

@@ -26,13 +26,14 @@ from lora_state_format.format.envelope import (
     set_id,
     stated_digest,
 )
+from lora_state_format.format.group_tensors import unstowed
 from lora_state_format.format.manifest import NESTED, ShardOf, check_names, decode, decode_digests, encode
 from lora_state_format.io.safetensors import Header, parse_header, raw_header
 from lora_state_format.io.strict_json import dumps
 from lora_state_format.model.digests import ALGORITHM, hash_tensor
 from lora_state_format.model.gc import paused
 from lora_state_format.model.sources import File
-from lora_state_format.model.states import OptimizerState, Parameter
+from lora_state_format.model.states import Group, OptimizerState, Parameter
 from lora_state_format.model.tensors import CHUNK, Digest, Tensor
 
 __all__ = ["Verification", "open_state", "verify"]
@@ -87,7 +88,7 @@ def open_state(path: str | os.PathLike[str]) -> OptimizerState:
     whatever copies or loads them. Raises ``FileError`` for a broken rule, ``DigestError`` for a header that was
     changed, ``FileNotFoundError``.
     """
-    return _open(Path(path))[0]
+    return unstowed(_open(Path(path))[0])
 
 
 def _open(path: Path) -> tuple[OptimizerState, list[_Opened]]:
@@ -219,15 +220,36 @@ def _open_set(index: Path) -> tuple[OptimizerState, list[_Opened]]:
 
 
 def _merge(parts: list[_Opened], fail: Callable[[str, str], FileError]) -> OptimizerState:
-    head = parts[0].state
-    shared = _shared(head)
-    groups = [replace(group, count=0) for group in head.groups]
-    for number, part in enumerate(parts, 1):
+    """Return the state whose shards these are."""
+    groups = _merge_groups(parts, fail)
+    parameters = _merge_parameters(parts, groups, fail)
+    return replace(
+        parts[0].state,
+        groups=groups,
+        parameters=parameters,
+        unknown=_unknown(parts),
+        resources=tuple(resource for part in parts for resource in part.state.resources),
+    )
+
+
+def _merge_groups(parts: list[_Opened], fail: Callable[[str, str], FileError]) -> tuple[Group, ...]:
+    """Return the groups with their counts in the whole set, if the shards agree on all that they share (R23)."""
+    shared = _shared(parts[0].state)
+    groups = parts[0].state.groups
+    for number, part in enumerate(parts[1:], 2):
         if _shared(part.state) != shared:
             raise fail(f"shard {number} has other optimizers, groups, naming, extensions or step than shard 1", "R23")
-        if number > 1 and (part.state.globals or part.state.origin or part.state.extra):
+        if part.state.globals or part.state.origin or part.state.extra:
             raise fail(f"shard {number} has globals, origin or extra, which belong into shard 1", "R23")
-        groups = [replace(g, count=g.count + own.count) for g, own in zip(groups, part.state.groups, strict=True)]
+        pairs = zip(groups, part.state.groups, strict=True)
+        groups = tuple(replace(group, count=group.count + own.count) for group, own in pairs)
+    return groups
+
+
+def _merge_parameters(
+    parts: list[_Opened], groups: tuple[Group, ...], fail: Callable[[str, str], FileError]
+) -> tuple[Parameter, ...]:
+    """Return the parameters in the order of the set, if each has a position of its own, within its group (R26)."""
     total = sum(len(part.state) for part in parts)
     starts = [0, *accumulate(group.count for group in groups), total]
     parameters: dict[int, Parameter] = {}
@@ -244,13 +266,7 @@ def _merge(parts: list[_Opened], fail: Callable[[str, str], FileError]) -> Optim
         check_names(ordered)
     except FileError as error:
         raise fail(error.detail, "R26") from None
-    return replace(
-        head,
-        groups=tuple(groups),
-        parameters=ordered,
-        unknown=_unknown(parts),
-        resources=tuple(resource for part in parts for resource in part.state.resources),
-    )
+    return ordered
 
 
 def _shared(state: OptimizerState) -> str:

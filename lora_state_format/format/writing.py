@@ -8,10 +8,10 @@ from __future__ import annotations
 import contextlib
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Final, NamedTuple
+from typing import Final, NamedTuple, TypeAlias
 
 from lora_state_format.errors import OptionError, UnrepresentableError
 from lora_state_format.format.envelope import (
@@ -28,6 +28,7 @@ from lora_state_format.format.envelope import (
     set_id,
     stated_digest,
 )
+from lora_state_format.format.group_tensors import stowed
 from lora_state_format.format.manifest import FORMAT, Manifest, ShardOf, check_names, encode
 from lora_state_format.io import plain
 from lora_state_format.io.atomic import TemporaryFile, check_target, locked, sync_folder
@@ -40,7 +41,24 @@ from lora_state_format.model.gc import paused
 from lora_state_format.model.states import OptimizerState, Parameter, Slot, Value
 from lora_state_format.model.tensors import CHUNK, Tensor
 
-__all__ = ["Written", "in_file_order", "write"]
+__all__ = [
+    "Layout",
+    "Written",
+    "bounds_of",
+    "check_path",
+    "commit_file",
+    "commit_shard",
+    "committing",
+    "content",
+    "even_size",
+    "files_of",
+    "finish",
+    "index_of_set",
+    "lay_out",
+    "shard_name",
+    "stream",
+    "write",
+]
 
 SHARD_HEADER: Final = 16 << 20
 """Bytes of header that a shard is filled up to, as estimated."""
@@ -77,28 +95,23 @@ def write(
     ``DigestError`` for a tensor that is no longer what its file's digest says, ``OSError``.
     """
     path = Path(path)
-    _check_target(path, force)
+    check_path(path, force)
     with paused():
-        layouts = [_layout(manifest) for manifest in _manifests(state, max_shard_size)]
+        bounds = bounds_of(state, max_shard_size)
+        layouts = [lay_out(state, bounds, number) for number in range(len(bounds))]
     with contextlib.ExitStack() as stack:
         ledger = Ledger()
         files = [stack.enter_context(TemporaryFile(path)) for _ in layouts]
         for layout, file in zip(layouts, files, strict=True):
-            _stream(layout, file, ledger, progress)
+            stream(layout, file, ledger, progress)
         ledger.check()
         state.check_unchanged()
         if len(layouts) == 1:
-            return _commit_file(path, layouts[0], files[0], force)
+            return commit_file(path, layouts[0], files[0], force)
         return _commit_set(path, layouts, files, force)
 
 
-def in_file_order(state: OptimizerState, max_shard_size: int | None = None) -> Iterator[tuple[str, Tensor]]:
-    """Yield the tensors of a state with their keys, in the order in which ``write`` reads them."""
-    for manifest in _manifests(state, max_shard_size):
-        yield from _layout(manifest).tensors
-
-
-class _Layout(NamedTuple):
+class Layout(NamedTuple):
     """A file before its digests are known: the text of its manifest, and the tensors in data order (W5).
 
     ``members`` are the manifest's without ``digests``, each as canonical JSON; ``entries`` is the header's text behind
@@ -113,22 +126,22 @@ class _Layout(NamedTuple):
     data_size: int
 
 
-def _manifests(state: OptimizerState, max_shard_size: int | None) -> Iterator[Manifest]:
-    """Yield the state's manifest, or those of its shards."""
-    bounds = _bounds(state, max_shard_size)
+def lay_out(state: OptimizerState, bounds: Bounds, number: int) -> Layout:
+    """Return the layout of one file of a state: of the whole state, or of the shard ``number`` (from 0) of a set.
+
+    Raises ``UnrepresentableError`` for a state that has no form in a file.
+    """
+    state = stowed(state)
     if len(bounds) == 1:
-        yield encode(state)
-        return
-    if len(bounds) > MAX_SHARDS:
-        raise OptionError(
-            f"the state would become {len(bounds)} shards, more than {MAX_SHARDS}; choose a larger max_shard_size"
-        )
-    check_names(state.parameters)
-    for number, (first, last) in enumerate(bounds, 1):
-        yield encode(_part(state, first, last), ShardOf(ZERO, number, len(bounds), tuple(range(first, last))))
+        return _layout(encode(state))
+    if number == 0:
+        check_names(state.parameters)
+    first, last = bounds[number]
+    place = ShardOf(ZERO, number + 1, len(bounds), tuple(range(first, last)))
+    return _layout(encode(_part(state, first, last), place))
 
 
-def _layout(manifest: Manifest) -> _Layout:
+def _layout(manifest: Manifest) -> Layout:
     # W5: wide items first, so that everything is aligned; then parameter order; then label. The sort is stable, and
     # the manifest lists the tensors of each parameter by label.
     held = ((key, slot.tensor) for key, slot in manifest.tensors.items())
@@ -139,7 +152,7 @@ def _layout(manifest: Manifest) -> _Layout:
                 f"tensor {key!r} of type {tensor.dtype} and shape {list(tensor.shape)}: not whole bytes, or too large"
             )
     entries = plain.entries((dumps(key), tensor.dtype, tensor.shape, tensor.size) for key, tensor in tensors)
-    layout = _Layout(
+    layout = Layout(
         members={key: dumps(value) for key, value in manifest.members.items()},
         tensors=tuple(tensors),
         entries="".join(f",{entry}" for entry in entries),
@@ -150,7 +163,7 @@ def _layout(manifest: Manifest) -> _Layout:
     return layout._replace(header_size=len(_header(layout._replace(digests=[ZERO] * len(tensors)))))
 
 
-def _header(layout: _Layout, identity: str = ZERO) -> bytes:
+def _header(layout: Layout, identity: str = ZERO) -> bytes:
     """Length and header, padded to the alignment (W7), its digest as zeros; ``identity`` is the set's id, if any."""
     members = {**layout.members, "digests": dumps({"algorithm": ALGORITHM, "values": layout.digests})}
     if "set" in members:
@@ -169,15 +182,18 @@ def _header(layout: _Layout, identity: str = ZERO) -> bytes:
     return whole
 
 
-def _sealed(layout: _Layout, identity: str = ZERO) -> bytes:
+def _sealed(layout: Layout, identity: str = ZERO) -> bytes:
     """Return the header with its digest."""
     raw = _header(layout, identity)
     start = 8 + len(PREFIX)
     return raw[:start] + header_digest(raw).encode() + raw[start + 32 :]
 
 
-def _stream(layout: _Layout, target: TemporaryFile, ledger: Ledger, progress: Callable[[int], None] | None) -> None:
-    """Copy every tensor behind the room for the header, hashing on the way."""
+def stream(layout: Layout, target: TemporaryFile, ledger: Ledger, progress: Callable[[int], None] | None) -> None:
+    """Copy every tensor of a file behind the room for its header, and fill in the tensors' digests.
+
+    Raises ``DigestError`` for a tensor that does not match the digest in the file that it comes from.
+    """
     position = layout.header_size
     buffer = memoryview(bytearray(CHUNK))
     for key, tensor in layout.tensors:
@@ -188,15 +204,28 @@ def _stream(layout: _Layout, target: TemporaryFile, ledger: Ledger, progress: Ca
                 progress(len(chunk))
 
 
-def _commit_file(path: Path, layout: _Layout, file: TemporaryFile, force: bool) -> Written:
-    header = _sealed(layout)
+def content(layout: Layout) -> str:
+    """Return the digest of a shard that is complete but for the id of its set, which is made of all these digests."""
+    return header_digest(_header(layout))
+
+
+def finish(layout: Layout, file: TemporaryFile, identity: str = ZERO) -> str:
+    """Write the header, wait until the file is on the disk, and return the digest that the header states."""
+    header = _sealed(layout, identity)
     file.finish(header)
-    with _commit(path, force, keep={path.name}):
+    return stated_digest(header)
+
+
+def commit_file(path: Path, layout: Layout, file: TemporaryFile, force: bool) -> Written:
+    """Make a file with all its tensors the state at ``path``."""
+    digest = finish(layout, file)
+    with committing(path, force, keep={path.name}):
         file.commit(path, force=force)
-    return Written(str(path), (str(path),), len(header) + layout.data_size, len(layout.tensors), stated_digest(header))
+    return Written(str(path), (str(path),), layout.header_size + layout.data_size, len(layout.tensors), digest)
 
 
-def _check_target(path: Path, force: bool) -> None:
+def check_path(path: Path, force: bool) -> None:
+    """Raise ``OptionError`` for a path that cannot name a state, ``TargetExistsError`` for one that does already."""
     if path.is_dir():
         raise OptionError(f"{path} is a folder; name the file to write, as in {path / 'optimizer.safetensors'}")
     if path.name.endswith(INDEX_SUFFIX):
@@ -206,22 +235,22 @@ def _check_target(path: Path, force: bool) -> None:
 
 
 @contextlib.contextmanager
-def _commit(path: Path, force: bool, keep: set[str]) -> Iterator[None]:
+def committing(path: Path, force: bool, keep: set[str]) -> Iterator[None]:
     """Around the renames that make a new state the one at ``path``: afterwards whatever held an older one is removed.
 
     A path means its index if there is one, else the file. So the rename of an index commits a set, and the removal of
     an index commits a single file that was put in place before; shards that no index names are left-overs.
     """
     with locked(path.parent):
-        _check_target(path, force)
+        check_path(path, force)
         yield
-        for sibling in _siblings(path):
+        for sibling in files_of(path):
             if sibling.name not in keep:
                 sibling.unlink()
         sync_folder(path.parent)
 
 
-def _siblings(path: Path) -> list[Path]:
+def files_of(path: Path) -> list[Path]:
     """Return the files that may hold a state of this path: the index, the file itself, then the shards of any set.
 
     Shards that another index names, a renamed one for instance, are not among them.
@@ -240,17 +269,47 @@ def _siblings(path: Path) -> list[Path]:
 # --- sets of shards -----------------------------------------------------------------------------------------------
 
 
-def _bounds(state: OptimizerState, max_size: int | None) -> list[tuple[int, int]]:
-    """Return the runs of parameters that each become a file."""
+Bounds: TypeAlias = "Sequence[tuple[int, int]]"
+"""For each file of a state the first of its parameters, and the one after its last."""
+
+
+def bounds_of(state: OptimizerState, max_shard_size: int | None) -> Bounds:
+    """Return the runs of parameters that each become a file (W13).
+
+    Raises ``OptionError`` for more of them than a set may have.
+    """
+    costs = [_cost(parameter) for parameter in state.parameters]
+    bounds = _runs(costs, max_shard_size)
+    if len(bounds) > MAX_SHARDS:
+        raise OptionError(
+            f"the state would become {len(bounds)} shards, more than {MAX_SHARDS}; choose a larger max_shard_size"
+        )
+    return bounds
+
+
+def even_size(state: OptimizerState, files: int) -> int:
+    """Return the least ``max_shard_size`` by which a state becomes at most ``files`` files, in bytes of tensors.
+
+    So the largest file is as small as runs of whole parameters allow. A limit on headers may ask for more files; then
+    it is the size of the whole state.
+    """
+    costs = [_cost(parameter) for parameter in state.parameters]
+    low, high = max((size for size, _ in costs), default=0), sum(size for size, _ in costs)
+    while low < high:
+        middle = (low + high) // 2
+        low, high = (low, middle) if len(_runs(costs, middle)) <= files else (middle + 1, high)
+    return low
+
+
+def _runs(costs: Sequence[tuple[int, int]], max_size: int | None) -> Bounds:
     starts, size, header = [0], 0, 0
-    for position, parameter in enumerate(state.parameters):
-        own_size, own_header = _cost(parameter)
+    for position, (own_size, own_header) in enumerate(costs):
         full = max_size is not None and size + own_size > max_size
         if position > starts[-1] and (full or header + own_header > SHARD_HEADER):
             starts.append(position)
             size = header = 0
         size, header = size + own_size, header + own_header
-    return list(zip(starts, [*starts[1:], len(state.parameters)], strict=True))
+    return list(zip(starts, [*starts[1:], len(costs)], strict=True))
 
 
 def _cost(parameter: Parameter) -> tuple[int, int]:
@@ -281,16 +340,22 @@ def _part(state: OptimizerState, first: int, last: int) -> OptimizerState:
     return part if first == 0 else replace(part, globals={}, origin={}, extra={}, unknown={})
 
 
-def _commit_set(path: Path, layouts: list[_Layout], files: list[TemporaryFile], force: bool) -> Written:
-    identity = set_id(header_digest(_header(layout)) for layout in layouts)
-    names, digests = [], []
-    size = 0
-    for number, (layout, file) in enumerate(zip(layouts, files, strict=True), 1):
-        header = _sealed(layout, identity)
-        file.finish(header)
-        names.append(f"{path.stem}-{identity[:8]}-{number:05}-of-{len(layouts):05}{path.suffix}")
-        digests.append(stated_digest(header))
-        size += len(header) + layout.data_size
+def shard_name(path: Path, identity: str, number: int, count: int) -> str:
+    """Return the name of the shard ``number`` (from 0) of a set (W13)."""
+    return f"{path.stem}-{identity[:8]}-{number + 1:05}-of-{count:05}{path.suffix}"
+
+
+def commit_shard(shard: Path, file: TemporaryFile) -> None:
+    """Give a shard its name; what has it already, if anything, is the same shard of an equal state."""
+    file.commit(shard, force=os.path.lexists(shard) and is_state(shard))
+
+
+def index_of_set(path: Path, layouts: Sequence[Layout], identity: str, digests: Sequence[str]) -> tuple[bytes, Written]:
+    """Return the index of a set, and what the set is made of; the digests are those that the shards state.
+
+    Raises ``UnrepresentableError`` for an index that is too large.
+    """
+    names = [shard_name(path, identity, number, len(layouts)) for number in range(len(layouts))]
     total = sum(layout.data_size for layout in layouts)
     index = dumps(
         {
@@ -303,12 +368,19 @@ def _commit_set(path: Path, layouts: list[_Layout], files: list[TemporaryFile], 
         raise UnrepresentableError(
             f"an index of {len(index)} bytes, more than {MAX_INDEX}: too many tensors for one set"
         )
+    files = tuple(str(path.with_name(name)) for name in (*names, index_of(path).name))
+    size = total + sum(layout.header_size for layout in layouts) + len(index)
+    return index, Written(str(path), files, size, sum(len(layout.tensors) for layout in layouts), identity)
+
+
+def _commit_set(path: Path, layouts: list[Layout], files: list[TemporaryFile], force: bool) -> Written:
+    identity = set_id(map(content, layouts))
+    digests = [finish(layout, file, identity) for layout, file in zip(layouts, files, strict=True)]
+    index, written = index_of_set(path, layouts, identity, digests)
     with TemporaryFile(path) as temporary:
         temporary.finish(index)
-        with _commit(path, force, keep={*names, index_of(path).name}):
-            for file, name in zip(files, names, strict=True):
-                shard = path.with_name(name)
-                file.commit(shard, force=os.path.lexists(shard) and is_state(shard))
+        with committing(path, force, keep={Path(name).name for name in written.files}):
+            for number, file in enumerate(files):
+                commit_shard(path.with_name(shard_name(path, identity, number, len(files))), file)
             temporary.commit(index_of(path), force=force)
-    written = tuple(str(path.with_name(name)) for name in (*names, index_of(path).name))
-    return Written(str(path), written, size + len(index), sum(len(layout.tensors) for layout in layouts), identity)
+    return written

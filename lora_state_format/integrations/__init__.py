@@ -4,9 +4,6 @@ Each module is imported by its users alone: ``transformers`` (and TRL), ``accele
 into a folder of its own, ``training_state``, since what serves a model loads every ``.safetensors`` file beside it.
 """
 
-from typing import Final
+from lora_state_format.format.rotation import STATE
 
 __all__ = ["STATE"]
-
-STATE: Final = "training_state/optimizer.safetensors"
-"""Where a checkpoint folder has its state."""

@@ -141,14 +141,16 @@ def write_file(path: Path, chunks: Iterable[bytes | memoryview], *, force: bool)
 class TemporaryFile:
     """A file next to its target that becomes it, or another file next to it, by a rename; or vanishes.
 
-    It is locked while its writer lives, so that the next writer knows a killed one's left-over and removes it.
+    It is locked while its writer lives, so that the next writer knows a killed one's left-over and removes it; but for
+    ``sweep=False``, where others write parts of the same state on nodes whose locks may be unknown here.
     An ``OSError`` of writing names the target.
     """
 
-    def __init__(self, target: Path) -> None:
+    def __init__(self, target: Path, *, sweep: bool = True) -> None:
         self._target = target
         with locked(target.parent):  # else another writer could sweep the file between its making and its locking
-            _sweep(target)
+            if sweep:
+                _sweep(target)
             self.path = target.with_name(f".{target.name}.{os.urandom(8).hex()}.tmp")
             # 0o666: the umask decides, as for any file that a program makes.
             self._descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)

@@ -7,7 +7,7 @@ have no names yet is a ``PositionalState``; ``PositionalState.named`` is the onl
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from enum import Enum
 from functools import cached_property
@@ -35,6 +35,8 @@ __all__ = [
     "Scalar",
     "Slot",
     "Value",
+    "Weights",
+    "mapped",
     "walk",
 ]
 
@@ -91,10 +93,15 @@ class Scalar:
 
 @dataclass(frozen=True, slots=True)
 class Slot:
-    """A tensor of one or more dimensions in a slot tree."""
+    """A tensor of one or more dimensions in a slot tree.
+
+    ``order`` has its axes from the slowest to the fastest in memory, where that was another order than C's: only of
+    opaque tensors, since others are laid out as their parameter.
+    """
 
     tensor: Tensor
     role: Role = Role.OPAQUE
+    order: tuple[int, ...] | None = None
 
 
 Value: TypeAlias = (
@@ -113,6 +120,15 @@ def walk(value: Value, path: tuple[Any, ...] = ()) -> Iterator[tuple[tuple[Any, 
             yield from walk(inner, (*path, index))
     else:
         yield path, value
+
+
+def mapped(value: Any, leaf: Callable[[Any, tuple[Any, ...]], Any], path: tuple[Any, ...] = ()) -> Any:
+    """Return a value tree with ``leaf(value, path)`` in place of every leaf."""
+    if isinstance(value, Mapping):
+        return {key: mapped(inner, leaf, (*path, key)) for key, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(mapped(inner, leaf, (*path, index)) for index, inner in enumerate(value))
+    return leaf(value, path)
 
 
 @dataclass(frozen=True, slots=True)
@@ -225,7 +241,9 @@ class OptimizerState(Mapping[str, Parameter]):
     resources: tuple[Any, ...] = field(default=(), repr=False)
 
     __eq__ = object.__eq__
-    __hash__ = object.__hash__
+
+    def __hash__(self) -> int:
+        return object.__hash__(self)
 
     def __post_init__(self) -> None:
         if len(self._index) != len(self.parameters):
@@ -349,7 +367,8 @@ class PositionalState:
     """State whose parameters have ids, not names: ``ids`` run through the groups as ``OptimizerState.parameters`` do.
 
     ``entries`` maps an id to its slots; an id without an entry never took a step. ``names`` are the names that the file
-    itself states, id by id, if it does; they are a hint to verify, since torch overwrites them on load.
+    itself states, id by id, if it states all of them; ``stated`` holds those that it states of a parameter and not of a
+    group, by id, be it of some parameters only: no order of parameters may contradict them.
     """
 
     optimizers: tuple[Optimizer, ...]
@@ -357,6 +376,7 @@ class PositionalState:
     ids: tuple[int | str, ...]
     entries: Mapping[int | str, Mapping[str, Value]]
     names: tuple[str, ...] | None = None
+    stated: Mapping[int | str, str] = field(default_factory=dict)
     globals: Mapping[str, Value] = field(default_factory=dict)
     origin: Mapping[str, Value] = field(default_factory=dict)
     global_step: int | None = None
@@ -405,13 +425,37 @@ class PositionalState:
 
 
 @dataclass(frozen=True)
+class Weights:
+    """Tensors under names that may be those of a model's parameters: a state dict in a file, a file of weights.
+
+    ``where`` is what messages call it: the keys that lead to it, or the name of its file. ``ordered`` says that they
+    stand in the model's order, as pickles keep it and safetensors does not. ``own`` says that they were saved with the
+    state, so that their values are those of its moment.
+    """
+
+    where: str
+    tensors: Mapping[str, Tensor]
+    ordered: bool = False
+    own: bool = True
+
+
+@dataclass(frozen=True)
 class Checkpoint:
     """What a converter found: the state, and beside it what can name it.
 
     ``weights`` are the tensors of a sibling weights or adapter file under their own keys; ``configs`` are sibling
-    configuration files by name (``adapter_config.json``).
+    configuration files by name (``adapter_config.json``). Where more than one thing may be the model, ``candidates``
+    holds them in tiers, the nearest to the state first: those of one tier are equally near. ``skipped`` says which
+    files next to the state could not be read, and why.
     """
 
     state: OptimizerState | PositionalState
     weights: Mapping[str, Tensor] = field(default_factory=dict)
     configs: Mapping[str, Path] = field(default_factory=dict)
+    candidates: tuple[tuple[Weights, ...], ...] = ()
+    skipped: tuple[str, ...] = ()
+
+    def tiers(self) -> tuple[tuple[Weights, ...], ...]:
+        """Return the candidates, or else the weights as the only one."""
+        alone = Weights("the weights next to it", self.weights)
+        return self.candidates or (((alone,),) if self.weights else ())

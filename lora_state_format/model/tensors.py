@@ -17,7 +17,20 @@ from lora_state_format.model.sources import Source
 if TYPE_CHECKING:
     import numpy as np
 
-__all__ = ["CHUNK", "Box", "Digest", "Flat", "Piece", "Run", "Tensor", "contiguous", "is_tiling"]
+__all__ = [
+    "CHUNK",
+    "Box",
+    "Digest",
+    "Flat",
+    "Piece",
+    "Run",
+    "Tensor",
+    "boxes_between",
+    "contiguous",
+    "intersection",
+    "is_tiling",
+    "memory_order",
+]
 
 CHUNK: Final = 1 << 20
 """Bytes moved at a time."""
@@ -283,7 +296,7 @@ class Tensor:
         pieces = []
         for piece in self.boxed().pieces:
             assert isinstance(piece.where, Box)
-            common = _intersection(piece.where, target)
+            common = intersection(piece.where, target)
             if common is None:
                 continue
             strides = piece.strides or c_strides(piece.where.shape)
@@ -334,12 +347,30 @@ def c_strides(shape: Sequence[int]) -> tuple[int, ...]:
     return tuple(strides)
 
 
+def memory_order(tensor: Tensor) -> tuple[int, ...] | None:
+    """Return the axes of a tensor from the slowest to the fastest in its source; ``None`` for C order, or with gaps.
+
+    Axes of one element come first.
+    """
+    strides = tensor.pieces[0].strides if len(tensor.pieces) == 1 else None
+    if strides is None or 0 in tensor.shape:
+        return None
+    sized = [axis for axis, size in enumerate(tensor.shape) if size > 1]
+    units = [axis for axis, size in enumerate(tensor.shape) if size == 1]
+    moving = sorted(sized, key=lambda axis: -strides[axis])
+    dense = c_strides([tensor.shape[axis] for axis in moving])
+    if moving == sized or dense != tuple(strides[axis] for axis in moving):
+        return None
+    return (*units, *moving)
+
+
 def _drop_units(shape: Sequence[int], strides: Sequence[int]) -> list[int]:
     """Strides of the axes that matter: along an axis of one element nothing is ever stepped."""
     return [stride for size, stride in zip(shape, strides, strict=True) if size != 1]
 
 
-def _intersection(a: Box, b: Box) -> Box | None:
+def intersection(a: Box, b: Box) -> Box | None:
+    """Return what two boxes share; ``None`` if that is no element."""
     start = tuple(max(x, y) for x, y in zip(a.start, b.start, strict=True))
     stop = tuple(min(x + m, y + n) for x, m, y, n in zip(a.start, a.shape, b.start, b.shape, strict=True))
     if any(x >= y for x, y in zip(start, stop, strict=True)):
@@ -421,7 +452,7 @@ def _check_disjoint(tensor: Tensor) -> None:
 def _fill(tensor: Tensor, first: int, last: int, out: memoryview) -> None:
     """Fill ``out`` with elements ``first`` to ``last`` of a tensor whose pieces are boxes that are not all runs."""
     width = item_size(tensor.dtype)
-    for position, box in _boxes(tensor.shape, first, last):
+    for position, box in boxes_between(tensor.shape, first, last):
         part = out[(position - first) * width :][: math.prod(box.shape) * width]
         candidates = [_meeting(index, box) for index in tensor._sorted]
         for piece in min(candidates, key=len, default=tensor.pieces):
@@ -460,8 +491,8 @@ def _meeting(index: _Sorted, box: Box) -> Sequence[Piece]:
     return index.pieces[first : bisect_left(index.starts, start + box.shape[index.axis])]
 
 
-def _boxes(shape: tuple[int, ...], first: int, last: int) -> Iterator[tuple[int, Box]]:
-    """Yield the elements from ``first`` to ``last`` in C order, as boxes that are each one run of the output."""
+def boxes_between(shape: tuple[int, ...], first: int, last: int) -> Iterator[tuple[int, Box]]:
+    """Yield the elements from ``first`` to ``last`` in C order, as boxes that are each one run, with their places."""
     while first < last:
         # The largest trailing block that starts here and ends in time; then as many of them as fit in its parent.
         axis, block = len(shape), 1
@@ -482,7 +513,7 @@ def _boxes(shape: tuple[int, ...], first: int, last: int) -> Iterator[tuple[int,
 
 def _fill_box(piece: Piece, box: Box, width: int, out: memoryview) -> None:
     assert isinstance(piece.where, Box)
-    common = _intersection(piece.where, box)
+    common = intersection(piece.where, box)
     if common is None:
         return
     strides = piece.strides or c_strides(piece.where.shape)

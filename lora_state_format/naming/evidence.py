@@ -7,8 +7,8 @@ How to call it::
     weigh(state, weights, orders={"flat": names})  # and other whole orders that must be ruled out
     paired(state, weights)                         # digests first, where the state has its own: no statistics
 
-``weights`` map a parameter's name, or one of its ``keys``, to its values. ``signals.py`` says what is compared; here it
-is said what follows. ``docs/evidence.md`` holds the study that the constants come from.
+``weights`` map a parameter's name, or one of its ``foreign_names``, to its values. ``signals.py`` says what is
+compared, this module what follows from it. ``docs/evidence.md`` holds the study that the constants come from.
 """
 
 from __future__ import annotations
@@ -56,6 +56,9 @@ class Exchanges(NamedTuple):
     def share(self) -> float:
         """Return the share that is excluded; 0 where there is none to exclude."""
         return self.excluded / max(1, self.excluded + self.undecided)
+
+
+NONE_TRIED: Final = Exchanges(0, 0)
 
 
 @dataclass(frozen=True)
@@ -127,41 +130,76 @@ def judge(
     silent: Sequence[str] = (),
     notes: Sequence[str] = (),
 ) -> Evidence:
-    """Return the verdict on a table of states against weights. ``orders`` are tried besides the usual ones."""
-    units = table.units
-    pairs, twins, against, doubts = Exchanges(0, 0), Exchanges(0, 0), [], 0
-    parts: dict[str, Exchanges] = {}
+    """Return the verdict on a table of states against weights.
+
+    Args:
+        table: What each unit loses with the state of each other.
+        orders: Whole orders to try in addition to the usual ones; ``None`` for one that cannot be.
+        silent: The parameters that there is no evidence about, and
+        notes: why.
+    """
+    tried = _try_exchanges(table)
+    whole = {
+        label: "excluded" if sources is None else _outcome(table.losses(sources))
+        for label, sources in (*orders, *_layer_orders(table.units))
+    }
+    if table.classes:
+        whole["a random order"] = _outcome(table.support())
+    twins = {label: _outcome(table.losses(sources)) for label, sources in _twin_orders(table.units)}
+    return Evidence(
+        _verdict(tried, whole, twins),
+        tried.pairs,
+        tried.parts,
+        {**whole, **twins},
+        tuple(tried.against),
+        tuple(silent),
+        tuple(notes),
+    )
+
+
+@dataclass
+class _Tried:
+    """What exchanges of two units came to.
+
+    ``pairs`` moved all parts of both, ``twins`` are those of them within a layer, ``parts`` moved one kind of part
+    alone. ``against`` describes those that the numbers prefer; ``doubts`` counts those that lose too little.
+    """
+
+    pairs: Exchanges = NONE_TRIED
+    twins: Exchanges = NONE_TRIED
+    parts: dict[str, Exchanges] = field(default_factory=dict)
+    against: list[str] = field(default_factory=list)
+    doubts: int = 0
+
+
+def _try_exchanges(table: Table) -> _Tried:
+    units, tried = table.units, _Tried()
     for kind, losses in table.exchanges():
         outcomes = {pair: _outcome([loss]) for pair, loss in losses.items()}
         counts = _count(outcomes.values())
         if kind in {None, A, B}:
-            doubts += sum(loss[1] < DOUBTFUL for loss in losses.values())
-        against += [
+            tried.doubts += sum(loss[1] < DOUBTFUL for loss in losses.values())
+        tried.against += [
             f"{units[i].label} and {units[k].label} exchanged" + (f" in {kind} alone" if kind else "")
             for (i, k), outcome in outcomes.items()
             if outcome == "preferred"
         ]
         if kind is None:
-            pairs = pairs.plus(counts)
-            twins = twins.plus(_count(outcome for (i, k), outcome in outcomes.items() if units[i].twin(units[k])))
+            of_twins = _count(outcome for (i, k), outcome in outcomes.items() if units[i].twin(units[k]))
+            tried.pairs, tried.twins = tried.pairs.plus(counts), tried.twins.plus(of_twins)
         else:
-            parts[kind] = parts.get(kind, Exchanges(0, 0)).plus(counts)
-    whole = {
-        label: "excluded" if sources is None else _outcome(table.losses(sources))
-        for label, sources in (*orders, *_layer_orders(units))
-    }
-    if table.classes:
-        whole["a random order"] = _outcome(table.support())
-    every_twin = {label: _outcome(table.losses(sources)) for label, sources in _twin_orders(units)}
-    if against or "preferred" in {*whole.values(), *every_twin.values()}:
-        verdict = "contradicted"
-    elif not pairs.excluded or set(whole.values()) != {"excluded"}:
-        verdict = "inconclusive"
-    elif doubts or twins.undecided or {*every_twin.values(), "excluded"} != {"excluded"} or pairs.share() < CONFIRMED:
-        verdict = "partly"
-    else:
-        verdict = "confirmed"
-    return Evidence(verdict, pairs, parts, {**whole, **every_twin}, tuple(against), tuple(silent), tuple(notes))
+            tried.parts[kind] = tried.parts.get(kind, NONE_TRIED).plus(counts)
+    return tried
+
+
+def _verdict(tried: _Tried, whole: Mapping[str, str], twins: Mapping[str, str]) -> str:
+    """Return the verdict by the outcomes of exchanges, of whole other orders, and of twins in every layer."""
+    if tried.against or "preferred" in {*whole.values(), *twins.values()}:
+        return "contradicted"
+    if not tried.pairs.excluded or set(whole.values()) != {"excluded"}:
+        return "inconclusive"
+    undecided = tried.doubts or tried.twins.undecided or {*twins.values(), "excluded"} != {"excluded"}
+    return "partly" if undecided or tried.pairs.share() < CONFIRMED else "confirmed"
 
 
 @dataclass(frozen=True)

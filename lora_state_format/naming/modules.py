@@ -90,6 +90,7 @@ ORDERS: Final[tuple[Order, ...]] = (
         models="deepseek|minicpm3",
     ),
     *_rows(
+        "dense out_proj",
         "o_proj qkv_proj",
         "query_key_value dense",
         "qkv_proj out_proj",

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+import operator
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
+from functools import reduce
 from itertools import combinations
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -13,11 +15,12 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     Array: TypeAlias = "NDArray[np.float32]"
+
 from lora_state_format.naming.signals import (
     BIAS,
+    CONSERVED,
     MAGNITUDE,
     PRIOR,
-    RULES,
     SURE,
     WEIGHT,
     A,
@@ -128,10 +131,12 @@ class Table:
                 wrong[name].append(score[~np.eye(len(score), dtype=bool)])
         if elsewhere := [self._balance(n, sources) for n, _, sources in self._elsewhere()]:
             wrong["layer"].append(np.array(elsewhere))
-        result = {}
+        assumed, count = PRIOR
+        result = {
+            "layer": max(1.0, assumed)
+        }  # where a single layer was trained, there is no other one to measure it by
         for name, scores in wrong.items():
             values = np.concatenate(scores)
-            assumed, count = PRIOR
             # Half of a standard normal's absolute values lie above 0.6745, one in a hundred above 2.576.
             middle, tail = (float(v) for v in np.quantile(np.abs(values), [0.5, 0.99]) / [0.6745, 2.576])
             seen = middle**2 if name == "copy" else max(float(np.square(values).mean()), tail**2)
@@ -196,14 +201,16 @@ class Table:
         return [self._layer_nats(own) - self._layer_nats(other) for own, other in pairs]
 
     def _layer_nats(self, score: float) -> float:
-        return math.copysign((score / self.noise["layer"]) ** 2 / 2, score)
+        return math.copysign((score / self.noise.get("layer", PRIOR[0])) ** 2 / 2, score)
 
     def _balance(self, number: int, sources: Sources) -> float:
         """Return the score of a layer's balance with the state of other units."""
         import numpy as np
 
         _, *sides = self.balances[number]
-        left, right = (sum(self._sum(sources.get((s.unit, WEIGHT), s.unit), s) for s in side) for side in sides)
+        left, right = (
+            reduce(operator.add, (self._sum(sources.get((s.unit, WEIGHT), s.unit), s) for s in side)) for side in sides
+        )
         # A few channels may hold most of a sum; only as many count as would have it evenly.
         energy = left * left + right * right
         count = energy.sum() ** 2 / max(np.square(energy).sum(), 1e-38)
@@ -219,7 +226,9 @@ class Table:
     def _elsewhere(self) -> Iterator[tuple[int, float, Sources]]:
         """Yield each balance, its score, and its right side's state replaced by that of a layer nearby."""
         for number, (kind, _, right) in enumerate(self.balances):
-            for other in range(max(0, number - 4 * len(RULES)), min(len(self.balances), number + 4 * len(RULES))):
+            for other in range(
+                max(0, number - 4 * len(CONSERVED)), min(len(self.balances), number + 4 * len(CONSERVED))
+            ):
                 shares = self.balances[other].right
                 same = [
                     self.units[a.unit].shapes == self.units[b.unit].shapes for a, b in zip(right, shares, strict=False)
@@ -258,7 +267,7 @@ def _z(cosine: Any, count: Any) -> Any:
     return np.sign(cosine) * np.sqrt(-count * np.log1p(-cosine * cosine))
 
 
-def _unit_length(values: Array) -> Array:
+def _unit_length(values: NDArray[np.floating[Any]]) -> Array:
     import numpy as np
 
     length = np.linalg.norm(values, axis=-1, keepdims=True)

@@ -120,6 +120,8 @@ def prune(state: OptimizerState, match: str | None = None, *, carried: bool = Fa
         goes = {parameter.name for parameter in state.parameters if matches(parameter)}
         if not goes:
             raise _nothing("", match, state)
+        if len(goes) == len(state):
+            raise OptionError(f"prune: '{match}' matches all {len(state)} parameters, and nothing would be left")
     groups = tuple(
         replace(group, count=sum(parameter.name not in goes for parameter in members))
         for group, members in zip(state.groups, state.members(), strict=True)

@@ -22,7 +22,7 @@ from lora_state_format.model.tensors import Tensor, contiguous
 if TYPE_CHECKING:
     import numpy as np
 
-__all__ = ["TORCHAO", "Dequantized", "dequantize"]
+__all__ = ["BITSANDBYTES", "TORCHAO", "Dequantized", "bound_of", "decoded", "dequantize"]
 
 TORCHAO: Final = "torchao"
 """The key by which a mapping is known to be a tensor of torchao's."""
@@ -65,7 +65,7 @@ def dequantize(state: OptimizerState) -> Dequantized:
     for parameter in state.parameters:
         group = groups.get(id(parameter))
         class_path = state.optimizers[group.optimizer].class_path if group else None
-        parameters.append(replace(parameter, state=_parameter(parameter, class_path or "", bounds)))
+        parameters.append(replace(parameter, state=decoded(parameter, class_path or "", bounds)))
     if not bounds:
         raise OptionError("no moment of this state is quantised: there is nothing to decode")
     options = [tuple((k, v) for k, v in g.options if k not in _OF_BITSANDBYTES) for g in state.groups]
@@ -83,7 +83,17 @@ _OF_BITSANDBYTES: Final = frozenset({"alpha", "t_alpha", "t_beta3"})
 """Options of AdEMAMix that bitsandbytes gives to every optimizer's groups."""
 
 
-def _parameter(parameter: Parameter, class_path: str, bounds: list[float]) -> Mapping[str, Value] | None:
+def decoded(parameter: Parameter, class_path: str, bounds: list[float]) -> Mapping[str, Value] | None:
+    """Return a parameter's slots as torch's Adam has them, with float32 moments that are decoded when they are read.
+
+    Args:
+        parameter: As an optimizer of class ``class_path`` keeps it.
+        class_path: Says what ``state1`` is where there is no ``state2``.
+        bounds: Gets for each moment how far a value may be from the truth, in parts of the largest of its block.
+
+    Raises:
+        UnrepresentableError: Codes, scales and shape do not belong together, or no Adam has the moment.
+    """
     if parameter.state is None:
         return None
     inner = parameter.state.get(BITSANDBYTES)
@@ -158,12 +168,12 @@ def _decoded(
         raise UnrepresentableError(
             f"{codes.count} codes with {scale.count} scales for {count} elements in blocks of {block}"
         )
-    bounds.append(_bound(table))
+    bounds.append(bound_of(table))
     return Slot(contiguous("F32", shape, _Decoder(codes, scale, table, block, packed, count * 4)), Role.PARAM)
 
 
-def _bound(table: np.ndarray[Any, Any]) -> float:
-    """Half the widest gap between codes, the ends of the range included, in parts of the largest value."""
+def bound_of(table: np.ndarray[Any, Any]) -> float:
+    """Return how far a coded value may be from the truth, in parts of the largest of its block: half the widest gap between codes, the ends of the range included, in parts of the largest value."""
     import numpy as np
 
     values = np.sort(table[np.isfinite(table)].astype(np.float64))

@@ -1,16 +1,16 @@
-"""Sharded models: state of DTensors saved by all ranks together, loaded by each rank with its own bytes only.
+"""Sharded models: what all ranks do in step, and state loaded by each rank with its own bytes only.
 
 torch's own planner does the resharding: a state is a DCP ``StorageReader``, so any placement that DCP knows is loaded
-from any file, whatever it was saved on. Saving brings one tensor at a time together for the rank that writes it. Every
-rank takes part in both, and if one fails, all fail with its message.
+from any file, whatever it was saved on. Every rank takes part, and if one fails, all fail with its message.
 """
 
 from __future__ import annotations
 
 import contextlib
+import heapq
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any, Final, TypeVar, cast
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, Final, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -28,12 +28,23 @@ from torch.distributed.checkpoint.storage import StorageReader
 from torch.distributed.tensor import DTensor
 from torch.futures import Future
 
-from lora_state_format.errors import CaptureError, RankError
+from lora_state_format.errors import DigestError, RankError
+from lora_state_format.model.digests import hash_tensor, stated_hash
 from lora_state_format.model.states import OptimizerState
-from lora_state_format.model.tensors import Tensor, contiguous
-from lora_state_format.torch.tensors import DTYPES, dtype_name, read_into
+from lora_state_format.model.tensors import CHUNK, Tensor
+from lora_state_format.torch.exchange import box_of, gather
+from lora_state_format.torch.tensors import DTYPES, read_into
 
-__all__ = ["StateReader", "Together", "agreement", "follow", "from_first", "gathered", "read_shard"]
+__all__ = [
+    "Ranks",
+    "StateReader",
+    "agreement",
+    "background_group",
+    "hashes",
+    "read_shard",
+    "shared_out",
+    "verify_share",
+]
 
 T = TypeVar("T")
 
@@ -43,8 +54,8 @@ T = TypeVar("T")
 class StateReader(StorageReader):
     """Tensors of a state for ``torch.distributed.checkpoint``: ``dcp.load(tree, storage_reader=StateReader(tensors))``.
 
-    Of each tensor only what a rank's plan asks for is read. Digests cover whole tensors, so those that are read in
-    parts are not verified. Keys are what the mapping has, values go into tensors of the same shape.
+    Of each tensor only what a rank's plan asks for is read. Digests cover whole tensors: those that are read in parts
+    are verified by ``verify_share``. Keys are what the mapping has, values go into tensors of the same shape.
     """
 
     def __init__(self, tensors: Mapping[str, Tensor]) -> None:
@@ -114,156 +125,146 @@ class StateReader(StorageReader):
 
 
 def read_shard(tensor: Tensor, out: DTensor, where: str) -> None:
-    """Read this rank's part of a tensor into its part of ``out``, whatever the placement."""
+    """Read this rank's part of a tensor into its part of ``out``, whatever the placement.
+
+    Raises ``CaptureError`` for a placement that gives a rank what is no box.
+    """
+    if box_of(out) is None:
+        return
     reader, planner = StateReader({where: tensor}), DefaultLoadPlanner()
     planner.set_up_planner({where: out}, reader.read_metadata(), is_coordinator=False)
     reader.read_data(planner.create_local_plan(), planner).wait()
 
 
+# --- in step --------------------------------------------------------------------------------------------------------
+
+
+class Ranks:
+    """The ranks of a process group, which do what they do all together or not at all.
+
+    Attributes:
+        group: ``None`` is the default one.
+        rank: The number of this one.
+        world: How many there are.
+    """
+
+    def __init__(self, group: Any = None) -> None:
+        self.group = group
+        self.rank = dist.get_rank(group)
+        self.world = dist.get_world_size(group)
+
+    def share(self, action: Callable[[], T]) -> list[T]:
+        """Return what ``action`` returned on each rank; every rank must call this, in the same order.
+
+        Raises:
+            RankError: If it raised on another rank, with that rank's message, or if one does not answer any more.
+            BaseException: What it raised on this one; the others know then.
+        """
+        value, error = None, None
+        try:
+            value = action()
+        except BaseException as caught:
+            error = caught
+        told: list[Any] = [None] * self.world
+        try:
+            dist.all_gather_object(told, (error and f"{type(error).__name__}: {error}", value), group=self.group)
+        except RuntimeError as lost:
+            if error is None:
+                raise _gone(lost) from None
+        if error is not None:
+            raise error
+        for rank, (message, _) in enumerate(told):
+            if message is not None:
+                raise RankError(f"rank {rank} failed: {message}")
+        return [value for _, value in told]
+
+
+def _gone(lost: RuntimeError) -> RankError:
+    return RankError(f"another rank does not answer any more, its process may have ended: {lost}")
+
+
 @contextlib.contextmanager
-def agreement(together: bool) -> Iterator[Callable[[], None]]:
+def agreement() -> Iterator[Callable[[bool], None]]:
     """Around what all ranks do or none: each calls what it is given before it changes anything.
 
-    If a rank fails before that, every other one raises ``RankError`` with its message.
+    It may be called several times, as often on every rank, with ``True`` for the last time. If a rank fails before
+    that, every other one raises ``RankError`` with its message.
     """
-    settled = not together
+    ranks, settled = Ranks(), False
 
-    def settle() -> None:
+    def settle(last: bool) -> None:
         nonlocal settled
-        if not settled:
+        try:
+            ranks.share(lambda: None)
+        except RankError:
             settled = True
-            _exchange(None)
+            raise
+        settled = last
+
+    def fail(error: BaseException) -> None:
+        raise error
 
     try:
         yield settle
     except BaseException as error:
         if not settled:
-            with contextlib.suppress(RankError):
-                _exchange(error)
+            failed = error
+            ranks.share(lambda: fail(failed))
         raise
 
 
-def _exchange(error: BaseException | None) -> None:
-    """Tell every rank how this one fares. Raises ``RankError`` if any has failed."""
-    messages: list[str | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(messages, None if error is None else f"{type(error).__name__}: {error}")
-    for rank, message in enumerate(messages):
-        if message is not None:
-            raise RankError(f"rank {rank} failed: {message}")
+def background_group() -> Any:
+    """Return a process group for what runs behind the training, on the CPU; every rank must call this.
 
-
-# --- saving ---------------------------------------------------------------------------------------------------------
-
-READY: Final = 0
-DONE: Final = 1
-FAILED: Final = 2
-
-
-class Together:
-    """Around a save in which every rank takes part: they go from one sharded tensor to the next in step.
-
-    Before each tensor, and at the end, every rank says how it fares; where one has failed, all stop. Which tensor is
-    next follows from the state, so the ranks compare first what they are going to take.
+    It is made once for a default group. Collectives of two groups do not wait for each other.
     """
-
-    def __init__(self) -> None:
-        self._device = "cuda" if dist.get_backend() == "nccl" else "cpu"
-        self._held: tuple[DTensor, memoryview] | None = None
-
-    def take(self, tensor: DTensor) -> memoryview:
-        """Return all bytes of a tensor. Only the last one taken is held."""
-        if self._held is None or self._held[0] is not tensor:
-            self._held = None
-            if self._sync(READY) != READY:
-                raise RankError("another rank failed")
-            full = cast("DTensor", tensor.detach()).full_tensor().cpu().contiguous()
-            self._held = tensor, full.reshape(-1).view(torch.uint8).numpy().data
-        return self._held[1]
-
-    def compare(self, signature: str) -> None:
-        """Raise ``RankError`` on every rank unless all give the same ``signature`` of what they are going to take."""
-        if self._sync(READY) != READY:
-            raise RankError("another rank failed")
-        signatures: list[str | None] = [None] * dist.get_world_size()
-        dist.all_gather_object(signatures, signature)
-        if len(set(signatures)) > 1:
-            raise CaptureError(
-                f"the ranks do not hold state of the same tensors (rank {signatures.index(signature)} and rank "
-                f"{next(rank for rank, other in enumerate(signatures) if other != signature)}): their models or "
-                "optimizers differ, or some took no step"
-            )
-
-    def _sync(self, flag: int) -> int:
-        """Return what all ranks say, or ``FAILED`` where they do not say the same."""
-        flags = torch.tensor([flag, -flag], device=self._device)
-        dist.all_reduce(flags, dist.ReduceOp.MAX)
-        worst, best = int(flags[0]), -int(flags[1])
-        return worst if worst == best else FAILED
-
-    def __enter__(self) -> Together:
-        global _together
-        _together = self
-        return self
-
-    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        global _together
-        _together = None
-        self._held = None
-        stopped = isinstance(error, RankError)
-        if not stopped:
-            stopped = self._sync(DONE if error is None else FAILED) != DONE and error is None
-        # Every rank knows by now whether all is well; what was wrong is told here.
-        try:
-            _exchange(None if stopped else error)
-        except RankError:
-            if stopped:
-                raise
-        if stopped:
-            raise RankError("the ranks did not save the same tensors: their optimizers or models differ")
+    world = dist.group.WORLD
+    if world not in _BACKGROUND:
+        _BACKGROUND.clear()  # those of process groups that are gone
+        _BACKGROUND[world] = dist.new_group(backend="gloo")
+    return _BACKGROUND[world]
 
 
-_together: Together | None = None
+_BACKGROUND: Final[dict[Any, Any]] = {}
 
 
-class _Gathered:
-    """The bytes of a whole DTensor, brought together when they are asked for."""
-
-    crc32 = None
-
-    def __init__(self, tensor: DTensor) -> None:
-        self.tensor = tensor
-        self.size = tensor.numel() * tensor.element_size()
-
-    def _bytes(self) -> memoryview:
-        if _together is None:
-            raise CaptureError("the model is sharded: call save_optimizer on every rank")
-        return _together.take(self.tensor)
-
-    def readinto(self, offset: int, out: memoryview) -> None:
-        out[:] = self._bytes()[offset : offset + len(out)]
-
-    def view(self, offset: int, size: int) -> memoryview | None:
-        return self._bytes()[offset : offset + size]
+def shared_out(sizes: Sequence[int], count: int) -> list[int]:
+    """Return for each piece of work which of ``count`` does it, so that all have about the same size of it to do."""
+    loads = [(0, rank) for rank in range(count)]
+    owners = [0] * len(sizes)
+    for number in sorted(range(len(sizes)), key=lambda number: -sizes[number]):
+        load, owners[number] = heapq.heappop(loads)
+        heapq.heappush(loads, (load + sizes[number], owners[number]))
+    return owners
 
 
-def gathered(tensor: DTensor) -> Tensor:
-    """Return a DTensor as all its bytes, which can be read inside ``Together``."""
-    dtype = dtype_name(tensor.dtype)
-    assert dtype is not None
-    return contiguous(dtype, tuple(tensor.shape), _Gathered(tensor))
+# --- verifying ------------------------------------------------------------------------------------------------------
 
 
-def follow(tensors: Iterable[Tensor]) -> None:
-    """Take part, on the ranks that do not write, in bringing each tensor together when its turn comes."""
-    for tensor in tensors:
-        for piece in tensor.pieces:
-            if isinstance(piece.source, _Gathered) and tensor.size:
-                piece.source.view(0, 0)
+def verify_share(tensors: Mapping[str, Tensor]) -> None:
+    """Read and verify this rank's share of tensors of which every rank has read a part: each by one rank.
+
+    Raises:
+        DigestError: For one that does not have its digest, with its key.
+    """
+    stated = [(key, tensor) for key, tensor in tensors.items() if stated_hash(tensor) is not None]
+    owners = shared_out([tensor.size for _, tensor in stated], dist.get_world_size())
+    buffer = memoryview(bytearray(CHUNK))
+    for (key, tensor), owner in zip(stated, owners, strict=True):
+        if owner == dist.get_rank() and hash_tensor(tensor, buffer) != stated_hash(tensor):
+            raise DigestError(f"{key} does not match its digest: the file was changed after it was written")
 
 
-def from_first(value: T | None) -> T:
-    """Return, on every rank, what rank 0 has."""
-    box = [value]
-    dist.broadcast_object_list(box, src=0)
-    assert box[0] is not None
-    return box[0]
+def hashes(tensors: Mapping[str, Tensor]) -> dict[str, str]:
+    """Return the hash of each of some tensors that are spread over the ranks: each is hashed by one rank."""
+    ranks, keys = Ranks(), list(tensors)
+    owners = shared_out([tensor.size for tensor in tensors.values()], ranks.world)
+    wanted: list[list[str]] = [[] for _ in range(ranks.world)]
+    for key, owner in zip(keys, owners, strict=True):
+        wanted[owner].append(key)
+
+    def read() -> dict[str, str]:
+        return {key: hash_tensor(tensors[key]) for key in wanted[ranks.rank]}
+
+    told = ranks.share(lambda: gather([[tensors[key] for key in mine] for mine in wanted], read))
+    return {key: value for found in told for key, value in found.items()}

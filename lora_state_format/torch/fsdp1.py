@@ -1,24 +1,20 @@
 """FSDP1: ``FullyShardedDataParallel`` with ``use_orig_params=True``, which leaves each rank runs of elements.
 
-A load reads each rank's runs from the file. A save goes through torch's full state dict, which brings the whole state
-together in the memory of rank 0.
+Each rank reads its runs from the file, and sends its runs to the ranks that write.
 """
 
 from __future__ import annotations
 
 import sys
-import warnings
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import torch
 
 from lora_state_format.errors import CaptureError
 from lora_state_format.model.tensors import Tensor, contiguous
 
-__all__ = ["Part", "full_state", "parts_of", "run_of", "whole_weights"]
+__all__ = ["Part", "parts_of", "run_of"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,43 +52,3 @@ def parts_of(model: torch.nn.Module) -> dict[int, Part]:
 def run_of(tensor: Tensor, part: Part) -> Tensor:
     """Return a rank's elements of a slot of the parameter's shape; nothing is read."""
     return contiguous(tensor.dtype, (tensor.count,), tensor).part((part.start,), (part.count,))
-
-
-def full_state(optimizer: torch.optim.Optimizer, model: torch.nn.Module) -> Mapping[str, Mapping[str, Any]]:
-    """Return the slots of whole parameters by name on rank 0, nothing on the others; every rank must call this."""
-    from torch.distributed.fsdp import (
-        FullOptimStateDictConfig,
-        FullStateDictConfig,
-        FullyShardedDataParallel,
-        StateDictType,
-    )
-
-    # On a CPU, torch (2.13) offloads by doing nothing and gathers every slot into one buffer: all come out as the last.
-    offload = _elsewhere(model)
-    whole = (
-        StateDictType.FULL_STATE_DICT,
-        FullStateDictConfig(offload_to_cpu=offload, rank0_only=True),
-        FullOptimStateDictConfig(offload_to_cpu=offload, rank0_only=True),
-    )
-    with warnings.catch_warnings():
-        # torch advises get_optimizer_state_dict instead, which takes a step with an optimizer that has taken none.
-        warnings.simplefilter("ignore", FutureWarning)
-        with FullyShardedDataParallel.state_dict_type(model, *whole):
-            gathered = FullyShardedDataParallel.optim_state_dict(model, optimizer)
-    return cast("Mapping[str, Mapping[str, Any]]", gathered.get("state", {}))
-
-
-@contextmanager
-def whole_weights(model: torch.nn.Module) -> Iterator[None]:
-    """Inside, the model has its whole parameters on rank 0; every rank must enter."""
-    from torch.distributed.fsdp import FullyShardedDataParallel
-
-    summon = cast("Callable[..., Any]", FullyShardedDataParallel.summon_full_params)
-    # On a CPU, what torch offloads it frees as well.
-    with summon(model, writeback=False, rank0_only=True, offload_to_cpu=_elsewhere(model)):
-        yield
-
-
-def _elsewhere(model: torch.nn.Module) -> bool:
-    """Return whether there is anything to move to the host's memory."""
-    return any(parameter.device.type != "cpu" for parameter in model.parameters())

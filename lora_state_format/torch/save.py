@@ -2,29 +2,34 @@
 
 from __future__ import annotations
 
-import contextlib
+import logging
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Literal, overload
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, overload
 
-import torch
-
-from lora_state_format.errors import CaptureError, OptionError
 from lora_state_format.format import writing
+from lora_state_format.format.rotation import plan_rotation, remove_states, series_of
+from lora_state_format.optimizers.rounded import check_stored, stored
 from lora_state_format.torch.background import BackgroundSave, settle, start
 from lora_state_format.torch.capture import (
     Models,
     Optimizers,
     capture,
-    capture_with,
-    optimizers_of,
+    capture_parts,
+    named_tensors,
     sharding,
-    with_weights,
+    weights_of,
 )
-from lora_state_format.torch.fsdp1 import full_state, whole_weights
+
+if TYPE_CHECKING:
+    from lora_state_format.torch.together import Captured
 
 __all__ = ["save_optimizer"]
+
+logger = logging.getLogger("lora_state_format")
+
+T = TypeVar("T")
 
 
 @overload
@@ -39,6 +44,9 @@ def save_optimizer(
     max_shard_size: int | None = None,
     force: bool = True,
     background: Literal[False] = False,
+    consolidate: bool = False,
+    keep_last: int | None = None,
+    store: Mapping[str, str] | None = None,
 ) -> writing.Written: ...
 
 
@@ -54,6 +62,9 @@ def save_optimizer(
     max_shard_size: int | None = None,
     force: bool = True,
     background: Literal[True],
+    consolidate: bool = False,
+    keep_last: int | None = None,
+    store: Mapping[str, str] | None = None,
 ) -> BackgroundSave: ...
 
 
@@ -68,6 +79,9 @@ def save_optimizer(
     max_shard_size: int | None = None,
     force: bool = True,
     background: bool = False,
+    consolidate: bool = False,
+    keep_last: int | None = None,
+    store: Mapping[str, str] | None = None,
 ) -> writing.Written | BackgroundSave:
     """Write the state of an optimizer, or of several, under the model's names; see ``capture``.
 
@@ -75,83 +89,91 @@ def save_optimizer(
     the way are made. With ``force=False`` an existing file is a ``TargetExistsError``. The optimizer is only read: no
     step is run, and gradients may be there.
 
-    The optimizer of a sharded model (DTensors: FSDP2, tensor parallel) is saved by all ranks together: call this on
-    every one. One tensor at a time is brought together for rank 0, which writes. If a rank fails, all raise. Of FSDP1
-    (``FullyShardedDataParallel`` with ``use_orig_params=True``) the whole state is brought together on rank 0.
+    The optimizer of a sharded model (FSDP2, tensor parallel, FSDP1 with ``use_orig_params=True``) is saved by all ranks
+    together: call this on every one. Each writes files of its own, of about the same size; a state under 32 MiB is one
+    file, and so is any with ``consolidate=True``. If a rank fails, all raise, and the path means what it meant before.
+    ``extra`` is that of rank 0.
+
+    With ``keep_last`` older checkpoints of the run lose their optimizer's state when this one is written, all but the
+    last ones; everything else in them stays. Of a run are the states at paths that differ from this one in the numbers
+    of a folder's name, as in ``checkpoint-300/training_state/optimizer.safetensors``.
+
+    ``store={"exp_avg": "BF16", "exp_avg_sq": "BF16"}`` rounds these slots to half their bytes. That is lossy, the file
+    and every report say so, and a load into float32 parameters needs ``dtype="param"``.
 
     With ``background=True`` the state is copied into the host's memory and written behind the run; what is returned
-    has ``wait()``. The save before, if it is still being written, is waited for, and its error raised here.
+    has ``wait()``. The save before, if it is still being written, is waited for, and its error raised here. Of a
+    sharded model each rank copies its part; call ``wait()`` before ``destroy_process_group``.
     """
     path = Path(path)
-    if kind := sharding(optimizer, model):
-        if background:
-            raise OptionError("background=True: the state of a sharded model is brought together while it is written")
-        save = _save_together if kind == "DTensor" else _save_whole
-        return save(optimizer, model, path, weights, extra, global_step, max_shard_size, force)
+    if keep_last is not None:
+        plan_rotation([], keep_last)  # refuses what is no number of checkpoints, before anything is written
+    check_stored(store or {})
+    capturing: dict[str, Any] = {"extra": extra, "global_step": global_step, "copy": background}
 
-    def captured() -> Callable[[], writing.Written]:
-        state = capture(optimizer, model, weights=weights, extra=extra, global_step=global_step, copy=background)
+    def whole() -> Callable[[], writing.Written]:
+        state = capture(optimizer, model, weights=weights, **capturing)
+        state = stored(state, store).state if store else state
         path.parent.mkdir(parents=True, exist_ok=True)
-        return lambda: writing.write(state, path, force=force, max_shard_size=max_shard_size)
+        return lambda: _rotated(writing.write(state, path, force=force, max_shard_size=max_shard_size), keep_last)
 
+    def together() -> Callable[[], writing.Written]:
+        import torch.distributed as dist
+
+        from lora_state_format.torch.distributed import background_group
+        from lora_state_format.torch.together import write_together
+
+        group = background_group() if background else None
+        captured = _attempt(lambda: _captured(optimizer, model, weights, capturing, store or {}))
+
+        def write() -> writing.Written:
+            written = write_together(
+                captured, path, force=force, max_shard_size=max_shard_size, consolidate=consolidate, group=group
+            )
+            return _rotated(written, keep_last if dist.get_rank(group) == 0 else None)
+
+        return write
+
+    prepare = together if sharding(optimizer, model) else whole
     if background:
-        return start(captured)
+        return start(prepare)
     settle()
-    return captured()()
+    return prepare()()
 
 
-def _save_together(
-    optimizer: Optimizers,
-    model: Models,
-    path: Path,
-    weights: bool,
-    extra: Mapping[str, Any] | None,
-    global_step: int | None,
-    max_shard_size: int | None,
-    force: bool,
-) -> writing.Written:
-    """Rank 0 writes; every rank takes part in bringing each tensor together."""
-    from lora_state_format.torch.distributed import Together, follow, from_first
-
-    written = None
-    with Together() as together:
-        state = capture(optimizer, model, weights=False, extra=extra, global_step=global_step)
-        order = [(key, tensor.dtype, tensor.shape) for key, tensor in writing.in_file_order(state, max_shard_size)]
-        together.compare(repr((order, [(p.name, p.shape) for p in state.parameters])))
-        if weights:
-            state = with_weights(state, model)
-        if torch.distributed.get_rank() == 0:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            written = writing.write(state, path, force=force, max_shard_size=max_shard_size)
-        else:
-            follow(tensor for _, tensor in writing.in_file_order(state, max_shard_size))
-    return from_first(written)
+def _rotated(written: writing.Written, keep_last: int | None) -> writing.Written:
+    """Remove older states of the run, now that a newer one is on the disk."""
+    if keep_last is not None:
+        path = Path(written.path)
+        rotation = plan_rotation(series_of(path), keep_last, always=path)
+        remove_states(rotation.removed)
+        for removed in rotation.removed:
+            logger.info("%s: removed, for keep_last=%d", removed, keep_last)
+    return written
 
 
-def _save_whole(
-    optimizer: Optimizers,
-    model: Models,
-    path: Path,
-    weights: bool,
-    extra: Mapping[str, Any] | None,
-    global_step: int | None,
-    max_shard_size: int | None,
-    force: bool,
-) -> writing.Written:
-    """Rank 0 writes what FSDP1 brings together in its memory."""
-    from lora_state_format.torch.distributed import agreement, from_first
+def _captured(
+    optimizer: Optimizers, model: Models, weights: bool, capturing: Mapping[str, Any], store: Mapping[str, str]
+) -> Captured:
+    """Return what this rank has of a sharded state."""
+    from lora_state_format.torch.together import Captured
 
-    optimizers = optimizers_of(optimizer)
-    if isinstance(model, Mapping) or len(optimizers) > 1:
-        raise CaptureError("FullyShardedDataParallel is saved for one model and one optimizer at a time")
-    entries = full_state(optimizers[0], model)
-    written = None
-    with agreement(True) as agree, whole_weights(model) if weights else contextlib.nullcontext():
-        if torch.distributed.get_rank() == 0:
-            state = capture_with(entries, optimizer, model, weights=False, extra=extra, global_step=global_step)
-            if weights:
-                state = with_weights(state, model, copy=True)
-            path.parent.mkdir(parents=True, exist_ok=True)
-            written = writing.write(state, path, force=force, max_shard_size=max_shard_size)
-        agree()
-    return from_first(written)
+    named = named_tensors(model)
+    state = capture_parts(optimizer, model, named, weights=False, **capturing)
+    names = [parameter.name for parameter in state.parameters if parameter.name in named.tensors] if weights else []
+    own = {name: weights_of(named, name, copy=capturing["copy"]) for name in names}
+    return Captured(state, own, named.parts, store)
+
+
+def _attempt(action: Callable[[], T]) -> Callable[[], T]:
+    """Return what returns the result of an action, or raises what it raised: where all ranks hear of it."""
+    try:
+        result = action()
+    except Exception as caught:
+        error = caught
+
+        def fail() -> T:
+            raise error
+
+        return fail
+    return lambda: result

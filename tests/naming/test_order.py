@@ -21,7 +21,7 @@ from lora_state_format.model.sources import File, Memory
 from lora_state_format.model.states import Group, Optimizer, Parameter, PositionalState, Role, Slot, Value
 from lora_state_format.model.tensors import contiguous
 from lora_state_format.naming.names import adapter_parameters
-from lora_state_format.naming.order import candidates, decide, interchangeable, side_by_side
+from lora_state_format.naming.order import candidates, decide, interchangeable
 from lora_state_format.naming.rules import RULES, Described
 
 if TYPE_CHECKING:
@@ -305,7 +305,7 @@ def test_nothing_fits() -> None:
         "  llamafactory-loraplus: makes groups of [1, 1, 0, 0]\n"
         "  llamafactory-badam: makes groups of [0, 2]\n"
         "  one-per-parameter: makes groups of [1, 1]\n"
-        "hint: pass a file of names in optimizer order (--names), or the model that was trained"
+        "hint: pass names= with a file of names in optimizer order, or the model that was trained"
     )
 
 
@@ -339,22 +339,6 @@ def test_orders_that_disagree() -> None:
     )
     assert caught.value.candidates == ("flat", "flat, adapters second, default")
     assert list(decide(state([model]), model, source="model")) == [p.name for p in model]
-
-
-def test_adapters_side_by_side() -> None:
-    """PEFT puts the adapters of a module beside each other, in the order in which they were added."""
-
-    def adapter(name: str, *modules: str) -> list[Parameter]:
-        names = [f"model.layers.0.self_attn.{module}.lora_{side}.{name}.weight" for module in modules for side in "AB"]
-        return [parameter(each, 2, 2, adapter=name) for each in names]
-
-    both = {"second": adapter("second", "q_proj", "v_proj"), "first": adapter("first", "v_proj", "o_proj")}
-    assert [p.name.removeprefix("model.layers.0.self_attn.") for p in side_by_side(both)] == [
-        "q_proj.lora_A.second.weight", "q_proj.lora_B.second.weight",
-        "v_proj.lora_A.second.weight", "v_proj.lora_A.first.weight",
-        "v_proj.lora_B.second.weight", "v_proj.lora_B.first.weight",
-        "o_proj.lora_A.first.weight", "o_proj.lora_B.first.weight",
-    ]  # fmt: skip
 
 
 def test_interchangeable() -> None:
@@ -522,11 +506,14 @@ def test_two_adapters_in_either_order_of_creation(made: tuple[str, str], tmp_pat
     torch.save(optimizer.state_dict(), tmp_path / "optimizer.pt")
     weights = read_header(File(tmp_path / "weights.safetensors")).tensors
     positional = from_state_dict(pickles.load(File(tmp_path / "optimizer.pt")).value)
-    adapters = {
-        adapter: [parameter(n, *p.shape, adapter=adapter) for n, p in live.items() if f".{adapter}." in n]
+    places = dict.fromkeys(name.replace(".second.", ".default.") for name in live)
+    listed = [
+        parameter(name, *live[name].shape, adapter=adapter)
+        for place in places
         for adapter in ("default", "second")
-    }
-    named = decide(positional, side_by_side(adapters), weights=weights, source="adapter")
+        if (name := place.replace(".default.", f".{adapter}."))
+    ]
+    named = decide(positional, listed, weights=weights, source="adapter")
     assert list(named) == list(live)
     assert named.naming.rule == ("flat" if made[0] == "default" else "flat, adapters second, default")
     assert verdict(named) in {"confirmed", "partly"}

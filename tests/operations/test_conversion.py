@@ -110,9 +110,8 @@ def test_the_report_in_words(founding: Founding, tmp_path: Path) -> None:
         f"converted {founding.path} (torch_optimizer) to {target} (named)\n"
         "392 parameters in groups of [392, 0], step 3\n"
         f"slots: step x 392, exp_avg x 392, exp_avg_sq x 392; 784 tensors, {report.bytes:,} bytes\n"
-        f"names: from the adapter file, in the order of rule '{report.naming.rule}'; "
-        f"{report.naming.details['interchangeable']!r} of them share their shape with another\n"
-        f"{describe_evidence(report.to_json()['evidence'])}\n"
+        f"names: from the adapter file, in the order of rule '{report.naming.rule}'\n"
+        f"how sure: {describe_evidence(report.to_json()['evidence'])}\n"
         "weights: digests of 392 of 392 parameters kept with their state\n"
         f"digest: {report.digest}"
     )
@@ -161,9 +160,9 @@ def test_nothing_to_take_names_from(alone: Path, tmp_path: Path) -> None:
     with pytest.raises(MissingNamesError) as caught:
         convert(alone, tmp_path / "optimizer.safetensors")
     assert str(caught.value) == (
-        f"{alone}: the state of 392 parameters stands under positions, and nothing beside it says which parameter a "
-        "position means; pass --names (names=) with a file of names in optimizer order, the adapter file, or a folder "
-        "with config.json and adapter_config.json"
+        f"{alone}: stores 392 parameters by position and contains no names, and no neighbouring file names them; pass "
+        "names= with a file of names in optimizer order, the adapter file, or a folder with config.json and "
+        "adapter_config.json"
     )
     assert caught.value.exit_code == 4
     assert not (tmp_path / "optimizer.safetensors").exists()

@@ -15,10 +15,10 @@ import pytest
 Said = dict[tuple[str, int], list[dict[str, Any]]]
 
 CASES = {
-    2: "save,columns,replicas,fsdp1,refused-save,missing-file,disagree",
-    1: "load",
-    3: "load",
-    4: "load,hybrid,tensor-parallel",
+    2: "save,background,columns,replicas,fsdp1,shards,shards-columns,refused-save,missing-file,damaged,disagree",
+    1: "load,shards",
+    3: "load,shards",
+    4: "load,hybrid,tensor-parallel,shards,shards-hybrid,shards-tensor-parallel",
 }
 """Number of ranks -> what they do, one after the other; the first run saves what all load."""
 
@@ -74,9 +74,33 @@ def test_all_ranks_know_what_rank_0_has_written(said: Said, folder: Path) -> Non
 def test_a_state_saved_by_two_ranks_is_loaded_by_any(said: Said, case: str, world: int, continues: bool) -> None:
     for rank in said[case, world]:
         assert rank["equal"]
+        assert rank["again"]
         assert rank["read"] <= 1.05 * rank["share"]
-        assert rank["report"].startswith("restored 5/5 parameters, 2 slots each, step 3")
+        assert rank["report"] == "restored 5/5 parameters, 2 slots each, step 3; weights match 5/5"
         assert rank["continued"] or not continues
+    ranks = said[case, world]
+    assert sum(rank["read verified"] for rank in ranks) <= 2 * sum(rank["share"] for rank in ranks)
+
+
+def test_sets_of_shards_are_those_of_one_process_whatever_the_placement(said: Said) -> None:
+    sets = {key: ranks for key, ranks in said.items() if key[0].startswith("shards")}
+    assert len(sets) == 7
+    (expected,) = {rank["digest"] for rank in said["shards", 1]}
+    for ranks in sets.values():
+        assert {rank["digest"] for rank in ranks} == {expected}
+    assert {rank["files"] for ranks in sets.values() for rank in ranks} == {5}
+    assert all(rank["verified"] for ranks in sets.values() for rank in ranks)
+
+
+def test_a_damaged_tensor_stops_all_ranks_and_nothing_changes(said: Said) -> None:
+    message = (
+        "DigestError: 'up.weight': slot 'exp_avg_sq' does not match its digest: the file was changed after it was "
+        "written"
+    )
+    errors = [rank["error"] for rank in said["damaged", 2]]
+    assert message in errors
+    assert all(error in (message, f"RankError: rank {errors.index(message)} failed: {message}") for error in errors)
+    assert [rank["states"] for rank in said["damaged", 2]] == [0, 0]
 
 
 def test_replicas_have_one_writer_and_load_on_every_rank(said: Said) -> None:
@@ -88,10 +112,12 @@ def test_replicas_have_one_writer_and_load_on_every_rank(said: Said) -> None:
 
 def test_fsdp1_loads_what_fsdp2_saved_and_saves_the_same(said: Said) -> None:
     for rank in said["fsdp1", 2]:
-        assert rank["report"] == "restored 5/5 parameters, 2 slots each, step 3"
+        assert rank["report"] == "restored 5/5 parameters, 2 slots each, step 3; weights match 5/5"
         assert rank["read"] <= 1.05 * rank["share"]
         assert rank["written"] == ["fsdp1.safetensors"]
         assert rank["equal"]
+        assert rank["shards"] == 5
+        assert rank["equal shards"]
         assert rank["continued"]
 
 
@@ -117,6 +143,15 @@ def test_what_fsdp1_does_not_allow_is_refused(said: Said) -> None:
         )
 
 
+def test_behind_the_run_the_state_is_saved_as_it_was(said: Said, folder: Path) -> None:
+    ranks = said["background", 2]
+    assert [rank["same"] for rank in ranks] == [True, True]
+    assert ranks[0]["digest"] == ranks[1]["digest"]
+    error = f"FileExistsError: [Errno 17] File exists: '{folder}/folder'"
+    assert [rank["later"] for rank in ranks] == [error, f"RankError: rank 0 failed: {error}"]
+    assert [rank["after"] for rank in ranks] == [True, True]
+
+
 def test_a_rank_that_cannot_write_stops_all(said: Said, folder: Path) -> None:
     first, second = said["refused-save", 2]
     assert first["error"] == f"FileExistsError: [Errno 17] File exists: '{folder}/folder'"
@@ -133,7 +168,7 @@ def test_a_rank_that_cannot_read_stops_all_and_nothing_changes(said: Said, folde
 def test_ranks_that_do_not_hold_the_same_are_refused(said: Said) -> None:
     for rank, result in enumerate(said["disagree", 2]):
         assert result["error"] == (
-            f"CaptureError: the ranks do not hold state of the same tensors (rank {rank} and rank {1 - rank}): their "
-            "models or optimizers differ, or some took no step"
+            f"CaptureError: the ranks do not hold the same state: rank {rank} and rank {1 - rank} differ in "
+            "parameters, tensors; their models, optimizers or options differ, or some took no step"
         )
         assert result["left"] == []

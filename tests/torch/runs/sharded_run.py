@@ -1,9 +1,10 @@
 """One rank of a run with sharded parameters, on the CPU with gloo.
 
 Usage: sharded_run.py OUT RANK WORLD PORT CASE[,CASE..]
-Cases: save, load, columns, hybrid, tensor-parallel, replicas, fsdp1, refused-save, missing-file, disagree. Rank r
-writes what it has to say as JSON to OUT/CASE.WORLD.r.json; ``save`` writes OUT/weights.pt, OUT/state.safetensors and,
-three steps later, OUT/final.pt.
+Cases: save, load, columns, hybrid, tensor-parallel, replicas, fsdp1, refused-save, missing-file, disagree, damaged,
+background; and shards, with -hybrid, -tensor-parallel, -columns, which load and save as a set of shards. Rank r writes
+what it has to say as JSON to OUT/CASE.WORLD.r.json; ``save`` writes OUT/weights.pt, OUT/state.safetensors and, three
+steps later, OUT/final.pt.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard  # noqa
 from torch.distributed.tensor import DTensor, Replicate, Shard  # noqa: E402
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module  # noqa: E402
 
-from lora_state_format import open_state  # noqa: E402
+from lora_state_format import open_state, verify  # noqa: E402
 from lora_state_format.model.sources import File  # noqa: E402
 from lora_state_format.model.states import Slot  # noqa: E402
 from lora_state_format.model.tensors import Tensor  # noqa: E402
@@ -59,6 +60,7 @@ def build(case: str, weights: dict[str, torch.Tensor] | None = None) -> tuple[Ne
     net = Net()
     if weights:
         net.load_state_dict(weights)
+    case = case.removeprefix("shards-")
     if case == "tensor-parallel":
         mesh = init_device_mesh("cpu", (2, world // 2), mesh_dim_names=("dp", "tp"))
         plan = {"up": RowwiseParallel(input_layouts=Replicate()), "down": ColwiseParallel(output_layouts=Replicate())}
@@ -140,19 +142,21 @@ def run_fsdp1(path: Path) -> dict[str, Any]:
     weights = torch.load(out / "weights.pt", weights_only=True)
     model, optimizer = cut_up(weights, use_orig_params=True)
     total = counted()
-    report = load_optimizer(optimizer, model, path)
+    load_optimizer(optimizer, model, path, verify=False)
     header = int.from_bytes(path.read_bytes()[:8], "little") + 8
     held = [value for slots in optimizer.state.values() for value in slots.values() if value.dim()]
-    result: dict[str, Any] = {
-        "report": report.line(), "read": total[0] - header, "share": sum(v.numel() * v.element_size() for v in held),
-    }  # fmt: skip
+    result: dict[str, Any] = {"read": total[0] - header, "share": sum(v.numel() * v.element_size() for v in held)}
+    result["report"] = load_optimizer(optimizer, model, path).line()
+    target = out / "fsdp1-shards.safetensors"
+    result["shards"] = len(save_optimizer(optimizer, model, target, global_step=3, max_shard_size=300_000).files)
     written = save_optimizer(optimizer, model, out / "fsdp1.safetensors", global_step=3)
     result["written"] = [Path(name).name for name in written.files]
-    with open_state(path) as saved, open_state(out / "fsdp1.safetensors") as again:
-        result["equal"] = saved.keys() == again.keys() and all(
-            read(saved[name].state) == read(again[name].state) and saved[name].weights == again[name].weights
-            for name in saved
-        )
+    for key, other in (("equal", out / "fsdp1.safetensors"), ("equal shards", target)):
+        with open_state(path) as saved, open_state(other) as again:
+            result[key] = saved.keys() == again.keys() and all(
+                read(saved[name].state) == read(again[name].state) and saved[name].weights == again[name].weights
+                for name in saved
+            )
     train(model, optimizer, 3, 6)
     with FullyShardedDataParallel.summon_full_params(model):
         final = torch.load(out / "final.pt", weights_only=True)
@@ -229,16 +233,40 @@ def run(case: str) -> dict[str, Any]:
             del optimizer.state[net.down.weight]
         error = failed(lambda: save_optimizer(optimizer, net, out / "disagree.safetensors"))
         return {"error": error, "left": sorted(p.name for p in out.glob(".disagree*"))}
+    if case == "damaged":
+        broken = out / "broken.safetensors"
+        if rank == 0:
+            data = bytearray(path.read_bytes())
+            data[-1] ^= 1
+            broken.write_bytes(data)
+        dist.barrier()
+        return {"error": failed(lambda: load_optimizer(optimizer, net, broken)), "states": len(optimizer.state)}
     if case == "missing-file":
         name = path if rank == 0 else out / "elsewhere.safetensors"
         return {"error": failed(lambda: load_optimizer(optimizer, net, name)), "states": len(optimizer.state)}
-    total = counted()
-    report = load_optimizer(optimizer, net, path)
+    if case == "background":
+        load_optimizer(optimizer, net, path)
+        pending = save_optimizer(optimizer, net, out / "behind.safetensors", global_step=3, background=True)
+        train(net, optimizer, 3, 5)
+        written = pending.wait()
+        (out / "folder").write_text("a file where a folder is wanted")
+        save_optimizer(optimizer, net, out / "folder" / "state.safetensors", background=True)
+        later = failed(lambda: save_optimizer(optimizer, net, out / "after.safetensors"))
+        save_optimizer(optimizer, net, out / "after.safetensors")
+        same = (out / "behind.safetensors").read_bytes() == path.read_bytes()
+        return {"same": same, "digest": written.digest, "later": later, "after": verify(out / "after.safetensors").ok}
+    if case.startswith("shards"):
+        load_optimizer(optimizer, net, path)
+        target = out / f"{case}.{world}.safetensors"
+        written = save_optimizer(optimizer, net, target, global_step=3, max_shard_size=300_000)
+        return {"digest": written.digest, "files": len(written.files), "verified": verify(target).ok}
     header = int.from_bytes(path.read_bytes()[:8], "little") + 8
-    result = {
-        "report": report.line(), "read": total[0] - header, "share": share(net),
-        "equal": equals_the_file(net, optimizer),
-    }  # fmt: skip
+    total = counted()
+    load_optimizer(optimizer, net, path, verify=False)
+    result = {"read": total[0] - header, "share": share(net), "equal": equals_the_file(net, optimizer)}
+    total[0] = 0
+    report = load_optimizer(optimizer, net, path)
+    result |= {"report": report.line(), "read verified": total[0] - header, "again": equals_the_file(net, optimizer)}
     train(net, optimizer, 3, 6)
     final = torch.load(out / "final.pt", weights_only=True)
     result["continued"] = all(torch.equal(final[name], weight) for name, weight in weights_of(net).items())

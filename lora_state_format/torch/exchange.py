@@ -1,0 +1,500 @@
+"""Whole tensors at the ranks that want them: exchanged in rounds of bounded size, read while they arrive.
+
+Of every tensor each rank holds some elements: a box (DTensor), or a run in C order (FSDP1, ZeRO). ``gather`` brings the
+bytes of each tensor to the one rank that wants it, by ``all_to_all_single``, in the order in which it reads them.
+"""
+
+from __future__ import annotations
+
+import math
+import queue
+from bisect import bisect_left
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import cached_property
+from typing import Any, Final, NamedTuple, TypeAlias, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor.placement_types import _StridedShard
+
+from lora_state_format.errors import CaptureError, RankError
+from lora_state_format.model.tensors import Box, Flat, Tensor, boxes_between, contiguous, intersection, is_tiling
+from lora_state_format.optimizers.rounded import Rounded
+from lora_state_format.torch.tensors import dtype_name, to_host
+
+__all__ = ["BUCKET", "Spread", "box_of", "gather", "run", "spread"]
+
+T = TypeVar("T")
+
+Where: TypeAlias = "Box | Flat | None"
+"""The elements of a tensor that a rank holds."""
+
+BUCKET: Final = 64 << 20
+"""Bytes that a rank sends, and receives, in one round. It holds four times as many: what it sends, what arrives, and
+two buckets of whole tensors, of which one is being read."""
+
+SMALLEST: Final = 1 << 20
+"""Rounds do not become smaller than this, however much one rank has to send in them."""
+
+ALIGNMENT: Final = 64
+"""Where the parts of tensors begin in a bucket."""
+
+
+class Spread:
+    """The bytes of a tensor whose elements are spread over the ranks; to be read once, in order, inside ``gather``.
+
+    Attributes:
+        shape: The shape of the whole tensor.
+        width: Bytes per element.
+        kind: What decides which rank holds which elements, as text; the same on every rank.
+        where: The elements that this rank holds.
+        local: Those elements, in C order, on any device; ``None`` where ``where`` is.
+    """
+
+    crc32 = None
+
+    def __init__(self, shape: tuple[int, ...], width: int, kind: str, where: Where, local: torch.Tensor | None) -> None:
+        self.shape = shape
+        self.width = width
+        self.kind = kind
+        self.where = where
+        self.local = local
+        self.size = math.prod(shape) * width
+        self.incoming: _Incoming | None = None
+
+    def readinto(self, offset: int, out: memoryview) -> None:
+        """Fill ``out`` with the bytes from ``offset`` on, when they have arrived."""
+        while len(out):
+            found = self._arrived().find(self, offset)
+            count = min(len(found), len(out))
+            out[:count] = found[:count]
+            out, offset = out[count:], offset + count
+
+    def view(self, offset: int, size: int) -> memoryview | None:
+        """Return the same bytes without a copy, as far as they have arrived in one piece."""
+        found = self._arrived().find(self, offset)
+        return found[:size] if len(found) >= size else None
+
+    def _arrived(self) -> _Incoming:
+        if self.incoming is None:
+            raise CaptureError("the model is sharded: call save_optimizer on every rank")
+        return self.incoming
+
+    @cached_property
+    def bytes_of_local(self) -> torch.Tensor:
+        """The local elements as bytes: the last axis is ``width`` times as long."""
+        assert self.local is not None
+        return self.local.contiguous().view(torch.uint8)
+
+
+def spread(tensor: DTensor, *, copy: bool = False) -> Tensor:
+    """Return a DTensor as the places of all its bytes, which can be read inside ``gather``.
+
+    Args:
+        tensor: Of one or more dimensions.
+        copy: Keep this rank's part as it is now, in the host's memory.
+
+    Raises:
+        CaptureError: For a placement that gives a rank elements that are not a box, and for partial sums.
+    """
+    dtype = dtype_name(tensor.dtype)
+    assert dtype is not None
+    mesh = tensor.device_mesh
+    kind = f"{tensor.placements} on {tuple(mesh.shape)} {mesh.mesh_dim_names}"
+    where = box_of(tensor)
+    local = tensor.to_local().detach() if where else None
+    if local is not None and copy:
+        local = to_host(local)
+    source = Spread(tuple(tensor.shape), tensor.element_size(), kind, where, local)
+    return contiguous(dtype, source.shape, source)
+
+
+def run(name: str, shape: tuple[int, ...], start: int, local: torch.Tensor, *, copy: bool = False) -> Tensor:
+    """Return a tensor of which each rank has a run of elements in C order, as ``spread`` does.
+
+    Args:
+        name: What the run belongs to; tensors of one name are cut alike.
+        shape: Of the whole tensor, with one axis or more.
+        start: The first element that this rank has.
+        local: The elements from there on; none are allowed.
+        copy: Keep them as they are now, in the host's memory.
+    """
+    dtype = dtype_name(local.dtype)
+    assert dtype is not None
+    local = to_host(local) if copy else local.detach()
+    where = Flat(start, local.numel()) if local.numel() else None
+    return contiguous(dtype, shape, Spread(shape, local.element_size(), f"runs of {name}", where, local.reshape(-1)))
+
+
+def box_of(tensor: DTensor) -> Box | None:
+    """Return the elements of a DTensor that this rank holds; ``None`` if it holds none.
+
+    Raises:
+        CaptureError: If they are no box: two ways to shard one axis, with sizes that do not divide.
+    """
+    if any(placement.is_partial() for placement in tensor.placements):
+        raise CaptureError(f"a DTensor with placements {tensor.placements}: partial sums have no state to save")
+    (chunk,) = tensor.__create_chunk_list__()  # type: ignore[no-untyped-call]
+    box = Box(tuple(chunk.offsets), tuple(chunk.sizes))
+    if len(box.start) != tensor.dim() or 0 in box.shape:  # the first: this rank is not in the mesh
+        return None
+    for axis in {p.dim for p in tensor.placements if isinstance(p, _StridedShard)}:
+        _check_run(tensor, axis, box)
+    return box
+
+
+def _check_run(tensor: DTensor, axis: int, box: Box) -> None:
+    """Raise ``CaptureError`` unless the indices that this rank has along an axis follow one another."""
+
+    def along(placement: Any) -> Any:
+        if getattr(placement, "dim", None) != axis:
+            return Replicate()
+        return (
+            _StridedShard(0, split_factor=placement.split_factor) if isinstance(placement, _StridedShard) else Shard(0)
+        )
+
+    whole = torch.arange(tensor.shape[axis], device=tensor.device_mesh.device_type)
+    placements = [along(placement) for placement in tensor.placements]
+    own = distribute_tensor(whole, tensor.device_mesh, placements, src_data_rank=None).to_local().tolist()
+    first = box.start[axis]
+    if own != list(range(first, first + box.shape[axis])):
+        raise CaptureError(
+            f"a DTensor of shape {list(tensor.shape)} with placements {tensor.placements} on a mesh of "
+            f"{list(tensor.device_mesh.shape)}: the rows of a rank do not follow one another along axis {axis}; shard "
+            "this parameter along one dimension of the mesh only"
+        )
+
+
+# --- who holds what -------------------------------------------------------------------------------------------------
+
+
+class _Holders:
+    """Which rank holds which elements of the tensors of one kind and shape."""
+
+    def __init__(self, wheres: Sequence[Where]) -> None:
+        self.wheres = wheres
+        self._ranks: dict[Box | Flat, list[int]] = {}
+        for rank, where in enumerate(wheres):
+            if where is not None:
+                self._ranks.setdefault(where, []).append(rank)
+
+    def sends(self, rank: int, receiver: int) -> bool:
+        """Whether it is this rank that sends its elements to ``receiver``: the nearest of those that hold them."""
+        where = self.wheres[rank]
+        return where is not None and _nearest(self._ranks[where], receiver) == rank
+
+    def senders(self, receiver: int) -> list[int]:
+        """Return the ranks from which a receiver gets all elements."""
+        return sorted(_nearest(ranks, receiver) for ranks in self._ranks.values())
+
+    def check(self, spread: Spread) -> None:
+        """Raise ``CaptureError`` unless the ranks hold every element of a tensor, and none of them two ways."""
+        boxes = [where for where in self._ranks if isinstance(where, Box)]
+        flats = sorted((where.start, where.count) for where in self._ranks if isinstance(where, Flat))
+        end = 0
+        for start, count in flats:
+            end = end + count if start == end else -1
+        whole = is_tiling(boxes, spread.shape) if not flats else not boxes and end == math.prod(spread.shape)
+        if not whole:
+            raise CaptureError(
+                f"the ranks do not hold every element of a tensor of shape {list(spread.shape)} once ({spread.kind}): "
+                "their models or optimizers differ, or some ranks have no state of it"
+            )
+
+
+def _nearest(ranks: Sequence[int], rank: int) -> int:
+    place = bisect_left(ranks, rank)
+    return min(ranks[max(place - 1, 0) : place + 1], key=lambda other: abs(other - rank))
+
+
+def _holders(spreads: Sequence[Spread], group: Any) -> dict[tuple[str, tuple[int, ...]], _Holders]:
+    """Ask all ranks what they hold of each kind of tensor: some tens of kinds in a model of any size."""
+    kinds = {(spread.kind, spread.shape): spread for spread in spreads}
+    told: list[Any] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(told, (list(kinds), [spread.where for spread in kinds.values()]), group=group)
+    for rank, (others, _) in enumerate(told):
+        if others != list(kinds):
+            raise CaptureError(f"rank {rank} shards its tensors in another way than rank {dist.get_rank(group)}")
+    holders = {key: _Holders([wheres[number] for _, wheres in told]) for number, key in enumerate(kinds)}
+    for key, found in holders.items():
+        found.check(kinds[key])
+    return holders
+
+
+# --- rounds ---------------------------------------------------------------------------------------------------------
+
+
+class _Segment(NamedTuple):
+    """Bytes ``first`` to ``last`` of a tensor, which stand in a bucket from ``place`` on."""
+
+    spread: Spread
+    first: int
+    last: int
+    place: int
+
+
+class _Part(NamedTuple):
+    """What one rank holds of a segment: a box of bytes of its own tensor, and where that goes in the bucket.
+
+    ``local`` indexes the sender's bytes. In the bucket a run of shape ``run`` begins at ``place``; ``into`` indexes it.
+    """
+
+    spread: Spread
+    shape: tuple[int, ...]
+    local: tuple[slice, ...]
+    place: int
+    run: tuple[int, ...]
+    into: tuple[slice, ...]
+
+    @property
+    def size(self) -> int:
+        return math.prod(self.shape)
+
+
+def _rounds(spreads: Sequence[Spread], size: int) -> list[list[_Segment]]:
+    """Return the tensors that a rank wants, in order, cut into buckets of ``size`` bytes."""
+    rounds: list[list[_Segment]] = []
+    place = size
+    for spread in spreads:
+        first = 0
+        while first < spread.size:
+            place += -place % ALIGNMENT
+            if place >= size:
+                rounds.append([])
+                place = 0
+            last = min(spread.size, first + size - place)
+            rounds[-1].append(_Segment(spread, first, last, place))
+            place, first = place + last - first, last
+    return rounds
+
+
+def _parts(segment: _Segment, where: Where) -> Iterator[_Part]:
+    """Yield what a rank that holds ``where`` has of a segment."""
+    spread, first, last, place = segment
+    width = spread.width
+    if isinstance(where, Flat):
+        low, high = max(first, where.start * width), min(last, (where.start + where.count) * width)
+        if low < high:
+            own = low - where.start * width
+            shape = (high - low,)
+            yield _Part(spread, shape, (slice(own, own + shape[0]),), place + low - first, shape, (slice(None),))
+        return
+    if where is None:
+        return
+    held = _in_bytes(where, width)
+    for position, box in boxes_between((*spread.shape[:-1], spread.shape[-1] * width), first, last):
+        common = intersection(held, box)
+        if common is not None:
+            local, into = _slices(common, held), _slices(common, box)
+            yield _Part(spread, common.shape, local, place + position - first, box.shape, into)
+
+
+def _in_bytes(box: Box, width: int) -> Box:
+    return Box((*box.start[:-1], box.start[-1] * width), (*box.shape[:-1], box.shape[-1] * width))
+
+
+def _slices(box: Box, inside: Box) -> tuple[slice, ...]:
+    return tuple(
+        slice(start - base, start - base + size)
+        for start, size, base in zip(box.start, box.shape, inside.start, strict=True)
+    )
+
+
+class _Plan:
+    """What this rank sends and receives in each round. ``wanted`` has the tensors that each rank wants."""
+
+    def __init__(self, wanted: Sequence[Sequence[Spread]], group: Any) -> None:
+        self.rank = dist.get_rank(group)
+        self._wanted = wanted
+        self._holders = _holders([spread for spreads in wanted for spread in spreads], group)
+        self.size = BUCKET
+
+    def lay(self, size: int) -> None:
+        """Lay the rounds out for buckets of ``size`` bytes."""
+        self.size = size
+        rounds = [_rounds(spreads, size) for spreads in self._wanted]
+        self.count = max(map(len, rounds))
+        self.own = rounds[self.rank] + [[] for _ in range(self.count - len(rounds[self.rank]))]
+        self.sends: list[list[list[_Part]]] = [[[] for _ in rounds] for _ in range(self.count)]
+        for receiver, theirs in enumerate(rounds):
+            for number, segments in enumerate(theirs if receiver != self.rank else ()):
+                for segment in segments:
+                    holders = self._of(segment.spread)
+                    if holders.sends(self.rank, receiver):
+                        self.sends[number][receiver] += _parts(segment, holders.wheres[self.rank])
+
+    def most(self) -> int:
+        """Return the bytes that this rank sends in the round in which it sends most."""
+        return max((sum(part.size for parts in sends for part in parts) for sends in self.sends), default=0)
+
+    def receives(self, number: int) -> list[list[_Part]]:
+        """Return what comes from each rank in a round, this one included."""
+        found: list[list[_Part]] = [[] for _ in self._wanted]
+        for segment in self.own[number]:
+            holders = self._of(segment.spread)
+            for sender in holders.senders(self.rank):
+                found[sender] += _parts(segment, holders.wheres[sender])
+        return found
+
+    def _of(self, spread: Spread) -> _Holders:
+        return self._holders[spread.kind, spread.shape]
+
+
+class _Incoming:
+    """Buckets on their way from the thread that exchanges to the one that reads."""
+
+    def __init__(self, size: int) -> None:
+        self._free: queue.SimpleQueue[torch.Tensor] = queue.SimpleQueue()
+        self._full: queue.SimpleQueue[tuple[torch.Tensor, list[_Segment]] | None] = queue.SimpleQueue()
+        for _ in range(2):
+            self._free.put(torch.empty(size, dtype=torch.uint8))
+        self._bucket: torch.Tensor | None = None
+        self._segments: dict[int, tuple[_Segment, memoryview]] = {}
+
+    def free(self) -> torch.Tensor:
+        """Return a bucket to fill, when there is one that is not being read."""
+        return self._free.get()
+
+    def put(self, bucket: torch.Tensor, segments: list[_Segment]) -> None:
+        self._full.put((bucket, segments))
+
+    def end(self) -> None:
+        """Tell the reader that nothing more arrives."""
+        self._full.put(None)
+
+    def find(self, spread: Spread, offset: int) -> memoryview:
+        """Return the bytes of a tensor from ``offset`` on, as far as they stand in one bucket."""
+        while True:
+            found = self._segments.get(id(spread))
+            if found and found[0].first <= offset < found[0].last:
+                return found[1][offset - found[0].first :]
+            if not self.advance():
+                raise RankError("the exchange between the ranks ended before all tensors had arrived")
+
+    def advance(self) -> bool:
+        """Go on to the next bucket; ``False`` if there is none."""
+        if self._bucket is not None:
+            self._free.put(self._bucket)
+        self._bucket, self._segments = None, {}
+        item = self._full.get()
+        if item is None:
+            self._full.put(None)
+            return False
+        self._bucket, segments = item
+        memory = self._bucket.numpy().data
+        for segment in segments:
+            end = segment.place + segment.last - segment.first
+            self._segments[id(segment.spread)] = segment, memory[segment.place : end]
+        return True
+
+
+# --- carrying it out ------------------------------------------------------------------------------------------------
+
+
+def gather(wanted: Sequence[Sequence[Tensor]], read: Callable[[], T], group: Any = None) -> T:
+    """Return what ``read`` returns, which finds the whole tensors that its rank wants; every rank must call this.
+
+    Args:
+        wanted: For each rank the tensors that it wants, in the order in which its ``read`` reads them, each once;
+            those that are not spread are nothing to exchange. The same on every rank.
+        read: Called in a thread of its own, so that it writes or hashes one bucket while the next one arrives.
+        group: The process group; ``None`` is the default one.
+
+    Raises:
+        CaptureError: If the ranks do not hold every element of a tensor.
+        Exception: What ``read`` raises, when all rounds are over: the other ranks are not kept waiting.
+    """
+    spreads = [[source for tensor in tensors if (source := _source(tensor))] for tensors in wanted]
+    if not any(spreads):
+        return read()
+    plan = _Plan(spreads, group)
+    device = "cuda" if dist.get_backend(group) == "nccl" else "cpu"
+    _fit(plan, device, group)
+    incoming = _Incoming(plan.size)
+    for source in spreads[plan.rank]:
+        source.incoming = incoming
+    with ThreadPoolExecutor(1, "lora_state_format exchange") as thread:
+        reading = thread.submit(_read, read, incoming)
+        try:
+            _exchange(plan, incoming, device, group)
+        finally:
+            incoming.end()
+        try:
+            return reading.result()
+        finally:
+            for source in spreads[plan.rank]:
+                source.incoming = None
+
+
+def _source(tensor: Tensor) -> Spread | None:
+    source = tensor.pieces[0].source if tensor.pieces and tensor.size else None
+    if isinstance(source, Rounded):
+        return _source(source.tensor)
+    return source if isinstance(source, Spread) else None
+
+
+def _read(read: Callable[[], T], incoming: _Incoming) -> T:
+    try:
+        return read()
+    finally:
+        while incoming.advance():  # what was not read, so that no bucket is waited for
+            pass
+
+
+def _fit(plan: _Plan, device: str, group: Any) -> None:
+    """Lay the rounds out so that no rank sends more than a bucket in one, as one that holds what all want would."""
+    size = BUCKET
+    while True:
+        plan.lay(size)
+        most = torch.tensor([plan.most()], device=device)
+        dist.all_reduce(most, dist.ReduceOp.MAX, group=group)
+        if int(most) <= BUCKET or size <= SMALLEST:
+            return
+        size = max(SMALLEST, size // 2)
+
+
+def _exchange(plan: _Plan, incoming: _Incoming, device: str, group: Any) -> None:
+    """Carry the rounds out. A rank that fails to pack goes on with what stands there, and raises at the end."""
+    sent = torch.empty(plan.most(), dtype=torch.uint8, device=device)
+    arrived = torch.empty(0, dtype=torch.uint8, device=device)
+    failure: Exception | None = None
+    for number in range(plan.count):
+        sends, receives = plan.sends[number], plan.receives(number)
+        try:
+            _pack(sends, sent)
+        except Exception as error:
+            failure = failure or error
+        outward = [sum(part.size for part in parts) for parts in sends]
+        inward = [sum(part.size for part in parts) if rank != plan.rank else 0 for rank, parts in enumerate(receives)]
+        if sum(inward) > len(arrived):
+            arrived = torch.empty(plan.size, dtype=torch.uint8, device=device)
+        dist.all_to_all_single(arrived[: sum(inward)], sent[: sum(outward)], inward, outward, group=group)
+        if plan.own[number]:
+            bucket = incoming.free()
+            _unpack(receives, arrived, bucket, plan.rank)
+            incoming.put(bucket, plan.own[number])
+    if failure is not None:
+        raise failure
+
+
+def _pack(sends: Sequence[Sequence[_Part]], sent: torch.Tensor) -> None:
+    place = 0
+    for parts in sends:
+        for part in parts:
+            taken = part.spread.bytes_of_local[part.local]
+            sent[place : place + part.size].view(part.shape).copy_(taken)
+            place += part.size
+
+
+def _unpack(receives: Sequence[Sequence[_Part]], arrived: torch.Tensor, bucket: torch.Tensor, rank: int) -> None:
+    place = 0
+    for sender, parts in enumerate(receives):
+        for part in parts:
+            run = bucket[part.place : part.place + math.prod(part.run)].view(part.run)
+            if sender == rank:
+                run[part.into].copy_(part.spread.bytes_of_local[part.local])
+            else:
+                run[part.into].copy_(arrived[place : place + part.size].view(part.shape))
+                place += part.size
