@@ -17,12 +17,12 @@ from itertools import islice
 from typing import Any, Final, TypeAlias
 
 from lora_state_format.errors import FileError, UnrepresentableError
-from lora_state_format.foreign.pickles import Global, NumpyScalar, Record, array
+from lora_state_format.foreign.pickles import Foreign, Global, NumpyScalar, Record, array
 from lora_state_format.foreign.torchao import pack_torchao, unpack_torchao
 from lora_state_format.io.ledger import crc32
 from lora_state_format.model.gc import paused
 from lora_state_format.model.states import Group, Optimizer, OptimizerState, PositionalState, Role, Scalar, Slot, Value
-from lora_state_format.model.tensors import Tensor
+from lora_state_format.model.tensors import Tensor, memory_order
 from lora_state_format.optimizers.quantised import TORCHAO
 from lora_state_format.optimizers.roles import role_of
 
@@ -111,13 +111,13 @@ class Reader:
             for key in raw:
                 _check_key(key, place)
             return {key: self._value(inner, (*place, key), raw, options, depth) for key, inner in raw.items()}
-        if type(raw) in (list, tuple):
+        if isinstance(raw, (list, tuple)) and type(raw) in (list, tuple):
             items = (self._value(x, (*place, number), siblings, options, depth) for number, x in enumerate(raw))
             return list(items) if type(raw) is list else tuple(items)
         tensor = self._tensor(raw, place)
         if isinstance(tensor, Tensor):
             role = Role.OPAQUE if depth is None else role_of(place[depth:], tensor.dtype, siblings, options)
-            return Slot(tensor, role)
+            return Slot(tensor, role, memory_order(tensor) if role is Role.OPAQUE else None)
         return tensor
 
     def _tensor(self, raw: Any, place: Place) -> Tensor | Scalar | Value:
@@ -154,8 +154,8 @@ def _scalar(tensor: Tensor, place: Place) -> Scalar:
 
 
 def _kind(raw: Any) -> str:
-    if isinstance(raw, (Record, Global)):
-        return f"{'an object of class' if isinstance(raw, Record) else 'the global'} {raw.module}.{raw.name}"
+    if isinstance(raw, (Record, Foreign, Global)):
+        return f"{'the global' if isinstance(raw, Global) else 'an object of class'} {raw.module}.{raw.name}"
     if isinstance(raw, NumpyScalar):
         return f"a NumPy scalar of type {raw.dtype}"
     return f"a value of type {type(raw).__qualname__}"
