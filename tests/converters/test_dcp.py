@@ -122,6 +122,30 @@ def test_megatron_fsdp_states_options_by_name(tmp_path: Path) -> None:
         assert dict(read_back.groups[1].options)["wd_mult"] == 0.0
 
 
+def test_two_keys_in_one_place_are_refused(fsdp: Callable[[str], Path], tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(fsdp("nested"), tmp_path / "nested"))
+    places: dict[str, Any] = {}
+
+    def edit(metadata: Any) -> None:
+        for index, info in metadata.storage_data.items():
+            if index.index == 0 and index.fqn.endswith(
+                ("lora_A.default.weight.exp_avg", "lora_A.default.weight.exp_avg_sq")
+            ):
+                places[index.fqn.rpartition(".")[2]] = info
+        first, second = places["exp_avg"], places["exp_avg_sq"]
+        second.relative_path, second.offset, second.length = first.relative_path, first.offset, first.length
+
+    edit_metadata(folder, edit)
+    with pytest.raises(FileError) as error:
+        registry.read(folder)
+    place = places["exp_avg"]
+    key = "optim.state.lora_A.default.weight.exp_avg"
+    assert str(error.value) == (
+        f"{folder / '.metadata'}: places '{key}_sq' at byte {place.offset} of {place.relative_path}, inside '{key}' "
+        f"({place.offset} to {place.offset + place.length})"
+    )
+
+
 def test_compression_that_lies_about_its_size(fsdp: Callable[[str], Path], tmp_path: Path) -> None:
     """A stream that unfolds to more than its tensor is cut off, not held in memory."""
     import zstandard

@@ -19,6 +19,8 @@ from lora_state_format.model.sources import Memory
 from lora_state_format.model.tensors import contiguous
 from lora_state_format.operations.conversion import convert, read
 
+pytestmark = pytest.mark.filterwarnings("ignore")
+
 GOLDEN = Path(__file__).parents[1] / "golden" / "megatron" / "files"
 CASES = sorted(path.name.removesuffix(".tar.xz") for path in GOLDEN.iterdir())
 LIVE = ["full-tp2-gated", "bucket-tp2-gated"]
