@@ -315,8 +315,9 @@ READING: Final = (
         help="Format of the source; `lora-state formats` lists them.",
     ),
     click.option(
-        "--names", type=PATH,
-        help="Take names from: a file with one name a line in optimizer order, an adapter file, a folder with configs.",
+        "--names", type=PATH, multiple=True,
+        help="Take names from: a file with one name a line in optimizer order, a file of weights, a folder with "
+        "configs. May be given twice: names, and the weights that show their shapes.",
     ),
     click.option(
         "--rule", metavar="RULE", is_eager=True, callback=_list_rules, shell_complete=_complete_rules,
@@ -348,7 +349,7 @@ def _reading(command: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(command)
     def gathered(
         source_format: str | None,
-        names: Path | None,
+        names: tuple[Path, ...],
         rule: str | None,
         trainable: tuple[str, ...],
         optimizer: str | None,
@@ -358,7 +359,7 @@ def _reading(command: Callable[..., Any]) -> Callable[..., Any]:
     ) -> Any:
         told = {"map": layout, **options} if layout is not None else options
         reading = {
-            "source_format": source_format, "names": names, "rule": rule, "trainable": trainable,
+            "source_format": source_format, "names": names or None, "rule": rule, "trainable": trainable,
             "optimizer": optimizer, "options": told,
         }  # fmt: skip
         return command(reading=reading, **others)
@@ -850,6 +851,26 @@ def prune(match: str | None, carried: bool, **options: Any) -> None:
     from lora_state_format.operations.edit import prune
 
     _rewrite(**options, done="removed {} parameters", change=lambda state: prune(state, match, carried=carried))
+
+
+@_command(
+    examples="lora-state names base-model --rule trainer > names.txt\n"
+    "lora-state convert optimizer.pt optimizer.safetensors --names names.txt"
+)
+@click.argument("folder", type=PATH)
+@click.option("--rule", metavar="RULE", default="flat", show_default=True, help="How the optimizer's groups were made.")
+@_json
+def names(folder: Path, rule: str, as_json: bool) -> None:
+    """Print the names of a model's parameters in optimizer order, from the configs in FOLDER."""
+    from lora_state_format.naming.order import grouped
+    from lora_state_format.operations.conversion import rebuild
+    from lora_state_format.operations.report import SCHEMA_VERSION
+
+    groups = grouped(rebuild(folder), rule)
+    if as_json:
+        _say_json({"schema_version": SCHEMA_VERSION, "folder": str(folder), "rule": rule, "groups": groups})
+    else:
+        _say(*(name for group in groups for name in group))
 
 
 # --- about the program --------------------------------------------------------------------------------------------

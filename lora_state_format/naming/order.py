@@ -124,6 +124,26 @@ def decide(
     return replace(state, naming=Naming(source, chosen.rules[0], details))
 
 
+def grouped(parameters: Sequence[Parameter | Described], rule: str = "flat") -> list[list[str]]:
+    """Return the names of a model's parameters in each group that a rule makes, in optimizer order.
+
+    Args:
+        parameters: Those of the model in ``named_parameters()`` order.
+        rule: One of ``rules.RULES``.
+
+    Raises:
+        OptionError: There is no such rule, or what it makes depends on the optimizer's state.
+    """
+    row = next((row for row in RULES if row.name == rule), None)
+    if row is None:
+        raise OptionError(f"no grouping rule '{rule}'; there are: {', '.join(r.name for r in RULES)}")
+    blank = PositionalState((), (), (), {})
+    splits = next(iter(row.splits([_described(p) for p in parameters], blank)), None)
+    if splits is None:
+        raise OptionError(f"what the rule '{rule}' makes depends on the optimizer's state")
+    return [[item.name for item in split.members] for split in splits]
+
+
 def interchangeable(parameters: Sequence[Parameter]) -> int:
     """Return how many parameters have the same shape as another one, and so could be swapped unnoticed."""
     counts = Counter(p.shape for p in parameters)

@@ -13,15 +13,17 @@ from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
 from lora_state_format import registry
 from lora_state_format.errors import ConversionError, MissingNamesError, OptionError, Remedy
+from lora_state_format.foreign.weights import weights_at
 from lora_state_format.format import envelope, writing
 from lora_state_format.io.atomic import made_folders, refuse_existing
+from lora_state_format.io.files import reading as opened_files
 from lora_state_format.model import digests
 from lora_state_format.model.digests import ALGORITHM
 from lora_state_format.model.states import Checkpoint, Naming, OptimizerState, PositionalState, Slot, walk
 from lora_state_format.model.tensors import Digest, Tensor
 from lora_state_format.naming.evidence import head_size
 from lora_state_format.naming.rules import Described
-from lora_state_format.naming.sources import CONFIG, Named, Names, config_of, name_state, resolve, with_weights
+from lora_state_format.naming.sources import ADAPTER_CONFIG, CONFIG, Named, Names, config_of, name_state, split_names
 from lora_state_format.operations.entries import tensors
 from lora_state_format.operations.report import (
     NOTHING_HELD,
@@ -191,7 +193,7 @@ def look(
         raise MissingNamesError(f"stored by position; `convert` names them by building the model of {folder}")
 
     try:
-        named = name_state(checkpoint, path, names=names, rule=rule, rebuild=build, weigh=False)
+        named = name_state(checkpoint, path, names=_names(checkpoint, names), rule=rule, rebuild=build, weigh=False)
     except ConversionError as error:
         if asked:
             raise
@@ -286,7 +288,7 @@ def belongs(path: str | os.PathLike[str], weights: str | os.PathLike[str]) -> tu
     from lora_state_format.naming.evidence import paired, weigh
 
     path = Path(path)
-    checkpoint = with_weights(registry.read(path), Path(weights))
+    checkpoint = _with_weights(registry.read(path), [Path(weights)])
     named = name_state(checkpoint, path, rebuild=rebuild)
     with named.state as state:
         pairing = paired(state, named.weights)
@@ -300,7 +302,8 @@ def belongs(path: str | os.PathLike[str], weights: str | os.PathLike[str]) -> tu
 def _read(converter: Converter, match: Match, path: Path, reading: _Reading) -> Named:
     """Return the named state, and the parameters' own weights as far as they were found."""
     checkpoint = _checkpoint(converter, match, path, reading)
-    named = name_state(checkpoint, path, names=reading.names, rule=reading.rule, rebuild=_builder(reading.trainable))
+    names = _names(checkpoint, reading.names)
+    named = name_state(checkpoint, path, names=names, rule=reading.rule, rebuild=_builder(reading.trainable))
     _check_trainable(named.state, reading.trainable, path)
     return named
 
@@ -314,7 +317,31 @@ def _checkpoint(converter: Converter, match: Match, path: Path, reading: _Readin
     checkpoint = converter.read(match, registry.own_options(options, converter))
     if optimizer is not None and not asks:
         checkpoint = replace(checkpoint, state=_classed(checkpoint.state, optimizer, path))
-    return resolve(checkpoint, reading.names)
+    named = isinstance(checkpoint.state, OptimizerState)
+    return checkpoint if named else _with_weights(checkpoint, split_names(reading.names)[1])
+
+
+def _names(checkpoint: Checkpoint, names: Names | None) -> Names | None:
+    """Return the caller's names without weights among them; of a state that has names all, so that they are refused."""
+    return names if isinstance(checkpoint.state, OptimizerState) else split_names(names)[0]
+
+
+def _with_weights(checkpoint: Checkpoint, paths: Sequence[Path]) -> Checkpoint:
+    """Return the checkpoint as if these weights, in files or folders, lay next to it instead of what does."""
+    if not paths:
+        return checkpoint
+    with opened_files() as files:
+        tiers = tuple(weights_at(path, files) for path in paths)
+    folders = [path if path.is_dir() else path.parent for path in paths]
+    configs = {n: folder / n for folder in folders[::-1] for n in (ADAPTER_CONFIG, CONFIG) if (folder / n).is_file()}
+    return replace(
+        checkpoint,
+        state=replace(checkpoint.state, resources=(*checkpoint.state.resources, files)),
+        weights=tiers[0][0].tensors if len(tiers[0]) == 1 else {},
+        configs=configs,
+        candidates=tiers,
+        skipped=(),
+    )
 
 
 def rebuild(folder: Path, adapter: Path | None = None) -> Sequence[Described]:

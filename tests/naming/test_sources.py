@@ -105,7 +105,7 @@ def test_frozen_ones_that_shapes_cannot_tell(tmp_path: Path) -> None:
     lines = str(caught.value).splitlines()
     assert lines[0] == "no order of the 6 parameters fits the 4 of the optimizer, whose groups hold [4]:"
     assert "  flat: leaves more than one way to choose the 4 of group 0 from 6 by their shapes" in lines
-    assert lines[-1] == "hint: pass a file of names in optimizer order (--names), or the model that was trained"
+    assert lines[-1] == "hint: pass names= with a file of names in optimizer order, or the model that was trained"
     names = [name for name, p in net.named_parameters() if p.requires_grad]
     holds(tmp_path / "last.pt", {"": (net, optimizer)}, names=names)
 
@@ -167,7 +167,7 @@ def test_an_optimizer_of_all_parameters_beside_the_adapter(tmp_path: Path) -> No
         lsf.read(tmp_path / "run")
     assert str(caught.value).splitlines()[-1] == (
         "hint: the optimizer holds more parameters than these; if it was made of all of a model's, frozen ones too, "
-        "pass the folder with the model's config.json (--names, names=)"
+        "pass names= with the folder of the model's config.json"
     )
     llama().config.save_pretrained(tmp_path / "base")
     naming = holds(tmp_path / "run", {"": (model, optimizer)}, names=tmp_path / "base")
@@ -310,7 +310,11 @@ def test_nothing_left_but_what_was_skipped(tmp_path: Path) -> None:
     (tmp_path / "adapter_model.safetensors").write_text(POINTER)
     with pytest.raises(MissingNamesError) as caught:
         lsf.read(tmp_path)
-    assert str(caught.value).splitlines()[1:] == [f"  {tmp_path / 'adapter_model.safetensors'}: {LFS}; it was skipped"]
+    assert str(caught.value).splitlines()[1:] == [
+        f"  {tmp_path / 'adapter_model.safetensors'}: {LFS}; it was skipped",
+        "hint: pass names= with a file of names in optimizer order, the adapter file, or a folder with config.json and "
+        "adapter_config.json",
+    ]
     save_file({"a": torch.ones(4, 3), "b": torch.ones(4)}, tmp_path / "adapter_model.safetensors")
     with pytest.raises(MissingNamesError):
         lsf.read(tmp_path)

@@ -112,3 +112,17 @@ def test_verify_of_a_checkpoint_of_another_format(capsys: pytest.CaptureFixture[
         "what its container states, or pass --weights to ask whether it belongs to them\n"
     )
     assert run(["verify", str(path), "--weights", str(path.parent)]) == 0
+
+
+@pytest.mark.parametrize(
+    ("folder", "rule"),
+    [("transformers4.48.3-qwen2-full", "trainer-4.48"), ("transformers4.52.4-qwen2-full", "trainer-4.52")],
+)
+def test_the_names_of_a_model_in_optimizer_order(folder: str, rule: str, capsys: pytest.CaptureFixture[str]) -> None:
+    groups = json.loads((VERSIONS / folder / "names.json").read_text())["groups"]
+    assert run(["names", str(VERSIONS / folder), "--rule", rule]) == 0
+    assert capsys.readouterr().out.splitlines() == [name for group in groups for name in group]
+    assert run(["names", str(VERSIONS / folder), "--rule", rule, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["groups"] == groups
+    assert run(["names", str(VERSIONS / folder), "--rule", "muon"]) == 2
+    assert capsys.readouterr().err == "error: what the rule 'muon' makes depends on the optimizer's state\n"
