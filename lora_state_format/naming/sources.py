@@ -541,8 +541,10 @@ def _given(state: PositionalState, names: Names, checkpoint: Checkpoint, rebuild
     if isinstance(names, (str, os.PathLike)):
         if (Path(names) / CONFIG).exists():
             return _Source(_rebuilt(Path(names), checkpoint, rebuild), "configs", None, checkpoint.weights)
-        names = read_names(names)
-    return _Source(_listed(state, names, checkpoint), "names", "listed", _covering(names, checkpoint))
+        listed = read_names(names)
+    else:
+        listed = [str(name) for name in names]
+    return _Source(_listed(state, listed, checkpoint), "names", "listed", _covering(listed, checkpoint))
 
 
 def _covering(names: Sequence[str], checkpoint: Checkpoint) -> Mapping[str, Tensor]:

@@ -471,6 +471,30 @@ def _naming_lines(naming: Naming) -> list[str]:
     return [f"names: {head}", *(f"how sure: {line}" for line in rest)]
 
 
+MOMENTS_ALIKE: Final = (
+    "exp_avg and exp_avg_sq are the same bytes in every parameter that was looked at, which Adam does not do: torch's "
+    "FSDP1 writes such a full state dict when it gathers on a CPU (one buffer for both); this state is not worth "
+    "resuming from"
+)
+"""What there is to say of a state whose two moments are one."""
+
+LOOKED_AT: Final = 8
+"""Parameters whose moments are compared."""
+
+MAX_COMPARED: Final = 1 << 24
+"""Bytes of a moment that is compared."""
+
+
+def _moments_alike(state: OptimizerState) -> bool:
+    """Return whether the first and the second moments of the first parameters are the same bytes, and not all zero."""
+    pairs = []
+    for parameter in state.parameters[:LOOKED_AT]:
+        first, second = ((parameter.state or {}).get(slot) for slot in ("exp_avg", "exp_avg_sq"))
+        if isinstance(first, Slot) and isinstance(second, Slot) and first.tensor.size <= MAX_COMPARED:
+            pairs.append((bytes(first.tensor.bytes()), bytes(second.tensor.bytes())))
+    return any(any(first) for first, _ in pairs) and all(first == second for first, second in pairs)
+
+
 def _notes(state: OptimizerState, target_format: str) -> list[str]:
     notes = []
     if target_format != registry.NAMED and state.extra:
@@ -482,6 +506,8 @@ def _notes(state: OptimizerState, target_format: str) -> list[str]:
         notes.append(f"{len(state.carried)} parameters with state are in no group; they stand behind the groups")
     if not any(parameter.state for parameter in state.parameters):
         notes.append(NOTHING_HELD)
+    if _moments_alike(state):
+        notes.append(MOMENTS_ALIKE)
     return [*notes, *describe_support(state.origin)]
 
 

@@ -495,3 +495,25 @@ def test_damage_is_not_carried_on(target: str, tmp_path: Path) -> None:
         "digest in the file that it comes from [R21]"
     )
     assert [found.name for found in tmp_path.iterdir()] == ["a.safetensors"]
+
+
+def test_moments_that_are_alike_are_pointed_out(tmp_path: Path) -> None:
+    """As torch's FSDP1 writes its full state dict when it gathers it on a CPU."""
+    import torch
+
+    model = torch.nn.Linear(3, 2)
+    optimizer = torch.optim.AdamW(model.parameters())
+    model(torch.ones(1, 3)).sum().backward()
+    optimizer.step()
+    tree = optimizer.state_dict()
+    torch.save({"optimizer": tree, "model": model.state_dict()}, tmp_path / "right.pt")
+    assert convert(tmp_path / "right.pt", tmp_path / "right.safetensors").notes == ()
+    for slots in tree["state"].values():
+        slots["exp_avg_sq"] = slots["exp_avg"].clone()
+    torch.save({"optimizer": tree, "model": model.state_dict()}, tmp_path / "wrong.pt")
+    (note,) = convert(tmp_path / "wrong.pt", tmp_path / "wrong.safetensors").notes
+    assert note == (
+        "exp_avg and exp_avg_sq are the same bytes in every parameter that was looked at, which Adam does not do: "
+        "torch's FSDP1 writes such a full state dict when it gathers on a CPU (one buffer for both); this state is not worth "
+        "resuming from"
+    )
