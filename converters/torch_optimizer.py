@@ -13,8 +13,8 @@ from typing import Any, Final
 
 from lora_state_format.errors import FileError, OptionError, UnrepresentableError
 from lora_state_format.foreign import pickles
-from lora_state_format.foreign.pickles import Foreign
 from lora_state_format.foreign.deepspeed import check_whole
+from lora_state_format.foreign.pickles import Foreign
 from lora_state_format.foreign.state_dict import Found, find, from_state_dict, to_state_dict
 from lora_state_format.foreign.torch_save import save
 from lora_state_format.foreign.weights import in_tree, next_to

@@ -514,6 +514,6 @@ def test_moments_that_are_alike_are_pointed_out(tmp_path: Path) -> None:
     (note,) = convert(tmp_path / "wrong.pt", tmp_path / "wrong.safetensors").notes
     assert note == (
         "exp_avg and exp_avg_sq are the same bytes in every parameter that was looked at, which Adam does not do: "
-        "torch's FSDP1 writes such a full state dict when it gathers on a CPU (one buffer for both); this state is not worth "
-        "resuming from"
+        "torch's FSDP1 writes such a full state dict when it gathers on a CPU (one buffer for both); this state is not "
+        "worth resuming from"
     )
