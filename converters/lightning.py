@@ -13,7 +13,7 @@ from typing import Any, Final
 
 from lora_state_format.errors import FileError, OptionError, UnrepresentableError
 from lora_state_format.foreign import pickles
-from lora_state_format.foreign.lightning import beside, is_elsewhere
+from lora_state_format.foreign.elsewhere import beside, is_lightning
 from lora_state_format.foreign.state_dict import Found, from_state_dict, to_state_dict
 from lora_state_format.foreign.torch_save import save
 from lora_state_format.foreign.trees import member
@@ -54,7 +54,7 @@ def read(match: Match, options: Mapping[str, Any]) -> Checkpoint:
                 "optimizer_states is empty: saved with save_weights_only, or without an optimizer", path=path
             )
         weights = {k: v for k, v in (tree.get("state_dict") or {}).items() if isinstance(v, Tensor)}
-        if is_elsewhere(states):
+        if is_lightning(states):
             return Checkpoint(_next_to(path), weights)
         step = tree.get("global_step")
         version = tree.get("pytorch-lightning_version")

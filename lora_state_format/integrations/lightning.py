@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from lora_state_format.errors import OptionError
-from lora_state_format.foreign.lightning import ELSEWHERE, beside, is_elsewhere
+from lora_state_format.foreign.elsewhere import LIGHTNING, beside, is_lightning
 from lora_state_format.format.envelope import is_state
 from lora_state_format.torch import load_optimizer, load_scheduler, save_optimizer
 from lora_state_format.torch.schedules import rate_of
@@ -99,12 +99,12 @@ class _Beside(CheckpointIO):  # type: ignore[misc]
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
         if STATES in checkpoint:
             self._callback.save(self._trainer, beside(path))
-            checkpoint = {**checkpoint, STATES: ELSEWHERE}
+            checkpoint = {**checkpoint, STATES: LIGHTNING}
         self.inner.save_checkpoint(checkpoint, path, storage_options=storage_options)
 
     def load_checkpoint(self, path: Any, *arguments: Any, **options: Any) -> dict[str, Any]:
         checkpoint: dict[str, Any] = self.inner.load_checkpoint(path, *arguments, **options)
-        if is_elsewhere(checkpoint.get(STATES)):
+        if is_lightning(checkpoint.get(STATES)):
             state = beside(path)
             if not is_state(state):
                 raise FileNotFoundError(

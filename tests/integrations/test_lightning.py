@@ -94,7 +94,13 @@ def test_what_is_next_to_a_checkpoint_is_read_through_it(whole: Any, tmp_path: P
         assert list(state) == list(own)
         assert len(state) == 8
     lsf.convert(ckpt, tmp_path / "o.safetensors")
-    assert not lsf.diff(tmp_path / "o.safetensors", whole[0] / "step=4.training_state" / "optimizer.safetensors").entries
+    own = whole[0] / "step=4.training_state" / "optimizer.safetensors"
+    with lsf.open_state(tmp_path / "o.safetensors") as converted, lsf.open_state(own) as original:
+        assert all(
+            converted[name][slot].bytes() == original[name][slot].bytes()
+            for name in original
+            for slot in ("exp_avg", "exp_avg_sq")
+        )
     alone = tmp_path / "best.ckpt"
     alone.write_bytes(ckpt.read_bytes())
     with pytest.raises(FileError) as caught:

@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 from transformers import TrainerCallback
 
 import lora_state_format as lsf
-from lora_state_format.errors import BindError, OptionError, UnknownFormatError
+from lora_state_format.errors import BindError, FileError, OptionError, UnknownFormatError
 from lora_state_format.integrations.transformers import last_checkpoint, with_named_state
 from lora_state_format.torch import load_optimizer
 
@@ -177,7 +177,8 @@ def test_a_resumed_run_is_the_uninterrupted_one(
     assert same_end(tmp_path, named)
     assert same_end(tmp_path, plain)
     assert [r.getMessage() for r in caplog.records if r.name == "lora_state_format"] == [
-        "restored 8/8 parameters, 2 slots each, step 2; weights match 8/8"
+        "restored 8/8 parameters, 2 slots each, step 2; weights match 8/8",
+        "lr 0.01 -> 0.006666666666666666 from the file",
     ]
 
 
@@ -185,7 +186,9 @@ def test_without_it_trainer_starts_cold_in_silence(
     loop: dict[str, Any], plain: Path, named: Path, tmp_path: Path
 ) -> None:
     """What this is for: a plain Trainer resumes from a folder without optimizer.pt, and says nothing."""
-    loop["make"](tmp_path).train(resume_from_checkpoint=str(named / "checkpoint-2"))
+    checkpoint = shutil.copytree(named / "checkpoint-2", tmp_path / "checkpoint-2")
+    (checkpoint / "optimizer.pt").unlink()
+    loop["make"](tmp_path).train(resume_from_checkpoint=str(checkpoint))
     assert not same_end(tmp_path, plain)
 
 
@@ -261,6 +264,13 @@ def test_what_is_missing_is_an_error(loop: dict[str, Any], named: Path, tmp_path
     (checkpoint / drop).unlink()
     trainer = with_named_state(loop["make"](tmp_path))
     if drop == STATE:
+        with pytest.raises(FileError) as damaged:
+            trainer.train(resume_from_checkpoint=str(checkpoint))
+        assert str(damaged.value) == (
+            f"{checkpoint}/optimizer.pt: it only says that the optimizer was saved as {STATE} next to it, which is not "
+            "there"
+        )
+        (checkpoint / "optimizer.pt").unlink()
         with pytest.raises(UnknownFormatError, match=r"checkpoint-2: no optimizer state found here; looked for: named"):
             trainer.train(resume_from_checkpoint=str(checkpoint))
     else:
