@@ -13,6 +13,7 @@ from typing import Any, Final
 
 from lora_state_format.errors import FileError, OptionError, UnrepresentableError
 from lora_state_format.foreign import pickles
+from lora_state_format.foreign.deepspeed import check_whole
 from lora_state_format.foreign.elsewhere import is_trainer
 from lora_state_format.foreign.state_dict import Found, find, from_state_dict, to_state_dict
 from lora_state_format.foreign.torch_save import save
@@ -65,6 +66,7 @@ def read(match: Match, options: Mapping[str, Any]) -> Checkpoint:
         found = find(tree)
         if not found:
             raise FileError("no optimizer's state dict in it (a dict with state and param_groups)", path=path)
+        check_whole(tree, [item.tree for item in found], path)
         inside = in_tree(tree)
         tiers, skipped = next_to(path, files)
         beside = _beside(path.parent, skipped)

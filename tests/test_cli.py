@@ -246,10 +246,10 @@ def test_inspect_rows(lora_state: Output, converted: Path, founding: Founding) -
     assert rows[0] == f"      0     3    1,024  [32, 4]  {expected[0]}".replace("    1,024", "  1,024")
     assert lora_state("inspect", converted, "--match", "nosuch") == 2
     assert lora_state.err == (
-        f"error: --match nosuch finds none of the 392 parameters; the first is '{next(iter(founding.slots))}'\n"
+        f"error: none of the 392 parameters matches 'nosuch'; the first is '{next(iter(founding.slots))}'\n"
     )
     assert lora_state("inspect", converted, "--match", "[") == 2
-    assert lora_state.err.startswith("error: --match '[' is not a regular expression: ")
+    assert lora_state.err.startswith("error: '[' is not a regular expression: ")
     assert lora_state("inspect", converted, "--sort", "update") == 2
     assert lora_state.err == ("error: --sort update needs --stats\n  Try 'lora-state inspect --help' for help.\n")
 

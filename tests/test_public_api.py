@@ -57,7 +57,9 @@ def test_names_of_the_torch_side() -> None:
         "capture",
         "follow_names",
         "load_optimizer",
+        "load_scheduler",
         "plan",
+        "resize_adapter",
         "save_optimizer",
     ]
 
@@ -99,13 +101,14 @@ def test_commands_and_their_options() -> None:
             {*reading, "--base", "--dtype", "--mismatch", "--missing", "--model", "--rename", "--unexpected", "path"}
         ),
         "completion": ["--traceback", "shell"],
-        "convert": sorted({*rewriting, "--base", "--dequantize", "--dry-run", "--to"}),
+        "convert": sorted({*rewriting, "--base", "--dequantize", "--dry-run", "--store", "--to"}),
         "demo": ["--out", "--traceback"],
         "diff": sorted({*reading, "--match", "first", "second"}),
         "edit": sorted({*rewriting, "--group", "--set"}),
         "export": sorted({*rewriting, "--eps", "--inverse-root", "--keys", "--match", "--slot", "--unbiased"}),
         "formats": ["--json", "--traceback"],
         "inspect": sorted({*reading, "--markdown", "--match", "--parameters", "--sort", "--stats", "--tree", "path"}),
+        "prune-checkpoints": ["--dry-run", "--json", "--keep", "--legacy", "--traceback", "folder"],
         "prune": sorted({*rewriting, "--carried", "--match"}),
         "report": sorted({*reading, "--compare", "--figures", "--force", "--output", "--weights", "-o", "path"}),
         "rename": sorted({*rewriting, "--rename"}),

@@ -17,7 +17,7 @@ from itertools import islice
 from typing import Any, Final, TypeAlias
 
 from lora_state_format.errors import FileError, UnrepresentableError
-from lora_state_format.foreign.pickles import Global, NumpyScalar, Record, array
+from lora_state_format.foreign.pickles import Foreign, Global, NumpyScalar, Record, array
 from lora_state_format.foreign.torchao import pack_torchao, unpack_torchao
 from lora_state_format.io.ledger import crc32
 from lora_state_format.model.gc import paused
@@ -111,7 +111,7 @@ class Reader:
             for key in raw:
                 _check_key(key, place)
             return {key: self._value(inner, (*place, key), raw, options, depth) for key, inner in raw.items()}
-        if type(raw) in (list, tuple):
+        if isinstance(raw, (list, tuple)) and type(raw) in (list, tuple):
             items = (self._value(x, (*place, number), siblings, options, depth) for number, x in enumerate(raw))
             return list(items) if type(raw) is list else tuple(items)
         tensor = self._tensor(raw, place)
@@ -154,8 +154,8 @@ def _scalar(tensor: Tensor, place: Place) -> Scalar:
 
 
 def _kind(raw: Any) -> str:
-    if isinstance(raw, (Record, Global)):
-        return f"{'an object of class' if isinstance(raw, Record) else 'the global'} {raw.module}.{raw.name}"
+    if isinstance(raw, (Record, Foreign, Global)):
+        return f"{'the global' if isinstance(raw, Global) else 'an object of class'} {raw.module}.{raw.name}"
     if isinstance(raw, NumpyScalar):
         return f"a NumPy scalar of type {raw.dtype}"
     return f"a value of type {type(raw).__qualname__}"

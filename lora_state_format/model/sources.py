@@ -27,6 +27,7 @@ class Source(Protocol):
     @property
     def size(self) -> int:
         """Bytes held."""
+        ...
 
     @property
     def crc32(self) -> int | None:

@@ -1,4 +1,4 @@
-"""Would a state bind to a model? Answered from the model's configs, with nothing loaded."""
+"""Tell from a model's configs whether a state would bind to it; nothing is loaded."""
 
 from __future__ import annotations
 
@@ -35,7 +35,8 @@ def check(
 ) -> LoadPlan:
     """Return the plan of loading a checkpoint into an optimizer over the trainable parameters of a model.
 
-    What configs do not say is not compared: the parameters' dtypes, and the groups and options of an optimizer.
+    Configs do not say everything; these are not compared: the parameters' dtypes, and the groups and options of an
+    optimizer.
 
     Args:
         path: The checkpoint.
@@ -58,8 +59,8 @@ def check(
         described = only_trainable(described, trainable)
     try:
         state = read(path, **reading)
-    except MissingNamesError:
-        if reading.get("names") is not None:
+    except ConversionError as error:
+        if reading.get("names") is not None or not (trainable or isinstance(error, MissingNamesError)):
             raise
         state = read(path, **{**reading, "names": folder, "trainable": trainable})
     with state:

@@ -152,9 +152,9 @@ def test_the_command(founding: Founding, tmp_path: Path, capsys: pytest.CaptureF
     assert capsys.readouterr().out == f"wrote {target}\n"
     assert run(["report", str(founding.path), "-o", str(target)]) == 2
     assert capsys.readouterr().err == f"error: {target} exists; pass --force to replace it\n"
-    assert run(["report", str(founding.path), "-o", str(tmp_path)]) == 2
+    assert run(["report", str(founding.path), "-o", str(tmp_path), "--force"]) == 2
     assert capsys.readouterr().err == (
-        f"error: {tmp_path} is a folder; name the file to write, as in {tmp_path}/report.html\n"
+        f"error: {tmp_path} is a folder, and a file is to be written; choose another name\n"
     )
 
 
