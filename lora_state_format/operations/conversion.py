@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
 from lora_state_format import registry
-from lora_state_format.errors import ConversionError, MissingNamesError, OptionError, Remedy
+from lora_state_format.errors import ConversionError, MissingDependencyError, MissingNamesError, OptionError, Remedy
 from lora_state_format.format import envelope, writing
 from lora_state_format.io.atomic import made_folders, refuse_existing
 from lora_state_format.model import digests, notebook
@@ -322,8 +322,12 @@ def _checkpoint(converter: Converter, match: Match, path: Path, reading: _Readin
 
 def rebuild(folder: Path, adapter: Path | None = None) -> Sequence[Described]:
     """Return the parameters of the model that the configs in a folder describe."""
-    from lora_state_format.torch.rebuild import rebuild
-
+    try:
+        from lora_state_format.torch.rebuild import rebuild
+    except ImportError as error:
+        raise MissingDependencyError(
+            f"names from configs need '{error.name}': pip install torch transformers peft"
+        ) from error
     return rebuild(folder, adapter)
 
 
