@@ -24,7 +24,7 @@ from lora_state_format.foreign.torch_save import pack
 from lora_state_format.foreign.trees import member
 from lora_state_format.io.atomic import refuse_existing, write_file
 from lora_state_format.io.files import Files, inside, is_plain, reading
-from lora_state_format.io.folders import new_folder
+from lora_state_format.io.folders import new_folder, sweep
 from lora_state_format.model.sources import bytes_of
 from lora_state_format.model.states import Checkpoint, OptimizerState, Parameter, Scalar, Slot, Value
 from lora_state_format.model.tensors import Box, Piece, Run, Tensor
@@ -223,6 +223,7 @@ def write(state: OptimizerState, path: Path, *, base: Path | None, force: bool, 
     tag = f"global_step{state.global_step}_universal" if state.global_step is not None else "universal"
     with reading() as files:
         checkpoint = _checkpoint(state, base, files)
+        sweep(path)
         if path.is_dir():
             with new_folder(path / tag, force=True, replaces=_held(path / tag)) as folder:
                 for place, chunks in checkpoint:

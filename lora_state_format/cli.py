@@ -25,6 +25,7 @@ from click.shell_completion import CompletionItem, get_completion_class, shell_c
 
 from lora_state_format import __version__
 from lora_state_format.errors import MissingDependencyError, StateFormatError
+from lora_state_format.model.text import printable
 
 if TYPE_CHECKING:
     from lora_state_format.model.states import OptimizerState
@@ -105,7 +106,7 @@ def run(arguments: Sequence[str]) -> int:
         return 0
     except OSError as error:
         message = f"{error.filename}: {error.strerror}" if error.filename else str(error)
-        return fail(error, _printable(message), UNREADABLE)
+        return fail(error, printable(message), UNREADABLE)
     return int(code or 0)
 
 
@@ -114,9 +115,9 @@ def _fail(arguments: Sequence[str], error: BaseException, message: str, code: in
     if "--traceback" in arguments:
         traceback.print_exception(error)
     first, *rest = message.split("\n")
-    click.echo(f"error: {_printable(first)}", err=True)
+    click.echo(f"error: {printable(first)}", err=True)
     for line in rest:
-        click.echo(f"  {_printable(line.strip())}", err=True)
+        click.echo(f"  {printable(line.strip())}", err=True)
     if "--json" in arguments:
         members = {"type": type(error).__name__, "message": message, "exit_code": code}
         _say_json({"schema_version": _schema_version(), "error": members})
@@ -157,20 +158,14 @@ def _in_options(message: str) -> str:
     return re.sub(r"(--\S+) \(\1\)", r"\1", KEYWORD.sub(option, message))
 
 
-def _printable(text: str) -> str:
-    from lora_state_format.operations.tables import printable
-
-    return printable(text)
-
-
 def _say(*lines: str) -> None:
     for line in lines:
-        click.echo(_printable(line))
+        click.echo(printable(line))
 
 
 def _warn(warnings: Iterable[str]) -> None:
     for warning in warnings:
-        click.echo(f"warning: {_printable(_in_options(warning))}", err=True)
+        click.echo(f"warning: {printable(_in_options(warning))}", err=True)
 
 
 def _say_json(members: Mapping[str, Any]) -> None:
@@ -222,7 +217,7 @@ def _progress(label: str) -> Iterator[Progress | None]:
     if not sys.stderr.isatty():
         yield None
         return
-    bar = _Bar(_printable(label))
+    bar = _Bar(printable(label))
     try:
         yield bar.update
     finally:
@@ -286,7 +281,8 @@ def _parse_options(context: click.Context, option: click.Parameter, given: Seque
 
 
 def _parse_store(context: click.Context, option: click.Parameter, given: Sequence[str]) -> dict[str, str]:
-    return dict(text.partition("=")[::2] for text in given)
+    pairs = (text.partition("=") for text in given)
+    return {key: value for key, _, value in pairs}
 
 
 def _literal(text: str) -> Any:
@@ -468,13 +464,13 @@ def inspect(
     if as_markdown:
         facts = tables.Table(title, ("", ""), summary.facts)
         _say_lines(*(line for table in (facts, *rows) for line in (*tables.markdown(table), "")))
-        _say_lines(*(f"- {_printable(str(finding))}" for finding in summary.findings))
+        _say_lines(*(f"- {printable(str(finding))}" for finding in summary.findings))
         return
     width = None if every and not sys.stdout.isatty() else _width()
     bold = functools.partial(_styled, bold=True)
-    _say_lines(bold(_printable(title)), *tables.facts_text(summary.facts, width, bold))
+    _say_lines(bold(printable(title)), *tables.facts_text(summary.facts, width, bold))
     for finding in summary.findings:
-        lines = tables.wrapped(f"! {_printable(str(finding))}", "  ", "    ", width)
+        lines = tables.wrapped(f"! {printable(str(finding))}", "  ", "    ", width)
         _say_lines(*(_styled(line, fg="yellow") for line in lines))
     for table in rows:
         _say_lines("", *tables.text(table, width, bold))
@@ -560,8 +556,7 @@ def diff(first: Path, second: Path, reading: dict[str, Any], match: str | None, 
     with _progress("comparing"), read_either(first, **reading) as one, read_either(second, **reading) as two:
         found = diff(one, two) if match is None else diff(matching(one, match), matching(two, match))
     if as_json:
-        members = {name: getattr(found, name) for name in ("run", "removed", "added", "slots", "moved")}
-        _say_json({"schema_version": SCHEMA_VERSION, "same": not found, **members})
+        _say_json({"schema_version": SCHEMA_VERSION, **found.to_json()})
     else:
         _say(*str(found).split("\n"))
     return FINDING if found else 0

@@ -72,9 +72,7 @@ def crossings_of(state: OptimizerState, live: LiveOptimizer, found: Mapping[str,
 def source_of(state: OptimizerState) -> dict[str, int | None]:
     """Return for each saved parameter the number of its optimizer; ``None`` for a carried one of several."""
     homes: dict[str, int | None] = {
-        p.name: group.optimizer
-        for group, members in zip(state.groups, state.members(), strict=True)
-        for p in members
+        p.name: group.optimizer for group, members in zip(state.groups, state.members(), strict=True) for p in members
     }
     only = 0 if len(state.optimizers) == 1 else None
     return {p.name: homes.get(p.name, only) for p in state.parameters}

@@ -152,7 +152,12 @@ def compare(state: OptimizerState, live: LiveOptimizer, matching: Matching) -> W
     moved = {}
     for name, digest in own.items():
         other = known.get(digest)
-        if name in same or other is None or matching.found.get(other) in same or state[other].shape != _shape(live, name):
+        if (
+            name in same
+            or other is None
+            or matching.found.get(other) in same
+            or state[other].shape != _shape(live, name)
+        ):
             continue
         constant = live.parameters[name].constant
         if constant is None or not constant():
@@ -187,7 +192,9 @@ def _by_weights(state: OptimizerState, live: LiveOptimizer) -> Matching:
     """
     plain = match(state, live, None)
     if not any(p.weights for p in state.parameters):
-        raise ConversionError("rename='weights': the file has no digests of the weights; it was saved with weights=False")
+        raise ConversionError(
+            "rename='weights': the file has no digests of the weights; it was saved with weights=False"
+        )
     moved = compare(state, live, plain).moved or {}
     heads: dict[str, str] = {}
     for new, old in moved.items():
@@ -203,7 +210,9 @@ def _by_weights(state: OptimizerState, live: LiveOptimizer) -> Matching:
         wanted[name] = exact.get(name) or _moved_with(other or name, heads)
     taken = {new for name, new in wanted.items() if new != plain.wanted[name]}
     wanted = {name: None if new in taken and new == plain.wanted[name] else new for name, new in wanted.items()}
-    return _matched(state, live, wanted, (*plain.notes, f"{len(moved)} parameters are named by the bytes of the weights"))
+    return _matched(
+        state, live, wanted, (*plain.notes, f"{len(moved)} parameters are named by the bytes of the weights")
+    )
 
 
 def _heads(old: str, new: str) -> tuple[str, str]:

@@ -203,9 +203,7 @@ def shapes(state: OptimizerState, live: LiveOptimizer, matching: Matching, polic
         items = tuple(f"{own.name}  its rows are of other tokens than in the file" for _, own in pairs)
     hint = fresh
     if not reasons and not any(stuck.values()):
-        hint = (
-            f"mismatch='resize' cuts and pads the moments, for weights that were cut and padded alike; {fresh}"
-        )
+        hint = f"mismatch='resize' cuts and pads the moments, for weights that were cut and padded alike; {fresh}"
     if ranks := _rank_change(pairs):
         hint = f"the rank is {ranks[1]} in the model and {ranks[0]} in the file; {hint}"
     yield Problem("shape", f"of another shape ({len(pairs)}):", items, (hint,))
@@ -232,9 +230,7 @@ def _rank_change(pairs: Sequence[tuple[Parameter, LiveParameter]]) -> tuple[int,
     return changes.pop() if len(changes) == 1 else None
 
 
-def slots(
-    state: OptimizerState, live: LiveOptimizer, bindings: Iterable[Binding], groups: Chosen
-) -> Iterator[Problem]:
+def slots(state: OptimizerState, live: LiveOptimizer, bindings: Iterable[Binding], groups: Chosen) -> Iterator[Problem]:
     """Yield slots without which the live optimizer's step would raise, under the options that the load leaves."""
     needs = []
     for group, options in zip(live.groups, _after(live, groups), strict=True):
@@ -266,9 +262,7 @@ def _after(live: LiveOptimizer, groups: Chosen) -> list[dict[str, Value]]:
     return [{**before, **chosen} for before, chosen in zip(live.options, groups.options, strict=True)]
 
 
-def dtypes(
-    live: LiveOptimizer, bindings: Iterable[Binding], groups: Chosen, policies: Policies
-) -> Iterator[Problem]:
+def dtypes(live: LiveOptimizer, bindings: Iterable[Binding], groups: Chosen, policies: Policies) -> Iterator[Problem]:
     """Yield slots of another dtype than the parameter's where the optimizer's own step would raise on them."""
     if policies.dtype == "param":
         return

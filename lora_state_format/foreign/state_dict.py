@@ -17,7 +17,7 @@ from itertools import islice
 from typing import Any, Final, TypeAlias
 
 from lora_state_format.errors import FileError, UnrepresentableError
-from lora_state_format.foreign.pickles import Global, NumpyScalar, Record, array
+from lora_state_format.foreign.pickles import Foreign, Global, NumpyScalar, Record, array
 from lora_state_format.foreign.torchao import pack_torchao, unpack_torchao
 from lora_state_format.io.ledger import crc32
 from lora_state_format.model.gc import paused
@@ -154,8 +154,8 @@ def _scalar(tensor: Tensor, place: Place) -> Scalar:
 
 
 def _kind(raw: Any) -> str:
-    if isinstance(raw, (Record, Global)):
-        return f"{'an object of class' if isinstance(raw, Record) else 'the global'} {raw.module}.{raw.name}"
+    if isinstance(raw, (Record, Foreign, Global)):
+        return f"{'the global' if isinstance(raw, Global) else 'an object of class'} {raw.module}.{raw.name}"
     if isinstance(raw, NumpyScalar):
         return f"a NumPy scalar of type {raw.dtype}"
     return f"a value of type {type(raw).__qualname__}"

@@ -1,7 +1,7 @@
 """The manifest: JSON <-> the model. ``spec/format.md`` is the text; the comments cite its rules.
 
-``encode_value`` and ``decode_value`` turn value trees into JSON and back, ``encode`` and ``decode`` whole states.
-Tensors appear in a manifest only as labels.
+``encode`` makes members of a state, ``decode`` a state of members; ``values`` does so for the values in them. Tensors
+appear in a manifest only as labels.
 """
 
 from __future__ import annotations
@@ -127,8 +127,8 @@ def tensor_key(owner: str, label: str) -> str:
 def encode(state: OptimizerState, shard: ShardOf | None = None) -> Manifest:
     """Return the members of a state's manifest. Members that equal their default are left out (W4).
 
-    Raises ``UnrepresentableError`` for values that the format has no form for, and for a state that breaks a rule, so
-    that nothing is written that could not be read.
+    Raises ``UnrepresentableError`` for values that the format cannot hold and for a state that breaks a rule, so that
+    every file that is written can be read.
     """
     if NESTED in state.unknown:
         names = state.unknown[NESTED]
@@ -198,7 +198,9 @@ def _given(**members: Any) -> dict[str, Any]:
 
 def _encode_parameter(parameter: Parameter) -> dict[str, Any]:
     if not is_text(parameter.name):
-        raise UnrepresentableError(f"parameter {parameter.name!r} holds a lone surrogate, which is no text")
+        raise UnrepresentableError(
+            f"parameter {parameter.name!r} has a name with a lone surrogate, which UTF-8 cannot encode"
+        )
     entry: dict[str, Any] = {"name": parameter.name, "shape": list(parameter.shape), "state": None}
     if parameter.dtype is not None:
         entry["dtype"] = parameter.dtype
@@ -292,7 +294,7 @@ class SlotTree(Mapping[str, Value]):
 
 
 class Shaped(Protocol):
-    """A tensor as far as a manifest is concerned."""
+    """Anything with a shape: all that a manifest asks of a tensor."""
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -313,7 +315,7 @@ def decode(
     ``stored`` are the file's tensors by key; ``tensor`` makes one of its key when a slot is asked for. The digests are
     left to ``decode_digests``. Raises ``FileError`` with the id of the broken rule.
     """
-    reader = _Reader(path)
+    reader = _ManifestReader(path)
     minor = reader.version(members)
     unknown = reader.members(members, strict=minor <= VERSION[1])
     naming = members["naming"]
@@ -339,11 +341,11 @@ def decode(
 def decode_digests(
     members: dict[str, Any], stored: Collection[str], *, path: object = None
 ) -> tuple[str, dict[str, str]]:
-    """Return the algorithm's name, and the digests of the file's tensors, whose keys stand in data order (R20).
+    """Return the algorithm's name, and the digests of the file's tensors, whose keys are in data order (R20).
 
     ``members`` have been checked by ``decode``.
     """
-    reader = _Reader(path)
+    reader = _ManifestReader(path)
     algorithm, values = members["digests"]["algorithm"], members["digests"]["values"]
     if len(values) != len(stored):
         raise reader.fail(f"{len(values)} digests for {len(stored)} tensors", "R20")
@@ -352,8 +354,8 @@ def decode_digests(
     return algorithm, dict(zip(stored, values, strict=True))
 
 
-class _Reader:
-    """Checks that several members need; every complaint names the member and the rule."""
+class _ManifestReader:
+    """Checks that several members need; every error names the member and the rule."""
 
     def __init__(self, path: object) -> None:
         self.path = path
@@ -379,7 +381,7 @@ class _Reader:
         return int(match[2])
 
     def members(self, manifest: dict[str, Any], *, strict: bool) -> dict[str, Any]:
-        """R12: every object has the members that it needs, each of its type. The result is what is unknown.
+        """Check that every object has the members that it needs, each of its type (R12), and return the unknown ones.
 
         Only a newer minor version may have members that version 1.0 does not know. Those of the manifest itself are
         kept, with the version, to be written back; those of objects inside it are listed: a rewriter would lose them.
@@ -437,19 +439,21 @@ class _Reader:
         return value
 
 
-def _decode_extensions(reader: _Reader, members: dict[str, Any]) -> dict[str, Value]:
+def _decode_extensions(reader: _ManifestReader, members: dict[str, Any]) -> dict[str, Value]:
     extensions = reader.mapping(members, "extensions")
     for name, extension in extensions.items():
         if not isinstance(extension, dict) or not isinstance(extension.get("must_understand"), bool):
             raise reader.fail(f"extension {name!r} does not say whether it must be understood", "R13")
         if extension["must_understand"]:
             raise RefusedError(
-                f"extension {name!r} must be understood, and is not known here", path=reader.path, rule="R13"
+                f"extension {name!r} must be understood, and this package does not know it",
+                path=reader.path,
+                rule="R13",
             )
     return extensions
 
 
-def _decode_groups(reader: _Reader, members: dict[str, Any], parameters: int) -> tuple[Group, ...]:
+def _decode_groups(reader: _ManifestReader, members: dict[str, Any], parameters: int) -> tuple[Group, ...]:
     optimizers = len(members["optimizers"])
     groups: list[Group] = []
     for index, item in enumerate(members["groups"]):
@@ -470,7 +474,7 @@ def _decode_groups(reader: _Reader, members: dict[str, Any], parameters: int) ->
         if group.optimizer >= optimizers:
             raise reader.fail(f"{where} belongs to optimizer {group.optimizer}, of {optimizers}", "R15")
         if groups and group.optimizer < groups[-1].optimizer:
-            raise reader.fail(f"{where} of optimizer {group.optimizer} stands behind one of a later optimizer", "R15")
+            raise reader.fail(f"{where} of optimizer {group.optimizer} follows a group of a later optimizer", "R15")
         groups.append(group)
     counted = sum(group.count for group in groups)
     if counted > parameters:
@@ -479,7 +483,7 @@ def _decode_groups(reader: _Reader, members: dict[str, Any], parameters: int) ->
 
 
 def _decode_parameters(
-    reader: _Reader,
+    reader: _ManifestReader,
     members: dict[str, Any],
     shared: list[tuple[str, Role]],
     stored: Mapping[str, Shaped],
@@ -531,7 +535,7 @@ def _decode_parameters(
     return tuple(parameters)
 
 
-def _decode_layouts(reader: _Reader, members: dict[str, Any], minor: int) -> dict[str, tuple[int, ...]]:
+def _decode_layouts(reader: _ManifestReader, members: dict[str, Any], minor: int) -> dict[str, tuple[int, ...]]:
     """Return the order of axes in memory by tensor key, as the member that version 1.1 added states it (R27)."""
     found = members.get(LAYOUTS, {})
     if found and not minor:
@@ -545,33 +549,33 @@ def _decode_layouts(reader: _Reader, members: dict[str, Any], minor: int) -> dic
 
 
 def _check_layouts(
-    reader: _Reader,
+    reader: _ManifestReader,
     layouts: Mapping[str, tuple[int, ...]],
     owners: list[tuple[str, list[tuple[str, Role]]]],
     stored: Mapping[str, Shaped],
 ) -> None:
-    """R27: layouts are of opaque tensors of the file, and have an axis for each of theirs."""
-    opaque = {
-        tensor_key(owner, label) for owner, labels in owners for label, role in labels if role is Role.OPAQUE
-    }
+    """Check that layouts are of opaque tensors of the file, and have an axis for each of theirs (R27)."""
+    opaque = {tensor_key(owner, label) for owner, labels in owners for label, role in labels if role is Role.OPAQUE}
     for key, axes in layouts.items():
         if key not in opaque:
-            raise reader.fail(f"layouts names {key!r}, which is no opaque tensor of the file", "R27")
+            raise reader.fail(f"layouts names {key!r}, which is not an opaque tensor of the file", "R27")
         if len(axes) != len(stored[key].shape):
             raise reader.fail(f"layouts of {key!r} has {len(axes)} axes, the tensor {len(stored[key].shape)}", "R27")
 
 
-def _check_parameter(reader: _Reader, item: dict[str, Any], index: int) -> None:
-    """R12: what stands inside the members of a parameter."""
+def _check_parameter(reader: _ManifestReader, item: dict[str, Any], index: int) -> None:
+    """Check the contents of a parameter's members (R12)."""
     if "dtype" in item and item["dtype"] not in BITS:
-        raise reader.fail(f"parameters[{index}].dtype is {show(item['dtype'])}, which is no dtype", "R12")
+        raise reader.fail(
+            f"parameters[{index}].dtype is {show(item['dtype'])}, which is not a dtype of the format", "R12"
+        )
     if "keys" in item and not {*map(type, item["keys"].values())} <= {str}:
         raise reader.fail(f"parameters[{index}].keys is {show(item['keys'])}, expected strings", "R12")
     if "tied" in item and not {*map(type, item["tied"])} <= {str}:
         raise reader.fail(f"parameters[{index}].tied is {show(item['tied'])}, expected strings", "R12")
 
 
-def _decode_shape(reader: _Reader, shape: list[Any], index: int) -> tuple[int, ...]:
+def _decode_shape(reader: _ManifestReader, shape: list[Any], index: int) -> tuple[int, ...]:
     if not ({*map(type, shape)} <= {int} and (not shape or (min(shape) >= 0 and max(shape) <= MAX_INT))):
         raise reader.fail(f"parameters[{index}].shape is {show(shape)}, expected natural numbers", "R12")
     if len(shape) > MAX_DIMENSIONS:
@@ -579,7 +583,7 @@ def _decode_shape(reader: _Reader, shape: list[Any], index: int) -> tuple[int, .
     return tuple(shape)
 
 
-def _decode_id(reader: _Reader, value: Any, index: int) -> int | str:
+def _decode_id(reader: _ManifestReader, value: Any, index: int) -> int | str:
     if type(value) is int:
         return reader.natural(value, f"parameters[{index}].id")
     identity = reader.value(value, f"parameters[{index}].id")
@@ -589,7 +593,7 @@ def _decode_id(reader: _Reader, value: Any, index: int) -> int | str:
 
 
 def check_names(parameters: Sequence[Parameter], *, path: object = None) -> None:
-    """R14: names are not empty, do not begin with ``$``, and mean one parameter each; tied names too."""
+    """Check that names are not empty, do not begin with ``$``, and mean one parameter each; tied names too (R14)."""
     names: set[str] = set()
     for index, parameter in enumerate(parameters):
         for name in (parameter.name, *parameter.tied):
@@ -597,11 +601,11 @@ def check_names(parameters: Sequence[Parameter], *, path: object = None) -> None
                 detail = f"parameters[{index}] has the name {name!r}: empty, or with '$' in front"
                 raise FileError(detail, path=path, rule="R14")
             if name in names:
-                raise FileError(f"the name {name!r} stands for two parameters", path=path, rule="R14")
+                raise FileError(f"two parameters have the name {name!r}", path=path, rule="R14")
             names.add(name)
 
 
-def _tree(reader: _Reader, where: str, tree: Any) -> _Tree:
+def _tree(reader: _ManifestReader, where: str, tree: Any) -> _Tree:
     """Return a slot tree, checked (R16, R17, R22)."""
     labels: list[tuple[str, Role]] = []
 
@@ -620,13 +624,13 @@ def _tree(reader: _Reader, where: str, tree: Any) -> _Tree:
 
 
 def _check_tensors(
-    reader: _Reader,
+    reader: _ManifestReader,
     owner: str,
     labels: list[tuple[str, Role]],
     parameter: tuple[int, ...] | None,
     stored: Mapping[str, Shaped],
 ) -> None:
-    """R17, R18: the header has the tensor of each label, in a shape that its role allows."""
+    """Check that the header has the tensor of each label, in a shape that its role allows (R17, R18)."""
     for label, role in labels:
         key = tensor_key(owner, label)
         if key not in stored:
@@ -635,7 +639,7 @@ def _check_tensors(
         if shape == parameter != () and role is Role.PARAM:
             continue
         if not shape:
-            raise reader.fail(f"tensor {key!r} has no axis: it had to be a $scalar", "R18")
+            raise reader.fail(f"tensor {key!r} has no axes: it must be a $scalar", "R18")
         if parameter is not None and not fits(role, shape, parameter):
             raise reader.fail(
                 f"tensor {key!r} has shape {list(shape)}, which role '{role.value}' does not allow for a "
@@ -645,7 +649,7 @@ def _check_tensors(
 
 
 def fits(role: Role, tensor: tuple[int, ...], parameter: tuple[int, ...]) -> bool:
-    """R18: what a role says about a tensor's shape."""
+    """Return whether a role allows a tensor's shape (R18)."""
     if role is Role.PARAM:
         return tensor == parameter
     if role is Role.ROW:
@@ -656,8 +660,8 @@ def fits(role: Role, tensor: tuple[int, ...], parameter: tuple[int, ...]) -> boo
     return True
 
 
-def _decode_weights(reader: _Reader, members: dict[str, Any]) -> Sequence[Digest | None]:
-    """Return one digest or none per parameter (R19)."""
+def _decode_weights(reader: _ManifestReader, members: dict[str, Any]) -> Sequence[Digest | None]:
+    """Return a digest or ``None`` for each parameter (R19)."""
     count = len(members["parameters"])
     if "weights" not in members:
         return [None] * count
@@ -682,7 +686,7 @@ def _pattern(algorithm: str) -> re.Pattern[str]:
     return HEX if algorithm == ALGORITHM else re.compile(r"(?:[0-9a-f]{2})+")
 
 
-def _decode_set(reader: _Reader, members: dict[str, Any], parameters: int) -> ShardOf | None:
+def _decode_set(reader: _ManifestReader, members: dict[str, Any], parameters: int) -> ShardOf | None:
     """Return a shard's place (R23)."""
     if "set" not in members:
         return None

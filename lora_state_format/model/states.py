@@ -80,7 +80,7 @@ class Scalar:
         try:
             return cls(dtype, struct.pack(f"<{DTYPES[dtype].struct or dtype}", value))
         except (KeyError, struct.error, OverflowError) as error:
-            raise TypeError(f"{value!r} has no form as a scalar of type {dtype}") from error
+            raise TypeError(f"{value!r} cannot be a scalar of type {dtype}") from error
 
     def item(self) -> bool | int | float | complex:
         """Return the value as a Python number. Raises ``TypeError`` for a dtype that ``struct`` does not know."""
@@ -456,7 +456,7 @@ class Weights:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What a converter found: the state, and beside it what can name it.
+    """A converter's result: the state, and the neighbouring files that can name it.
 
     ``weights`` are the tensors of a sibling weights or adapter file under their own keys; ``configs`` are sibling
     configuration files by name (``adapter_config.json``). Where more than one thing may be the model, ``candidates``

@@ -16,6 +16,7 @@ from lora_state_format.io.safetensors import read_header
 from lora_state_format.model.sources import File
 from lora_state_format.model.states import OptimizerState, PositionalState, Scalar
 from lora_state_format.model.tensors import Tensor
+from lora_state_format.model.text import printable
 from lora_state_format.naming.names import peft_key
 from lora_state_format.operations.conversion import look, read
 from lora_state_format.operations.diff import diff
@@ -23,7 +24,7 @@ from lora_state_format.operations.entries import Entry, entries
 from lora_state_format.operations.figures import Cells, Figure, heat_map, histogram, rms_by_place
 from lora_state_format.operations.report import parameter_rows, summary
 from lora_state_format.operations.statistics import SQUARES, Measure, Statistics, measure, measure_tensor
-from lora_state_format.operations.tables import Table, printable
+from lora_state_format.operations.tables import Table
 
 try:
     import jinja2

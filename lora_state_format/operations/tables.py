@@ -6,7 +6,9 @@ import textwrap
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
-__all__ = ["Table", "facts_text", "markdown", "printable", "text", "wrapped"]
+from lora_state_format.model.text import printable
+
+__all__ = ["Table", "facts_text", "markdown", "text", "wrapped"]
 
 GAP = "  "
 LEAST = 12
@@ -30,13 +32,6 @@ class Table:
     rows: tuple[tuple[str, ...], ...]
     right: frozenset[int] = frozenset()
     notes: tuple[str, ...] = ()
-
-
-def printable(text: str) -> str:
-    """Return the text on one line, with escapes for what a terminal would act on: names come out of files."""
-    if text.isprintable():
-        return text
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def text(table: Table, width: int | None, bold: Callable[[str], str] = str) -> Iterator[str]:

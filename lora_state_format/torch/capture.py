@@ -10,7 +10,7 @@ from __future__ import annotations
 import inspect
 import logging
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Final, Literal, TypeAlias, cast
@@ -526,7 +526,10 @@ def _globals(reader: Reader, optimizers: Sequence[torch.optim.Optimizer]) -> Map
     """Return what belongs to no parameter, as ``state_dict.from_state_dict`` lays it out."""
     found: dict[str, Value] = {}
     for number, optimizer in enumerate(optimizers):
-        own = {**_loose(reader, optimizer), **{key: reader.value(raw, (key,)) for key, raw in beside(optimizer).items()}}
+        own = {
+            **_loose(reader, optimizer),
+            **{key: reader.value(raw, (key,)) for key, raw in beside(optimizer).items()},
+        }
         if own:
             found |= {str(number): own} if len(optimizers) > 1 else own
     return found

@@ -36,6 +36,7 @@ _PROJECTORS: Final = frozenset(
 )
 """Classes whose objects are what their attributes are."""
 
+
 def unpacked(raw: Any) -> Any:
     """Return a slot with its objects as mappings, laid out as ``torchao.unpack_torchao`` does for a pickle."""
     path = f"{type(raw).__module__}.{type(raw).__qualname__}"

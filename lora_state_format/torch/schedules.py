@@ -63,7 +63,9 @@ def _advance(scheduler: Any, saved: Mapping[str, Any]) -> None:
     if wanted is None or taken is None:
         raise OptionError(f"{title} does not say in its state how many steps it has taken; step it to where it was")
     if taken:
-        raise OptionError(f"{title} has taken {taken} steps: to go on with its own rates, load right after it was built")
+        raise OptionError(
+            f"{title} has taken {taken} steps: to go on with its own rates, load right after it was built"
+        )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch would have a step of the optimizer before each one
         for _ in range(wanted):
@@ -87,7 +89,9 @@ def _fitted(saved: Mapping[str, Any], scheduler: Any) -> dict[str, Any]:
     live, fitted = scheduler.state_dict(), dict(saved)
     members = getattr(scheduler, "_schedulers", None)
     if members and "_schedulers" in saved:
-        fitted["_schedulers"] = [_fitted(own, member) for own, member in zip(saved["_schedulers"], members, strict=True)]
+        fitted["_schedulers"] = [
+            _fitted(own, member) for own, member in zip(saved["_schedulers"], members, strict=True)
+        ]
     count = next((len(saved[key]) for key in ("base_lrs", "_last_lr", "min_lrs") if saved.get(key)), len(groups))
     if count != len(groups):
         fitted |= {

@@ -125,9 +125,7 @@ def plain(value: Value) -> Any:
 # --- the swap -------------------------------------------------------------------------------------------------------
 
 
-def swap(
-    changes: Sequence[Change], options: Options, finish: Callable[[], None], unfinish: Callable[[], None]
-) -> None:
+def swap(changes: Sequence[Change], options: Options, finish: Callable[[], None], unfinish: Callable[[], None]) -> None:
     """Put everything in place.
 
     Args:

@@ -660,10 +660,12 @@ from pathlib import Path
 from lora_state_format.cli import run
 for path in sys.argv[1:]:
     code = run(["inspect", path])
-    if code != 3:
+    if code != (0 if path.endswith("optimizer.pt") else 3):  # next to that one lies what is skipped
         sys.exit(f"{path}: {code}")
     print(re.search(r"VmHWM:\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1])
 """
     done = subprocess.run([sys.executable, "-c", script, *files], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert max(map(int, done.stdout.split())) >> 10 < MEBIBYTES
+    peaks = [int(line) for line in done.stdout.splitlines() if line.isdecimal()]
+    assert len(peaks) == len(files)
+    assert max(peaks) >> 10 < MEBIBYTES

@@ -125,12 +125,21 @@ def outcomes_of(prepare: Callable[[], tuple[Any, Any, Callable[[], Any]]]) -> Co
 def values(model: Any, optimizer: Any) -> Any:
     state = capture(optimizer, model)
     slots = {
-        p.name: {slot: (v.tolist() if isinstance(v, torch.Tensor) else v) for slot, v in optimizer.state[model[p.name]].items()}
+        p.name: {
+            slot: (v.tolist() if isinstance(v, torch.Tensor) else v)
+            for slot, v in optimizer.state[model[p.name]].items()
+        }
         for p in state.parameters
         if model[p.name] in optimizer.state
     }
     rates = [float(group["lr"]) for group in optimizer.param_groups]
-    return slots, rates, float(optimizer.defaults["lr"]), [p.name for p in state.carried], getattr(optimizer, "count", 0)
+    return (
+        slots,
+        rates,
+        float(optimizer.defaults["lr"]),
+        [p.name for p in state.carried],
+        getattr(optimizer, "count", 0),
+    )
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -145,8 +154,10 @@ def test_a_load_is_all_or_nothing_at_every_line(tmp_path: Path) -> None:
 
     def prepare() -> tuple[Any, Any, Callable[[], Any]]:
         model, optimizer = trained()
-        return model, optimizer, lambda: load_optimizer(
-            optimizer, model, tmp_path / "o.safetensors", unexpected="carry"
+        return (
+            model,
+            optimizer,
+            lambda: load_optimizer(optimizer, model, tmp_path / "o.safetensors", unexpected="carry"),
         )
 
     outcomes = outcomes_of(prepare)

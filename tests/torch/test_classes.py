@@ -247,7 +247,11 @@ def test_a_file_without_a_class_is_known_by_its_options_and_slots(tmp_path: Path
     model, optimizer = pair(torch.optim.Adam, tmp_path / "o.safetensors", weight_decay=0.1)
     torch.save(optimizer.state_dict(), tmp_path / "optimizer.pt")
     load_optimizer(torch.optim.Adam(model.values()), model, tmp_path / "optimizer.pt")
-    for live in (torch.optim.AdamW(model.values()), torch.optim.RAdam(model.values()), torch.optim.NAdam(model.values())):
+    for live in (
+        torch.optim.AdamW(model.values()),
+        torch.optim.RAdam(model.values()),
+        torch.optim.NAdam(model.values()),
+    ):
         with pytest.raises(BindError) as caught:
             load_optimizer(live, model, tmp_path / "optimizer.pt")
         assert caught.value.plan is not None

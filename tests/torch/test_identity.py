@@ -19,7 +19,9 @@ from lora_state_format.torch import load_optimizer, save_optimizer
 def blocks(count: int = 4) -> Any:
     """Layers of equal shapes, each with a matrix and with a norm that begins as all the others."""
     torch.manual_seed(0)
-    layers = nn.ModuleList(nn.Sequential(nn.Linear(3, 3), nn.LayerNorm(3, elementwise_affine=True)) for _ in range(count))
+    layers = nn.ModuleList(
+        nn.Sequential(nn.Linear(3, 3), nn.LayerNorm(3, elementwise_affine=True)) for _ in range(count)
+    )
     model = nn.Module()
     model.add_module("layers", layers)
     return model
@@ -231,9 +233,9 @@ def test_adalora_keeps_the_ranks_that_its_mask_says(tmp_path: Path) -> None:
     smaller.peft_config["default"].rank_pattern = None
     with pytest.raises(BindError) as caught:
         load_optimizer(resized, smaller, tmp_path / "o.safetensors", mismatch="resize")
-    assert (
-        "AdaLoRA keeps the ranks that its rank_pattern says, and the adapter's configuration has none"
-    ) in str(caught.value)
+    assert ("AdaLoRA keeps the ranks that its rank_pattern says, and the adapter's configuration has none") in str(
+        caught.value
+    )
 
 
 def tokens(indices: list[int]) -> Any:
@@ -269,7 +271,9 @@ def lora(base: Any = None) -> Any:
     from peft import LoraConfig, get_peft_model
 
     torch.manual_seed(0)
-    return get_peft_model(base or nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3)), LoraConfig(target_modules=["0"], r=2))
+    return get_peft_model(
+        base or nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3)), LoraConfig(target_modules=["0"], r=2)
+    )
 
 
 @pytest.fixture
@@ -404,7 +408,10 @@ def test_a_leading_module_that_is_dropped_is_said(tmp_path: Path) -> None:
 
 def two(rates: tuple[Any, Any], shared: Any = None) -> tuple[Any, torch.optim.Optimizer]:
     model = nn.ParameterDict({name: nn.Parameter(torch.ones(2)) for name in "ab"})
-    groups = [{"params": [p], **({} if shared is not None else {"lr": lr})} for p, lr in zip(model.values(), rates, strict=True)]
+    groups = [
+        {"params": [p], **({} if shared is not None else {"lr": lr})}
+        for p, lr in zip(model.values(), rates, strict=True)
+    ]
     return model, torch.optim.AdamW(groups, **({"lr": shared} if shared is not None else {}), foreach=False)
 
 

@@ -1,7 +1,7 @@
 // Files on a disk, for node.
 import { open as openHandle, stat } from "node:fs/promises";
 import { basename, dirname, join } from "node:path";
-import { isIndex, open } from "./index.js";
+import { isIndex, openMeant } from "./open.js";
 
 /** Return a source over a file, or null where there is none. */
 export async function fromPath(path) {
@@ -33,8 +33,8 @@ export async function fromPath(path) {
 /** Open the state that a path means: its index if there is one, else the file. */
 export async function openPath(path) {
   const near = (name) => fromPath(join(dirname(path), name));
-  const index = isIndex(path) ? null : await fromPath(`${path}.index.json`);
-  const source = index ?? (await fromPath(path));
-  if (source === null) throw new Error(`${path}: there is no such file`);
-  return open(source, near);
+  const findIndex = () => fromPath(isIndex(path) ? path : `${path}.index.json`);
+  const state = await openMeant(findIndex, async () => (isIndex(path) ? null : fromPath(path)), near);
+  if (state === null) throw new Error(`${path}: there is no such file`);
+  return state;
 }

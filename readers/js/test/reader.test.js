@@ -11,6 +11,7 @@ import { Refused, Scalar, Tuple, fromBlob, fromURL, open, openURL, quoted, readC
 import { Xxh3, blake2b } from "../src/hashes.js";
 import { Float, HUGE, canonical, parse } from "../src/json.js";
 import { fromPath, openPath } from "../src/node.js";
+import { openMeant } from "../src/open.js";
 
 const VALID = fileURLToPath(new URL("../../../spec/vectors/valid/", import.meta.url));
 const INVALID = fileURLToPath(new URL("../../../spec/vectors/invalid/", import.meta.url));
@@ -159,6 +160,21 @@ test("a shard alone says what to open", async () => {
   assert.deepEqual(state.files, shards);
   assert.equal(state.parameters.length, 6);
   assert.deepEqual(await verify(state), { verified: true, compared: 13, total: 13 });
+});
+
+test("a set that is replaced while it is read is read again", async () => {
+  const whole = async (set, name) => fromBlob(new Blob([await readFile(join(VALID, set, name))]), name);
+  const index = "optimizer.safetensors.index.json";
+  let current = "set-out-of-order";
+  const near = async (name) => {
+    current = "set"; // behind the reader's back
+    return (await readdir(join(VALID, current))).includes(name) ? whole(current, name) : null;
+  };
+  const found = () => whole(current, index);
+  assert.equal((await openMeant(found, async () => null, near)).parameters.length, 6);
+  await assert.rejects(openMeant(() => whole("set-of-one", index), async () => null, async () => null), {
+    message: 'R25: the shard "optimizer-353b19f4-00001-of-00001.safetensors" is not there',
+  });
 });
 
 test("a file that ends while it is read is an error", async () => {

@@ -27,10 +27,10 @@ fn own<'a>(value: Option<&'a Json>, names: &[&str]) -> Option<&'a [(String, Json
     (members.len() == names.len() && names.iter().all(|name| get(members, name).is_some())).then_some(members)
 }
 
-fn read_index(bytes: Vec<u8>) -> Result<Index, Refused> {
+fn read_index(bytes: &[u8]) -> Result<Index, Refused> {
     let broken = |what: &str| malformed("R25", what);
-    let text = String::from_utf8(bytes).map_err(|_| broken("the index is not UTF-8"))?;
-    let json = parse(&text)?;
+    let text = std::str::from_utf8(bytes).map_err(|_| broken("the index is not UTF-8"))?;
+    let json = parse(text)?;
     let index = own(Some(&json), &["metadata", "shards", "weight_map"]);
     let index = index.ok_or_else(|| broken("the index has other members"))?;
     let metadata = own(get(index, "metadata"), &["format", "set", "total_size"]);
@@ -134,11 +134,37 @@ fn united(shards: Vec<(Vec<Group>, Vec<Parameter>, Place)>, groups: &[Group]) ->
     Ok(result.into_iter().flatten().collect())
 }
 
+/// How often a set is read anew when its index was replaced meanwhile.
+const TRIES: usize = 3;
+
 pub(crate) fn open(path: &Path) -> Result<State, Error> {
+    open_latest(path, || read_bytes(path))
+}
+
+/// Open a set; `read` gives its index as it is now.
+pub(crate) fn open_latest(path: &Path, mut read: impl FnMut() -> Result<Vec<u8>, Error>) -> Result<State, Error> {
+    let mut bytes = read()?;
+    for _ in 1..TRIES {
+        match open_index(path, &bytes) {
+            Ok(state) => return Ok(state),
+            Err(error) => match read() {
+                Ok(now) if now != bytes => bytes = now,
+                _ => return Err(error),
+            },
+        }
+    }
+    open_index(path, &bytes)
+}
+
+fn read_bytes(path: &Path) -> Result<Vec<u8>, Error> {
     let io = |source| Error::Io { path: path.to_owned(), source };
     let size = fs::metadata(path).map_err(io)?.len();
     check(size <= MAX_INDEX, "R25", || format!("an index of {} bytes; at most {} are allowed", size, MAX_INDEX))?;
-    let index = read_index(fs::read(path).map_err(io)?)?;
+    fs::read(path).map_err(io)
+}
+
+fn open_index(path: &Path, bytes: &[u8]) -> Result<State, Error> {
+    let index = read_index(bytes)?;
     let folder = path.parent().unwrap_or_else(|| Path::new(""));
     let shards = (0..index.shards.len()).map(|number| read_shard(&index, number, folder));
     let shards = shards.collect::<Result<Vec<_>, _>>()?;

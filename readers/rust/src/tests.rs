@@ -1,4 +1,5 @@
 use crate::json::{get, parse, Json};
+use crate::set::open_latest;
 use crate::{blake2b, open, verify, Error, Kind, Value, Xxh3};
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -162,6 +163,18 @@ fn messages_name_what_is_wrong() {
         message("shard-alone.safetensors"),
         "R23: this is shard 1 of 2, and no state by itself: open the index of its set"
     );
+}
+
+#[test]
+fn a_set_that_is_replaced_while_it_is_read_is_read_again() {
+    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../spec/vectors/valid");
+    let index = |set: &str| fs::read(folder.join(set).join("optimizer.safetensors.index.json")).unwrap();
+    let path = folder.join("set").join("optimizer.safetensors.index.json");
+    let mut indexes = vec![index("set"), index("set-of-one")];
+    let state = open_latest(&path, || Ok(indexes.pop().unwrap())).unwrap();
+    assert_eq!(state.parameters.len(), 6);
+    let error = open_latest(&path, || Ok(index("set-of-one"))).unwrap_err().to_string();
+    assert_eq!(error, "R25: the shard \"optimizer-353b19f4-00001-of-00001.safetensors\" is not there");
 }
 
 /// Every byte of the text of a header, replaced by each of a few others, with the digest made anew: read or refused, no panic.
