@@ -722,6 +722,18 @@ def test_a_damaged_source_is_a_digest_that_does_not_match(
     assert lora_state(command, tmp_path / "a.safetensors", *([tmp_path / "b"] if command == "convert" else [])) == 1
 
 
+def test_a_flipped_bit_in_an_archive(lora_state: Output, founding: Founding, tmp_path: Path) -> None:
+    """An archive whose own checksum is broken is malformed: 3, as for every container."""
+    folder = shutil.copytree(founding.path, tmp_path / "checkpoint-3")
+    data = bytearray((folder / "optimizer.pt").read_bytes())
+    data[len(data) // 2] ^= 1
+    (folder / "optimizer.pt").write_bytes(data)
+    assert lora_state("convert", folder, tmp_path / "a.safetensors") == 3
+    assert lora_state.err.startswith(f"error: {folder}/optimizer.pt: optimizer/data/")
+    assert lora_state.err.endswith(" does not have the CRC-32 that the container states: the file is damaged\n")
+    assert not (tmp_path / "a.safetensors").exists()
+
+
 def test_an_optimizer_that_is_not_known(lora_state: Output, founding: Founding, tmp_path: Path) -> None:
     arguments = ("convert", founding.path, tmp_path / "o.safetensors", "--to", "mlx", "--map", "mlx_lm")
     assert lora_state(*arguments, "--optimizer", "nosuch") == 2, lora_state.err
