@@ -291,8 +291,8 @@ class OptimizerState(Mapping[str, Parameter]):
     def _repr_html_(self) -> str:
         """Return what a notebook shows: the head, and the first parameters with their slots."""
         shown = self.parameters[:SHOWN_IN_A_NOTEBOOK]
-        rows: list[tuple[object, ...]] = [
-            (p.name, list(p.shape), "never stepped" if p.state is None else ", ".join(p.state) or "no slots")
+        rows = [
+            (p.name, str(list(p.shape)), "never stepped" if p.state is None else ", ".join(p.state) or "no slots")
             for p in shown
         ]
         if len(self) > len(shown):

@@ -16,6 +16,7 @@ from torch import nn
 
 import lora_state_format as lsf
 from lora_state_format.errors import AmbiguousOrderError, ConversionError, MissingNamesError
+from lora_state_format.naming.sources import NAME_IT
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),
