@@ -12,7 +12,6 @@ from lora_state_format import registry
 from lora_state_format.binding.live import LiveGroup, LiveOptimizer, LiveParameter
 from lora_state_format.binding.plan import LoadPlan, plan
 from lora_state_format.binding.policies import Policies
-from lora_state_format.binding.resizing import layer_by_name
 from lora_state_format.errors import ConversionError, MissingNamesError, Remedy
 from lora_state_format.model.states import Optimizer, OptimizerState
 from lora_state_format.naming.rules import Described
@@ -87,8 +86,6 @@ def _live(described: Sequence[Described], state: OptimizerState) -> LiveOptimize
     for known in described:
         own = known.parameter
         dtype = (state[own.name].dtype if own.name in state else None) or own.dtype or "F32"
-        parameters[own.name] = LiveParameter(
-            own.name, own.shape, dtype, known.trainable, own.tied, layer=layer_by_name(own.name, own.shape)
-        )
+        parameters[own.name] = LiveParameter(own.name, own.shape, dtype, known.trainable, own.tied, layer=known.layer)
     trainable = tuple(name for name, parameter in parameters.items() if parameter.requires_grad)
     return LiveOptimizer((Optimizer(),), (LiveGroup(0, (), trainable),), parameters)
