@@ -310,7 +310,7 @@ REFUSED: dict[str, tuple[OptimizerState, str, type[StateFormatError], str]] = {
     "a scaled factor": (
         state_of({"decoder.layers.self_attention.query.kernel_lora_b": filled(2, 2, 3)}), "maxtext", ConversionError,
         ("'decoder.layers.self_attention.query.kernel_lora_b' does not convert (map 'maxtext'): it is scaled by the "
-        "root of the head's size, and its moments with it: that is no permutation"),
+        "root of the head's size, and its moments with it, which is not a permutation"),
     ),
     "interleaved outputs": (
         state_of({"decoder.layers.self_attention.key.kernel_lora_b": filled(2, 2, 3)}), "maxtext", ConversionError,
@@ -399,7 +399,7 @@ def test_what_does_not_go_back() -> None:
         (
             replace(state_of({Q.format(0, "B"): B.T.copy()}), origin={"map": "maxtext"}), "maxtext",
             ("'decoder.layers.self_attention.query.kernel_lora_b' does not convert (map 'maxtext'): it is scaled by "
-            "the root of the head's size, and its moments with it: that is no permutation"),
+            "the root of the head's size, and its moments with it, which is not a permutation"),
         ),
     ):  # fmt: skip
         with pytest.raises(StateFormatError) as caught:
