@@ -499,7 +499,7 @@ def test_on_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     save(tensors, source)
     own = ["--map", str(tmp_path / "own.json")]
     told = ["--optimizer", "adam", "--option", "bias_correction=True", *own]
-    assert run(["inspect", str(source), *told]) == 0
+    assert run(["inspect", str(source), "--parameters", *told]) == 0
     assert "base_model.model.h.0.fc.lora_A.default.weight" in capsys.readouterr().out
     assert run(["convert", str(source), str(named), *told]) == 0
     assert run(["convert", str(named), str(back), "--to", "mlx", *own]) == 0
