@@ -459,7 +459,8 @@ def inspect(
             _say(title, *report.tree(state))
             return
         summary = report.summary(state, statistics, unnamed=_in_options(found.unnamed))
-        rows = (report.parameter_rows(state, statistics, sort),) if every else summary.tables
+        short = sys.stdout.isatty() and not as_markdown
+        rows = (report.parameter_rows(state, statistics, sort, short=short),) if every else summary.tables
     if as_markdown:
         facts = tables.Table(title, ("", ""), summary.facts)
         _say_lines(*(line for table in (facts, *rows) for line in (*tables.markdown(table), "")))

@@ -16,6 +16,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
 from lora_state_format.errors import ConversionError, OptionError
+from lora_state_format.model import notebook
 from lora_state_format.model.dtypes import DTYPES
 from lora_state_format.model.sources import Memory
 
@@ -58,6 +59,9 @@ class Role(str, Enum):
     OPAQUE = "opaque"
     """Nothing is known: copied whole or not at all."""
 
+
+SHOWN_IN_A_NOTEBOOK: Final = 50
+"""Parameters that a notebook shows of a state."""
 
 SHOWN: Final = 3
 """Parameters, and groups, that the ``repr`` of a state names."""
@@ -283,6 +287,17 @@ class OptimizerState(Mapping[str, Parameter]):
         shown = [f"  {parameter!r}" for parameter in self.parameters[:SHOWN]]
         more = [f"  ... and {len(self) - SHOWN} more"] if len(self) > SHOWN else []
         return "\n".join([f"OptimizerState({_head(self)}; names from {self.naming.source})", *shown, *more])
+
+    def _repr_html_(self) -> str:
+        """Return what a notebook shows: the head, and the first parameters with their slots."""
+        shown = self.parameters[:SHOWN_IN_A_NOTEBOOK]
+        rows = [
+            (p.name, list(p.shape), "never stepped" if p.state is None else ", ".join(p.state) or "no slots")
+            for p in shown
+        ]
+        if len(self) > len(shown):
+            rows.append((f"... and {len(self) - len(shown)} more", "", ""))
+        return notebook.table(f"{_head(self)}; names from {self.naming.source}", ("name", "shape", "slots"), rows)
 
     def __len__(self) -> int:
         return len(self.parameters)

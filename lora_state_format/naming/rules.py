@@ -87,6 +87,12 @@ _REGISTERED: Final = frozenset({
 })  # fmt: skip
 
 
+_REGISTERED_EARLY: Final = frozenset({
+    "LayerNorm", "LongT5LayerNorm", "MegaSequenceNorm", "Pix2StructLayerNorm", "Pop2PianoLayerNorm",
+    "SwitchTransformersLayerNorm", "T5LayerNorm",
+})  # fmt: skip
+
+
 class _Era(NamedTuple):
     """Which parameters a version of transformers spares weight decay: by class of module, by pattern in the name."""
 
@@ -112,10 +118,12 @@ _ERAS: Final = (
     _Era("trainer-4.52", "4.49 to 4.52", _REGISTERED, re.compile("bias|layernorm|rmsnorm")),
     _Era("trainer-4.48", "4.48", _REGISTERED, _BIAS),
     _Era("trainer-4.47", "up to 4.47", _REGISTERED | {"GemmaRMSNorm", "GraniteRMSNorm", "OlmoLayerNorm"}, _BIAS),
-    _Era("trainer-4.0", "at first", frozenset({"LayerNorm"}), _BIAS),
+    _Era("trainer-4.33", "4.21 to 4.33", _REGISTERED_EARLY, _BIAS),
+    _Era("trainer-4.0", "up to 4.20", frozenset({"LayerNorm"}), _BIAS),
 )
-"""Read from releases 4.47.1, 4.48.0, 4.49.0, 4.51.3, 4.52.1, 4.53.3 and 5.23.0: ``Trainer.get_decay_parameter_names``,
-and the classes that modeling files appended to ``ALL_LAYERNORM_LAYERS``. The oldest knew ``nn.LayerNorm`` alone."""
+"""Read from the last release of each minor version from 4.20 to 4.57, and from 5.23.0:
+``Trainer.get_decay_parameter_names`` (before 4.34 in ``create_optimizer``), and the classes that modeling files
+appended to ``ALL_LAYERNORM_LAYERS``: Llama's and Idefics' since 4.34, the others as soon as the model was there."""
 
 _SCRIPTS: Final = _Era("", "", frozenset(), re.compile(r"bias|(?:^|\.)layernorm\.weight"))
 """What the example scripts of old had: ``no_decay = ["bias", "LayerNorm.weight"]``."""
@@ -198,6 +206,13 @@ def _trainer(era: _Era) -> Splitter:
         yield _both(trainable_of(parameters), era.decays)
 
     return splits
+
+
+def _trainer_with_frozen(parameters: Sequence[Described], state: PositionalState) -> Iterator[Splits]:
+    """Before 4.26 the Trainer did not ask whether a parameter is trained."""
+    if not all(item.trainable for item in parameters):
+        for era in _ERAS[-2:]:
+            yield _both(parameters, era.decays)
 
 
 def _matrices_first(parameters: Sequence[Described], state: PositionalState) -> Iterator[Splits]:
@@ -326,6 +341,7 @@ RULES: Final[tuple[Rule, ...]] = (
         Rule(era.rule, f"transformers.Trainer, {era.versions}: with weight decay, then without", _trainer(era))
         for era in _ERAS
     ),
+    Rule("trainer-4.25", "transformers.Trainer, up to 4.25: frozen parameters too", _trainer_with_frozen),
     Rule("scripts", "no weight decay for 'bias' and 'LayerNorm.weight', as example scripts had it", _trainer(_SCRIPTS)),
     Rule("nanogpt", "nanoGPT: two or more axes, then the rest", _matrices_first),
     Rule("peft-loraplus", "PEFT's LoRA+: A, embeddings, B, B without weight decay", _peft_loraplus),

@@ -15,7 +15,7 @@ from lora_state_format import registry
 from lora_state_format.errors import ConversionError, MissingNamesError, OptionError, Remedy
 from lora_state_format.format import envelope, writing
 from lora_state_format.io.atomic import made_folders, refuse_existing
-from lora_state_format.model import digests
+from lora_state_format.model import digests, notebook
 from lora_state_format.model.digests import ALGORITHM
 from lora_state_format.model.states import Checkpoint, Naming, OptimizerState, PositionalState, Slot, walk
 from lora_state_format.model.tensors import Digest, Tensor
@@ -71,6 +71,9 @@ class ConversionReport:
     digest: str | None
     notes: tuple[str, ...]
     warnings: tuple[str, ...]
+
+    def _repr_html_(self) -> str:
+        return notebook.lines(self)
 
     def __str__(self) -> str:
         done = "converted" if self.written else "would convert"

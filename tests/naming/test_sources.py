@@ -16,6 +16,7 @@ from torch import nn
 
 import lora_state_format as lsf
 from lora_state_format.errors import AmbiguousOrderError, ConversionError, MissingNamesError
+from lora_state_format.naming.sources import NAME_IT
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),
@@ -105,7 +106,7 @@ def test_frozen_ones_that_shapes_cannot_tell(tmp_path: Path) -> None:
     lines = str(caught.value).splitlines()
     assert lines[0] == "no order of the 6 parameters fits the 4 of the optimizer, whose groups hold [4]:"
     assert "  flat: leaves more than one way to choose the 4 of group 0 from 6 by their shapes" in lines
-    assert lines[-1] == "hint: pass a file of names in optimizer order (--names), or the model that was trained"
+    assert lines[-1] == "hint: pass names= with a file of names in optimizer order, or the model that was trained"
     names = [name for name, p in net.named_parameters() if p.requires_grad]
     holds(tmp_path / "last.pt", {"": (net, optimizer)}, names=names)
 
@@ -310,7 +311,14 @@ def test_nothing_left_but_what_was_skipped(tmp_path: Path) -> None:
     (tmp_path / "adapter_model.safetensors").write_text(POINTER)
     with pytest.raises(MissingNamesError) as caught:
         lsf.read(tmp_path)
-    assert str(caught.value).splitlines()[1:] == [f"  {tmp_path / 'adapter_model.safetensors'}: {LFS}; it was skipped"]
+    assert NAME_IT.in_python() == (
+        "pass names= with a file of names in optimizer order, the adapter file, or a folder with config.json and "
+        "adapter_config.json"
+    )
+    assert str(caught.value).splitlines()[1:] == [
+        f"  {tmp_path / 'adapter_model.safetensors'}: {LFS}; it was skipped",
+        "hint: " + NAME_IT.in_python(),
+    ]
     save_file({"a": torch.ones(4, 3), "b": torch.ones(4)}, tmp_path / "adapter_model.safetensors")
     with pytest.raises(MissingNamesError):
         lsf.read(tmp_path)
