@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
 
-from lora_state_format.errors import FileError, OptionError, UnrepresentableError
+from lora_state_format.errors import FileError, OptionError, Remedy, UnrepresentableError
 from lora_state_format.foreign import pickles
 from lora_state_format.foreign.elsewhere import beside, is_lightning
 from lora_state_format.foreign.state_dict import Found, from_state_dict, to_state_dict
@@ -87,7 +87,10 @@ def write(state: OptimizerState, path: Path, *, base: Path | None, force: bool, 
     Raises ``UnrepresentableError`` where the number of optimizers differs, or for a value that torch could not load.
     """
     if base is None:
-        raise OptionError(f"{NAME} needs a .ckpt of the same run (base=, --base): all but the optimizers comes from it")
+        raise OptionError(
+            f"{NAME} takes all but the optimizers from a .ckpt of the same run",
+            remedy=Remedy("pass it as {base}", {"base": ...}),
+        )
     check_target(path, force=force)
     with reading() as files:
         tree = pickles.load(files[base], base).value

@@ -95,7 +95,8 @@ def run(arguments: Sequence[str]) -> int:
     except click.exceptions.Exit as done:
         return done.exit_code
     except StateFormatError as error:
-        return fail(error, _in_options(error.on_command_line()), error.exit_code)
+        message = error.on_command_line() if error.remedy else _in_options(str(error))
+        return fail(error, message, error.exit_code)
     except click.ClickException as error:
         return fail(error, error.format_message() + _try(error), USAGE)
     except KeyboardInterrupt as error:

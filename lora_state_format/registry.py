@@ -136,7 +136,9 @@ def names() -> list[str]:
 def get(name: str) -> Converter:
     """Return the converter called ``name``.
 
-    Raises ``OptionError`` if there is none and ``MissingDependencyError`` if it cannot be imported.
+    Raises:
+        OptionError: There is none of that name.
+        MissingDependencyError: It cannot be imported.
     """
     if name in BUILT_IN:
         return cast("Converter", import_module(BUILT_IN[name]))
@@ -181,7 +183,9 @@ def check_options(options: Mapping[str, Any], *converters: Converter) -> None:
 def writer(name: str) -> Writer:
     """Return the converter called ``name``.
 
-    Raises ``OptionError`` if it cannot write, and what ``get`` raises.
+    Raises:
+        OptionError: There is none of that name, or it cannot write.
+        MissingDependencyError: It cannot be imported.
     """
     converter = get(name)
     if not hasattr(converter, "write"):

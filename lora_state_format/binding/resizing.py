@@ -18,7 +18,6 @@ __all__ = [
     "Resize",
     "differs",
     "fold",
-    "layer_by_name",
     "resize",
     "scaling",
     "unresizable",
@@ -66,13 +65,6 @@ def fold(kind: str, shape: tuple[int, ...], experts: int = 1) -> tuple[int, ...]
     if kind in ("lora_B", "lora_embedding_B") and len(shape) > 1:
         return (shape[0], -1, experts, *shape[2:]) if experts > 1 else (shape[0], -1, *shape[2:])
     return None
-
-
-def layer_by_name(name: str, shape: tuple[int, ...]) -> Layer | None:
-    """Return what a name says of LoRA's layer where there is no model to ask: nothing of experts or masks."""
-    parts = split_adapter(name)
-    known = fold(parts[0].rpartition(".")[2], shape) if parts else None
-    return Layer(fold=known) if known else None
 
 
 def differs(state: OptimizerState, saved: Parameter, own: LiveParameter) -> bool:

@@ -85,8 +85,12 @@ def open_state(path: str | os.PathLike[str]) -> OptimizerState:
     """Return the state in a file, or in the set whose index is next to the path. Tensors are read on request.
 
     The header's digest is checked, every rule of the format too; the tensors' digests are checked by ``verify`` and by
-    whatever copies or loads them. Raises ``FileError`` for a broken rule, ``DigestError`` for a header that was
-    changed, ``FileNotFoundError``.
+    whatever copies or loads them.
+
+    Raises:
+        FileError: A rule of the format is broken; its ``rule`` says which.
+        DigestError: The header was changed after it was written.
+        FileNotFoundError: There is no such file.
     """
     return unstowed(_open(Path(path))[0])
 

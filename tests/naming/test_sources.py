@@ -216,7 +216,7 @@ def test_two_models_that_fit_one_optimizer(tmp_path: Path) -> None:
         f"{tmp_path / 'x.pt'}: 2 models fit the 2 parameters of the optimizer, and give them different names:\n"
         "  teacher: 't.weight', ...\n"
         "  student: '0.weight', ...\n"
-        "hint: pass the names of the right one in optimizer order (--names)"
+        "hint: pass the names of the right one in optimizer order as names="
     )
     holds(tmp_path / "x.pt", {"": (student, optimizer)}, names=["0.weight", "0.bias"])
 

@@ -242,8 +242,7 @@ def test_a_name_without_a_shape(tmp_path: Path) -> None:
     with pytest.raises(MissingNamesError) as caught:
         read(tmp_path / "optimizer.pt", names=["bias"])
     assert str(caught.value) == (
-        "'bias' (id 0) has no slot that shows its shape; pass --names (names=) with the adapter file or a folder with "
-        "configs"
+        "'bias' (id 0) has no slot that shows its shape; pass names= with the adapter file or a folder with configs"
     )
 
 
@@ -258,9 +257,7 @@ def test_names_for_what_has_names(founding: Founding, tmp_path: Path) -> None:
     convert(founding.path, target)
     with pytest.raises(OptionError) as caught:
         read(target, names=["a"])
-    assert str(caught.value) == (
-        f"{target}: its parameters have names; --names and --rule (names=, rule=) do not apply"
-    )
+    assert str(caught.value) == (f"{target}: its parameters have names; leave names= and rule= out")
 
 
 def test_an_adapter_config_that_is_not_json(
