@@ -7,9 +7,8 @@ from dataclasses import dataclass
 from math import prod
 from typing import Final
 
-from lora_state_format.binding.live import Layer, LiveParameter
+from lora_state_format.binding.live import LiveParameter
 from lora_state_format.model.states import OptimizerState, Parameter, Role, Value
-from lora_state_format.naming.names import split_adapter
 
 __all__ = [
     "RESIZABLE",
