@@ -1,10 +1,9 @@
 # A fresh machine needs Python 3.10 or newer and make; `make demo` and `make test` do the rest, each by itself.
-.DEFAULT_GOAL := help
 PYTHON ?= python3
 PYTHONS ?= 3.10 3.12 3.13
 
 .DEFAULT_GOAL := help
-.PHONY: bench crashes demo docs fuzz help lint readers test test-browser test-frameworks test-lowest test-pythons
+.PHONY: bench crashes demo docs escapes fuzz growth help lint readers test test-browser test-frameworks test-lowest test-pythons
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*##  */\1@/p' $(MAKEFILE_LIST) | awk -F@ '{ printf "make %-16s %s\n", $$1, $$2 }'
@@ -30,12 +29,19 @@ docs: .venv/docs  ## the documentation as a site, warnings are errors
 fuzz: .venv/ready  ## ten minutes of random inputs for every reader
 	.venv/bin/python tests/hostile/fuzz.py --seconds 600
 
+escapes: .venv/ready  ## an hour of names that try to lead out of a folder, for every reader and writer
+	.venv/bin/python tests/hostile/escapes.py --seconds 3600
+
 bench: .venv/ready .venv-frameworks/ready  ## what it costs, beside cp, torch and DCP; an hour of a machine with 24 GB
 	.venv/bin/python tests/bench/bench.py --megabytes 2048 1024 4096
 	.venv/bin/python tests/bench/bench.py --megabytes 8192 --only convert
 	.venv-frameworks/bin/python tests/bench/sharded.py
 
-crashes: .venv/ready  ## four ways to write, each killed at 200 random moments
+growth: .venv/ready  ## how the time of planning, naming, comparing grows with the number of parameters and groups
+	OMP_NUM_THREADS=1 .venv/bin/python tests/bench/growth.py
+
+crashes: .venv/ready  ## every writer, stopped at each system call (needs strace), and killed at random moments
+	.venv/bin/python tests/io/kill_writer.py
 	OMP_NUM_THREADS=1 .venv/bin/python tests/io/crash_writer.py random 200
 
 # Not the vector of all dtypes, which safetensors knows only since a later version, nor a message with NumPy 2's repr.

@@ -1,7 +1,7 @@
-"""nanotron's ``optimizer`` folder: ``optimizer_config.json`` and one file per rank, with names beside the ids.
+"""nanotron's ``optimizer`` folder: ``optimizer_config.json`` and one file per rank, with names next to the ids.
 
 Written from nanotron's source only (``serialize/optimizer.py``, ``optim/zero.py``), not tested with files of its own.
-With ZeRO-1 a data-parallel rank holds flat parts of parameters; where they belong stands in the JSON file, as strings.
+With ZeRO-1 a data-parallel rank holds flat parts of parameters; their places are in the JSON file, as strings.
 Pipeline ranks hold different parameters. Tensor-parallel and expert-parallel shards are refused.
 """
 
@@ -25,7 +25,7 @@ from lora_state_format.model.tensors import Flat, Piece, Tensor
 from lora_state_format.registry import Match
 
 NAME: Final = "nanotron"
-DESCRIPTION: Final = "nanotron's optimizer folder: optimizer_config.json beside optimizer_pp-*.pt (from source only)"
+DESCRIPTION: Final = "nanotron's optimizer folder: optimizer_config.json next to optimizer_pp-*.pt (from source only)"
 
 _CONFIG: Final = "optimizer_config.json"
 _FILE: Final = re.compile(r"optimizer_pp-(\d+)-of-\d+(?:_dp-(\d+)-of-\d+)?_tp-\d+-of-\d+_exp-\d+.*\.pt")

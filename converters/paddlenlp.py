@@ -1,7 +1,7 @@
 """Unified checkpoints of PaddleNLP and PaddleFormers: ``optimizer-*.safetensors`` with an index, keyed by parameter.
 
-Keys are ``<parameter>/<accumulator>``. Neither steps nor options are in the files, but the powers of Adam's betas are,
-by which the step in ``trainer_state.json`` is checked (``powers``). The layout is that of
+Keys are ``<parameter>/<accumulator>``. The files hold neither steps nor options, but the powers of Adam's betas:
+``powers`` checks the step in ``trainer_state.json`` by them. The layout is that of
 ``paddlenlp/trainer/unified_checkpoint``.
 """
 
@@ -24,7 +24,7 @@ from lora_state_format.io.files import Files, inside, reading
 from lora_state_format.io.folders import NewFolder, new_folder
 from lora_state_format.io.json_files import read_json, read_json_object
 from lora_state_format.mapping import algorithms, apply
-from lora_state_format.mapping.algorithms import HYPERPARAMETERS, OPTIMIZER, Algorithm, Layout
+from lora_state_format.mapping.algorithms import HYPERPARAMETERS, OPTIMIZER, Algorithm, RuleLayout
 from lora_state_format.model.sources import Memory
 from lora_state_format.model.states import Checkpoint, Group, Naming, Optimizer, OptimizerState, Parameter, Role, Slot
 from lora_state_format.model.tensors import Tensor, contiguous
@@ -41,9 +41,9 @@ OPTIONS: Final = {
 }
 
 LAYOUTS: Final = (
-    Layout("adam", {"moment1_0": "exp_avg", "moment2_0": "exp_avg_sq"}),
-    Layout("adamw", {"moment1_0": "exp_avg", "moment2_0": "exp_avg_sq"}),
-    Layout("sgd", {"velocity_0": "momentum_buffer"}),
+    RuleLayout("adam", {"moment1_0": "exp_avg", "moment2_0": "exp_avg_sq"}),
+    RuleLayout("adamw", {"moment1_0": "exp_avg", "moment2_0": "exp_avg_sq"}),
+    RuleLayout("sgd", {"velocity_0": "momentum_buffer"}),
 )
 POWERS: Final = ("beta1_pow_acc_0", "beta2_pow_acc_0")
 INDEX: Final = "optimizer.safetensors.index.json"
@@ -64,12 +64,12 @@ def detect(path: Path) -> Match | None:
 
 
 def read(match: Match, options: Mapping[str, Any]) -> Checkpoint:
-    """Return the state, and the parameters if their index lies beside it.
+    """Return the state, and the parameters if their index is next to it.
 
     Raises ``RefusedError`` for compressed and unmerged checkpoints, ``FileError`` where steps and powers disagree.
     """
     index = match.path
-    with reading() as files:
+    with reading(index.parent) as files:
         tensors = _indexed(index, files)
         slots: dict[str, dict[str, Tensor]] = {}
         for key, tensor in tensors.items():
@@ -93,7 +93,7 @@ def _indexed(index: Path, files: Files) -> dict[str, Tensor]:
     places = members.get("weight_map") if isinstance(members, dict) else None
     if not isinstance(places, dict):
         raise RefusedError(
-            "no weight_map: written with ignore_merge_optimizer, each rank's part by itself: save a merged one",
+            "has no weight_map: written with ignore_merge_optimizer, each rank's part by itself; save a merged one",
             path=index,
         )
     held: dict[str, dict[str, Tensor]] = {}
@@ -197,7 +197,7 @@ def _without_master(parameter: Parameter) -> Parameter:
     return replace(parameter, state={slot: value for slot, value in parameter.state.items() if slot != MASTER})
 
 
-def _accumulators(parameter: Parameter, algorithm: Algorithm, layout: Layout) -> dict[str, Tensor]:
+def _accumulators(parameter: Parameter, algorithm: Algorithm, layout: RuleLayout) -> dict[str, Tensor]:
     """Return the tensors of a parameter's state by their keys in the file."""
     values = algorithms.values_of(parameter, algorithm, layout)
     tensors: dict[str, Tensor] = {}

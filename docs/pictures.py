@@ -68,7 +68,7 @@ def drawing(command: Sequence[str], printed: str, columns: int) -> str:
     """Return a terminal with a command and what it prints as an SVG."""
     console = Console(record=True, width=columns, file=io.StringIO(), force_terminal=True, color_system="truecolor")
     console.print(Text(f"$ lora-state {' '.join(command)}", style="bold green"), soft_wrap=True)
-    console.print(Text.from_ansi(printed.rstrip()), soft_wrap=True)
+    console.print(Text.from_ansi(printed.rstrip()))
     return console.export_svg(title="")
 
 

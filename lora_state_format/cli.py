@@ -101,7 +101,8 @@ def run(arguments: Sequence[str]) -> int:
     except click.exceptions.Exit as done:
         return done.exit_code
     except StateFormatError as error:
-        return fail(error, _in_options(error.on_command_line()), error.exit_code)
+        message = error.on_command_line() if error.remedy else _in_options(str(error))
+        return fail(error, message, error.exit_code)
     except click.ClickException as error:
         return fail(error, error.format_message() + _try(error), USAGE)
     except KeyboardInterrupt as error:
@@ -287,7 +288,8 @@ def _parse_options(context: click.Context, option: click.Parameter, given: Seque
 
 
 def _parse_store(context: click.Context, option: click.Parameter, given: Sequence[str]) -> dict[str, str]:
-    return dict(text.partition("=")[::2] for text in given)
+    pairs = (text.partition("=") for text in given)
+    return {key: value for key, _, value in pairs}
 
 
 def _literal(text: str) -> Any:
@@ -491,7 +493,8 @@ def inspect(
             _say(title, *report.tree(state))
             return
         summary = report.summary(state, statistics, unnamed=_in_options(found.unnamed))
-        rows = (report.parameter_rows(state, statistics, sort),) if every else summary.tables
+        short = sys.stdout.isatty() and not as_markdown
+        rows = (report.parameter_rows(state, statistics, sort, short=short),) if every else summary.tables
     if as_markdown:
         facts = tables.Table(title, ("", ""), summary.facts)
         _say_lines(*(line for table in (facts, *rows) for line in (*tables.markdown(table), "")))

@@ -1,7 +1,7 @@
 """Converters by name, and which of them a path belongs to.
 
-A converter is a module (or any object) with the members of ``Converter``. Those that come with this package stand in
-``BUILT_IN`` as strings and are imported when they are asked for; other packages add theirs through the entry-point
+A converter is a module (or any object) with the members of ``Converter``. Those of this package are listed in
+``BUILT_IN`` by name and imported when they are needed; other packages add theirs through the entry-point
 group ``lora_state_format.converters``.
 """
 
@@ -61,11 +61,13 @@ BUILT_IN: Final[Mapping[str, str]] = {
     "accelerate": "lora_state_format.converters.accelerate",
     "composer": "lora_state_format.converters.composer",
     "dcp": "lora_state_format.converters.dcp",
+    "dcp_safetensors": "lora_state_format.converters.dcp_safetensors",
     "deepspeed_plain": "lora_state_format.converters.deepspeed_plain",
     "deepspeed_universal": "lora_state_format.converters.deepspeed_universal",
     "deepspeed_zero": "lora_state_format.converters.deepspeed_zero",
     "diffusers": "lora_state_format.converters.diffusers",
     "flax_msgpack": "lora_state_format.converters.flax_msgpack",
+    "fsdp2_ranks": "lora_state_format.converters.fsdp2_ranks",
     "kohya": "lora_state_format.converters.kohya",
     "lerobot": "lora_state_format.converters.lerobot",
     "lightning": "lora_state_format.converters.lightning",
@@ -87,7 +89,7 @@ ENTRY_POINTS: Final = "lora_state_format.converters"
 class Match(NamedTuple):
     """A converter's claim to a path.
 
-    ``reason`` says what was found, in words; ``path`` is the file or folder to read. A ``generic`` match, one whose
+    ``reason`` describes the find in words; ``path`` is the file or folder to read. A ``generic`` match, one whose
     signs many writers leave, gives way to any that is not.
     """
 
@@ -97,9 +99,9 @@ class Match(NamedTuple):
 
 
 class Converter(Protocol):
-    """What reads one foreign format. ``NAME`` is what ``--from`` calls it; ``DESCRIPTION`` says what is recognised.
+    """A reader of one foreign format, under the name ``NAME``; ``DESCRIPTION`` says which files it recognises.
 
-    ``OPTIONS`` lists what its files do not say and the caller may: key -> what it means.
+    ``OPTIONS`` lists facts that its files lack and the caller may state: key -> meaning.
     """
 
     NAME: str
@@ -112,7 +114,7 @@ class Converter(Protocol):
         """
 
     def read(self, match: Match, options: Mapping[str, Any]) -> Checkpoint:
-        """Return the state at ``match.path``, lazily, and next to it whatever can name its parameters."""
+        """Return the state at ``match.path``, lazily, and the neighbouring files that can name its parameters."""
         ...
 
 
@@ -125,7 +127,7 @@ class Writer(Converter, Protocol):
     def write(
         self, state: OptimizerState, path: Path, *, base: Path | None, force: bool, options: Mapping[str, Any]
     ) -> Any:
-        """Write the state. ``base`` is a checkpoint of the format to take from what the state does not hold."""
+        """Write the state. ``base`` is a checkpoint of the format that the rest is taken from."""
 
 
 def names() -> list[str]:
@@ -136,7 +138,9 @@ def names() -> list[str]:
 def get(name: str) -> Converter:
     """Return the converter called ``name``.
 
-    Raises ``OptionError`` if there is none and ``MissingDependencyError`` if it cannot be imported.
+    Raises:
+        OptionError: There is none of that name.
+        MissingDependencyError: It cannot be imported.
     """
     if name in BUILT_IN:
         return cast("Converter", import_module(BUILT_IN[name]))
@@ -163,7 +167,7 @@ def available() -> list[Converter]:
 
 
 def options(converter: Converter) -> Mapping[str, str]:
-    """Return the options of a converter: key -> what it means."""
+    """Return the options of a converter: key -> meaning."""
     found: Mapping[str, str] = getattr(converter, "OPTIONS", {})
     return found
 
@@ -181,7 +185,9 @@ def check_options(options: Mapping[str, Any], *converters: Converter) -> None:
 def writer(name: str) -> Writer:
     """Return the converter called ``name``.
 
-    Raises ``OptionError`` if it cannot write, and what ``get`` raises.
+    Raises:
+        OptionError: There is none of that name, or it cannot write.
+        MissingDependencyError: It cannot be imported.
     """
     converter = get(name)
     if not hasattr(converter, "write"):
@@ -206,9 +212,9 @@ def read(
 
 
 def find(path: str | os.PathLike[str], source_format: str | None = None) -> tuple[Converter, Match]:
-    """Return the converter of a path, and what it found there: the one called ``source_format``, or the detected one.
+    """Return the converter of a path, and its match: the converter called ``source_format``, or the detected one.
 
-    Raises ``UnknownFormatError`` if the path is not of the format that was asked for, and what ``detect`` raises.
+    Raises ``UnknownFormatError`` if the path is not of the format called ``source_format``, and what ``detect`` raises.
     """
     if source_format is None:
         return detect(path)
@@ -229,7 +235,7 @@ def own_options(given: Mapping[str, Any], converter: Converter) -> dict[str, Any
 def detect(path: str | os.PathLike[str]) -> tuple[Converter, Match]:
     """Return the converter that a path belongs to, and why.
 
-    This package's own format is asked first: where a folder holds it beside the file it was converted from, the one
+    This package's own format comes first: in a folder that holds both it and the file it was converted from, the one
     with names is meant. Raises ``FileNotFoundError``, ``UnknownFormatError`` and ``AmbiguousFormatError``.
     """
     path = Path(path)

@@ -22,6 +22,7 @@ from lora_state_format.binding.policies import Policies
 from lora_state_format.binding.problems import count
 from lora_state_format.binding.resizing import scaling
 from lora_state_format.errors import BindError
+from lora_state_format.model import notebook
 from lora_state_format.model.gc import paused
 from lora_state_format.model.states import OptimizerState, Parameter, Value
 
@@ -62,6 +63,9 @@ class LoadPlan:
         """Raise ``BindError`` with every problem if there is one."""
         if self.problems:
             raise BindError(str(self), self)
+
+    def _repr_html_(self) -> str:
+        return notebook.lines(self)
 
     def __str__(self) -> str:
         if not self.problems:

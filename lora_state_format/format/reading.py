@@ -26,8 +26,8 @@ from lora_state_format.format.envelope import (
     set_id,
     stated_digest,
 )
-from lora_state_format.format.group_tensors import unstowed
 from lora_state_format.format.manifest import NESTED, ShardOf, check_names, decode, decode_digests, encode
+from lora_state_format.format.stowing import unstowed
 from lora_state_format.io.safetensors import Header, parse_header, raw_header
 from lora_state_format.io.strict_json import dumps
 from lora_state_format.model.digests import ALGORITHM, hash_tensor
@@ -41,7 +41,7 @@ __all__ = ["Verification", "open_state", "verify"]
 
 @dataclass(frozen=True)
 class Verification:
-    """What ``verify`` found. ``unverified`` are tensors whose digest is of an algorithm that is not known here."""
+    """The result of ``verify``. ``unverified`` are tensors with digests of an unknown algorithm."""
 
     tensors: int
     size: int
@@ -69,7 +69,7 @@ class _Stored(NamedTuple):
 
 
 class _Opened(NamedTuple):
-    """One file: what it holds, its place in a set, and what the set's checks need.
+    """An open file: its state, its place in a set, and what the set's checks need.
 
     ``digest`` is the one that the header states; ``content`` is taken with the set's id as zeros.
     """
@@ -85,14 +85,18 @@ def open_state(path: str | os.PathLike[str]) -> OptimizerState:
     """Return the state in a file, or in the set whose index is next to the path. Tensors are read on request.
 
     The header's digest is checked, every rule of the format too; the tensors' digests are checked by ``verify`` and by
-    whatever copies or loads them. Raises ``FileError`` for a broken rule, ``DigestError`` for a header that was
-    changed, ``FileNotFoundError``.
+    whatever copies or loads them.
+
+    Raises:
+        FileError: A rule of the format is broken; its ``rule`` says which.
+        DigestError: The header was changed after it was written.
+        FileNotFoundError: There is no such file.
     """
     return unstowed(_open(Path(path))[0])
 
 
 def _open(path: Path) -> tuple[OptimizerState, list[_Opened]]:
-    """Return the state and the files that it stands in."""
+    """Return the state and its files."""
     while True:
         before = _version(path)
         try:
@@ -108,7 +112,7 @@ def _open(path: Path) -> tuple[OptimizerState, list[_Opened]]:
 
 
 def _version(path: Path) -> list[tuple[int, int] | None]:
-    """Return what changes when a writer replaces the state at a path: inodes and times of its files."""
+    """Return inodes and times of a state's files: they change when a writer replaces it."""
 
     def version(file: Path) -> tuple[int, int] | None:
         try:
@@ -186,7 +190,7 @@ def verify(path: str | os.PathLike[str]) -> Verification:
 
 
 def _open_set(index: Path) -> tuple[OptimizerState, list[_Opened]]:
-    """Return the union of a set's shards (R23 to R26), and they."""
+    """Return the union of a set's shards (R23 to R26), and the shards."""
 
     def fail(detail: str, rule: str) -> FileError:
         return FileError(detail, path=index, rule=rule)
@@ -213,7 +217,7 @@ def _open_set(index: Path) -> tuple[OptimizerState, list[_Opened]]:
         stored = {key: item["file"] for item, header in zip(shards, headers, strict=True) for key in header.entries}
         total = sum(header.file.size - header.size for header in headers)
         if stored != members["weight_map"] or total != members["metadata"]["total_size"]:
-            raise fail("weight_map or total_size does not say what the shards hold", "R25")
+            raise fail("weight_map or total_size does not match the shards", "R25")
         state = _merge(parts, fail)
         stack.pop_all()
     return state, parts
@@ -270,7 +274,7 @@ def _merge_parameters(
 
 
 def _shared(state: OptimizerState) -> str:
-    """Return what all shards of a set must say alike, as text: all but parameters and what only the first has."""
+    """Return the members that all shards of a set share, as text: all but parameters and those of the first alone."""
     groups = tuple(replace(group, count=0) for group in state.groups)
     rest = replace(state, groups=groups, parameters=(), globals={}, origin={}, extra={}, unknown={})
     return dumps(encode(rest).members)

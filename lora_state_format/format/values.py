@@ -24,7 +24,7 @@ MAX_NESTING: Final = 16
 """Mappings, lists and tuples inside each other in a value; each is at most three levels of JSON."""
 
 MAX_INT: Final = 2**53 - 1
-"""Largest magnitude of an integer that stands as a JSON number."""
+"""Largest magnitude of an integer that is written as a JSON number."""
 
 MAX_DIGITS: Final = 1000
 """Decimal digits of an integer."""
@@ -46,7 +46,7 @@ def encode_value(value: Value, place: str, tensors: dict[str, Slot] | None, path
 
     Args:
         value: The tree.
-        place: Where it belongs, for messages.
+        place: Its owner, for messages.
         tensors: Receives the tensors by label; ``None`` refuses tensors.
         path: The keys that lead to ``value`` from the root of the tree.
 
@@ -74,7 +74,7 @@ def encode_value(value: Value, place: str, tensors: dict[str, Slot] | None, path
 
 def _refusal(what: str, place: str, path: tuple[Any, ...]) -> UnrepresentableError:
     where = f"{place}: {'.'.join(map(str, path))}" if path else place
-    return UnrepresentableError(f"{where} holds {what}, which the format has no form for")
+    return UnrepresentableError(f"{where} holds {what}, which the format cannot hold")
 
 
 def _encode_same(value: Any, place: str, path: tuple[Any, ...]) -> Any:
@@ -116,7 +116,7 @@ _ATOMS: Final[Mapping[type, Callable[[Any, str, tuple[Any, ...]], Any]]] = {
     bytes: _encode_bytes,
     Scalar: _encode_scalar,
 }
-"""How values are encoded that hold no others, by their exact type."""
+"""Exact type of a value that holds no others -> how it is encoded."""
 
 
 def _encode_mapping(
@@ -155,7 +155,7 @@ def _is_key(value: Any) -> bool:
 
 
 def _label(path: tuple[Any, ...], taken: Mapping[str, Slot]) -> str:
-    """W6: the path joined with dots, ``/`` as ``_``, made unique by a number; keys that are no string as their JSON."""
+    """Return a label (W6): the path joined with dots, ``/`` as ``_``, made unique by a number; other keys as JSON."""
     parts = [part if isinstance(part, str) else dumps(encode_value(part, "", None)) for part in path]
     base = ".".join(parts).replace("/", "_") or "tensor"
     label, number = base, 1
@@ -206,7 +206,7 @@ def _decode_tagged(tag: str, value: dict[str, Any], fail: Fail, slot: MakeSlot |
             return int(body)
         case "$bytes", str() if re.fullmatch(r"(?:[0-9a-f]{2})*", body):
             return bytes.fromhex(body)
-    raise fail(f"{show(value)}, which is no typed value" if slot or tag != "$tensor" else f"the tensor {show(body)}")
+    raise fail(f"{show(value)}, which is not a typed value" if slot or tag != "$tensor" else f"the tensor {show(body)}")
 
 
 def _is_scalar(dtype: str, data: str) -> bool:

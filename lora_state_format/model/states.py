@@ -16,6 +16,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
 from lora_state_format.errors import ConversionError, OptionError
+from lora_state_format.model import notebook
 from lora_state_format.model.dtypes import DTYPES
 from lora_state_format.model.sources import Memory
 
@@ -59,6 +60,9 @@ class Role(str, Enum):
     """Nothing is known: copied whole or not at all."""
 
 
+SHOWN_IN_A_NOTEBOOK: Final = 50
+"""Parameters that a notebook shows of a state."""
+
 SHOWN: Final = 3
 """Parameters, and groups, that the ``repr`` of a state names."""
 
@@ -76,7 +80,7 @@ class Scalar:
         try:
             return cls(dtype, struct.pack(f"<{DTYPES[dtype].struct or dtype}", value))
         except (KeyError, struct.error, OverflowError) as error:
-            raise TypeError(f"{value!r} has no form as a scalar of type {dtype}") from error
+            raise TypeError(f"{value!r} cannot be a scalar of type {dtype}") from error
 
     def item(self) -> bool | int | float | complex:
         """Return the value as a Python number. Raises ``TypeError`` for a dtype that ``struct`` does not know."""
@@ -284,6 +288,17 @@ class OptimizerState(Mapping[str, Parameter]):
         more = [f"  ... and {len(self) - SHOWN} more"] if len(self) > SHOWN else []
         return "\n".join([f"OptimizerState({_head(self)}; names from {self.naming.source})", *shown, *more])
 
+    def _repr_html_(self) -> str:
+        """Return what a notebook shows: the head, and the first parameters with their slots."""
+        shown = self.parameters[:SHOWN_IN_A_NOTEBOOK]
+        rows = [
+            (p.name, str(list(p.shape)), "never stepped" if p.state is None else ", ".join(p.state) or "no slots")
+            for p in shown
+        ]
+        if len(self) > len(shown):
+            rows.append((f"... and {len(self) - len(shown)} more", "", ""))
+        return notebook.table(f"{_head(self)}; names from {self.naming.source}", ("name", "shape", "slots"), rows)
+
     def __len__(self) -> int:
         return len(self.parameters)
 
@@ -441,7 +456,7 @@ class Weights:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What a converter found: the state, and beside it what can name it.
+    """A converter's result: the state, and the neighbouring files that can name it.
 
     ``weights`` are the tensors of a sibling weights or adapter file under their own keys; ``configs`` are sibling
     configuration files by name (``adapter_config.json``). Where more than one thing may be the model, ``candidates``

@@ -1,8 +1,8 @@
-"""Do these moments belong to these weights? What the numbers themselves say about an order, and what they cannot say.
+"""Tell from the numbers whether moments belong to weights, and in which order.
 
 How to call it::
 
-    weigh(state, weights)                          # a named state and the weights it is said to belong to
+    weigh(state, weights)                          # a named state and the weights that it may belong to
     weigh(state, weights, before=older)            # weights of an earlier checkpoint too, for a full fine-tune
     weigh(state, weights, orders={"flat": names})  # and other whole orders that must be ruled out
     paired(state, weights)                         # digests first, where the state has its own: no statistics
@@ -37,7 +37,7 @@ DOUBTFUL: Final = 4.0
 """An exchange, of modules or of A or B alone, that loses fewer nats than this keeps an order from being confirmed."""
 
 TRIMMED: Final = 0.25
-"""Share of the modules, those that speak loudest, that are not heard when whole orders are compared."""
+"""Share of the modules, those with the strongest signal, that are left out when whole orders are compared."""
 
 LISTED: Final = 20
 """Exchanges against the order that a report names at most."""
@@ -63,12 +63,12 @@ NONE_TRIED: Final = Exchanges(0, 0)
 
 @dataclass(frozen=True)
 class Evidence:
-    """What the numbers say of an order.
+    """The evidence for an order.
 
     ``verdict`` is ``confirmed``, ``partly``, ``contradicted`` or ``inconclusive``. ``pairs`` counts exchanges of two
     modules of equal shapes, ``parts`` those of one matrix alone. ``orders`` says of each whole order held against this
     one whether it is ``excluded``, ``undecided`` or ``preferred``. ``against`` names every exchange that the numbers
-    prefer. ``silent`` are the parameters that there is no evidence about.
+    prefer. ``silent`` are the parameters without evidence.
     """
 
     verdict: str
@@ -84,7 +84,7 @@ class Evidence:
         return all(self.orders.get(label, "excluded") == "excluded" for label in orders)
 
     def to_json(self) -> dict[str, Any]:
-        """As JSON values; of what speaks against the order at most ``LISTED`` are named."""
+        """Return JSON values; at most ``LISTED`` exchanges against the order are named."""
         more = [f"and {len(self.against) - LISTED} more"] if len(self.against) > LISTED else []
         return {
             "verdict": self.verdict,
@@ -107,10 +107,15 @@ def weigh(
 ) -> Evidence:
     """Weigh the state's order against every exchange of two modules of equal shapes, and against whole other orders.
 
-    ``orders`` give the names as another order would have them, position by position; layers reversed, shifted by one
-    or sorted as text, and twins exchanged in every layer, are always tried. ``before`` are weights of an earlier step,
-    which give a full fine-tune a history; ``head_dim`` is the size of an attention head, without which nothing is
-    known of o where its heads share those of v. Other methods than LoRA are silent.
+    Layers reversed, shifted by one or sorted as text, and twins exchanged in every layer, are always tried. There is no
+    evidence about other adapters than LoRA's.
+
+    Args:
+        state: A named state.
+        weights: The parameters' values, by a name or a foreign name of theirs.
+        before: Their values at an earlier step, which give a full fine-tune a history.
+        orders: Label -> the names as another order would have them, position by position.
+        head_dim: The size of an attention head. It is needed for o where several of its heads share one of v.
     """
     units, balances, silent, notes = units_of(state, weights, before, head_dim)
     return judge(Table(units, balances), tuple(_orders(state, units, orders or {})), silent, notes)
@@ -135,8 +140,8 @@ def judge(
     Args:
         table: What each unit loses with the state of each other.
         orders: Whole orders to try in addition to the usual ones; ``None`` for one that cannot be.
-        silent: The parameters that there is no evidence about, and
-        notes: why.
+        silent: The parameters without evidence.
+        notes: Why they have none.
     """
     tried = _try_exchanges(table)
     whole = {
@@ -204,7 +209,7 @@ def _verdict(tried: _Tried, whole: Mapping[str, str], twins: Mapping[str, str]) 
 
 @dataclass(frozen=True)
 class Pairing:
-    """Weights against the digests that a state keeps of them: how many are the very bytes, which are not."""
+    """Weights against the digests that a state keeps of them: how many have the same bytes, which differ."""
 
     matching: int
     differing: tuple[str, ...]
@@ -216,7 +221,7 @@ def paired(state: OptimizerState, weights: Mapping[str, Tensor]) -> Pairing:
 
     Digests are compared at equal dtype and for the one algorithm that is known here. What they prove depends on the
     state: where it was saved from a live optimizer (``naming.rule`` is ``None``), name, order and step; where
-    ``convert`` took them from a file beside a positional checkpoint, only that the weights are those of that file.
+    ``convert`` took them from a file next to a positional checkpoint, only that the weights are those of that file.
     """
     matching, differing, uncompared = 0, [], []
     for parameter in state.parameters:
@@ -238,8 +243,8 @@ def _count(outcomes: Iterable[str]) -> Exchanges:
 def _outcome(losses: Sequence[Loss]) -> str:
     """Return the outcome for an order that makes each of the modules it moves lose this much.
 
-    The loudest modules are not heard: in an order that is wrong as a whole, a few may be right by accident. Only a
-    signal that is sure can speak for the other order, or has to agree with it.
+    The modules with the strongest signal are left out: in an order that is wrong as a whole, a few may be right by
+    accident. Only a signal that is sure can speak for the other order, or has to agree with it.
     """
     if not losses:
         return "undecided"
@@ -271,7 +276,7 @@ def _orders(
 
 
 def _layer_orders(units: Sequence[Unit]) -> Iterator[tuple[str, Sources | None]]:
-    """Orders that differ only in which layer is which."""
+    """Yield orders that differ from the state's in the numbers of layers only."""
     stacks: dict[str, set[str]] = defaultdict(set)
     for unit in units:
         if unit.layer:
@@ -301,7 +306,7 @@ def _layer_orders(units: Sequence[Unit]) -> Iterator[tuple[str, Sources | None]]
 
 
 def _twin_orders(units: Sequence[Unit]) -> Iterator[tuple[str, Sources]]:
-    """Orders in which two modules of equal shapes are exchanged in every layer."""
+    """Yield orders in which two modules of equal shapes are exchanged in every layer."""
     leaves: dict[str, dict[tuple[str, str], int]] = defaultdict(dict)
     for number, unit in enumerate(units):
         if unit.layer:

@@ -1,7 +1,7 @@
 """Names of parameters: wrapper segments, PEFT's keys, rename rules, and the order in which models define modules.
 
-Strings in, strings out; no model is asked. What is said here of PEFT was read off PEFT 0.21 by saving one adapter of
-each method; the module orders are those of the models of transformers 5.23 (and, for the names of the time, 4.x).
+Strings in, strings out, without a model. PEFT's keys were read off PEFT 0.21 by saving one adapter of each method; the
+module orders are those of the models of transformers 5.23 (and, for the names of the time, 4.x).
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def strip_wrappers(name: str) -> str:
 
 
 def plain_name(name: str) -> str:
-    """Return the name without wrapper segments and in lower case, to compare names that others spelled."""
+    """Return the name without wrapper segments and in lower case, to compare names that others wrote."""
     plain = strip_wrappers(name).casefold()
     while plain.startswith(f"{DATA_PARALLEL}."):
         plain = plain[len(DATA_PARALLEL) + 1 :]
@@ -104,7 +104,7 @@ _COMPUTED: Final = ("P_TUNING", "PREFIX_TUNING", "MULTITASK_PROMPT_TUNING")
 def split_adapter(name: str) -> tuple[str, str, str] | None:
     """Return the part of a ``named_parameters()`` name before the adapter's name, the adapter, and the part behind it.
 
-    The adapter's name stands where PEFT puts it, and only there: a module that has the same name stays. ``None`` if the
+    Only the adapter's name in the place where PEFT puts it counts: a module of the same name stays. ``None`` if the
     parameter belongs to no adapter.
     """
     match = _LIVE.fullmatch(name)
@@ -202,12 +202,12 @@ def adapter_orders(
 ) -> list[list[Parameter]]:
     """Return the trainable parameters behind an adapter's file in each order that ``named_parameters()`` may have.
 
-    ``weights`` are the file's tensors under its keys; ``config`` is the parsed ``adapter_config.json``, which says what
-    of a file is frozen; without it every ``weight`` that belongs to no adapter module is taken for a saved module's.
-    ``ordered`` says that the file keeps the model's order, as a pickle does; but saved modules stand at its end, so
-    those of embeddings may have to go first. PEFT before 0.6 trained the originals of saved modules too; that is one
-    more way. Each parameter has its key under ``keys["peft"]``. Raises ``MissingNamesError`` where no order of the
-    modules is known, or the file does not hold what was trained.
+    ``weights`` are the file's tensors under its keys; ``config`` is the parsed ``adapter_config.json``, which says
+    which tensors of a file are frozen; without it every ``weight`` that belongs to no adapter module is taken for a
+    saved module's. ``ordered`` says that the file keeps the model's order, as a pickle does; but saved modules are at
+    its end, so those of embeddings may have to go first. PEFT before 0.6 trained the originals of saved modules too;
+    that is one more way. Each parameter has its key under ``foreign_names["peft"]``. Raises ``MissingNamesError`` where
+    no order of the modules is known, or the file lacks trained parameters.
     """
     found: dict[str, str] = {}
     for key in weights:
@@ -268,7 +268,7 @@ def rename(names: Sequence[str], rule: Rename) -> dict[str, str]:
     """Return each name under its new name.
 
     A mapping renames whole names; pairs are applied by ``re.sub`` one after the other; a function is called with each
-    name. Raises ``OptionError`` if a mapping names what is not there, or two names become one.
+    name. Raises ``OptionError`` if a mapping names an unknown parameter, or two names become one.
     """
     if isinstance(rule, Mapping):
         absent = [old for old in rule if old not in set(names)]
@@ -308,7 +308,7 @@ def read_names(path: str | os.PathLike[str]) -> list[str]:
     for number, line in enumerate(lines, 1):
         name = line.strip()
         if name and seen.setdefault(name, number) != number:
-            raise ConversionError(f"{os.fspath(path)}: '{name}' stands on line {seen[name]} and on line {number}")
+            raise ConversionError(f"{os.fspath(path)}: '{name}' is on line {seen[name]} and on line {number}")
     if not seen:
         raise ConversionError(f"{os.fspath(path)}: holds no name")
     return list(seen)

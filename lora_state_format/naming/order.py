@@ -21,12 +21,12 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from itertools import permutations
-from typing import Final
+from itertools import chain, permutations
+from typing import Final, NamedTuple
 
-from lora_state_format.errors import AmbiguousOrderError, ConversionError, OptionError
+from lora_state_format.errors import AmbiguousOrderError, ConversionError, OptionError, Remedy
 from lora_state_format.model.states import Naming, OptimizerState, Parameter, PositionalState, Role, Slot, Value, walk
 from lora_state_format.model.tensors import Tensor
 from lora_state_format.naming.evidence import Evidence, weigh
@@ -43,6 +43,13 @@ SURE: Final = ("stated", "whole-model")
 
 INFERRED: Final = ("adapter", "configs", "checkpoint")
 """Sources of names that the weights overrule; a live model, a file of names and a forced rule they do not."""
+
+
+FORCE: Final = Remedy("force one with {rule}", {"rule": ...})
+
+FORCE_OR_WEIGH: Final = Remedy(
+    "force one with {rule}, or pass the weights that were saved with the state", {"rule": ...}
+)
 
 
 class ContradictedError(ConversionError):
@@ -85,37 +92,30 @@ def decide(
     Raises ``OptionError`` for a rule that does not exist, ``ConversionError`` if no order fits or the weights
     contradict one that was inferred, and ``AmbiguousOrderError`` if several fit and nothing tells which.
     """
-    described = [_described(p) for p in parameters]
-    found, reasons = _survey(positional, described, rule)
-    for more in others:
-        seen = {tuple(c.names) for c in found}
-        found += [c for c in _survey(positional, [_described(p) for p in more], rule)[0] if tuple(c.names) not in seen]
-    if not found and partly:
-        found, more_reasons = _survey(positional, described, rule, partly=True)
-        reasons += [reason for reason in more_reasons if reason not in reasons]
-    first = _live(positional, described, live or ()) or next((c for c in found if set(SURE) & set(c.rules)), None)
+    views = [[_described(p) for p in view] for view in (parameters, *others)]
+    found, reasons = _fitting(positional, views, rule, partly)
+    first = _live(positional, views[0], live or ()) or next((c for c in found if set(SURE) & set(c.rules)), None)
     if first is not None and rule is None:
         found = [first, *(c for c in found if c.names != first.names)]
     elif source != "model" and rule != "listed":
         found = [variant for c in found for variant in _adapter_orders(positional, c)]
     if not found:
-        raise ConversionError(_nothing_fits(positional, described, reasons))
+        raise ConversionError(_nothing_fits(positional, views[0], reasons))
 
-    def weighed(candidate: Candidate) -> tuple[OptimizerState, Evidence | None]:
+    def weighed(candidate: Candidate) -> _Weighed:
         state = positional.named(candidate.parameters, Naming(source, candidate.rules[0]))
         rivals = {c.rules[0]: c.names for c in found if c is not candidate}
-        return state, weigh(state, weights, before=before, orders=rivals, head_dim=head_dim) if weights else None
+        evidence = weigh(state, weights, before=before, orders=rivals, head_dim=head_dim) if weights else None
+        return _Weighed(candidate, state, evidence)
 
-    chosen, (state, evidence) = found[0], weighed(found[0])
-    if len(found) > 1 and (first is None or (evidence is not None and evidence.verdict == "contradicted")):
-        judged = ((c, *weighed(c)) for c in found if weights)
-        settled = next((other for other in judged if other[2] and other[2].rules_out(c.rules[0] for c in found)), None)
-        if settled:
-            chosen, state, evidence = settled
-        elif first is None:
-            raise AmbiguousOrderError(_several_fit(found, weights is not None), tuple(c.rules[0] for c in found))
+    chosen, state, evidence = _settled(found, first, weighed, has_weights=bool(weights))
     if evidence and evidence.verdict == "contradicted" and rule in {None, "listed"} and source in INFERRED:
-        raise ContradictedError(_contradicted(evidence))
+        raise ContradictedError(
+            _contradicted(evidence),
+            remedy=Remedy(
+                "pass {names} in the optimizer's order, or force the order with {rule}", {"names": ..., "rule": ...}
+            ),
+        )
     details: dict[str, Value] = {
         "rules": list(chosen.rules),
         "interchangeable": interchangeable(chosen.parameters),
@@ -142,6 +142,53 @@ def grouped(parameters: Sequence[Parameter | Described], rule: str = "flat") -> 
     if splits is None:
         raise OptionError(f"what the rule '{rule}' makes depends on the optimizer's state")
     return [[item.name for item in split.members] for split in splits]
+
+
+class _Weighed(NamedTuple):
+    """A candidate, the state under its names, and what the weights say of it, if there are any."""
+
+    candidate: Candidate
+    state: OptimizerState
+    evidence: Evidence | None
+
+
+def _fitting(
+    positional: PositionalState, views: Sequence[Sequence[Described]], rule: str | None, partly: bool
+) -> tuple[list[Candidate], list[tuple[str, str]]]:
+    """Return the orders that fit, by any way to see the parameters, and why rules fell away for the first way."""
+    found, reasons = _survey(positional, views[0], rule)
+    for view in views[1:]:
+        seen = {tuple(c.names) for c in found}
+        found += [c for c in _survey(positional, view, rule)[0] if tuple(c.names) not in seen]
+    if not found and partly:
+        found, more_reasons = _survey(positional, views[0], rule, partly=True)
+        reasons += [reason for reason in more_reasons if reason not in reasons]
+    return found, reasons
+
+
+def _settled(
+    found: Sequence[Candidate],
+    first: Candidate | None,
+    weighed: Callable[[Candidate], _Weighed],
+    *,
+    has_weights: bool,
+) -> _Weighed:
+    """Return the first candidate, or the one for which the weights rule out all others.
+
+    Raises ``AmbiguousOrderError`` if several fit, none goes before the others, and the weights do not tell.
+    """
+    best = weighed(found[0])
+    contradicted = best.evidence is not None and best.evidence.verdict == "contradicted"
+    if len(found) == 1 or (first is not None and not contradicted):
+        return best
+    labels = tuple(candidate.rules[0] for candidate in found)
+    judged = chain([best], map(weighed, found[1:] if has_weights else ()))
+    settled = next((other for other in judged if other.evidence and other.evidence.rules_out(labels)), None)
+    if settled is None and first is None:
+        raise AmbiguousOrderError(
+            _several_fit(found, has_weights), labels, remedy=FORCE if has_weights else FORCE_OR_WEIGH
+        )
+    return settled or best
 
 
 def interchangeable(parameters: Sequence[Parameter]) -> int:
@@ -385,8 +432,7 @@ def _several_fit(found: Sequence[Candidate], weighed: bool) -> str:
     lines = [head, *(f"  {', '.join(c.rules)}: '{c.names[parting]}'" for c in found)]
     lines.append(
         f"{interchangeable(found[0].parameters)} parameters share their shape with another, so shapes cannot tell "
-        "either\nhint: force one with --rule (rule=)"
-        + ("" if weighed else ", or pass the weights that were saved with the state")
+        "either"
     )
     return "\n".join(lines)
 
@@ -397,5 +443,4 @@ def _contradicted(evidence: Evidence) -> str:
     lines += [f"  {label}" for label in (*rivals, *evidence.against)[:5]]
     if len(rivals) + len(evidence.against) > 5:
         lines.append(f"  and {len(rivals) + len(evidence.against) - 5} more")
-    lines.append("hint: pass names in the optimizer's order (--names), or force the order with --rule (rule=)")
     return "\n".join(lines)

@@ -1,4 +1,4 @@
-"""What numbers say of which state belongs to which weights: the signals behind ``evidence.py``, and their noise.
+"""Signals that a state belongs to weights, from their numbers, and the noise of these signals; ``evidence`` uses them.
 
 *balance*
     Where the loss stays the same when one factor grows and another shrinks, their gradients are tied. It sees LoRA's
@@ -43,7 +43,7 @@ if TYPE_CHECKING:
 
     Array: TypeAlias = "NDArray[np.float32]"
 
-__all__ = ["BIAS", "MAGNITUDE", "WEIGHT", "A", "B", "Loss", "Part", "Sources", "Unit", "units_of", "value_of"]
+__all__ = ["BIAS", "MAGNITUDE", "WEIGHT", "A", "B", "Loss", "Sources", "Unit", "UnitPart", "units_of", "value_of"]
 
 RANKS: Final = 16
 """Rows of A and columns of B that are compared at most; the identity holds for any choice of them."""
@@ -52,7 +52,7 @@ SIDE: Final = 2048
 """Ranks times modules of one shape at most: it bounds the memory of comparing all with all."""
 
 SAMPLE: Final = 1 << 15
-"""Elements that are looked at of a parameter that is no LoRA matrix."""
+"""Elements that are looked at of a parameter that is not a LoRA matrix."""
 
 SURE: Final = ("balance", "skew", "layer", "copy")
 """The signals that do not fade and have no sign to turn: only these can speak against an order."""
@@ -131,7 +131,7 @@ CONSERVED: Final = (
         unless=".pre_feedforward_layernorm.weight",
     ),
 )
-"""What holds in the layers of models of Llama's kind. Where one does not hold after all, it finds nothing."""
+"""Conservation laws of layers like Llama's. A law that does not hold in a model finds no signal there."""
 
 
 class Lines(NamedTuple):
@@ -163,7 +163,7 @@ class Balance(NamedTuple):
 
 
 @dataclass(frozen=True, eq=False)
-class Part:
+class UnitPart:
     """Of a LoRA matrix: some ranks, ``[ranks, features]``. Of any other parameter: some elements, ``[1, elements]``.
 
     ``update`` is the direction of the optimizer's next step, or, where ``copied``, the master copy of the weights.
@@ -185,13 +185,13 @@ class Part:
 
 @dataclass(frozen=True, eq=False)
 class Unit:
-    """What an exchange moves together: a module's LoRA matrices and what belongs to them, or one parameter."""
+    """The parameters that an exchange moves together: a LoRA module's, or a single one."""
 
     label: str
     leaf: str
     layer: tuple[str, str] | None
     stepped: bool
-    parts: Mapping[str, Part]
+    parts: Mapping[str, UnitPart]
 
     @property
     def shapes(self) -> tuple[tuple[str, tuple[int, ...]], ...]:
@@ -218,7 +218,7 @@ class Held(NamedTuple):
 
 
 Found: TypeAlias = "dict[tuple[str, str | None], dict[str, Held]]"
-"""(module, adapter) -> kind of part -> what is held of it."""
+"""(module, adapter) -> kind of part -> its parameter."""
 
 
 def units_of(
@@ -363,7 +363,7 @@ def value_of(weights: Mapping[str, Tensor], parameter: Parameter) -> Tensor | No
     return next((weights[key] for key in (parameter.name, *parameter.foreign_names.values()) if key in weights), None)
 
 
-def _part(kind: str, held: Held, ranks: int, lines: Iterable[Lines]) -> Part:
+def _part(kind: str, held: Held, ranks: int, lines: Iterable[Lines]) -> UnitPart:
     import numpy as np
 
     parameter, tensor, older, group = held
@@ -395,7 +395,7 @@ def _part(kind: str, held: Held, ranks: int, lines: Iterable[Lines]) -> Part:
         if second is not None:
             drift = update * _lag(group, slots.get("step"))
     energy = second.mean(axis=0) if second is not None else None
-    return Part(
+    return UnitPart(
         name=parameter.name,
         shape=shape,
         weight=weight,
@@ -421,7 +421,7 @@ def _taken(lines: Lines, tensor: Tensor, first: Value, shape: tuple[int, ...]) -
     width = math.prod(shape[1:])
 
     def take(value: Value) -> Array:
-        """By rows: those that are asked for, or some at a time."""
+        """Return the lines, read by rows: the ones needed, or some at a time."""
         if lines.axis == 0:
             rows = _numbers(value, [(int(row) * width, width) for row in index.ravel()], shape)
             return np.zeros((len(index), 1), np.float32) if rows is None else rows.reshape(len(index), -1)
@@ -495,4 +495,4 @@ Sources: TypeAlias = "Mapping[tuple[int, str], int]"
 """For a unit and a kind of part: the unit whose state another order would put there."""
 
 Loss: TypeAlias = "tuple[float, float]"
-"""What a unit loses, in nats: by the signals that are sure (balance, master copies), and by all of them."""
+"""The loss of a unit, in nats: by the signals that are sure (balance, master copies), and by all of them."""

@@ -135,7 +135,9 @@ def _named(
     state, weights = checkpoint.state, checkpoint.weights
     if isinstance(state, OptimizerState):
         if names is not None or rule is not None:
-            raise OptionError(f"{path}: its parameters have names; --names and --rule (names=, rule=) do not apply")
+            raise OptionError(
+                f"{path}: its parameters have names", remedy=Remedy("leave {names} and {rule} out", BY_POSITION)
+            )
         return Named(state, weights)
     decided = partial(_decided, head_dim=head_size(config_of(checkpoint, CONFIG) or {}), rule=rule, weigh=weigh)
     if live is not None:
@@ -318,6 +320,9 @@ def _nothing_known(path: Path, state: PositionalState) -> str:
     )
 
 
+BY_POSITION: Final = {"names": ..., "rule": ...}
+"""The arguments that name positional state."""
+
 NAME_IT: Final = Remedy(
     "pass {names} with a file of names in optimizer order, the adapter file, or a folder with config.json and "
     "adapter_config.json",
@@ -340,9 +345,9 @@ def _nearest(fitting: Mapping[tuple[str, ...], Sequence[Named]], optimizer: str,
     lines = [f"\n  {_place(same[0])}: '{names[0]}', ..." for names, same in fitting.items()]
     raise AmbiguousOrderError(
         f"{path}: {len(fitting)} models fit the {len(every[0].state)} parameters of the optimizer"
-        f"{f' {optimizer!r}' if optimizer else ''}, and give them different names:{''.join(lines)}\n"
-        "hint: pass the names of the right one in optimizer order (--names)",
+        f"{f' {optimizer!r}' if optimizer else ''}, and give them different names:{''.join(lines)}",
         tuple(places),
+        remedy=Remedy("pass the names of the right one in optimizer order as {names}", {"names": ...}),
     )
 
 

@@ -77,7 +77,7 @@ class Table:
         self.noise = self._noise()
 
     def _moves(self) -> Iterator[tuple[tuple[str, ...], list[int], bool]]:
-        """Return what can be exchanged for what: whole units, and single parts of units that have several."""
+        """Return the possible exchanges: of whole units, and of single parts of units that have several."""
         for shapes, members in self.classes.items():
             yield tuple(kind for kind, _ in shapes), members, True
         for (kind, _), members in self.members.items():
@@ -144,7 +144,7 @@ class Table:
         return result
 
     def nats(self, moved: tuple[str, ...], members: Sequence[int]) -> Array:
-        """Return what each unit of ``members`` has for the moved parts of each other one: by sure signals, by all."""
+        """Return the nats of each unit of ``members`` for the moved parts of each other: by sure signals, by all."""
         import numpy as np
 
         total = np.zeros((2, len(members), len(members)), np.float32)
@@ -154,7 +154,7 @@ class Table:
         return total
 
     def exchanges(self) -> Iterator[tuple[str | None, dict[tuple[int, int], Loss]]]:
-        """Return what each exchange would lose, by the two units: whole (``None``), or one kind of part alone."""
+        """Return the losses of each exchange, by the two units: whole (``None``), or one kind of part alone."""
         for moved, members, whole in self._moves():
             nats = self.nats(moved, members)
             own = nats.diagonal(axis1=1, axis2=2)
@@ -169,7 +169,7 @@ class Table:
             yield None if whole else moved[0], found
 
     def support(self) -> list[Loss]:
-        """Return what each unit would lose, on average, with the state of another one of its shapes."""
+        """Return the loss of each unit with the state of another one of its shapes, on average."""
         result: list[Loss] = []
         for moved, members, whole in self._moves():
             if whole:
@@ -188,14 +188,14 @@ class Table:
         return [*result, *zip(losses, losses, strict=True)]
 
     def losses(self, sources: Sources) -> list[Loss]:
-        """Return what each unit that gets another state would lose."""
+        """Return the loss of each unit that gets another state."""
         moved = {n for (n, _), source in sources.items() if source != n and self.units[n].speaks}
         pairs = [(self._value(number, {}), self._value(number, sources)) for number in sorted(moved)]
         layers = self._layer_losses(sources)
         return [*((own[0] - other[0], own[1] - other[1]) for own, other in pairs), *zip(layers, layers, strict=True)]
 
     def _layer_losses(self, sources: Sources) -> list[float]:
-        """Return what each balance of a layer loses that some of the units share."""
+        """Return the loss of each balance of a layer in which some of the units share."""
         touched = {number for (unit, _), source in sources.items() if unit != source for number in self.balanced[unit]}
         pairs = [(self._balance(number, {}), self._balance(number, sources)) for number in sorted(touched)]
         return [self._layer_nats(own) - self._layer_nats(other) for own, other in pairs]
@@ -276,7 +276,7 @@ def _unit_length(values: NDArray[np.floating[Any]]) -> Array:
 
 
 def _centred(values: Array) -> Array:
-    """Return each entry as one vector of mean 0 and length 1; what is constant becomes zero."""
+    """Return each entry as one vector of mean 0 and length 1; a constant one becomes zero."""
     flat = values.reshape(len(values), -1)
     return _unit_length(flat - flat.mean(axis=1, keepdims=True))
 

@@ -1,4 +1,4 @@
-"""Would a state bind to a model? Answered from the model's configs, with nothing loaded."""
+"""Tell from a model's configs whether a state would bind to it; nothing is loaded."""
 
 from __future__ import annotations
 
@@ -34,7 +34,8 @@ def check(
 ) -> LoadPlan:
     """Return the plan of loading a checkpoint into an optimizer over the trainable parameters of a model.
 
-    What configs do not say is not compared: the parameters' dtypes, and the groups and options of an optimizer.
+    Configs do not say everything; these are not compared: the parameters' dtypes, and the groups and options of an
+    optimizer.
 
     Args:
         path: The checkpoint.
@@ -85,6 +86,6 @@ def _live(described: Sequence[Described], state: OptimizerState) -> LiveOptimize
     for known in described:
         own = known.parameter
         dtype = (state[own.name].dtype if own.name in state else None) or own.dtype or "F32"
-        parameters[own.name] = LiveParameter(own.name, own.shape, dtype, known.trainable, own.tied)
+        parameters[own.name] = LiveParameter(own.name, own.shape, dtype, known.trainable, own.tied, layer=known.layer)
     trainable = tuple(name for name, parameter in parameters.items() if parameter.requires_grad)
     return LiveOptimizer((Optimizer(),), (LiveGroup(0, (), trainable),), parameters)

@@ -1,7 +1,7 @@
 """Housekeeping: a state in, a changed state out. Nothing is read and nothing is written; ``writing.write`` does that.
 
-Each function says how much it changed, and changing nothing is an ``OptionError``: a pattern with a slip of the pen
-must not look like a job done.
+Each function says how much it changed, and changing nothing is an ``OptionError``: a mistyped pattern must not look
+like a success.
 """
 
 from __future__ import annotations
@@ -131,7 +131,7 @@ def prune(state: OptimizerState, match: str | None = None, *, carried: bool = Fa
 
 
 def _like(key: str, old: Value, new: Value) -> Value:
-    """Return the new value in the type of the old one, as far as numbers go; ``None`` goes with everything."""
+    """Return the new value in the type of the old one, where both are numbers; ``None`` fits any type."""
     if isinstance(old, Scalar) and isinstance(new, (int, float)):
         with contextlib.suppress(TypeError):
             return Scalar.of(old.dtype, new)

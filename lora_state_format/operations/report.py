@@ -298,7 +298,11 @@ def _slot_table(found: Sequence[Entry], statistics: Statistics | None) -> Table:
 
 
 def parameter_rows(
-    state: OptimizerState | PositionalState, statistics: Statistics | None = None, sort: str = "order"
+    state: OptimizerState | PositionalState,
+    statistics: Statistics | None = None,
+    sort: str = "order",
+    *,
+    short: bool = False,
 ) -> Table:
     """Return one row for each parameter.
 
@@ -306,6 +310,7 @@ def parameter_rows(
         state: The state.
         statistics: What ``measure`` found; with it the RMS of each first and second moment's update is a column.
         sort: ``order``, ``name``, ``size``, ``step`` or ``update``; the largest size, step or update comes first.
+        short: Whether what all names begin and end with is said once, in the title.
     """
     rows: list[tuple[Entry, float]] = []
     for place, entry in enumerate(entries(state)):
@@ -319,6 +324,7 @@ def parameter_rows(
     }
     if sort in keys:
         rows.sort(key=keys[sort])
+    start, end = _shared([entry.label for entry, _ in rows]) if short else ("", "")
     columns = ("group", "step", "bytes", *(("update",) if statistics else ()), "shape", "name")
     lines = tuple(
         (
@@ -327,11 +333,12 @@ def parameter_rows(
             f"{entry.size:,}",
             *((f"{size:.3g}",) if statistics else ()),
             "" if entry.shape is None else str(list(entry.shape)),
-            entry.label,
+            entry.label[len(start) : len(entry.label) - len(end)],
         )
         for entry, size in rows
     )
-    return Table(f"parameters ({len(rows):,})", columns, lines, frozenset(range(len(columns) - 2)))
+    title = f"parameters ({len(rows):,})" + (f": {start}NAME{end}" if start or end else "")
+    return Table(title, columns, lines, frozenset(range(len(columns) - 2)))
 
 
 def tree(state: OptimizerState | PositionalState) -> Iterator[str]:

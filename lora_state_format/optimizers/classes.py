@@ -1,8 +1,8 @@
-"""What is known of optimizer classes, as data.
+"""Optimizer classes, as data.
 
 Each row of ``CLASSES`` was found by running the class: which slots its step cannot do without, which others it may
-have, which of them it takes only in the parameter's own dtype, how it counts steps. A class that is not here is taken
-as it comes. Of two classes of the same ``rule`` one goes on with the state of the other, once it is laid out anew.
+have, which of them it takes only in the parameter's own dtype, how it counts steps. Of a class that is not
+here nothing is demanded. Of two classes of the same ``rule`` one goes on with the state of the other, once it is laid out anew.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class Decay(str, Enum):
 
 @dataclass(frozen=True, slots=True)
 class Known:
-    """What the step of an optimizer class asks of a parameter's state.
+    """The demands of an optimizer class's step on a parameter's state.
 
     ``needs`` are the slots without which it raises, ``optional`` those that it needs if a group option (the value) is
     on, ``keeps`` others that it makes or reads. ``same_dtype`` are slots that it takes in the parameter's dtype only
@@ -134,7 +134,7 @@ CLASSES: Final[Mapping[str, Known]] = {
         for kind in ("Adam8bit", "Adam4bit", "AdamFp8")
     },
 }
-"""Class path -> what its step asks for. Measured on torch 2.13, transformers 5.23, bitsandbytes 0.50 and torchao 0.18.
+"""Class path -> demands of its step. Measured on torch 2.13, transformers 5.23, bitsandbytes 0.50 and torchao 0.18.
 
 Those of apex and DeepSpeed, and transformers' AdamW, which left it in 5.0, are as their sources say: they do not run
 here. bitsandbytes' Adam decays as its AdamW does, decoupled: both run one kernel.

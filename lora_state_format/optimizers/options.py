@@ -1,4 +1,4 @@
-"""Group options by kind: what each is for, as data."""
+"""Group options by kind, as data."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ __all__ = ["OPTIONS", "Kind", "kind_of"]
 
 
 class Kind(str, Enum):
-    """What a group option is for; it decides whether a file or the live optimizer has the say."""
+    """The purpose of a group option; it decides whether the file's value or the live one is used."""
 
     MATH = "math"
     """Changes what a step computes: as saved. Options that are not listed are of this kind."""

@@ -1,10 +1,10 @@
 """Moments kept as codes of blocks: bitsandbytes' 8-bit state, and torchao's 8-bit, 4-bit and fp8 tensors.
 
-Both are kept as they are; ``dequantize`` makes float32 moments of them, which an ordinary Adam can go on with. A value
-is ``map[code] * scale[block]``, as in bitsandbytes' ``functional.py`` (``dequantize_blockwise``) and torchao's
-``optim/quant_utils.py``: exactly what the optimizer itself computes with. What quantising lost is lost.
+Both are kept as they are; ``dequantize`` makes float32 moments of them, with which an ordinary Adam can continue. A
+value is ``map[code] * scale[block]``, as in bitsandbytes' ``functional.py`` (``dequantize_blockwise``) and torchao's
+``optim/quant_utils.py``: exactly the value that the optimizer itself computes with.
 
-torchao's moments are tensors of a class of their own. In a slot tree one stands as a mapping: ``torchao`` (the class),
+torchao's moments are tensors of a class of their own. In a slot tree it is a mapping: ``torchao`` (the class),
 ``dtype`` and ``shape`` of the moment, its ``codes`` and ``scale``, and what else its class keeps.
 """
 
@@ -28,15 +28,15 @@ TORCHAO: Final = "torchao"
 """The key by which a mapping is known to be a tensor of torchao's."""
 
 BITSANDBYTES: Final = "__bnb_optimizer_quant_state__"
-"""Where bitsandbytes keeps a parameter's state since 0.49.2; before, it stood in the slots themselves."""
+"""Where bitsandbytes keeps a parameter's state since 0.49.2; before, in the slots themselves."""
 
 _FIRST_ONLY: Final = {"Lion": "exp_avg", "SGD": "momentum_buffer", "LARS": "momentum_buffer", "RMSprop": "square_avg"}
-"""What ``state1`` is where there is no ``state2``, by what the class is called."""
+"""Class name -> the meaning of ``state1`` where there is no ``state2``."""
 
 
 @dataclass(frozen=True)
 class Dequantized:
-    """The state in float32, how many moments were decoded, and how far from the truth a value may be.
+    """The state in float32, how many moments were decoded, and the largest error of a value.
 
     ``bound`` is in parts of the largest value of a value's block: half the widest gap between neighbouring codes.
     """
@@ -173,7 +173,10 @@ def _decoded(
 
 
 def bound_of(table: np.ndarray[Any, Any]) -> float:
-    """Return how far a coded value may be from the truth, in parts of the largest of its block: half the widest gap between codes, the ends of the range included, in parts of the largest value."""
+    """Return how far a coded value may be from the truth, in parts of the largest of its block.
+
+    That is half the widest gap between codes, the ends of the range included.
+    """
     import numpy as np
 
     values = np.sort(table[np.isfinite(table)].astype(np.float64))

@@ -15,6 +15,7 @@ from lora_state_format.binding.plan import LoadPlan
 from lora_state_format.binding.resizing import RESIZABLE, Resize
 from lora_state_format.errors import BindError
 from lora_state_format.io.ledger import Ledger
+from lora_state_format.model import notebook
 from lora_state_format.model.sources import File
 from lora_state_format.model.states import Parameter, Role, Scalar, Slot, Value
 from lora_state_format.optimizers.classes import Known, known
@@ -66,6 +67,9 @@ class LoadReport:
     options: tuple[Mapping[str, Value], ...]
     replaced: tuple[str, ...]
     notes: tuple[str, ...]
+
+    def _repr_html_(self) -> str:
+        return notebook.lines(self)
 
     def __str__(self) -> str:
         return "\n".join([self.line(), *self.replaced, *self.notes])

@@ -174,7 +174,7 @@ def test_the_adapter_beside_it_says_the_names(tmp_path: Path) -> None:
     written(tmp_path / "0000100_adapter.safetensors", {"other": MOMENT})
     with pytest.raises(FileError) as caught:
         read(path, **CORRECTED)
-    assert str(caught.value) == f"{path}: 'w.m' is state of 'w', which the adapter beside it does not have"
+    assert str(caught.value) == f"{path}: 'w.m' is state of 'w', which the adapter next to it does not have"
     written(tmp_path / "0000100_adapter.safetensors", {"w": MOMENT.T.copy()})
     with pytest.raises(FileError) as caught:
         read(path, **CORRECTED)
@@ -245,7 +245,7 @@ def test_what_mlx_has_no_place_for(tmp_path: Path) -> None:
             state(Group(0, (("lr", 0.1),), 1)),
             {"map": "mlx_lm"},
             ConversionError,
-            "'p0' of shape [2] has no rule in map 'mlx_lm' to go back by",
+            "'p0' of shape [2] has no rule in map 'mlx_lm' for the way back",
         ),
         (
             state(Group(0, (("lr", 0.1), ("maximize", True)), 1)),

@@ -16,6 +16,7 @@ from torch import nn
 
 import lora_state_format as lsf
 from lora_state_format.errors import AmbiguousOrderError, ConversionError, MissingNamesError
+from lora_state_format.naming.sources import NAME_IT
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),
@@ -215,7 +216,7 @@ def test_two_models_that_fit_one_optimizer(tmp_path: Path) -> None:
         f"{tmp_path / 'x.pt'}: 2 models fit the 2 parameters of the optimizer, and give them different names:\n"
         "  teacher: 't.weight', ...\n"
         "  student: '0.weight', ...\n"
-        "hint: pass the names of the right one in optimizer order (--names)"
+        "hint: pass the names of the right one in optimizer order as names="
     )
     holds(tmp_path / "x.pt", {"": (student, optimizer)}, names=["0.weight", "0.bias"])
 
@@ -310,10 +311,13 @@ def test_nothing_left_but_what_was_skipped(tmp_path: Path) -> None:
     (tmp_path / "adapter_model.safetensors").write_text(POINTER)
     with pytest.raises(MissingNamesError) as caught:
         lsf.read(tmp_path)
+    assert NAME_IT.in_python() == (
+        "pass names= with a file of names in optimizer order, the adapter file, or a folder with config.json and "
+        "adapter_config.json"
+    )
     assert str(caught.value).splitlines()[1:] == [
         f"  {tmp_path / 'adapter_model.safetensors'}: {LFS}; it was skipped",
-        "hint: pass names= with a file of names in optimizer order, the adapter file, or a folder with config.json and "
-        "adapter_config.json",
+        "hint: " + NAME_IT.in_python(),
     ]
     save_file({"a": torch.ones(4, 3), "b": torch.ones(4)}, tmp_path / "adapter_model.safetensors")
     with pytest.raises(MissingNamesError):
