@@ -14,7 +14,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, cast
 
 from lora_state_format.errors import FileError, RefusedError
 from lora_state_format.foreign import deepspeed, pickles
@@ -108,7 +108,7 @@ def _optimizer(model: Mapping[str, Any], path: Path) -> Mapping[str, Any]:
             f"holds {what}, where 'state' and 'param_groups' are expected: save with ZeRO stage 1, which is read",
             path=path,
         )
-    return tree  # type: ignore[no-any-return]
+    return cast("Mapping[str, Any]", tree)
 
 
 def _stages(

@@ -57,6 +57,7 @@ def test_names_of_the_torch_side() -> None:
         "capture",
         "follow_names",
         "load_optimizer",
+        "load_scheduler",
         "plan",
         "resize_adapter",
         "save_optimizer",

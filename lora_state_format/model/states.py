@@ -292,7 +292,7 @@ class OptimizerState(Mapping[str, Parameter]):
         """Return what a notebook shows: the head, and the first parameters with their slots."""
         shown = self.parameters[:SHOWN_IN_A_NOTEBOOK]
         rows = [
-            (p.name, list(p.shape), "never stepped" if p.state is None else ", ".join(p.state) or "no slots")
+            (p.name, str(list(p.shape)), "never stepped" if p.state is None else ", ".join(p.state) or "no slots")
             for p in shown
         ]
         if len(self) > len(shown):

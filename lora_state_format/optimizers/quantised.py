@@ -173,7 +173,10 @@ def _decoded(
 
 
 def bound_of(table: np.ndarray[Any, Any]) -> float:
-    """Return how far a coded value may be from the truth, in parts of the largest of its block: half the widest gap between codes, the ends of the range included, in parts of the largest value."""
+    """Return how far a coded value may be from the truth, in parts of the largest of its block.
+
+    That is half the widest gap between codes, the ends of the range included.
+    """
     import numpy as np
 
     values = np.sort(table[np.isfinite(table)].astype(np.float64))

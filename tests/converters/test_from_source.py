@@ -51,8 +51,9 @@ def test_accelerates_files_with_another_scripts_mark(tmp_path: Path, name: str, 
     else:
         save_file(tensors, folder / marker)
     assert name == registry.detect(folder)[0].NAME
-    with read(folder, names=keys) as state:
-        assert_holds(state, dict(zip(keys, (optimizer.state[p] for p in parameters), strict=True)))
+    names = keys if name == "kohya" else [key.replace(".weight", ".default.weight") for key in keys]
+    with read(folder, names=keys) as state:  # keys of PEFT's form stand for the parameters of its adapter
+        assert_holds(state, dict(zip(names, (optimizer.state[p] for p in parameters), strict=True)))
         assert state.global_step == 3
         assert state.origin.get("support") == ("from source only" if name == "kohya" else None)
 
@@ -104,7 +105,7 @@ def test_nanotron(tmp_path: Path, data_ranks: int, assert_holds: Any, capsys: py
     assert registry.detect(tmp_path)[0].NAME == "nanotron"
     said = "support of this format is from source only: it was never tried on a file of a real run"
     assert run(["inspect", str(tmp_path)]) == 0
-    assert said in capsys.readouterr().out.splitlines()
+    assert said in " ".join(capsys.readouterr().out.split())
     report = convert(tmp_path, tmp_path / "optimizer.safetensors")
     assert report.notes == (said,)
     assert report.naming.source == "checkpoint"

@@ -17,7 +17,7 @@ from lora_state_format.format.reading import open_state
 from lora_state_format.format.writing import write
 from lora_state_format.model.states import Naming, OptimizerState, Parameter, PositionalState, Role
 from lora_state_format.operations.conversion import convert
-from lora_state_format.optimizers.quantised import bound_of, _e4m3, dequantize
+from lora_state_format.optimizers.quantised import _e4m3, bound_of, dequantize
 
 pytestmark = [pytest.mark.frameworks, pytest.mark.filterwarnings("ignore")]
 
