@@ -66,7 +66,7 @@ def _folder(path: Path) -> Path | None:
 
 
 def read(match: Match, options: Mapping[str, Any]) -> Checkpoint:
-    files = Files()
+    files = Files(match.path)
     try:
         return _read(match.path, files, bool(options.get("masters")))
     except BaseException:

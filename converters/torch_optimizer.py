@@ -14,6 +14,7 @@ from typing import Any, Final
 from lora_state_format.errors import FileError, OptionError, UnrepresentableError
 from lora_state_format.foreign import pickles
 from lora_state_format.foreign.deepspeed import check_whole
+from lora_state_format.foreign.elsewhere import is_trainer
 from lora_state_format.foreign.state_dict import Found, find, from_state_dict, to_state_dict
 from lora_state_format.foreign.torch_save import save
 from lora_state_format.foreign.weights import in_tree, next_to
@@ -110,9 +111,15 @@ def _members(file: Source, path: Path) -> dict[str, Member]:
 
 
 def _tree(file: Source, path: Path) -> Any:
-    members = _members(file, path)
+    members = {} if is_trainer(file) else _members(file, path)
     if members:
         return {name: pickles.load(member, f"{path}:{name}").value for name, member in members.items()}
+    if is_trainer(file):
+        raise FileError(
+            "it only says that the optimizer was saved as training_state/optimizer.safetensors next to it, which is not "
+            "there",
+            path=path,
+        )
     tree = pickles.load(file, path).value
     if isinstance(tree, dict) and "ds_version" in tree:
         raise FileError("one rank's part of a DeepSpeed checkpoint: convert the folder that holds it", path=path)

@@ -198,8 +198,12 @@ def _splits(
     saved: Sequence[Options], live: LiveOptimizer, sources: Sequence[Sequence[int]], given: Mapping[str, Any]
 ) -> Iterator[Problem]:
     """Yield a problem where live groups that differ on purpose would become alike because one saved group feeds them."""
-    for source, options in enumerate(saved):
-        fed = [number for number, feeding in enumerate(sources) if source in feeding]
+    fed_by: dict[int, list[int]] = {}
+    for number, feeding in enumerate(sources):
+        for source in feeding:
+            fed_by.setdefault(source, []).append(number)
+    for source, fed in sorted(fed_by.items()):
+        options = saved[source]
         for key, value in options.items():
             values = {number: live.options[number][key] for number in fed if key in live.options[number]}
             decided = key in given or _is_current(_policy(key, given)) or kind_of(key, options) not in _HYPERPARAMETERS

@@ -12,6 +12,7 @@ from typing import Any, Final, TypeVar
 import torch
 
 from lora_state_format.errors import OptionError
+from lora_state_format.foreign.elsewhere import TRAINER
 from lora_state_format.format.envelope import is_state
 from lora_state_format.integrations import STATE
 from lora_state_format.torch import load_optimizer, load_scheduler, save_optimizer
@@ -30,16 +31,6 @@ METHODS: Final[Mapping[str, list[str]]] = {SAVE: ["output_dir"], LOAD: ["checkpo
 
 SCHEDULER: Final = "scheduler.pt"
 LEGACY: Final = "optimizer.pt"
-
-ELSEWHERE: Final = (
-    b"c this checkpoint keeps its optimizer in training_state/optimizer\n"
-    b"safetensors: resume it with lora_state_format.integrations.transformers.with_named_state(trainer)\n."
-)
-"""What ``drop_legacy`` leaves in place of ``optimizer.pt``: a pickle of nothing but a name.
-
-A plain Trainer would start cold without a word if there were no such file. torch refuses this one, and its error shows
-the name, which says where the optimizer is.
-"""
 
 
 def with_named_state(trainer: T, *, drop_legacy: bool = False, weights: bool = True, **policies: Any) -> T:
@@ -70,7 +61,7 @@ def with_named_state(trainer: T, *, drop_legacy: bool = False, weights: bool = T
             save(output_dir)
         elif owner.args.should_save:
             torch.save(owner.lr_scheduler.state_dict(), Path(output_dir, SCHEDULER))
-            Path(output_dir, LEGACY).write_bytes(ELSEWHERE)
+            Path(output_dir, LEGACY).write_bytes(TRAINER)
 
     def named_load(checkpoint: str | None) -> None:
         if checkpoint is None:

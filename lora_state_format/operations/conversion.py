@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
 from lora_state_format import registry
-from lora_state_format.errors import ConversionError, MissingNamesError, OptionError, Remedy
+from lora_state_format.errors import ConversionError, MissingDependencyError, MissingNamesError, OptionError, Remedy
 from lora_state_format.format import envelope, writing
 from lora_state_format.io.atomic import made_folders, refuse_existing
+from lora_state_format.mapping.algorithms import find
 from lora_state_format.model import digests, notebook
 from lora_state_format.model.digests import ALGORITHM
 from lora_state_format.model.states import Checkpoint, Naming, OptimizerState, PositionalState, Slot, walk
@@ -242,6 +243,8 @@ def convert(
     converter, match = registry.find(source, source_format)
     options = options or {}
     registry.check_options(options, converter, writer)
+    if optimizer is not None and "optimizer" in registry.options(writer):
+        find(optimizer)
     if base is not None and not Path(base).exists():
         raise FileNotFoundError(f"{base}: no such file or folder to take the rest from")
     reading = _Reading(source_format, names, rule, optimizer, options, trainable)
@@ -322,8 +325,12 @@ def _checkpoint(converter: Converter, match: Match, path: Path, reading: _Readin
 
 def rebuild(folder: Path, adapter: Path | None = None) -> Sequence[Described]:
     """Return the parameters of the model that the configs in a folder describe."""
-    from lora_state_format.torch.rebuild import rebuild
-
+    try:
+        from lora_state_format.torch.rebuild import rebuild
+    except ImportError as error:
+        raise MissingDependencyError(
+            f"names from configs need '{error.name}': pip install torch transformers peft"
+        ) from error
     return rebuild(folder, adapter)
 
 

@@ -45,6 +45,7 @@ from lora_state_format.torch.layers import layer_of
 from lora_state_format.torch.nested import beside, inner, outside, stepping, wrapped
 from lora_state_format.torch.objects import unpacked
 from lora_state_format.torch.tensors import dtype_name, from_torch, is_sharded, refusal, to_host
+from lora_state_format.torch.versions import Versions
 
 __all__ = [
     "Models",
@@ -341,7 +342,7 @@ def capture(
     and stays as it is. ``weights`` adds a digest of each parameter's own bytes, by which a load can tell whether state
     and weights belong together. ``extra`` are values of your own without tensors (a scheduler's ``state_dict()``, say).
 
-    Raises ``CaptureError`` if the optimizer holds parameters that the model does not have, and
+    Raises ``CaptureError`` if the optimizer holds parameters that the model does not have, or takes a step meanwhile, and
     ``UnrepresentableError`` for a value that no file can hold, naming the parameter and the slot.
     """
     named = named_tensors(model)
@@ -367,6 +368,7 @@ def capture_parts(
     A parameter of which this rank has no elements has no state here.
     """
     optimizers = optimizers_of(optimizer)
+    versions = Versions(optimizers)
     reader = Reader(cast("Leaf", partial(as_leaf, copy=copy)))
     groups: list[Group] = []
     parameters: dict[str, Parameter] = {}
@@ -384,6 +386,8 @@ def capture_parts(
         own = parameters.setdefault(carried.name, carried)
         if own.state is None:  # its parameter came back, and has not taken a step since
             parameters[carried.name] = replace(own, state=carried.state)
+    if copy:
+        versions.check_unchanged()
     return OptimizerState(
         optimizers=tuple(Optimizer(class_path(type(found))) for found in optimizers),
         groups=tuple(groups),
@@ -398,6 +402,7 @@ def capture_parts(
         },
         extra=_extra(reader, extra or {}),
         global_step=global_step,
+        resources=() if copy else (versions,),
     )
 
 

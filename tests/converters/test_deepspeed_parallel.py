@@ -221,6 +221,6 @@ def test_addresses_that_overlap_or_are_exchanged(folder: Path) -> None:
         assert state.origin["layout"] == (
             "param_shapes, as the masters prove: param_slice_mappings are those of another order"
         )
-        held = torch.load(folder.parent.with_name("pipeline1.1.pt"))
+        held = torch.load(folder.parent.with_name("pipeline1.2.pt"))
         for name in ("2.bias", "2.weight"):
             assert torch.equal(state[name]["exp_avg"].torch(), held[name]["exp_avg"])
