@@ -121,10 +121,13 @@ def _parts(path: Path, files: Files) -> list[tuple[str, tuple[int, ...], Tensor]
     sharding = loads(text, path=path) if text is not None else {}
     found = []
     for key, tensor in header.tensors.items():
-        stated = sharding.get(key, {}) if isinstance(sharding, dict) else {}
+        stated = sharding.get(key, {}) if isinstance(sharding, dict) else None
         start = stated.get("saved_offsets", [0] * len(tensor.shape)) if isinstance(stated, dict) else None
-        plain = isinstance(start, list) and len(start) == len(tensor.shape)
-        if not plain or not all(type(n) is int and n >= 0 for n in start):
+        if (
+            not isinstance(start, list)
+            or [type(n) for n in start] != [int] * len(tensor.shape)
+            or min(start, default=0) < 0
+        ):
             raise FileError(f"{_SHARDING} says no place for '{key}'", path=path)
         pieces = tuple(Piece(files[path], piece.offset, piece.where) for piece in tensor.pieces)
         found.append((key, tuple(start), Tensor(tensor.dtype, tensor.shape, pieces)))

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed.checkpoint
+from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 
 from lora_state_format import registry
 from lora_state_format.converters import dcp
@@ -110,7 +110,7 @@ def test_megatron_fsdp_states_options_by_name(tmp_path: Path) -> None:
     }
     metas = {n: {"lr": 1e-3, "betas": (0.9, 0.95), "wd_mult": float("weight" in n)} for n in names}
     tree = {"optimizer": {"state": state, "param_to_group_meta": metas}}
-    torch.distributed.checkpoint.save(tree, checkpoint_id=tmp_path / "folder", no_dist=True)
+    dcp_save(tree, checkpoint_id=tmp_path / "folder", no_dist=True)
     assert registry.detect(tmp_path / "folder")[0].NAME == "dcp"
     with read(tmp_path / "folder") as read_back:
         for name in names:
