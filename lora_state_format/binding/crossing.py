@@ -152,10 +152,8 @@ def _unnested(slots: Mapping[str, Value]) -> Iterable[str]:
 def _lineage(state: OptimizerState, source: int | None) -> tuple[str, ...]:
     """Return the class of an optimizer of the file, and its ancestors if the file states them."""
     paths = {optimizer.class_path for optimizer in state.optimizers}
-    if source is None:
-        path = paths.pop() if len(paths) == 1 else None
-    else:
-        path = state.optimizers[source].class_path
+    shared = paths.pop() if len(paths) == 1 else None
+    path = shared if source is None else state.optimizers[source].class_path
     stated = state.origin.get(CLASSES_OF)
     if path is None:
         return ()

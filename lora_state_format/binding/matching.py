@@ -71,8 +71,8 @@ def match(state: OptimizerState, live: LiveOptimizer, rule: Renaming | None) -> 
         wanted |= dict(zip(absent, stripped, strict=True))
         if DATA_PARALLEL in segments:
             notes.append(
-                f"the names of {len(absent)} saved parameters begin with '{DATA_PARALLEL}.', as DistributedDataParallel "
-                "puts it there; they are matched without it"
+                f"the names of {len(absent)} saved parameters begin with '{DATA_PARALLEL}.', as "
+                "DistributedDataParallel puts it there; they are matched without it"
             )
     adapted, note = _other_adapter(state, live, wanted) if absent else ({}, ())
     wanted |= adapted
@@ -239,8 +239,8 @@ def suggestion(left: Sequence[Parameter], live: LiveOptimizer, matching: Matchin
     """Return the ``rename=`` that would put every saved parameter that found no place on a live one of its shape.
 
     One run of segments is replaced by another: the first parameter's possible partners propose it, all must fit, and no
-    name that has found its own may change. Where others have found their own, segments may only come or go, as where one
-    module was wrapped: another module in the place of one is another module.
+    name that has found its own may change. Where others have found their own, segments may only come or go, as where
+    one module was wrapped: another module in the place of one is another module.
     """
     for pairs in _KNOWN:
         if left and _all_fit(pairs, left, live, matching):

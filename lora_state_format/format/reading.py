@@ -26,8 +26,8 @@ from lora_state_format.format.envelope import (
     set_id,
     stated_digest,
 )
-from lora_state_format.format.stowing import unstowed
 from lora_state_format.format.manifest import NESTED, ShardOf, check_names, decode, decode_digests, encode
+from lora_state_format.format.stowing import unstowed
 from lora_state_format.io.safetensors import Header, parse_header, raw_header
 from lora_state_format.io.strict_json import dumps
 from lora_state_format.model.digests import ALGORITHM, hash_tensor

@@ -28,8 +28,8 @@ from lora_state_format.format.envelope import (
     set_id,
     stated_digest,
 )
-from lora_state_format.format.stowing import stowed
 from lora_state_format.format.manifest import FORMAT, Manifest, ShardOf, check_names, encode
+from lora_state_format.format.stowing import stowed
 from lora_state_format.io import plain
 from lora_state_format.io.atomic import TemporaryFile, check_target, locked, sync_folder
 from lora_state_format.io.ledger import Ledger

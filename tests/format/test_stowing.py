@@ -80,7 +80,9 @@ def test_an_extension_that_fits_nothing_is_left_out(tmp_path: Path) -> None:
     with open_state(tmp_path / "o.safetensors") as state:
         bare = replace(
             state,
-            parameters=tuple(replace(p, state={"Q": [replace(slot, order=None) for slot in p["Q"]]}) for p in state.parameters),
+            parameters=tuple(
+                replace(p, state={"Q": [replace(slot, order=None) for slot in p["Q"]]}) for p in state.parameters
+            ),
             globals={},
             extensions={"layouts": {"must_understand": False, "axes": axes}},
         )

@@ -37,7 +37,7 @@ def run(model: Any, layers: Callable[[Any], Any] = lambda model: model.layers) -
             parameter.grad = torch.zeros_like(parameter)
     optimizer.param_groups[0]["weight_decay"] = 0.0
     optimizer.step()
-    for number, (name, parameter) in enumerate(model.named_parameters()):
+    for number, parameter in enumerate(model.parameters()):
         optimizer.state[parameter]["exp_avg"].fill_(float(number))
     return optimizer
 
@@ -297,8 +297,10 @@ def test_a_base_that_is_trainable_by_mistake(adapted: Path) -> None:
     for parameter in model.parameters():
         parameter.requires_grad_(True)
     assert hints(model, torch.optim.AdamW(model.parameters()), adapted) == [
-        "the saved run trained an adapter, and 4 parameters of its base model are trainable here: call "
-        "requires_grad_(False) on them and build the optimizer from what is left"
+        (
+            "the saved run trained an adapter, and 4 parameters of its base model are trainable here: call "
+            "requires_grad_(False) on them and build the optimizer from what is left"
+        )
     ]
 
 
@@ -398,8 +400,10 @@ def test_a_leading_module_that_is_dropped_is_said(tmp_path: Path) -> None:
     save_optimizer(optimizer, old, tmp_path / "o.safetensors", weights=False)
     report = load_optimizer(torch.optim.AdamW(old["module"].parameters()), old["module"], tmp_path / "o.safetensors")
     assert report.notes == (
-        "the names of 2 saved parameters begin with 'module.', as DistributedDataParallel puts it there; they are "
-        "matched without it",
+        (
+            "the names of 2 saved parameters begin with 'module.', as DistributedDataParallel puts it there; they are "
+            "matched without it"
+        ),
     )
 
 
@@ -561,13 +565,13 @@ def test_what_belongs_to_no_parameter_goes_where_the_parameters_go(tmp_path: Pat
         load_optimizer(one, model, path)
     sgd = "torch.optim.sgd.SGD"
     stated = [
-        f"  optimizer {n} of the file, {sgd}, keeps k, which belongs to no parameter; its parameters are not those of one "
-        "live optimizer"
+        f"  optimizer {n} of the file, {sgd}, keeps k, which belongs to no parameter; its parameters are not those of "
+        "one live optimizer"
         for n in (0, 1)
     ]
     assert str(caught.value).splitlines()[1:] == [
         *stated,
-        "hint: build the optimizers over the parameters that the saved ones had, or pass missing='fresh' to go on without",
+        "hint: build the optimizers over the parameters that the saved ones had; missing='fresh' goes on without it",
     ]
     load_optimizer(one, model, path, missing="fresh")
     assert "k" not in one.state
