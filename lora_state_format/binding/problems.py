@@ -286,7 +286,7 @@ def dtypes(live: LiveOptimizer, bindings: Iterable[Binding], groups: Chosen, pol
 
 
 def orders(state: OptimizerState, live: LiveOptimizer, bindings: Sequence[Binding]) -> Iterator[Problem]:
-    """Yield a problem for optimizers whose one state belongs to the run of all their parameters, which is another now."""
+    """Yield a problem for optimizers whose one state belongs to the run of all their parameters, if that is another."""
     sources = {binding.name: binding.saved.name for binding in bindings if binding.saved}
     origins = source_of(state)
     for number, optimizer in enumerate(live.optimizers):

@@ -73,7 +73,8 @@ def test_a_resumed_run_is_the_uninterrupted_one(
         weights = fit(loop, trainer, whole[0] / "step=2.ckpt", order=order)
     assert same(weights, whole[1])
     assert [record.getMessage() for record in caplog.records if record.name == "lora_state_format"] == [
-        "restored 8/8 parameters, 2 slots each, step 2; weights match 8/8"
+        "restored 8/8 parameters, 2 slots each, step 2; weights match 8/8",
+        "lr 0.01 -> 0.007 from the file",
     ]
 
 

@@ -67,7 +67,7 @@ def test_a_dropped_layer_is_noticed_and_the_others_are_found(saved: tuple[Any, P
     for policies in ({}, {"unexpected": "ignore"}):
         with pytest.raises(BindError) as caught:
             load_optimizer(optimizer, shorter, path, **policies)  # type: ignore[arg-type]
-        assert "weights" in [problem.kind for problem in caught.value.plan.problems]  # type: ignore[union-attr]
+        assert "weights" in [problem.kind for problem in caught.value.plan.problems]
     assert str(caught.value) == (
         "optimizer state does not fit: 16 parameters saved, 12 in the optimizer\n"
         "  the weights say that these are other parameters (4):\n"
@@ -124,7 +124,7 @@ def test_a_legacy_file_is_held_against_the_weights_next_to_it(tmp_path: Path) ->
     other = torch.optim.AdamW(turned.parameters())
     with pytest.raises(BindError) as caught:
         load_optimizer(other, turned, tmp_path)
-    assert [problem.kind for problem in caught.value.plan.problems] == ["weights"]  # type: ignore[union-attr]
+    assert [problem.kind for problem in caught.value.plan.problems] == ["weights"]
     load_optimizer(other, turned, tmp_path, rename="weights")
     assert list(firsts(turned, other).values()) == [*range(12, 16), *range(8, 12), *range(4, 8), *range(4)]
 
@@ -547,7 +547,7 @@ def keyed(parameters: list[Any], value: float | None = None) -> Any:
         for parameter in parameters:
             parameter.grad = torch.ones_like(parameter)
         optimizer.step()
-        optimizer.state["k"] = torch.tensor([value])  # type: ignore[index, assignment]
+        optimizer.state["k"] = torch.tensor([value])  # type: ignore[index]
     return optimizer
 
 
