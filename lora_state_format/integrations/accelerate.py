@@ -39,8 +39,8 @@ def with_named_state(
     the weights with the state.
 
     ``load_state`` binds by name, with the ``policies`` of ``load_optimizer``, after it has loaded everything else. A
-    folder without named state is loaded as accelerate does it, with a warning. With ``options={"lr": "current"}`` the run
-    goes on with the rate and the schedulers that were prepared, from the step that it had reached.
+    folder without named state is loaded as accelerate does it, with a warning. With ``options={"lr": "current"}`` the
+    run goes on with the rate and the schedulers that were prepared, from the step that it had reached.
 
     FSDP2's sharded optimizers are saved and loaded by all processes together. Raises ``OptionError`` for an accelerator
     that shards in another way (DeepSpeed, Megatron-LM, FSDP1).

@@ -75,8 +75,8 @@ class NamedState(Callback):  # type: ignore[misc]
     def state_key(self) -> str:
         """What Lightning calls this callback where a run resumes without it."""
         return (
-            "lora_state_format.integrations.lightning.NamedState, which keeps the optimizers in NAME.training_state next "
-            "to NAME.ckpt"
+            "lora_state_format.integrations.lightning.NamedState, which keeps the optimizers in NAME.training_state "
+            "next to NAME.ckpt"
         )
 
     def state_dict(self) -> dict[str, Any]:

@@ -38,13 +38,14 @@ def with_named_state(trainer: T, *, drop_legacy: bool = False, weights: bool = T
 
     Each ``checkpoint-N`` gets ``training_state/optimizer.safetensors``, before older checkpoints are removed and before
     anything is pushed. ``drop_legacy`` keeps the state out of ``optimizer.pt``, so that it is stored once; such a
-    checkpoint can be resumed by a trainer that went through this function only, and a plain one stops and says so. ``weights`` keeps digests of the weights with it.
+    checkpoint can be resumed by a trainer that went through this function only, and a plain one stops and says so.
+    ``weights`` keeps digests of the weights with it.
 
     ``trainer.train(resume_from_checkpoint=...)`` binds by name, with the ``policies`` of ``load_optimizer``: after
     groups, target modules or the adapter's name have changed, too. A checkpoint without names is bound by order, with a
     warning. Where a plain Trainer starts cold without a word, since a file is missing, this raises. With
-    ``options={"lr": "current"}`` the run goes on with the rate and the schedule of its own arguments, from the step that
-    it had reached.
+    ``options={"lr": "current"}`` the run goes on with the rate and the schedule of its own arguments, from the step
+    that it had reached.
 
     Raises ``OptionError`` for a Trainer whose methods take other arguments than the ones that are known here, and for
     one whose optimizer is sharded (DeepSpeed, FSDP).

@@ -14,8 +14,6 @@ from typing import Any
 import pytest
 import torch
 
-pl = pytest.importorskip("lightning.pytorch")
-
 import lora_state_format as lsf
 from lora_state_format.errors import FileError, OptionError
 
@@ -75,7 +73,8 @@ def test_a_resumed_run_is_the_uninterrupted_one(
         weights = fit(loop, trainer, whole[0] / "step=2.ckpt", order=order)
     assert same(weights, whole[1])
     assert [record.getMessage() for record in caplog.records if record.name == "lora_state_format"] == [
-        "restored 8/8 parameters, 2 slots each, step 2; weights match 8/8"
+        "restored 8/8 parameters, 2 slots each, step 2; weights match 8/8",
+        "lr 0.01 -> 0.007 from the file",
     ]
 
 
@@ -124,7 +123,7 @@ def test_a_new_rate_goes_on_as_if_it_had_been_there_from_the_start(
     def rates(ckpt: Path | None = None, **policies: Any) -> list[float]:
         seen: list[float] = []
 
-        class Recorder(pl.Callback):  # type: ignore[misc]
+        class Recorder(loop["pl"].Callback):  # type: ignore[misc, name-defined]
             def on_before_optimizer_step(self, trainer: Any, module: Any, optimizer: Any) -> None:
                 seen.append(optimizer.param_groups[0]["lr"])
 
