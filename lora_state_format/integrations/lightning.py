@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import shutil
+import contextlib
 from pathlib import Path
 from typing import Any, Final
 
 from lora_state_format.errors import OptionError
 from lora_state_format.foreign.elsewhere import LIGHTNING, beside, is_lightning
 from lora_state_format.format.envelope import is_state
+from lora_state_format.format.rotation import remove_states
 from lora_state_format.torch import load_optimizer, load_scheduler, save_optimizer
 from lora_state_format.torch.schedules import rate_of
 
@@ -117,7 +118,11 @@ class _Beside(CheckpointIO):  # type: ignore[misc]
 
     def remove_checkpoint(self, path: Any) -> None:
         self.inner.remove_checkpoint(path)
-        shutil.rmtree(beside(path).parent, ignore_errors=True)
+        state = beside(path)
+        if state.parent.is_dir():
+            remove_states([state])
+            with contextlib.suppress(OSError):  # what is not ours stays, and so does its folder
+                state.parent.rmdir()
 
     def teardown(self) -> None:
         self.inner.teardown()

@@ -173,6 +173,13 @@ def test_a_checkpoint_that_is_removed_takes_its_state_along(loop: dict[str, Any]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step=6.ckpt", "step=6.training_state"]
 
 
+def test_what_lies_next_to_the_state_of_a_removed_checkpoint_stays(loop: dict[str, Any], tmp_path: Path) -> None:
+    (tmp_path / "step=2.training_state").mkdir()
+    (tmp_path / "step=2.training_state" / "notes.txt").write_text("precious")
+    fit(loop, loop["make"](tmp_path, loop["NamedState"]("model"), save_top_k=1))
+    assert [path.name for path in (tmp_path / "step=2.training_state").iterdir()] == ["notes.txt"]
+
+
 def test_weights_alone_have_no_state(loop: dict[str, Any], tmp_path: Path) -> None:
     fit(loop, loop["make"](tmp_path, loop["NamedState"]("model"), save_weights_only=True, save_top_k=1))
     assert [path.name for path in tmp_path.iterdir()] == ["step=6.ckpt"]
