@@ -26,6 +26,7 @@ from lora_state_format.naming.evidence import head_size
 from lora_state_format.naming.rules import Described
 from lora_state_format.naming.sources import ADAPTER_CONFIG, CONFIG, Named, Names, config_of, name_state, split_names
 from lora_state_format.operations.entries import tensors
+from lora_state_format.operations.look import Found
 from lora_state_format.operations.report import (
     NOTHING_HELD,
     SCHEMA_VERSION,
@@ -40,7 +41,7 @@ if TYPE_CHECKING:
     from lora_state_format.naming.evidence import Evidence, Pairing
     from lora_state_format.registry import Converter, Match, Writer
 
-__all__ = ["ConversionReport", "Found", "Names", "belongs", "convert", "look", "read", "read_either"]
+__all__ = ["ConversionReport", "Names", "belongs", "convert", "look_closer", "read", "read_either"]
 
 ASKED: Final = {"trainable": ..., "names": ...}
 
@@ -102,15 +103,6 @@ class ConversionReport:
 
 
 @dataclass(frozen=True)
-class Found:
-    """What a checkpoint holds: its state, named where that is cheap; its format; why it has no names, if so."""
-
-    state: OptimizerState | PositionalState
-    source_format: str
-    unnamed: str = ""
-
-
-@dataclass(frozen=True)
 class _Reading:
     """How to read a checkpoint: the arguments that ``read``, ``look`` and ``convert`` share."""
 
@@ -168,7 +160,7 @@ def read_either(path: str | os.PathLike[str], **reading: Any) -> OptimizerState:
         return read(path, **reading)
 
 
-def look(
+def look_closer(
     path: str | os.PathLike[str],
     *,
     source_format: str | None = None,
