@@ -212,6 +212,7 @@ def _shard(
         raise BindError(f"{where} cannot follow a sharded parameter: {what}")
     out = torch.empty_like(parameter, dtype=dtype, requires_grad=False)
     if part:
+        out = torch.empty(part.count, dtype=dtype, device=parameter.device)
         read_into(run_of(slot.tensor, part), out, where=where)
     else:
         from lora_state_format.torch.distributed import read_shard

@@ -40,6 +40,7 @@ from lora_state_format.naming.names import peft_key, split_adapter
 from lora_state_format.torch.fsdp1 import Part, parts_of
 from lora_state_format.torch.objects import outside, unpacked
 from lora_state_format.torch.tensors import dtype_name, from_torch, is_sharded, refusal, to_host
+from lora_state_format.torch.zero import parts_of_zero, view_of
 
 __all__ = [
     "CARRIED",
@@ -103,6 +104,11 @@ class Named:
         """Return the shape of the whole parameter."""
         return self.parts[name].shape if name in self.parts else tuple(self.tensors[name].shape)
 
+    def dtype(self, name: str) -> str:
+        """Return the dtype of what the optimizer steps, as safetensors spells it, or as torch does if that has none."""
+        part, own = self.parts.get(name), self.tensors[name].dtype
+        return (part.dtype if part else None) or dtype_name(own) or str(own)
+
 
 def named_tensors(model: Models) -> Named:
     """Return the parameters of a model, or of several, under their names. Raises ``CaptureError`` if two share one."""
@@ -124,7 +130,8 @@ def named_tensors(model: Models) -> Named:
         else:
             tied[first] = (*tied.get(first, ()), name)
     modules = model.values() if isinstance(model, Mapping) else [model]
-    parts = {names[key]: part for module in modules for key, part in parts_of(module).items() if key in names}
+    cut = (item for module in modules for found in (parts_of(module), parts_of_zero(module)) for item in found.items())
+    parts = {names[key]: part for key, part in cut if key in names}
     return Named(tensors, tied, names, owners, scaling, parts)
 
 
@@ -174,7 +181,7 @@ def _lineage(kind: type) -> tuple[str, ...]:
 
 def optimizers_of(optimizer: Optimizers) -> tuple[torch.optim.Optimizer, ...]:
     """Return the optimizers of a run, without the shells that frameworks put around them."""
-    listed = [optimizer] if isinstance(optimizer, torch.optim.Optimizer) else optimizer
+    listed = optimizer if isinstance(optimizer, (list, tuple)) else [optimizer]
     return tuple(map(_shelled, listed))
 
 
@@ -184,13 +191,18 @@ def sharding(optimizer: Optimizers, model: Models) -> Literal["DTensor", "FSDP1"
     if any(is_sharded(parameter) for group in groups for parameter in group["params"]):
         return "DTensor"
     modules = model.values() if isinstance(model, Mapping) else [model]
-    return "FSDP1" if any(map(parts_of, modules)) else None
+    return "FSDP1" if any(parts_of(module) or parts_of_zero(module) for module in modules) else None
 
 
 def _shelled(optimizer: Any) -> torch.optim.Optimizer:
     while inner := next((SHELLS[path] for path in _lineage(type(optimizer)) if path in SHELLS), None):
         optimizer = getattr(optimizer, inner)
-    return cast("torch.optim.Optimizer", optimizer)
+    return cast("torch.optim.Optimizer", view_of(optimizer) or optimizer)
+
+
+def stepper(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
+    """Return the optimizer whose class takes the steps: under ZeRO, DeepSpeed's inner one."""
+    return cast("torch.optim.Optimizer", getattr(optimizer, "base", optimizer))
 
 
 def describe(optimizer: Optimizers, model: Models) -> LiveOptimizer:
@@ -205,7 +217,7 @@ def describe(optimizer: Optimizers, model: Models) -> LiveOptimizer:
         name: LiveParameter(
             name,
             named.shape(name),
-            dtype_name(tensor.dtype) or str(tensor.dtype),
+            named.dtype(name),
             tensor.requires_grad,
             named.tied.get(name, ()),
             None if is_sharded(tensor) or name in named.parts else _digester(tensor),
@@ -213,7 +225,7 @@ def describe(optimizer: Optimizers, model: Models) -> LiveOptimizer:
         )
         for name, tensor in named.tensors.items()
     }
-    lineages = tuple(_stepping(type(found)) for found in optimizers)
+    lineages = tuple(_stepping(type(stepper(found))) for found in optimizers)
     return LiveOptimizer(tuple(Optimizer(kinds[0]) for kinds in lineages), tuple(groups), parameters, lineages)
 
 
@@ -392,7 +404,7 @@ def capture_parts(
                     )
                 if left not in parameters:
                     add(left, found.state, {})
-        for path, kind in outside(found):
+        for path, kind in outside(stepper(found)):
             logger.warning(
                 "%s keeps a %s in its attribute %s, outside its state: it is not saved",
                 type(found).__name__,
@@ -402,7 +414,7 @@ def capture_parts(
     for parameter in CARRIED.get(optimizers[0], ()):
         parameters.setdefault(parameter.name, parameter)
     return OptimizerState(
-        optimizers=tuple(Optimizer(_class_path(type(found))) for found in optimizers),
+        optimizers=tuple(Optimizer(_class_path(type(stepper(found)))) for found in optimizers),
         groups=tuple(groups),
         parameters=tuple(parameters.values()),
         naming=Naming("model"),
@@ -416,7 +428,9 @@ def capture_parts(
 def weights_of(named: Named, name: str, *, copy: bool = False) -> Tensor:
     """Return a parameter's own bytes, or a copy of them; of a sharded one they arrive inside ``gather``."""
     part, tensor = named.parts.get(name), named.tensors[name]
-    return _part_content(name, part, tensor, copy) if part and part.shape else _content(tensor, copy)
+    if part is None or part.own is None:
+        return _content(tensor, copy)
+    return _part_content(name, part, part.own, copy) if part.shape else _content(part.own.reshape(()), copy)
 
 
 def _parameter(
