@@ -70,6 +70,7 @@ WRAPPERS: Final[Mapping[str, str]] = {
     "torch.nn.parallel.data_parallel.DataParallel": "module",
     "torch.distributed.fsdp.fully_sharded_data_parallel.FullyShardedDataParallel": "_fsdp_wrapped_module",
     "torch.distributed.algorithms._checkpoint.checkpoint_wrapper.ActivationWrapper": "_checkpoint_wrapped_module",
+    "deepspeed.runtime.engine.DeepSpeedEngine": "module",
 }
 """Class of a wrapper -> the segment that it puts into names."""
 
