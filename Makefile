@@ -3,7 +3,7 @@ PYTHON ?= python3
 PYTHONS ?= 3.10 3.12 3.13
 
 .DEFAULT_GOAL := help
-.PHONY: bench crashes demo fuzz help lint test test-frameworks test-lowest test-pythons
+.PHONY: bench crashes demo fuzz help lint test test-cuda test-frameworks test-lowest test-pythons
 
 help:  ## the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## */\t/' | expand -t 20
@@ -21,6 +21,10 @@ lint: .venv/ready  ## ruff and mypy
 
 test-frameworks: .venv-frameworks/ready  ## the converters against every framework they read
 	OMP_NUM_THREADS=1 .venv-frameworks/bin/pytest -m frameworks
+
+# An environment of its own kind: torch with CUDA, deepspeed and bitsandbytes, as the machine with the device has them.
+test-cuda:  ## what needs a CUDA device: fused, capturable, bf16, pinned, NCCL, bitsandbytes, ZeRO; skipped without one
+	CUBLAS_WORKSPACE_CONFIG=:4096:8 $(PYTHON) -m pytest tests/cuda
 
 fuzz: .venv/ready  ## ten minutes of random inputs for every reader
 	.venv/bin/python tests/hostile/fuzz.py --seconds 600

@@ -15,7 +15,8 @@ import pytest
 Said = dict[tuple[str, int], list[dict[str, Any]]]
 
 CASES = {
-    2: "save,background,recipe,storage,columns,replicas,fsdp1,shards,shards-columns,refused-save,missing-file,damaged,disagree",
+    2: "save,background,recipe,storage,columns,replicas,fsdp1,shards,shards-columns,refused-save,missing-file,damaged,"
+    "disagree",
     1: "load,shards,recipe",
     3: "load,shards",
     4: "load,hybrid,tensor-parallel,shards,shards-hybrid,shards-tensor-parallel,recipe",

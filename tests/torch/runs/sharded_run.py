@@ -24,8 +24,8 @@ warnings.filterwarnings("ignore")
 import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
 from torch import nn  # noqa: E402
-from torch.distributed import checkpoint as dcp  # noqa: E402
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict  # noqa: E402
+from torch.distributed.checkpoint.state_dict_saver import async_save, save  # noqa: E402
 from torch.distributed.device_mesh import init_device_mesh  # noqa: E402
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard  # noqa: E402
 from torch.distributed.tensor import DTensor, Replicate, Shard  # noqa: E402
@@ -270,10 +270,12 @@ def run(case: str) -> dict[str, Any]:
         load_optimizer(optimizer, net, path)
         state_dict = {"optimizer": get_optimizer_state_dict(net, optimizer)}
         writer = NamedStorageWriter(out / f"dcp.{world}.safetensors", max_shard_size=300_000, global_step=3)
-        dcp.save(state_dict, storage_writer=writer)
+        save(state_dict, storage_writer=writer)
         behind = NamedStorageWriter(out / f"async.{world}.safetensors", max_shard_size=300_000, global_step=3)
-        dcp.async_save(state_dict, storage_writer=behind).result()
-        assert writer.written and behind.written
+        pending: Any = async_save(state_dict, storage_writer=behind)
+        pending.result()
+        assert writer.written
+        assert behind.written
         other, theirs = build(case, torch.load(out / "weights.pt", weights_only=True))
         report = load_optimizer(theirs, other, writer.written.path)
         return {
