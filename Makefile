@@ -3,21 +3,22 @@ PYTHON ?= python3
 PYTHONS ?= 3.10 3.12 3.13
 
 .DEFAULT_GOAL := help
-.PHONY: bench crashes demo fuzz help lint test test-cuda test-frameworks test-lowest test-pythons
+.PHONY: bench crashes demo docs escapes fuzz growth help lint readers test test-browser test-cuda test-frameworks test-lowest test-pythons
 
-help:  ## the targets
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## */\t/' | expand -t 20
+help:  ## this list
+	@sed -n 's/^\([a-z-]*\):.*##  */\1@/p' $(MAKEFILE_LIST) | awk -F@ '{ printf "make %-16s %s\n", $$1, $$2 }'
 
-demo: .venv/ready  ## train, convert, rebuild, resume: the main job, told step by step
-	.venv/bin/lora-state demo
+demo: .venv/ready  ## train, convert, rebuild, resume: the main job, told step by step; OUT=DIR keeps what it makes
+	.venv/bin/lora-state demo $(if $(OUT),--out '$(OUT)')
 
-test: lint  ## lint, types and the core tests
+test: lint  ## lint, types and every test that needs no framework but torch, transformers and peft
 	OMP_NUM_THREADS=1 .venv/bin/pytest --numprocesses auto --dist loadfile
 
-lint: .venv/ready  ## ruff and mypy
+lint: .venv/ready  ## ruff, mypy and pyright
 	.venv/bin/ruff check
 	.venv/bin/ruff format --check
 	.venv/bin/mypy
+	.venv/bin/pyright --pythonpath .venv/bin/python
 
 test-frameworks: .venv-frameworks/ready  ## the converters against every framework they read
 	OMP_NUM_THREADS=1 .venv-frameworks/bin/pytest -m frameworks
@@ -26,15 +27,25 @@ test-frameworks: .venv-frameworks/ready  ## the converters against every framewo
 test-cuda:  ## what needs a CUDA device: fused, capturable, bf16, pinned, NCCL, bitsandbytes, ZeRO; skipped without one
 	CUBLAS_WORKSPACE_CONFIG=:4096:8 $(PYTHON) -m pytest tests/cuda
 
+docs: .venv/docs  ## the documentation as a site, warnings are errors
+	.venv/bin/mkdocs build --strict
+
 fuzz: .venv/ready  ## ten minutes of random inputs for every reader
 	.venv/bin/python tests/hostile/fuzz.py --seconds 600
+
+escapes: .venv/ready  ## an hour of names that try to lead out of a folder, for every reader and writer
+	.venv/bin/python tests/hostile/escapes.py --seconds 3600
 
 bench: .venv/ready .venv-frameworks/ready  ## what it costs, beside cp, torch and DCP; an hour of a machine with 24 GB
 	.venv/bin/python tests/bench/bench.py --megabytes 2048 1024 4096
 	.venv/bin/python tests/bench/bench.py --megabytes 8192 --only convert
 	.venv-frameworks/bin/python tests/bench/sharded.py
 
-crashes: .venv/ready  ## four ways to write, each killed at 200 random moments
+growth: .venv/ready  ## how the time of planning, naming, comparing grows with the number of parameters and groups
+	OMP_NUM_THREADS=1 .venv/bin/python tests/bench/growth.py
+
+crashes: .venv/ready  ## every writer, stopped at each system call (needs strace), and killed at random moments
+	.venv/bin/python tests/io/kill_writer.py
 	OMP_NUM_THREADS=1 .venv/bin/python tests/io/crash_writer.py random 200
 
 # Not the vector of all dtypes, which safetensors knows only since a later version, nor a message with NumPy 2's repr.
@@ -61,10 +72,35 @@ test-pythons:  ## what needs no torch, with every other version of Python that i
 		fi; \
 	done
 
+# Call with a program and the Debian packages that have it: installs them where the program is missing and root asks.
+define program
+	@command -v $(1) >/dev/null || { [ "$$(id -u)" = 0 ] && apt-get update -qq && \
+		DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $(2); } || \
+		{ echo "there is no $(1) here: install $(2)"; exit 1; }
+endef
+
+readers:  ## the readers in JavaScript and Rust, and the matrix of all readers and vectors
+	$(call program,node,nodejs)
+	$(call program,cargo,cargo)
+	@if command -v npm >/dev/null; then cd readers/js && npm install --silent --no-audit --no-fund --no-package-lock \
+		&& npm run --silent types; else echo "without npm: no check of types, nor of the Hub's parser"; fi
+	cd readers/js && node --test
+	cargo test --quiet --offline --manifest-path readers/rust/Cargo.toml
+	$(PYTHON) spec/conformance/run.py
+
+test-browser: .venv-browser/ready  ## the viewer in a headless Chromium
+	$(call program,chromedriver,chromium chromium-driver)
+	.venv-browser/bin/pytest -m browser tests/web
+
 # A folder is ready until its constraints or the project's requirements change.
 .venv/ready: pyproject.toml constraints.txt
+	@echo 'Installing PyTorch, transformers, PEFT and the tests into .venv: some minutes, once.'
 	$(PYTHON) -m venv .venv
-	.venv/bin/pip install --quiet --constraint constraints.txt --editable '.[test]'
+	.venv/bin/pip install --disable-pip-version-check --constraint constraints.txt --editable '.[test]'
+	touch $@
+
+.venv/docs: .venv/ready
+	.venv/bin/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[docs]'
 	touch $@
 
 .venv-frameworks/ready: pyproject.toml constraints-frameworks.txt
@@ -72,12 +108,17 @@ test-pythons:  ## what needs no torch, with every other version of Python that i
 	.venv-frameworks/bin/pip install --quiet --constraint constraints-frameworks.txt --editable '.[frameworks,test]'
 	touch $@
 
+.venv-browser/ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv-browser
+	.venv-browser/bin/pip install --quiet --constraint constraints.txt --editable '.[browser]' hypothesis pytest
+	touch $@
+
 .venv-lowest/ready: pyproject.toml constraints-lowest.txt
 	$(PYTHON) -m venv .venv-lowest
-	.venv-lowest/bin/pip install --quiet --constraint constraints-lowest.txt --editable . hypothesis jsonschema pytest
+	.venv-lowest/bin/pip install --quiet --constraint constraints-lowest.txt --editable . hypothesis jsonschema pytest safetensors
 	touch $@
 
 .venv-3.%/ready: pyproject.toml constraints.txt
 	python3.$* -m venv .venv-3.$*
-	.venv-3.$*/bin/pip install --quiet --constraint constraints.txt --editable . hypothesis jsonschema pytest pytest-xdist
+	.venv-3.$*/bin/pip install --quiet --constraint constraints.txt --editable . hypothesis jsonschema pytest pytest-xdist safetensors
 	touch $@

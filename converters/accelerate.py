@@ -18,7 +18,7 @@ from lora_state_format.foreign.state_dict import Found, from_state_dict, to_stat
 from lora_state_format.foreign.torch_save import pack, save
 from lora_state_format.foreign.weights import read_weights
 from lora_state_format.io.files import Files, reading
-from lora_state_format.io.folders import new_folder
+from lora_state_format.io.folders import new_folder, sweep
 from lora_state_format.io.json_files import read_json_object
 from lora_state_format.model.states import Checkpoint, OptimizerState
 from lora_state_format.model.tensors import Tensor
@@ -96,6 +96,7 @@ def write(state: OptimizerState, path: Path, *, base: Path | None, force: bool, 
         keyed.by_name(state, index) if options.get("fsdp") else to_state_dict(state, index)
         for index in range(len(names))
     ]
+    sweep(path)
     held = {file.name for file in _files(path)} if path.is_dir() else set()
     if path.is_dir() and len(names) == 1 and held <= {*names}:
         save(trees[0], path / names[0], force=force)

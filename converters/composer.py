@@ -15,7 +15,7 @@ from lora_state_format.foreign.state_dict import Found, from_state_dict
 from lora_state_format.foreign.trees import member
 from lora_state_format.io.files import reading
 from lora_state_format.model.sources import File
-from lora_state_format.model.states import Checkpoint
+from lora_state_format.model.states import Checkpoint, Weights
 from lora_state_format.model.tensors import Tensor
 from lora_state_format.registry import Match
 
@@ -51,7 +51,8 @@ def read(match: Match, options: Mapping[str, Any]) -> Checkpoint:
         state = from_state_dict(
             *found, origin={"format": NAME, **_versions(tree)}, global_step=_batches(tree), resources=(files,)
         )
-        return Checkpoint(keyed.named(state, weights=weights), weights)
+        candidates = ((Weights("state.model", weights, ordered=True),),) if weights else ()
+        return Checkpoint(keyed.named(state, weights=weights), weights, candidates=candidates)
 
 
 def _versions(tree: dict[str, Any]) -> dict[str, Any]:

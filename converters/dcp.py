@@ -15,11 +15,11 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Final
 
-from lora_state_format.errors import FileError
+from lora_state_format.errors import FileError, UnrepresentableError
 from lora_state_format.foreign import keyed
 from lora_state_format.foreign.dcp import Folder, is_folder, metadata, open_folder, write_folder
 from lora_state_format.foreign.state_dict import Found, from_state_dict, is_state_dict
-from lora_state_format.model.states import Checkpoint, OptimizerState, Scalar
+from lora_state_format.model.states import Checkpoint, OptimizerState, Scalar, Weights
 from lora_state_format.model.tensors import Tensor
 from lora_state_format.registry import Match
 
@@ -61,7 +61,8 @@ def read(match: Match, options: Mapping[str, Any]) -> Checkpoint:
             _check_steps(item)
         state = from_state_dict(*found, origin={"format": NAME}, resources=tuple(opened))
         weights = {name: tensor for folder in opened for name, tensor in _weights(folder)}
-        return Checkpoint(keyed.named(state, weights=weights), weights)
+        candidates = ((Weights("the folder", weights, ordered=True),),) if weights else ()
+        return Checkpoint(keyed.named(state, weights=weights), weights, candidates=candidates)
     except BaseException:
         for folder in opened:
             folder.close()
@@ -120,9 +121,11 @@ def _flattened(node: Mapping[Any, Any]) -> dict[str, Any]:
             name, _, option = key.removeprefix("param_groups.").rpartition(".")
             options.setdefault(name, {})[option] = _scalar(value) if isinstance(value, Tensor) else value
     groups: list[dict[str, Any]] = []
+    last = ""
     for name, chosen in options.items():
-        if not groups or {key: value for key, value in groups[-1].items() if key != "params"} != chosen:
+        if not groups or repr(chosen) != last:
             groups.append({**chosen, "params": []})
+        last = repr(chosen)  # where 1, 1.0 and True differ, and NaN does not
         groups[-1]["params"].append(name)
     state: dict[str, dict[str, Any]] = {}
     for key, value in node.items():
@@ -159,15 +162,57 @@ def _check_steps(found: Found) -> None:
 
 def write(state: OptimizerState, path: Path, *, base: Path | None, force: bool, options: Mapping[str, Any]) -> None:
     """Write a folder for ``torch.distributed.checkpoint.load`` and ``set_optimizer_state_dict``."""
-    chosen = options
-    key = str(chosen.get("key", "optimizer"))
-    laid_out = _flat_entries if chosen.get("flattened") else _nested_entries
+    key, flattened = str(options.get("key", "optimizer")), bool(options.get("flattened"))
+    laid_out = _flat_entries if flattened else _nested_entries
     entries: dict[tuple[Any, ...], Any] = {}
     for index in range(len(state.optimizers)):
         name = key if len(state.optimizers) == 1 else f"{key}_{index}"
         prefix = (name,) if name else ()
-        entries |= {(*prefix, *where): value for where, value in laid_out(keyed.by_name(state, index))}
+        tree = keyed.by_name(state, index)
+        _check(tree, flattened)
+        entries |= {(*prefix, *where): value for where, value in laid_out(tree)}
     write_folder(entries, path, force=force)
+
+
+def _check(tree: Mapping[str, Any], flattened: bool) -> None:
+    """Raise ``UnrepresentableError`` for what would be read back as something else, or not at all."""
+    if others := tree.keys() - {"state", "param_groups"}:
+        raise UnrepresentableError(f"'{min(others)}' belongs to no parameter, and a DCP folder has no place for it")
+    listed = {identity for group in tree["param_groups"] for identity in group["params"]}
+    for name, slots in tree["state"].items():
+        _check_keys(slots, f"slot of '{name}'")
+        if flattened and (name not in listed or not slots or any("." in slot for slot in slots)):
+            raise UnrepresentableError(
+                f"'{name}' has no slots, one with a dot in its name, or is in no group: the flattened layout would "
+                "lose it; write the nested one"
+            )
+    groups = [{key: value for key, value in group.items() if key != "params"} for group in tree["param_groups"]]
+    for number, options in enumerate(groups):
+        _check_keys(options, f"option of group {number}")
+        if flattened and (not options or any("." in key for key in options)):
+            raise UnrepresentableError(
+                f"group {number} has no options, or one with a dot in its name: the flattened layout would lose it; "
+                "write the nested one"
+            )
+        again = number > 0 and repr(options) == repr(groups[number - 1])
+        if flattened and (again or not tree["param_groups"][number]["params"]):
+            raise UnrepresentableError(
+                f"group {number} has no parameters, or the same options as the one before: the flattened layout would "
+                "lose it; write the nested one"
+            )
+
+
+def _check_keys(node: Any, where: str) -> None:
+    if isinstance(node, dict):
+        if node and set(node) == set(range(len(node))):
+            raise UnrepresentableError(
+                f"a {where} is a mapping with the keys 0 to {len(node) - 1}: DCP makes it a list"
+            )
+        if not all(type(key) in (str, int) for key in node):
+            raise UnrepresentableError(f"a {where} is a mapping with keys that are neither texts nor numbers")
+    if isinstance(node, (dict, list, tuple)):
+        for inner in node.values() if isinstance(node, dict) else node:
+            _check_keys(inner, where)
 
 
 def _nested_entries(tree: Mapping[str, Any]) -> Iterator[tuple[tuple[Any, ...], Any]]:

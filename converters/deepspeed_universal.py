@@ -17,13 +17,14 @@ from typing import Any, Final
 
 from lora_state_format.errors import FileError, OptionError, UnrepresentableError
 from lora_state_format.foreign import keyed, pickles
+from lora_state_format.foreign.masters import check_masters
 from lora_state_format.foreign.pickles import Record
 from lora_state_format.foreign.state_dict import from_state_dict
 from lora_state_format.foreign.torch_save import pack
 from lora_state_format.foreign.trees import member
 from lora_state_format.io.atomic import refuse_existing, write_file
 from lora_state_format.io.files import Files, inside, is_plain, reading
-from lora_state_format.io.folders import new_folder
+from lora_state_format.io.folders import new_folder, sweep
 from lora_state_format.model.sources import bytes_of
 from lora_state_format.model.states import Checkpoint, OptimizerState, Parameter, Scalar, Slot, Value
 from lora_state_format.model.tensors import Box, Piece, Run, Tensor
@@ -42,6 +43,10 @@ MASTER_SLOT: Final = "master_param"
 LATEST: Final = "latest_universal"
 """The file that names the tag to load."""
 
+_MIXED: Final = (
+    "ds_to_universal.py mixes up parameters of runs with round_robin_gradients, or the files are not of one save; "
+    "convert the ZeRO folder itself, which is read right"
+)
 _GLOBAL: Final = ("zero", "optimizer_state.pt")
 _MODEL: Final = re.compile(r"(?:zero_pp_rank_0_)?mp_rank_\d+(?:_\d+)?_model_states\.pt")
 
@@ -83,6 +88,7 @@ def _read(folder: Path, files: Files, masters: bool) -> Checkpoint:
             for name, shape in names.items()
         }
         _check_alike(held, folder / "zero")
+        check_masters({name: slots[MASTER] for name, slots in held.items() if MASTER in slots}, weights, folder, _MIXED)
         for name, shape in names.items():
             slots = held[name]
             master = slots.pop(MASTER, None)
@@ -217,6 +223,7 @@ def write(state: OptimizerState, path: Path, *, base: Path | None, force: bool, 
     tag = f"global_step{state.global_step}_universal" if state.global_step is not None else "universal"
     with reading() as files:
         checkpoint = _checkpoint(state, base, files)
+        sweep(path)
         if path.is_dir():
             with new_folder(path / tag, force=True, replaces=_held(path / tag)) as folder:
                 for place, chunks in checkpoint:

@@ -1,5 +1,9 @@
 """DeepSpeed ZeRO checkpoints of stages 1, 2 and 3, from any number of data-parallel ranks.
 
+Stages 1 and 2 also with pipeline stages, tensor-parallel ranks and experts: each model-parallel rank has data-parallel
+ranks of its own, which are put together first; then stages follow each other, slices are joined by DeepSpeed's patterns
+(``foreign.deepspeed``), and the experts of expert-parallel ranks, ``r``, ``r + n``, ..., get their global numbers.
+
 A tag folder (``global_step300``, ``pytorch_model``) holds one ``*_optim_states.pt`` per rank. Each has one flat tensor
 per slot and group: the rank's share of the group's parameters, end to end. Where a parameter lies in it is written
 down in stages 1 and 2 (``param_slice_mappings``, which knows of alignment, padding and round-robin order); in stage 3
@@ -13,17 +17,18 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import zip_longest
+from itertools import accumulate, pairwise, zip_longest
 from math import prod
 from pathlib import Path
 from typing import Any, Final
 
 from lora_state_format.errors import FileError, RefusedError
-from lora_state_format.foreign import keyed, pickles
+from lora_state_format.foreign import deepspeed, keyed, pickles
+from lora_state_format.foreign.masters import check_masters
 from lora_state_format.foreign.pickles import Record
 from lora_state_format.foreign.state_dict import from_state_dict
 from lora_state_format.foreign.trees import member
-from lora_state_format.io.files import PooledFile, is_plain, reading
+from lora_state_format.io.files import Files, PooledFile, reading
 from lora_state_format.model.dtypes import item_size
 from lora_state_format.model.states import Checkpoint, Scalar, Value
 from lora_state_format.model.tensors import Flat, Piece, Run, Tensor
@@ -31,37 +36,27 @@ from lora_state_format.registry import Match
 
 NAME: Final = "deepspeed_zero"
 DESCRIPTION: Final = "a DeepSpeed ZeRO folder: one zero_pp_rank_*_optim_states.pt per rank, or a 'latest' that names it"
-OPTIONS: Final = {"masters": "keep the fp32 master weights as a slot 'master_param'"}
+OPTIONS: Final = {
+    "masters": "keep the fp32 master weights as a slot 'master_param'",
+    "slices": deepspeed.SLICES_OPTION,
+}
 
 _OPTIM: Final = re.compile(r"(?:bf16_)?zero_pp_rank_(\d+)_mp_rank_(\d+)(_\d+)?_optim_states\.pt")
-_EXPERTS: Final = re.compile(r"expp_rank_\d+_mp_rank_\d+_optim_states\.pt|layer_\d+_expert_.*_model_states\.pt")
 _WAY_OUT: Final = "make a universal checkpoint of it with DeepSpeed's ds_to_universal.py and convert that"
 
 
 def detect(path: Path) -> Match | None:
-    folder = _tag_folder(path)
+    if _OPTIM.fullmatch(path.name) and path.is_file():
+        return Match("a ZeRO optimizer file of one rank", path)
+    folder = deepspeed.tag_folder(path, _holds)
     if folder is None:
         return None
     count = sum(bool(_OPTIM.fullmatch(file.name)) for file in folder.iterdir())
     return Match(f"{count} ZeRO optimizer file{'s' if count > 1 else ''}, one per rank", folder)
 
 
-def _tag_folder(path: Path) -> Path | None:
-    """Return the folder of the rank files: the path itself, the one ``latest`` names, or the only one in it."""
-    if not path.is_dir():
-        return None
-    latest = path / "latest"
-    inner = []
-    if latest.is_file() and latest.stat().st_size < 1024:
-        tag = latest.read_text(errors="replace").strip()
-        inner = [path / tag] if is_plain(tag) else []
-    elif len(folders := [entry for entry in path.iterdir() if entry.is_dir() and _holds(entry)]) == 1:
-        inner = folders
-    return next((folder for folder in (path, *inner) if _holds(folder)), None)
-
-
 def _holds(folder: Path) -> bool:
-    return folder.is_dir() and any(_OPTIM.fullmatch(file.name) for file in folder.iterdir())
+    return any(_OPTIM.fullmatch(file.name) for file in folder.iterdir())
 
 
 @dataclass(frozen=True)
@@ -79,50 +74,129 @@ class _Rank:
 
 
 def read(match: Match, options: Mapping[str, Any]) -> Checkpoint:
+    """Read the folder.
+
+    Raises:
+        FileError: files are missing, or not of one save.
+        RefusedError: a layout that is not read; the message says what to do.
+    """
     folder = match.path
+    if folder.is_file():
+        raise RefusedError(
+            f"one rank's share of a ZeRO checkpoint: give the folder, {folder.parent.name}, which has all ranks' files",
+            path=folder,
+        )
     with reading() as files:
-        ranks = [_rank(files[file]) for file in _rank_files(folder)]
-        model_file = folder / f"{'zero_pp_rank_0_' if ranks[0].stage == 3 else ''}mp_rank_00_model_states.pt"
-        if not model_file.exists():
-            raise FileError("missing: it has the parameters' names and shapes", path=model_file)
-        model = pickles.load(files[model_file], model_file).value
-        shapes = member(model, "param_shapes", list, model_file)
-        _check_agreement(ranks)
-        _check_model(model, shapes, ranks, model_file)
-        named = [member(shapes, number, dict, model_file) for number in range(len(shapes))]
+        ranks = {mp: [_rank(files[file]) for file in of] for mp, of in _rank_files(folder).items()}
+        every = [rank for of in ranks.values() for rank in of]
+        models = {mp: _model(folder, mp, ranks[mp], files) for mp in ranks}
+        _check_agreement(every)
+        for mp, model in models.items():
+            _check_model(model.tree, model.groups, ranks[mp], model.path)
+        trees = {mp: model.tree for mp, model in models.items()}
+        stages, tensor = deepspeed.degrees(trees, folder) if every[0].stage < 3 else (1, 1)
+        slices = deepspeed.slices_of(tensor, trees[0], options.get("slices"), models[0].path)
+        weights = deepspeed.weights(folder, trees, slices, files)
+        origin = _origin(every, trees[0], stages, tensor)
+
+        def whole(ordered: bool) -> tuple[dict[str, Any], dict[str, tuple[int, ...]], dict[str, Tensor]]:
+            parts = {mp: _state_dict(ranks[mp], models[mp].groups, models[mp].path, ordered) for mp in ranks}
+            tree, shapes = _whole(parts, stages, slices, folder)
+            return tree, shapes, {name: slots.pop("master_param") for name, slots in tree["state"].items()}
+
+        tree, shapes, masters = whole(ordered=False)
+        try:
+            origin["masters_compared"] = check_masters(masters, weights, folder)
+        except FileError as error:
+            if every[0].stage == 3:
+                raise
+            try:
+                tree, shapes, masters = whole(ordered=True)
+                origin["masters_compared"] = check_masters(masters, weights, folder)
+            except FileError:
+                raise error from None
+            origin["layout"] = "param_shapes, as the masters prove: param_slice_mappings are those of another order"
+        if options.get("masters"):
+            for name, slots in tree["state"].items():
+                slots["master_param"] = masters[name]
         state = from_state_dict(
-            _state_dict(ranks, named, model_file, bool(options.get("masters"))),
-            origin=_origin(ranks, model),
-            global_step=step if isinstance(step := model.get("global_steps"), int) else None,
+            tree,
+            origin=origin,
+            global_step=step if isinstance(step := trees[0].get("global_steps"), int) else None,
             resources=(files,),
         )
-        shape_of = {name: shape for group in named for name, shape in group.items()}
-        module = model.get("module")
-        weights = {k: v for k, v in module.items() if isinstance(v, Tensor)} if isinstance(module, dict) else {}
+        tied = {k: v for model in trees.values() for k, v in _tied(model).items()}
         return Checkpoint(
-            keyed.named(state, shapes=shape_of, weights=weights, tied=_tied(model)),
-            weights={name: tensor for name, tensor in weights.items() if tensor.shape == shape_of.get(name)},
+            keyed.named(state, shapes=shapes, weights=weights, tied=tied),
+            weights={
+                name: weights[name] for name in tree["state"] if name in weights and weights[name].shape == shapes[name]
+            },
         )
 
 
-def _rank_files(folder: Path) -> list[Path]:
-    """Return the ranks' files, in the order of their ranks; a gap between them is an error."""
-    found: dict[int, Path] = {}
+@dataclass(frozen=True)
+class _Model:
+    """What a model-parallel rank's model file holds; ``groups`` are the names and shapes of its parameters by group."""
+
+    path: Path
+    tree: Mapping[str, Any]
+    groups: Sequence[Mapping[str, tuple[int, ...]]]
+
+
+def _model(folder: Path, mp: int, ranks: Sequence[_Rank], files: Files) -> _Model:
+    path = folder / f"{'zero_pp_rank_0_' if ranks[0].stage == 3 else ''}mp_rank_{mp:02d}_model_states.pt"
+    if not path.exists():
+        raise FileError("missing: it has the parameters' names and shapes", path=path)
+    tree = pickles.load(files[path], path).value
+    shapes = member(tree, "param_shapes", list, path)
+    return _Model(path, tree, [member(shapes, number, dict, path) for number in range(len(shapes))])
+
+
+def _rank_files(folder: Path) -> dict[int, list[Path]]:
+    """Return the files of each model-parallel rank in the order of its ranks; a gap between them is an error."""
+    found: dict[int, dict[int, Path]] = {}
     for file in sorted(folder.iterdir()):
-        if _EXPERTS.fullmatch(file.name):
-            raise RefusedError(f"state of experts (MoE), which ranks hold differently: {_WAY_OUT}", path=file)
-        if not (match := _OPTIM.fullmatch(file.name)):
-            continue
-        if int(match[2]) or match[3]:
-            raise RefusedError(f"written by a tensor- or pipeline-parallel run: {_WAY_OUT}", path=file)
-        if int(match[1]) in found:
-            raise FileError(f"a second file of rank {int(match[1])}, beside {found[int(match[1])].name}", path=file)
-        found[int(match[1])] = file
-    for rank in range(len(found)):
-        if rank not in found:
-            name = re.sub(r"rank_\d+", f"rank_{rank}", next(iter(found.values())).name, count=1)
-            raise FileError(f"missing: there are files of ranks {sorted(found)}", path=folder / name)
-    return [found[rank] for rank in range(len(found))]
+        if match := _OPTIM.fullmatch(file.name):
+            if match[3]:
+                raise RefusedError(f"written by DeepSpeed 0.3 or older: {_WAY_OUT}", path=file)
+            rank, of = int(match[1]), found.setdefault(int(match[2]), {})
+            if rank in of:
+                raise FileError(f"a second file of rank {rank}, beside {of[rank].name}", path=file)
+            of[rank] = file
+    for of in found.values():
+        for rank in range(len(of)):
+            if rank not in of:
+                name = re.sub(r"rank_\d+", f"rank_{rank}", next(iter(of.values())).name, count=1)
+                raise FileError(f"missing: there are files of ranks {sorted(of)}", path=folder / name)
+    if 0 not in found:
+        raise FileError("missing: there are none of model-parallel rank 0", path=folder / "mp_rank_00_model_states.pt")
+    return {mp: [of[rank] for rank in range(len(of))] for mp, of in sorted(found.items())}
+
+
+def _whole(
+    parts: Mapping[int, dict[str, Any]], stages: int, slices: deepspeed.Slices, folder: Path
+) -> tuple[dict[str, Any], dict[str, tuple[int, ...]]]:
+    """Return the state dict of all model-parallel ranks together, and the shapes of its parameters."""
+    entries: dict[str, dict[str, Any]] = {}
+    groups: list[dict[str, Any]] = [{**group, "params": []} for group in parts[0]["param_groups"]]
+    for stage in range(stages):
+        own = [parts[stage * slices.count + rank] for rank in range(slices.count)]
+        for group, *of in zip(groups, *(part["param_groups"] for part in own), strict=True):
+            if any(other["params"] != of[0]["params"] for other in of):
+                raise FileError(f"the tensor-parallel ranks of stage {stage} have different parameters", path=folder)
+            for name in of[0]["params"]:
+                if name in entries and name.startswith("tied_modules."):
+                    continue  # two stages hold it, and step it alike
+                if name in entries:
+                    raise FileError(f"two stages have a parameter '{name}'", path=folder)
+                group["params"].append(name)
+                held = [part["state"][name] for part in own]
+                entries[name] = {
+                    slot: slices.join(name, [slots[slot] for slots in held]) if isinstance(value, Tensor) else value
+                    for slot, value in held[0].items()
+                }
+    shapes = {name: slots["master_param"].shape for name, slots in entries.items()}
+    return {"state": entries, "param_groups": groups}, shapes
 
 
 def _rank(file: PooledFile) -> _Rank:
@@ -149,8 +223,8 @@ def _rank(file: PooledFile) -> _Rank:
     else:
         states = member(base, "state", dict, path)
         groups = [member({"group": group}, "group", dict, path) for group in member(base, "param_groups", list, path)]
-    if any(group.get("moe") for group in groups):
-        raise RefusedError(f"groups of experts (MoE), which ranks hold differently: {_WAY_OUT}", path=path)
+    if stage == 3 and any(group.get("moe") for group in groups):
+        raise RefusedError("groups of experts in stage 3: load it in DeepSpeed and save it with stage 2", path=path)
     count = member(tree, "partition_count", (int, list), path)
     return _Rank(
         path,
@@ -164,34 +238,48 @@ def _rank(file: PooledFile) -> _Rank:
     )
 
 
-def _check_model(model: Mapping[str, Any], shapes: list[Any], ranks: Sequence[_Rank], path: Path) -> None:
+def _check_model(model: Mapping[str, Any], groups: Sequence[Any], ranks: Sequence[_Rank], path: Path) -> None:
     """Check that the model's file and the ranks' agree on how many ranks and groups there were."""
-    for partitions in ranks[0].partitions:
-        if partitions != len(ranks):
+    first = ranks[0]
+    if len(groups) != len(first.states):
+        raise FileError(f"names {len(groups)} groups of parameters; the ranks hold {len(first.states)}", path=path)
+    for number, partitions in enumerate(first.partitions):
+        experts = number < len(first.options) and first.options[number].get("moe")
+        if partitions < 1 or (len(ranks) % partitions if experts else partitions != len(ranks)):
             raise FileError(
-                f"says the state was cut over {partitions} ranks; there are {len(ranks)} files", path=ranks[0].path
+                f"says the state was cut over {partitions} ranks; there are {len(ranks)} files", path=first.path
             )
     world = model.get("dp_world_size")
     if world not in (None, len(ranks)):
         raise FileError(f"says there were {world} ranks; there are optimizer files of {len(ranks)}", path=path)
-    if len(shapes) != len(ranks[0].states):
-        raise FileError(f"names {len(shapes)} groups of parameters; the ranks hold {len(ranks[0].states)}", path=path)
 
 
 def _state_dict(
-    ranks: Sequence[_Rank], named: Sequence[Mapping[str, Any]], model_file: Path, masters: bool
+    ranks: Sequence[_Rank], named: Sequence[Mapping[str, Any]], model_file: Path, ordered: bool
 ) -> dict[str, Any]:
-    """Return the state dict that one rank would have had, with names for ids."""
+    """Return the state dict that one rank would have had, masters too, with names for ids.
+
+    With ``ordered``, parameters of stages 1 and 2 stand end to end in the order of ``param_shapes``, whatever
+    ``param_slice_mappings`` says: with ``round_robin_gradients``, DeepSpeed (0.10 to 0.19) writes the mappings of the
+    order that it had before (``_link_all_hp_params`` in ``stage_1_and_2.py``).
+    """
     first = ranks[0]
     entries: dict[str, dict[str, Any]] = {}
+    members: list[list[str]] = []
     for number, shapes in enumerate(named):
-        flat, common = _split(ranks, number, masters)
-        cut = _cut_stage3 if first.stage == 3 else _cut_stage12
-        for name, slots in cut(ranks, number, shapes, flat, model_file.parent):
-            if name in entries:
-                raise FileError(f"names parameter '{name}' twice", path=model_file)
-            entries[name] = {**common, **slots}
-    members = [list(shapes) for shapes in named]
+        moe = number < len(first.options) and first.options[number].get("moe")
+        parallel = len(ranks) // first.partitions[number] if moe else 1
+        members.append([])
+        for expert_rank in range(parallel):
+            own = ranks[expert_rank::parallel]
+            flat, common = _split(own, number)
+            cut = _cut_stage3 if first.stage == 3 else _cut_in_order if ordered else _cut_stage12
+            for local, slots in cut(own, number, shapes, flat, model_file.parent):
+                name = deepspeed.global_expert(local, expert_rank, deepspeed.local_experts(list(shapes)))
+                if name in entries:
+                    raise FileError(f"names parameter '{name}' twice", path=model_file)
+                entries[name] = {**common, **slots}
+                members[-1].append(name)
     groups = []
     for group in first.options:
         numbers = member(group, "params", list, first.path)
@@ -205,9 +293,11 @@ def _state_dict(
     return {"state": entries, "param_groups": groups}
 
 
-def _origin(ranks: Sequence[_Rank], model: Mapping[str, Any]) -> dict[str, Value]:
+def _origin(ranks: Sequence[_Rank], model: Mapping[str, Any], stages: int, tensor: int) -> dict[str, Value]:
     version = model.get("ds_version")
     origin: dict[str, Value] = {"format": NAME, "stage": ranks[0].stage, "ranks": len(ranks)}
+    if stages * tensor > 1:
+        origin |= {"pipeline_stages": stages, "tensor_parallel": tensor}
     return {**origin, "deepspeed": version} if isinstance(version, str) else origin
 
 
@@ -257,7 +347,7 @@ def _number(tensor: Tensor) -> Any:
     return Scalar(tensor.dtype, bytes(tensor.bytes())).item()
 
 
-def _split(ranks: Sequence[_Rank], number: int, masters: bool) -> tuple[dict[str, list[Tensor]], dict[str, Any]]:
+def _split(ranks: Sequence[_Rank], number: int) -> tuple[dict[str, list[Tensor]], dict[str, Any]]:
     """Return a group's slots: the ranks' flat tensors by slot, and what is the same for all of its parameters."""
     flat, other = {}, {}
     for slot, value in ranks[0].states[number].items():
@@ -274,14 +364,15 @@ def _split(ranks: Sequence[_Rank], number: int, masters: bool) -> tuple[dict[str
                     "with one value per element can be told apart by parameter",
                     path=rank.path,
                 )
-    if masters:
-        flat["master_param"] = [rank.masters[number] for rank in ranks]
+    flat["master_param"] = [rank.masters[number] for rank in ranks]
     return flat, other
 
 
 def _cut_stage12(
     ranks: Sequence[_Rank], number: int, named: Mapping[str, Any], flat: Mapping[str, Sequence[Tensor]], folder: Path
 ) -> Iterator[tuple[str, dict[str, Tensor]]]:
+    for rank in ranks:
+        _check_apart(member(rank.slices, number, dict, rank.path), rank.path)
     for name, shape in named.items():
         cuts = []
         for index, rank in enumerate(ranks):
@@ -293,6 +384,37 @@ def _cut_stage12(
         if held != prod(shape):
             raise FileError(f"the rank files hold {held} of the {prod(shape)} elements of '{name}'", path=folder)
         yield name, {slot: _joined(tensors, cuts, shape, ranks) for slot, tensors in flat.items()}
+
+
+def _cut_in_order(
+    ranks: Sequence[_Rank], number: int, named: Mapping[str, Any], flat: Mapping[str, Sequence[Tensor]], folder: Path
+) -> Iterator[tuple[str, dict[str, Tensor]]]:
+    ends = list(accumulate(rank.masters[number].count for rank in ranks))
+    if ends[-1] != sum(map(prod, named.values())):
+        raise FileError(
+            f"the ranks hold {ends[-1]} elements of group {number}, and its parameters have others", path=folder
+        )
+    start = 0
+    for name, shape in named.items():
+        cuts, stop = [], start + prod(shape)
+        for index, end in enumerate(ends):
+            begin = ends[index - 1] if index else 0
+            if start < end and begin < stop:
+                cuts.append((index, max(start, begin) - begin, min(stop, end) - max(start, begin)))
+        yield name, {slot: _joined(tensors, cuts, shape, ranks) for slot, tensors in flat.items()}
+        start = stop
+
+
+def _check_apart(addresses: Mapping[str, Any], path: Path) -> None:
+    """Raise ``FileError`` for two parameters in one place of a rank's share."""
+    spans = sorted(
+        (member(a.state, "start", int, path), member(a.state, "numel", int, path), name)
+        for name, a in addresses.items()
+        if isinstance(a, Record)
+    )
+    for (start, count, name), (following, _, other) in pairwise(spans):
+        if start + count > following:
+            raise FileError(f"places '{other}' at {following}, inside '{name}' ({start} to {start + count})", path=path)
 
 
 def _cut_stage3(

@@ -23,6 +23,7 @@ DESCRIPTION: Final = "flax's to_bytes of an optax state (opt_state.msgpack, a Tr
 OPTIONS: Final = {**optax.OPTIONS, "map": apply.OPTION}
 
 STATE: Final = "opt_state.msgpack"
+TARGET: Final = STATE
 WEIGHTS: Final = "flax_model.msgpack"
 
 

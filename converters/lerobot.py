@@ -85,6 +85,7 @@ def write(state: OptimizerState, path: Path, *, base: Path | None, force: bool, 
         for index, optimizer in enumerate(state.optimizers):
             place = (optimizer.id or str(index),) if several else ()
             tree = to_state_dict(state, index)
+            _check(tree)
             tensors = dict(_flat(tree["state"], ("state",)))
             try:
                 text = json.dumps(tree["param_groups"], indent=4, ensure_ascii=False, allow_nan=False)
@@ -92,6 +93,39 @@ def write(state: OptimizerState, path: Path, *, base: Path | None, force: bool, 
                 raise UnrepresentableError(f"an option has no form in JSON: {error}") from None
             folder.write((*place, GROUPS), [utf8(text)])
             folder.write((*place, STATE), plain.pack(tensors, alignment=8))
+
+
+def _check(tree: Mapping[str, Any]) -> None:
+    """Raise ``UnrepresentableError`` for what would be read back as something else, or not at all."""
+    listed = [identity for group in tree["param_groups"] for identity in group["params"]]
+    for name in (*(tree.keys() - {"state", "param_groups"}), *(tree["state"].keys() - set(listed))):
+        raise UnrepresentableError(f"'{name}' belongs to no parameter, and {STATE} has no place for it")
+    for identity in listed:
+        if isinstance(identity, str) and (identity.isdecimal() or "/" in identity):
+            raise UnrepresentableError(f"the id {identity!r} cannot be a part of a key in {STATE}")
+    for identity, slots in tree["state"].items():
+        _check_keys(slots, f"the state of id {identity!r}")
+    for number, group in enumerate(tree["param_groups"]):
+        _check_options(group, f"an option of group {number}")
+
+
+def _check_keys(node: Any, where: str) -> None:
+    if not isinstance(node, Mapping):
+        return
+    if not node:
+        raise UnrepresentableError(f"{where} holds nothing, which {STATE} cannot tell from a parameter without state")
+    for key, inner in node.items():
+        if not isinstance(key, str) or "/" in key:
+            raise UnrepresentableError(f"{where} has a slot {key!r}, which cannot be a part of a key in {STATE}")
+        _check_keys(inner, where)
+
+
+def _check_options(node: Any, where: str) -> None:
+    if isinstance(node, Mapping) and not all(isinstance(key, str) for key in node):
+        raise UnrepresentableError(f"{where} is a mapping with keys that are no texts, which JSON does not have")
+    if isinstance(node, (Mapping, list, tuple)):
+        for inner in node.values() if isinstance(node, Mapping) else node:
+            _check_options(inner, where)
 
 
 def _flat(node: Any, path: tuple[Any, ...]) -> Iterator[tuple[str, Tensor]]:

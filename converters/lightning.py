@@ -1,15 +1,13 @@
 """Lightning's ``.ckpt``: one file with ``state_dict``, ``optimizer_states`` and the loops' own state.
 
-The optimizers' state dicts are positional. ``state_dict`` is in the model's order, so where an optimizer holds all the
-parameters that can be trained, or the adapter's, in one group, their names are known. FSDP's full checkpoints count
-positions through the whole model, frozen parameters included (``rekey_optim_state_dict`` without an optimizer): there
-the position alone says the name. Sharded folders are DCP's.
+The optimizers' state dicts are positional; ``state_dict`` has the parameters' names in the model's order. FSDP's full
+checkpoints count positions through the whole model, frozen parameters included (``rekey_optim_state_dict`` without an
+optimizer): there the position alone says the name. Sharded folders are DCP's.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
 
@@ -21,15 +19,14 @@ from lora_state_format.foreign.trees import member
 from lora_state_format.io.atomic import check_target
 from lora_state_format.io.files import reading
 from lora_state_format.model.sources import File
-from lora_state_format.model.states import Checkpoint, OptimizerState, PositionalState
+from lora_state_format.model.states import Checkpoint, OptimizerState, Weights
 from lora_state_format.model.tensors import Tensor
-from lora_state_format.naming.names import split_adapter
 from lora_state_format.registry import Match
 
 NAME: Final = "lightning"
 DESCRIPTION: Final = "a Lightning .ckpt file: optimizer_states beside pytorch-lightning_version"
 
-_BUFFERS: Final = ("running_mean", "running_var", "num_batches_tracked", "inv_freq")
+TARGET: Final = "last.ckpt"
 
 
 def detect(path: Path) -> Match | None:
@@ -62,42 +59,9 @@ def read(match: Match, options: Mapping[str, Any]) -> Checkpoint:
             global_step=step if isinstance(step, int) else None,
             resources=(files,),
         )
-        names = _names(state, weights)
-        return Checkpoint(state if names is None else replace(state, names=names), weights)
-
-
-def _names(state: PositionalState, weights: Mapping[str, Tensor]) -> tuple[str, ...] | None:
-    """Return the names of the positions, if the order of ``state_dict`` leaves no choice and no shape contradicts."""
-    if state.names is not None or len(state.optimizers) > 1:
-        return state.names
-    listed = _parameters(weights)
-    numbers = [identity for identity in state.ids if isinstance(identity, int)]
-    if (numbers and sorted(numbers) != list(range(len(numbers)))) or numbers != sorted(numbers):
-        names = tuple(listed[number] for number in numbers if number < len(listed))
-        return names if _fit(names, state, weights) else None
-    if sum(group.count > 0 for group in state.groups) == 1:
-        adapter = tuple(name for name in listed if split_adapter(name))
-        return next((names for names in (adapter, tuple(listed)) if _fit(names, state, weights)), None)
-    return None
-
-
-def _parameters(weights: Mapping[str, Tensor]) -> list[str]:
-    """Return the model's parameters: no buffers, and of tied ones the first."""
-    seen: set[tuple[int, int]] = set()
-    names = []
-    for name, tensor in weights.items():
-        run = tensor.runs[0] if tensor.runs else None
-        place = (id(run.source), run.offset) if run else (id(tensor), 0)
-        if place not in seen and not name.endswith(_BUFFERS):
-            seen.add(place)
-            names.append(name)
-    return names
-
-
-def _fit(names: Sequence[str], state: PositionalState, weights: Mapping[str, Tensor]) -> bool:
-    return len(names) == len(state.ids) and all(
-        shape in (None, weights[name].shape) for name, shape in zip(names, state.shapes(), strict=True)
-    )
+        return Checkpoint(
+            state, weights, candidates=((Weights("state_dict", weights, ordered=True),),) if weights else ()
+        )
 
 
 def write(state: OptimizerState, path: Path, *, base: Path | None, force: bool, options: Mapping[str, Any]) -> None:

@@ -1,6 +1,6 @@
 """MLX: ``mx.save_safetensors(path, tree_flatten(optimizer.state))``, as unsloth, mflux and MLX's documentation do it.
 
-Keys are ``<parameter>.<slot>``, beside ``step`` and ``learning_rate``; a parameter may itself be called ``m`` (DoRA),
+Keys are ``<parameter>.<slot>``, next to ``step`` and ``learning_rate``; a parameter may itself be called ``m`` (DoRA),
 so exactly the last segment is the slot. Field names and rules were read off MLX 0.32.
 """
 
@@ -16,7 +16,7 @@ from lora_state_format.foreign.zips import Archive
 from lora_state_format.io import plain
 from lora_state_format.io.safetensors import Entry, Header, read_header
 from lora_state_format.mapping import algorithms, apply
-from lora_state_format.mapping.algorithms import HYPERPARAMETERS, OPTIMIZER, Algorithm, Layout
+from lora_state_format.mapping.algorithms import HYPERPARAMETERS, OPTIMIZER, Algorithm, RuleLayout
 from lora_state_format.model.sources import File, Memory
 from lora_state_format.model.states import Checkpoint, Group, Naming, Optimizer, OptimizerState, Parameter, Scalar
 from lora_state_format.model.tensors import Tensor, contiguous
@@ -34,20 +34,21 @@ OPTIONS: Final = {
 
 LAYOUTS: Final = (
     *(
-        Layout(rule, {"m": "exp_avg", "v": "exp_avg_sq"})
+        RuleLayout(rule, {"m": "exp_avg", "v": "exp_avg_sq"})
         for rule in ("adam", "adamw", "adam_uncorrected", "adamw_uncorrected")
     ),
-    Layout("lion", {"m": "exp_avg"}),
-    Layout("sgd", {"v": "momentum_buffer"}),
-    Layout("adagrad", {"v": "sum"}),
-    Layout("rmsprop", {"v": "square_avg"}),
-    Layout("adadelta", {"v": "square_avg", "u": "acc_delta"}),
-    Layout("adafactor", {"exp_avg_sq_row": "exp_avg_sq_row", "exp_avg_sq_col": "exp_avg_sq_col"}),
-    Layout("adafactor", {"exp_avg_sq": "exp_avg_sq"}),
-    Layout("adafactor", {slot: slot for slot in ("exp_avg_sq_row", "exp_avg_sq_col", "exp_avg_sq")}),
+    RuleLayout("lion", {"m": "exp_avg"}),
+    RuleLayout("sgd", {"v": "momentum_buffer"}),
+    RuleLayout("adagrad", {"v": "sum"}),
+    RuleLayout("rmsprop", {"v": "square_avg"}),
+    RuleLayout("adadelta", {"v": "square_avg", "u": "acc_delta"}),
+    RuleLayout("adafactor", {"exp_avg_sq_row": "exp_avg_sq_row", "exp_avg_sq_col": "exp_avg_sq_col"}),
+    RuleLayout("adafactor", {"exp_avg_sq": "exp_avg_sq"}),
+    RuleLayout("adafactor", {slot: slot for slot in ("exp_avg_sq_row", "exp_avg_sq_col", "exp_avg_sq")}),
 )
 UNCORRECTED: Final = {"adam": "adam_uncorrected", "adamw": "adamw_uncorrected"}
 NAMES: Final = ("optimizer_state.safetensors", "optimizer.safetensors")
+TARGET: Final = NAMES[0]
 SUFFIX: Final = "_optimizer.safetensors"
 """mflux and others write ``0000100_optimizer.safetensors``, and the adapter with the same number."""
 COUNTERS: Final = {"step": ("U64", ()), "learning_rate": ("F32", ())}
@@ -67,7 +68,7 @@ def detect(path: Path) -> Match | None:
         except FileError:
             return None
     if "states.0.learning_rate" in entries or _counters(entries) == COUNTERS:
-        return Match("safetensors with step and learning_rate beside <parameter>.<slot>, as MLX has them", path)
+        return Match("safetensors with step and learning_rate next to <parameter>.<slot>, as MLX has them", path)
     return None
 
 
@@ -76,10 +77,10 @@ def _counters(entries: Mapping[str, Entry]) -> dict[str, Any]:
 
 
 def read(match: Match, options: Mapping[str, Any]) -> Checkpoint:
-    """Return the state, and the adapter beside it. Parameters are in the order of the file.
+    """Return the state, and the adapter next to it. Parameters are in the order of the file.
 
-    Raises ``RefusedError`` for what does not convert (8-bit moments, MultiOptimizer), ``OptionError`` for what has to
-    be said: the rule, and of Adam and AdamW whether they correct the bias.
+    Raises ``RefusedError`` for 8-bit moments and a MultiOptimizer, ``OptionError`` where the rule is not stated, or for
+    Adam and AdamW whether they correct the bias.
     """
     path = match.path
     files = [File(path)]
@@ -127,7 +128,7 @@ def _state(
         if field.isdecimal() and name.endswith(".m"):
             raise RefusedError(f"'{key}' is a part of a moment in 8 bits: it was rounded when it was saved", path=path)
         if weights and name not in weights:
-            raise FileError(f"'{key}' is state of '{name}', which the adapter beside it does not have", path=path)
+            raise FileError(f"'{key}' is state of '{name}', which the adapter next to it does not have", path=path)
         slots.setdefault(name, {})[field] = tensor
     if not slots:
         raise FileError("holds no parameter's state", path=path)
@@ -180,7 +181,7 @@ def _parameter(
 def write(state: OptimizerState, path: Path, *, base: Path | None, force: bool, options: Mapping[str, Any]) -> None:
     """Write ``optimizer.state`` for ``tree_unflatten(list(mx.load(path).items()))``.
 
-    Raises ``UnrepresentableError`` for what MLX has no place for: steps that differ, more than one learning rate.
+    Raises ``UnrepresentableError`` for a state that MLX cannot hold: steps that differ, several learning rates.
     """
     if base is not None:
         raise OptionError(f"{NAME} writes a whole file and takes nothing from another ({base})")

@@ -16,6 +16,9 @@ if TYPE_CHECKING:
 NAME: Final = "named"
 DESCRIPTION: Final = "named optimizer state: a .safetensors file of this package, or a set of them with its index"
 
+TARGET: Final = "optimizer.safetensors"
+"""What the file is called in a folder that the caller names."""
+
 PLACES: Final = ("training_state/optimizer.safetensors", "optimizer.safetensors")
 """Where the state lies in a checkpoint folder."""
 

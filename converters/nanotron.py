@@ -1,7 +1,7 @@
-"""nanotron's ``optimizer`` folder: ``optimizer_config.json`` and one file per rank, with names beside the ids.
+"""nanotron's ``optimizer`` folder: ``optimizer_config.json`` and one file per rank, with names next to the ids.
 
 Written from nanotron's source only (``serialize/optimizer.py``, ``optim/zero.py``), not tested with files of its own.
-With ZeRO-1 a data-parallel rank holds flat parts of parameters; where they belong stands in the JSON file, as strings.
+With ZeRO-1 a data-parallel rank holds flat parts of parameters; their places are in the JSON file, as strings.
 Pipeline ranks hold different parameters. Tensor-parallel and expert-parallel shards are refused.
 """
 
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from itertools import product
 from math import prod
 from pathlib import Path
 from typing import Any, Final
@@ -24,7 +25,7 @@ from lora_state_format.model.tensors import Flat, Piece, Tensor
 from lora_state_format.registry import Match
 
 NAME: Final = "nanotron"
-DESCRIPTION: Final = "nanotron's optimizer folder: optimizer_config.json beside optimizer_pp-*.pt (from source only)"
+DESCRIPTION: Final = "nanotron's optimizer folder: optimizer_config.json next to optimizer_pp-*.pt (from source only)"
 
 _CONFIG: Final = "optimizer_config.json"
 _FILE: Final = re.compile(r"optimizer_pp-(\d+)-of-\d+(?:_dp-(\d+)-of-\d+)?_tp-\d+-of-\d+_exp-\d+.*\.pt")
@@ -45,43 +46,61 @@ def _folder(path: Path) -> Path | None:
 def read(match: Match, options: Mapping[str, Any]) -> Checkpoint:
     folder = match.path
     config = read_json_object(folder / _CONFIG)
-    sizes = {key: int(value) for key, value in member(config, "parallelism", dict, folder / _CONFIG).items()}
-    for kind in ("tp_size", "expert_parallel_size"):
-        if sizes.get(kind, 1) > 1:
-            raise RefusedError(f"parameters are sharded ({kind} {sizes[kind]}), and nothing says how", path=folder)
-    ranks = {
-        (int(found[1]), int(found[2] or 0)): file
-        for file in sorted(folder.iterdir())
-        if (found := _FILE.fullmatch(file.name))
-    }
-    offsets = config.get("configs", {}).get("param_name_to_dp_rank_offsets", {})
-    data_ranks = sizes.get("dp_size", 1) if offsets else 1
-    missing = [(p, d) for p in range(sizes.get("pp_size", 1)) for d in range(data_ranks) if (p, d) not in ranks]
-    if missing:
-        raise FileError(f"no file of pipeline rank {missing[0][0]}, data rank {missing[0][1]}", path=folder)
+    sizes = _parallel_sizes(config, folder)
+    sharded = config.get("configs", {}).get("param_name_to_dp_rank_offsets", {})
+    ranks = _ranks(folder, sizes.get("pp_size", 1), sizes.get("dp_size", 1) if sharded else 1)
+    state: dict[str, dict[str, Any]] = {}
+    groups: list[dict[str, Any]] = []
     with reading() as files:
-        state: dict[str, dict[str, Any]] = {}
-        groups: list[dict[str, Any]] = []
-        for pipeline in range(sizes.get("pp_size", 1)):
-            trees = [_by_name(ranks[pipeline, data], files) for data in range(data_ranks)]
-            if not offsets:
-                state |= trees[0]["state"]
-                groups += trees[0]["param_groups"]
-                continue
-            shapes = member(config["configs"], "orig_param_shapes", dict, folder / _CONFIG)
-            for number, group in enumerate(trees[0]["param_groups"]):
-                names = dict.fromkeys(name for tree in trees for name in tree["param_groups"][number]["params"])
-                groups.append({**group, "params": list(names)})
-                for name in names:
-                    shape = tuple(int(n) for n in member(shapes, name, list, folder / _CONFIG))
-                    places = member(offsets, name, dict, folder / _CONFIG)
-                    state[name] = _joined(name, [tree["state"].get(name) for tree in trees], places, shape, folder)
-        merged = from_state_dict(
+        for paths in ranks:
+            trees = [_by_name(path, files) for path in paths]
+            merged = _merge_data_ranks(trees, config["configs"], folder) if sharded else trees[0]
+            state |= merged["state"]
+            groups += merged["param_groups"]
+        positional = from_state_dict(
             {"state": state, "param_groups": groups},
             origin={"format": NAME, "support": "from source only"},
             resources=(files,),
         )
-        return Checkpoint(keyed.named(merged))
+        return Checkpoint(keyed.named(positional))
+
+
+def _parallel_sizes(config: Mapping[str, Any], folder: Path) -> dict[str, int]:
+    """Return the sizes of a run's process groups. Raises ``RefusedError`` for tensor and expert parallelism."""
+    sizes = {key: int(value) for key, value in member(config, "parallelism", dict, folder / _CONFIG).items()}
+    for kind in ("tp_size", "expert_parallel_size"):
+        if sizes.get(kind, 1) > 1:
+            raise RefusedError(f"parameters are sharded ({kind} {sizes[kind]}), and nothing says how", path=folder)
+    return sizes
+
+
+def _ranks(folder: Path, pipeline_ranks: int, data_ranks: int) -> list[list[Path]]:
+    """Return the files of each pipeline rank by data rank."""
+    found = {
+        (int(parts[1]), int(parts[2] or 0)): file
+        for file in sorted(folder.iterdir())
+        if (parts := _FILE.fullmatch(file.name))
+    }
+    for pipeline, data in product(range(pipeline_ranks), range(data_ranks)):
+        if (pipeline, data) not in found:
+            raise FileError(f"no file of pipeline rank {pipeline}, data rank {data}", path=folder)
+    return [[found[pipeline, data] for data in range(data_ranks)] for pipeline in range(pipeline_ranks)]
+
+
+def _merge_data_ranks(trees: list[dict[str, Any]], configs: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+    """Return the state dict whose parameters the data-parallel ranks hold flat parts of (ZeRO-1)."""
+    shapes = member(configs, "orig_param_shapes", dict, folder / _CONFIG)
+    offsets = member(configs, "param_name_to_dp_rank_offsets", dict, folder / _CONFIG)
+    state: dict[str, dict[str, Any]] = {}
+    groups = []
+    for number, group in enumerate(trees[0]["param_groups"]):
+        names = dict.fromkeys(name for tree in trees for name in tree["param_groups"][number]["params"])
+        groups.append({**group, "params": list(names)})
+        for name in names:
+            shape = tuple(int(size) for size in member(shapes, name, list, folder / _CONFIG))
+            places = member(offsets, name, dict, folder / _CONFIG)
+            state[name] = _joined(name, [tree["state"].get(name) for tree in trees], places, shape, folder)
+    return {"state": state, "param_groups": groups}
 
 
 def _by_name(path: Path, files: Files) -> dict[str, Any]:

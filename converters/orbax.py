@@ -103,9 +103,7 @@ class _Store:
         try:
             import tensorstore
         except ImportError as error:
-            raise MissingDependencyError(
-                f"Orbax checkpoints need '{error.name}': pip install 'lora_state_format[orbax]'"
-            ) from error
+            raise MissingDependencyError(f"Orbax checkpoints need '{error.name}': pip install tensorstore") from error
         self._tensorstore: Any = tensorstore
         self._folder = folder
         metadata = read_json_object(folder / METADATA)

@@ -1,7 +1,7 @@
 """Unified checkpoints of PaddleNLP and PaddleFormers: ``optimizer-*.safetensors`` with an index, keyed by parameter.
 
-Keys are ``<parameter>/<accumulator>``. Neither steps nor options are in the files, but the powers of Adam's betas are,
-by which the step in ``trainer_state.json`` is checked (``powers``). The layout is that of
+Keys are ``<parameter>/<accumulator>``. The files hold neither steps nor options, but the powers of Adam's betas:
+``powers`` checks the step in ``trainer_state.json`` by them. The layout is that of
 ``paddlenlp/trainer/unified_checkpoint``.
 """
 
@@ -24,9 +24,9 @@ from lora_state_format.io.files import Files, inside, reading
 from lora_state_format.io.folders import NewFolder, new_folder
 from lora_state_format.io.json_files import read_json, read_json_object
 from lora_state_format.mapping import algorithms, apply
-from lora_state_format.mapping.algorithms import HYPERPARAMETERS, OPTIMIZER, Layout
+from lora_state_format.mapping.algorithms import HYPERPARAMETERS, OPTIMIZER, Algorithm, RuleLayout
 from lora_state_format.model.sources import Memory
-from lora_state_format.model.states import Checkpoint, Group, Naming, Optimizer, OptimizerState, Role, Slot
+from lora_state_format.model.states import Checkpoint, Group, Naming, Optimizer, OptimizerState, Parameter, Role, Slot
 from lora_state_format.model.tensors import Tensor, contiguous
 from lora_state_format.registry import Match
 
@@ -41,9 +41,9 @@ OPTIONS: Final = {
 }
 
 LAYOUTS: Final = (
-    Layout("adam", {"moment1_0": "exp_avg", "moment2_0": "exp_avg_sq"}),
-    Layout("adamw", {"moment1_0": "exp_avg", "moment2_0": "exp_avg_sq"}),
-    Layout("sgd", {"velocity_0": "momentum_buffer"}),
+    RuleLayout("adam", {"moment1_0": "exp_avg", "moment2_0": "exp_avg_sq"}),
+    RuleLayout("adamw", {"moment1_0": "exp_avg", "moment2_0": "exp_avg_sq"}),
+    RuleLayout("sgd", {"velocity_0": "momentum_buffer"}),
 )
 POWERS: Final = ("beta1_pow_acc_0", "beta2_pow_acc_0")
 INDEX: Final = "optimizer.safetensors.index.json"
@@ -64,7 +64,7 @@ def detect(path: Path) -> Match | None:
 
 
 def read(match: Match, options: Mapping[str, Any]) -> Checkpoint:
-    """Return the state, and the parameters if their index lies beside it.
+    """Return the state, and the parameters if their index is next to it.
 
     Raises ``RefusedError`` for compressed and unmerged checkpoints, ``FileError`` where steps and powers disagree.
     """
@@ -93,7 +93,7 @@ def _indexed(index: Path, files: Files) -> dict[str, Tensor]:
     places = members.get("weight_map") if isinstance(members, dict) else None
     if not isinstance(places, dict):
         raise RefusedError(
-            "no weight_map: written with ignore_merge_optimizer, each rank's part by itself: save a merged one",
+            "has no weight_map: written with ignore_merge_optimizer, each rank's part by itself; save a merged one",
             path=index,
         )
     held: dict[str, dict[str, Tensor]] = {}
@@ -160,29 +160,19 @@ def write(state: OptimizerState, path: Path, *, base: Path | None, force: bool, 
     state = apply.on_writing(state, options.get("map"), NAME)
     algorithm = algorithms.of_state(state, options.get("optimizer"))
     masters = {p.name: p[MASTER] for p in state.parameters if MASTER in (p.state or {})}
-    bare = [
-        p if p.state is None else replace(p, state={slot: value for slot, value in p.state.items() if slot != MASTER})
-        for p in state.parameters
-    ]
-    layout = algorithms.layout_of(replace(state, parameters=tuple(bare)), algorithm, LAYOUTS)
+    bare = replace(state, parameters=tuple(map(_without_master, state.parameters)))
+    layout = algorithms.layout_of(bare, algorithm, LAYOUTS)
     algorithms.check_alike(state.groups, algorithm, options)
-    tensors: dict[str, Tensor] = {}
-    counts: set[int] = set()
     powers = len(layout.fields) == 2
     betas = () if not powers else _betas(options["betas"]) if "betas" in options else _stored_betas(state)
-    for parameter in bare:
-        values = algorithms.values_of(parameter, algorithm, layout)
-        for field, slot in layout.fields.items():
-            tensor = values.get(slot)
-            if not isinstance(tensor, Tensor):
-                raise UnrepresentableError(f"'{parameter.name}' has no tensor '{slot}', which the target keeps")
-            tensors[f"{parameter.name}/{field}"] = tensor
+    tensors: dict[str, Tensor] = {}
+    counts: set[int] = set()
+    for parameter in bare.parameters:
+        tensors |= _accumulators(parameter, algorithm, layout)
         if powers:
             count = algorithms.steps([parameter]) or 0
             counts.add(count)
-            for field, beta in zip(POWERS, betas, strict=True):
-                product = struct.pack("<f", power(beta, count))
-                tensors[f"{parameter.name}/{field}"] = contiguous("F32", (1,), Memory(product))
+            tensors |= _powers(parameter, betas, count)
     with new_folder(path, force=force, replaces=_files(path)) as folder:
         _write_set(folder, "optimizer", INDEX, tensors, bool(masters))
         if masters:
@@ -199,6 +189,30 @@ def _files(folder: Path) -> set[str]:
         with contextlib.suppress(FileError, OSError):
             found.update(member(read_json_object(index), "weight_map", dict, index).values())
     return found
+
+
+def _without_master(parameter: Parameter) -> Parameter:
+    if parameter.state is None:
+        return parameter
+    return replace(parameter, state={slot: value for slot, value in parameter.state.items() if slot != MASTER})
+
+
+def _accumulators(parameter: Parameter, algorithm: Algorithm, layout: RuleLayout) -> dict[str, Tensor]:
+    """Return the tensors of a parameter's state by their keys in the file."""
+    values = algorithms.values_of(parameter, algorithm, layout)
+    tensors: dict[str, Tensor] = {}
+    for field, slot in layout.fields.items():
+        tensor = values.get(slot)
+        if not isinstance(tensor, Tensor):
+            raise UnrepresentableError(f"'{parameter.name}' has no tensor '{slot}', which the target keeps")
+        tensors[f"{parameter.name}/{field}"] = tensor
+    return tensors
+
+
+def _powers(parameter: Parameter, betas: tuple[float, ...], count: int) -> dict[str, Tensor]:
+    """Return the powers of the betas after ``count`` steps by their keys in the file, float32 of shape [1]."""
+    products = {field: struct.pack("<f", power(beta, count)) for field, beta in zip(POWERS, betas, strict=True)}
+    return {f"{parameter.name}/{field}": contiguous("F32", (1,), Memory(data)) for field, data in products.items()}
 
 
 def _stored_betas(state: OptimizerState) -> tuple[float, ...]:

@@ -7,44 +7,33 @@ stable-baselines3, a zip whose members are such files themselves. torch is not i
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
 
 from lora_state_format.errors import FileError, OptionError, UnrepresentableError
 from lora_state_format.foreign import pickles
+from lora_state_format.foreign.deepspeed import check_whole
 from lora_state_format.foreign.state_dict import Found, find, from_state_dict, to_state_dict
 from lora_state_format.foreign.torch_save import save
+from lora_state_format.foreign.weights import in_tree, next_to
 from lora_state_format.foreign.zips import Archive, Member
-from lora_state_format.io.files import inside
+from lora_state_format.io.files import reading
 from lora_state_format.io.json_files import read_json_object
-from lora_state_format.io.safetensors import read_header
-from lora_state_format.model.sources import File
+from lora_state_format.model.sources import File, Source
 from lora_state_format.model.states import Checkpoint, OptimizerState, Value
-from lora_state_format.model.tensors import Tensor
 from lora_state_format.registry import Match
 
 NAME: Final = "torch_optimizer"
 DESCRIPTION: Final = "optimizer.pt, any other torch.save file with an optimizer in it, a Trainer's checkpoint folder"
 
 OPTIMIZER: Final = "optimizer.pt"
+TARGET: Final = OPTIMIZER
 TRAINER: Final = "trainer_state.json"
 CONFIGS: Final = ("adapter_config.json", "config.json")
-WEIGHTS: Final = (
-    "adapter_model.safetensors",
-    "adapter_model.bin",
-    "model.safetensors",
-    "model.safetensors.index.json",
-    "pytorch_model.bin",
-)
-"""Files with the parameters' own values; the first of them that lies beside the optimizer is taken."""
 
 MEMBER: Final = "optimizer.pth"
-"""How the members of stable-baselines3's archives end that hold an optimizer; ``policy.pth`` holds the parameters."""
-
-STATE_DICTS: Final = ("state_dict", "model_state_dict", "model", "policy.pth")
-"""Where the parameters lie in a checkpoint that holds the optimizer too."""
+"""How the members of stable-baselines3's archives end that hold an optimizer; others hold parameters."""
 
 
 def detect(path: Path) -> Match | None:
@@ -57,7 +46,7 @@ def detect(path: Path) -> Match | None:
     with File(path) as file:
         kind = pickles.container(file)
         try:
-            if kind == "zip archive" and _members(file):
+            if kind == "zip archive" and _members(file, path):
                 return Match(f"a zip archive with members called *{MEMBER}", path)
         except FileError:
             pass  # perhaps another converter knows it; if none does, reading it says what is wrong
@@ -71,29 +60,30 @@ def read(match: Match, options: Mapping[str, Any]) -> Checkpoint:
     code to be run, ``UnrepresentableError`` for a value without a form.
     """
     path = match.path
-    beside = {name: path.parent / name for name in (*WEIGHTS, *CONFIGS, TRAINER) if (path.parent / name).is_file()}
-    files = [File(path)]
-    try:
-        tree = _tree(files[0], path)
+    with reading() as files:
+        tree = _tree(files[path], path)
         found = find(tree)
         if not found:
             raise FileError("no optimizer's state dict in it (a dict with state and param_groups)", path=path)
-        weights: Mapping[str, Tensor] = _state_dict(tree)
-        if not weights and (name := next((name for name in WEIGHTS if name in beside), None)):
-            weights = _weights(beside[name], files)
-        elif not weights:
-            weights = _namesake(path, files)
+        check_whole(tree, [item.tree for item in found], path)
+        inside = in_tree(tree)
+        tiers, skipped = next_to(path, files)
+        beside = _beside(path.parent, skipped)
         state = from_state_dict(
             *found,
             origin=_origin(found, beside),
             global_step=_global_step(tree, beside),
-            resources=tuple(files),
+            resources=(files,),
         )
-    except BaseException:
-        for file in files:
-            file.close()
-        raise
-    return Checkpoint(state, weights, {name: beside[name] for name in CONFIGS if name in beside})
+        candidates = (inside, *tiers) if inside else tuple(tiers)
+        nearest = candidates[0] if candidates else ()
+        return Checkpoint(
+            state,
+            nearest[0].tensors if len(nearest) == 1 and nearest[0].own else {},
+            {name: path.with_name(name) for name in CONFIGS if name in beside},
+            candidates,
+            tuple(skipped),
+        )
 
 
 def write(state: OptimizerState, path: Path, *, base: Path | None, force: bool, options: Mapping[str, Any]) -> None:
@@ -109,76 +99,51 @@ def write(state: OptimizerState, path: Path, *, base: Path | None, force: bool, 
     save(to_state_dict(state), path, force=force)
 
 
-def _members(file: File) -> dict[str, Member]:
-    """Return the members of a stable-baselines3 archive: nothing if the file is none."""
+def _members(file: Source, path: Path) -> dict[str, Member]:
+    """Return the members of a stable-baselines3 archive that torch wrote: nothing if the file is none."""
     if pickles.container(file) != "zip archive":
         return {}
-    archive = Archive(file, file.path)
+    archive = Archive(file, path)
     if not any(name.endswith(MEMBER) for name in archive):
         return {}
-    return {name: archive[name] for name in archive if name.endswith((MEMBER, "policy.pth"))}
+    return {name: archive[name] for name in archive if name.endswith(".pth")}
 
 
-def _tree(file: File, path: Path) -> Any:
-    members = _members(file)
+def _tree(file: Source, path: Path) -> Any:
+    members = _members(file, path)
     if members:
         return {name: pickles.load(member, f"{path}:{name}").value for name, member in members.items()}
-    tree = pickles.load(file).value
+    tree = pickles.load(file, path).value
     if isinstance(tree, dict) and "ds_version" in tree:
         raise FileError("one rank's part of a DeepSpeed checkpoint: convert the folder that holds it", path=path)
     return tree
 
 
-def _state_dict(tree: Any) -> dict[str, Tensor]:
-    """Return the parameters that a checkpoint holds beside the optimizer, if it has one model."""
-    inside = [value for value in tree.values() if isinstance(value, dict)] if isinstance(tree, dict) else []
-    found = [part[key] for part in (tree, *inside) if isinstance(part, dict) for key in STATE_DICTS if key in part]
-    models = [
-        model
-        for model in found
-        if isinstance(model, dict) and model and all(isinstance(value, Tensor) for value in model.values())
-    ]
-    return models[0] if len(models) == 1 else {}
+def _beside(folder: Path, skipped: list[str]) -> dict[str, dict[str, Any]]:
+    """Return the JSON files next to the optimizer's, by name; ``skipped`` gets what cannot be read."""
+    found = {}
+    for name in (*CONFIGS, TRAINER):
+        if (folder / name).is_file():
+            try:
+                found[name] = read_json_object(folder / name)
+            except (FileError, OSError) as error:
+                skipped.append(f"{error}; it was skipped")
+    return found
 
 
-def _weights(path: Path, files: list[File]) -> Mapping[str, Tensor]:
-    """Return the tensors of a weights file by their own keys; of all files that an index names."""
-    if path.suffix == ".json":
-        index = read_json_object(path).get("weight_map")
-        places = {inside(path.parent, name, path) for name in index.values()} if isinstance(index, dict) else ()
-        return {key: tensor for place in sorted(places) for key, tensor in _weights(place, files).items()}
-    file = File(path)
-    files.append(file)
-    if path.suffix == ".safetensors":
-        return read_header(file).tensors
-    tree = pickles.load(file).value
-    return {key: value for key, value in tree.items() if isinstance(value, Tensor)} if isinstance(tree, dict) else {}
-
-
-def _namesake(path: Path, files: list[File]) -> Mapping[str, Tensor]:
-    """Return the parameters in the file that is named ``model`` where this one is named ``optimizer``, if any."""
-    model = path.with_name(re.sub("optim(izer)?", "model", path.name, count=1))
-    if model == path or not model.is_file():
-        return {}
-    try:
-        return _weights(model, files)
-    except FileError:
-        return {}  # a whole module, perhaps, which cannot be read without running code: nobody asked for it
-
-
-def _global_step(tree: Any, beside: Mapping[str, Path]) -> int | None:
-    source = read_json_object(beside[TRAINER]) if TRAINER in beside else tree
-    step = source.get("global_step") if isinstance(source, dict) else None
+def _global_step(tree: Any, beside: Mapping[str, Mapping[str, Any]]) -> int | None:
+    source = beside.get(TRAINER, tree)
+    step = source.get("global_step") if isinstance(source, Mapping) else None
     return step if type(step) is int else None
 
 
-def _origin(found: list[Found], beside: Mapping[str, Path]) -> dict[str, Value]:
+def _origin(found: list[Found], beside: Mapping[str, Mapping[str, Any]]) -> dict[str, Value]:
     """Return what wrote the state, as far as its surroundings tell."""
     origin: dict[str, Value] = {"format": NAME}
     if len(found) == 1 and found[0].path:
         origin["place"] = found[0].where
     for name, package in (("adapter_config.json", "peft"), ("config.json", "transformers")):
-        version = read_json_object(beside[name]).get(f"{package}_version") if name in beside else None
+        version = beside.get(name, {}).get(f"{package}_version")
         if isinstance(version, str):
             origin[package] = version
     return origin

@@ -13,6 +13,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import PrinterCallback, Qwen2Config, Qwen2ForCausalLM, Trainer, TrainingArguments
 from transformers.utils import logging
 
+from lora_state_format.errors import TargetExistsError
 from lora_state_format.operations.conversion import convert
 from lora_state_format.torch import load_optimizer
 
@@ -23,8 +24,21 @@ MORE_STEPS: Final = 5
 TARGETS: Final = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
-def demonstrate(say: Callable[[str], None]) -> bool:
-    """Run the demo in a temporary folder and say what happens. True if the resumed run equals the uninterrupted one."""
+def demonstrate(say: Callable[[str], None], out: Path | None = None) -> bool:
+    """Run the demo and say what happens.
+
+    Args:
+        say: Called with each line.
+        out: A new folder to keep everything in; by default nothing is kept.
+
+    Returns:
+        Whether the resumed run equals the uninterrupted one.
+
+    Raises:
+        TargetExistsError: ``out`` exists and is not empty.
+    """
+    if out is not None and out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise TargetExistsError(f"{out} exists and is not an empty folder; choose another one for the demo")
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     threads = torch.get_num_threads()
@@ -32,7 +46,12 @@ def demonstrate(say: Callable[[str], None]) -> bool:
     try:
         with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            return _demonstrate(say, Path(folder))
+            if out is None:
+                return _demonstrate(say, Path(folder))
+            out.mkdir(parents=True, exist_ok=True)
+            exact = _demonstrate(say, out)
+            say(f"Kept in {out}: look with `lora-state inspect {out / f'checkpoint-{STEPS}'}`")
+            return exact
     finally:
         torch.set_num_threads(threads)
 
@@ -50,6 +69,7 @@ def _demonstrate(say: Callable[[str], None], folder: Path) -> bool:
     say(f"2. transformers.Trainer trains it for {STEPS} steps and saves")
     trainer = _trained(model, folder)
     live = trainer.optimizer.optimizer  # accelerate wraps it
+    model.config.save_pretrained(folder / "base")  # what `lora-state check --base` asks for
     checkpoint = folder / f"checkpoint-{STEPS}"
     first, second = (len(group["params"]) for group in live.param_groups)
     show(f"{checkpoint.name}/optimizer.pt: two groups, of {first} and {second} parameters, and no names")
@@ -67,7 +87,7 @@ def _demonstrate(say: Callable[[str], None], folder: Path) -> bool:
     say(f"5. load_optimizer(optimizer, model, '{target.relative_to(folder)}')")
     show(load_optimizer(optimizer, rebuilt, target))
     loaded = _compare(_slots(live, model), _slots(optimizer, rebuilt))
-    show(f"beside the run that was not interrupted: {loaded} slots equal, by name")
+    show(f"next to the run that was not interrupted: {loaded} slots equal, by name")
 
     say(f"6. Both runs go on for {MORE_STEPS} steps on the same batches; a third one too, with no optimizer state")
     cold, empty = _rebuilt(checkpoint)

@@ -1,7 +1,7 @@
 """Converters by name, and which of them a path belongs to.
 
-A converter is a module (or any object) with the members of ``Converter``. Those that come with this package stand in
-``BUILT_IN`` as strings and are imported when they are asked for; other packages add theirs through the entry-point
+A converter is a module (or any object) with the members of ``Converter``. Those of this package are listed in
+``BUILT_IN`` by name and imported when they are needed; other packages add theirs through the entry-point
 group ``lora_state_format.converters``.
 """
 
@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from functools import cache
 from importlib import import_module
 from pathlib import Path
@@ -47,6 +48,9 @@ __all__ = [
     "writer",
 ]
 
+LOOKED_INTO: Final = 100
+"""Folders of a folder without state that are looked into for one, those with the largest numbers first."""
+
 NAMED: Final = "named"
 """The name under which this package's own format is registered."""
 
@@ -55,6 +59,7 @@ BUILT_IN: Final[Mapping[str, str]] = {
     "accelerate": "lora_state_format.converters.accelerate",
     "composer": "lora_state_format.converters.composer",
     "dcp": "lora_state_format.converters.dcp",
+    "deepspeed_plain": "lora_state_format.converters.deepspeed_plain",
     "deepspeed_universal": "lora_state_format.converters.deepspeed_universal",
     "deepspeed_zero": "lora_state_format.converters.deepspeed_zero",
     "diffusers": "lora_state_format.converters.diffusers",
@@ -80,7 +85,7 @@ ENTRY_POINTS: Final = "lora_state_format.converters"
 class Match(NamedTuple):
     """A converter's claim to a path.
 
-    ``reason`` says what was found, in words; ``path`` is the file or folder to read. A ``generic`` match, one whose
+    ``reason`` describes the find in words; ``path`` is the file or folder to read. A ``generic`` match, one whose
     signs many writers leave, gives way to any that is not.
     """
 
@@ -90,9 +95,9 @@ class Match(NamedTuple):
 
 
 class Converter(Protocol):
-    """What reads one foreign format. ``NAME`` is what ``--from`` calls it; ``DESCRIPTION`` says what is recognised.
+    """A reader of one foreign format, under the name ``NAME``; ``DESCRIPTION`` says which files it recognises.
 
-    ``OPTIONS`` lists what its files do not say and the caller may: key -> what it means.
+    ``OPTIONS`` lists facts that its files lack and the caller may state: key -> meaning.
     """
 
     NAME: str
@@ -105,16 +110,20 @@ class Converter(Protocol):
         """
 
     def read(self, match: Match, options: Mapping[str, Any]) -> Checkpoint:
-        """Return the state at ``match.path``, lazily, and next to it whatever can name its parameters."""
+        """Return the state at ``match.path``, lazily, and the neighbouring files that can name its parameters."""
+        ...
 
 
 class Writer(Converter, Protocol):
-    """A converter that can also write its format, exactly or not at all."""
+    """A converter that can also write its format, exactly or not at all.
+
+    One whose checkpoints are single files may say in ``TARGET`` what such a file is called in a folder.
+    """
 
     def write(
         self, state: OptimizerState, path: Path, *, base: Path | None, force: bool, options: Mapping[str, Any]
     ) -> Any:
-        """Write the state. ``base`` is a checkpoint of the format to take from what the state does not hold."""
+        """Write the state. ``base`` is a checkpoint of the format that the rest is taken from."""
 
 
 def names() -> list[str]:
@@ -152,7 +161,7 @@ def available() -> list[Converter]:
 
 
 def options(converter: Converter) -> Mapping[str, str]:
-    """Return the options of a converter: key -> what it means."""
+    """Return the options of a converter: key -> meaning."""
     found: Mapping[str, str] = getattr(converter, "OPTIONS", {})
     return found
 
@@ -195,9 +204,9 @@ def read(
 
 
 def find(path: str | os.PathLike[str], source_format: str | None = None) -> tuple[Converter, Match]:
-    """Return the converter of a path, and what it found there: the one called ``source_format``, or the detected one.
+    """Return the converter of a path, and its match: the converter called ``source_format``, or the detected one.
 
-    Raises ``UnknownFormatError`` if the path is not of the format that was asked for, and what ``detect`` raises.
+    Raises ``UnknownFormatError`` if the path is not of the format called ``source_format``, and what ``detect`` raises.
     """
     if source_format is None:
         return detect(path)
@@ -218,7 +227,7 @@ def own_options(given: Mapping[str, Any], converter: Converter) -> dict[str, Any
 def detect(path: str | os.PathLike[str]) -> tuple[Converter, Match]:
     """Return the converter that a path belongs to, and why.
 
-    This package's own format is asked first: where a folder holds it beside the file it was converted from, the one
+    This package's own format comes first: in a folder that holds both it and the file it was converted from, the one
     with names is meant. Raises ``FileNotFoundError``, ``UnknownFormatError`` and ``AmbiguousFormatError``.
     """
     path = Path(path)
@@ -238,9 +247,19 @@ def detect(path: str | os.PathLike[str]) -> tuple[Converter, Match]:
             remedy=Remedy("pass the right one as {source_format}", {"source_format": ...}),
         )
     if not found:
-        known = "; ".join(f"{converter.NAME} ({converter.DESCRIPTION})" for converter in (named, *others))
-        raise UnknownFormatError(f"{path}: no optimizer state found here; looked for: {known}")
+        raise UnknownFormatError(_nothing_here(path, [named, *others]))
     return found[0]
+
+
+def _nothing_here(path: Path, asked: Sequence[Converter]) -> str:
+    """Return what to say of a path without state: which folders in it have some, or else what was looked for."""
+    inner = sorted(path.iterdir()) if path.is_dir() else []
+    numbered = [(int(number[0]), folder) for folder in inner if (number := re.findall(r"\d+", folder.name))]
+    for _, folder in sorted(numbered, reverse=True)[:LOOKED_INTO]:
+        if folder.is_dir() and any(_asked(converter, folder) for converter in asked):
+            return f"{path}: no optimizer state in this folder itself; the newest folder in it that has one is {folder}"
+    known = ", ".join(converter.NAME for converter in asked)
+    return f"{path}: no optimizer state found here; looked for: {known} (`lora-state formats` says what these are)"
 
 
 def _asked(converter: Converter, path: Path) -> Match | None:

@@ -37,7 +37,6 @@ def are(kind: Any, values: Any) -> bool:
     return all(type(value) is kind and (kind is not int or 0 <= value < 2**53) for value in values)
 def like(form: str, value: Any) -> bool:
     return re.fullmatch(form, json.dumps(value, sort_keys=True, ensure_ascii=False), re.DOTALL) is not None
-
 def parse(data: bytes, utf8_rule: str) -> Any:
     try:
         structure = re.sub(TEXT, "", data.decode(), flags=re.DOTALL)
@@ -150,15 +149,16 @@ def read_manifest(m: Any, tensors: dict[str, Any]) -> Any:
             return Slot(f"{owner}/{label}", role)
         labels: list[str] = []
         return mapping(tree, "R16", slot) if tree is not None else None
-    for tree in m["states"]: slots(tree)
-    state["parameters"] = [p | {"tree": slots(trees[p["state"]], p["name"], p["shape"])} for p in m["parameters"]]
-    state["globals"] = slots(m.get("globals", {}), "$globals")
-    check(used == tensors.keys(), "R17", "tensors that no slot names")
     weights = m.get("weights", {"algorithm": "", "values": [None] * len(m["parameters"])})
     for rule, item, n in ("R19", weights, len(m["parameters"])), ("R20", m["digests"], len(tensors)):
         form = '"[0-9a-f]{32}"' if item["algorithm"] == "xxh3-128" else '"([0-9a-f]{2})+"'
         form = form if rule == "R20" else rf"null|\[{DTYPE}, {form}\]"
         check(len(item["values"]) == n and all(like(form, value) for value in item["values"]), rule, "digests")
+    for tree in m["states"]: slots(tree)
+    state["parameters"] = [p | {"tree": slots(trees[p["state"]], p["name"], p["shape"]), "weights": w and [kind, *w]}
+      for kind in [weights["algorithm"]] for p, w in zip(m["parameters"], weights["values"])]
+    state["globals"] = slots(m.get("globals", {}), "$globals")
+    check(used == tensors.keys(), "R17", "tensors that no slot names")
     place = m.get("set", {"id": "0" * 32, "index": 1, "count": 1, "positions": [*range(len(m["parameters"]))]})
     check(like('"[0-9a-f]{32}"', place["id"]) and 1 <= place["index"] <= place["count"], "R23", "set")
     check(are(int, at := place["positions"]) and len({*at}) == len(at) == len(m["parameters"]), "R23", "positions")

@@ -96,7 +96,8 @@ def test_convert_stops_without_names(lora_state: Output, founding: Founding, tmp
     alone = shutil.copy(founding.path / "optimizer.pt", tmp_path)
     target = tmp_path / "optimizer.safetensors"
     assert lora_state("convert", alone, target) == 4
-    assert lora_state.err.startswith(f"error: {alone}: the state of 392 parameters stands under positions")
+    assert lora_state.err.startswith(f"error: {alone}: stores 392 parameters by position and contains no names, ")
+    assert "; pass --names with a file of names in optimizer order, " in lora_state.err
     assert lora_state.err.count("\n") == 1
     assert not target.exists()
     names = tmp_path / "names.txt"
@@ -145,29 +146,80 @@ def test_a_list_in_an_error_is_indented(lora_state: Output, founding: Founding, 
 # --- inspect ------------------------------------------------------------------------------------------------------
 
 
-def test_inspect_a_named_file(lora_state: Output, converted: Path) -> None:
-    assert lora_state("inspect", converted) == 0
-    lines = lora_state.out.splitlines()
-    assert lines[0] == f"{converted} (named)"
-    assert lines[1].startswith("392 parameters, step 3; 784 tensors, ")
-    assert lines[2].startswith("names: from the adapter file, in the order of rule ")
-    assert lines[3].startswith("evidence: ")
-    assert lines[4] == "optimizer 0: class not stated"
-    assert lines[5].startswith("group 0: 392 parameters, ")
-    assert ", lr 0.001, " in lines[5]
-    assert ", betas (0.9, 0.999), " in lines[5]
-    assert lines[6].startswith("group 1: 0 parameters, ")
-    assert len(lines) == 7 + 14
-    prefix = "group 0: 28 x base_model.model.model.layers.{0-27}"
-    assert f"{prefix}.self_attn.q_proj.lora_A.default.weight [4, 32]: exp_avg F32, exp_avg_sq F32, step 3.0" in lines
+SCREEN = """\
+{path} (named)
+  optimizer   class not stated
+  step        3
+  parameters  392
+  state       784 tensors, 458,752 bytes (458.8 kB)
+  names       from the adapter file, in the order of rule 'trainer'
+  how sure    {sure}
+
+groups (2)
+  #  parameters
+  0         392
+  1           0
+  all groups: lr 0.001, betas (0.9, 0.999), eps 1e-08, decoupled_weight_decay
+  True, initial_lr 0.001
+  not used: weight_decay, amsgrad, maximize, foreach, capturable,
+  differentiable, fused
+
+parameters (392): base_model.model.model.layers.*.NAME.default.weight
+  name                     layers  count  shape     bytes
+  self_attn.q_proj.lora_A  0-27       28  [4, 32]  28,672
+  self_attn.q_proj.lora_B  0-27       28  [32, 4]  28,672
+  self_attn.k_proj.lora_A  0-27       28  [4, 32]  28,672
+  self_attn.k_proj.lora_B  0-27       28  [16, 4]  14,336
+  self_attn.v_proj.lora_A  0-27       28  [4, 32]  28,672
+  self_attn.v_proj.lora_B  0-27       28  [16, 4]  14,336
+  self_attn.o_proj.lora_A  0-27       28  [4, 32]  28,672
+  self_attn.o_proj.lora_B  0-27       28  [32, 4]  28,672
+  mlp.gate_proj.lora_A     0-27       28  [4, 32]  28,672
+  mlp.gate_proj.lora_B     0-27       28  [64, 4]  57,344
+  mlp.up_proj.lora_A       0-27       28  [4, 32]  28,672
+  mlp.up_proj.lora_B       0-27       28  [64, 4]  57,344
+  mlp.down_proj.lora_A     0-27       28  [4, 64]  57,344
+  mlp.down_proj.lora_B     0-27       28  [32, 4]  28,672
+
+slots (3)
+  slot        parameters  kind          bytes  value
+  exp_avg            392  F32         229,376
+  exp_avg_sq         392  F32         229,376
+  step               392  F32 scalar        0    3.0
+"""
 
 
-def test_inspect_a_legacy_file(lora_state: Output, founding: Founding) -> None:
-    assert lora_state("inspect", founding.path / "optimizer.pt") == 0
-    assert "names: none, the state stands under positions" in lora_state.out
-    assert "id {0," in lora_state.out
-    members = lora_state.json("inspect", founding.path / "optimizer.pt")
+def test_inspect_a_named_file(
+    lora_state: Output, converted: Path, founding: Founding, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The whole screen; 80 columns hold it."""
+    monkeypatch.chdir(converted.parent)
+    assert lora_state("inspect", converted.name) == 0
+    head, tail = lora_state.out.split("  how sure    ")
+    sure, rest = tail.split("\n\n", 1)
+    assert f"{head}  how sure    {sure}\n\n{rest}" == SCREEN.format(path=converted.name, sure=sure)
+    assert " ".join(sure.split()).startswith(("partly: the weights rule out ", "confirmed: the weights rule out "))
+    assert all(len(line) <= 80 for line in lora_state.out.splitlines())
+
+
+def test_inspect_names_a_checkpoint_and_weighs_nothing(lora_state: Output, founding: Founding) -> None:
+    assert lora_state("inspect", founding.path) == 0
+    found = " ".join(lora_state.out.split())
+    assert (
+        "names from the adapter file, in the order of rule 'trainer' how sure 392 parameters have the same shape"
+        in found
+    )
+    assert "so shapes alone cannot confirm their order, and no weights were compared" in found
+
+
+def test_inspect_a_legacy_file(lora_state: Output, founding: Founding, tmp_path: Path) -> None:
+    alone = shutil.copy(founding.path / "optimizer.pt", tmp_path)
+    assert lora_state("inspect", alone) == 0
+    assert "names       none: " in lora_state.out
+    assert "\n  id *  12,26,..,390     28  [4, 64]   57,344\n" in lora_state.out
+    members = lora_state.json("inspect", alone)
     assert (members["schema_version"], members["format"], members["named"]) == (1, "torch_optimizer", False)
+    assert members["unnamed"].startswith("none: ")
     assert [group["count"] for group in members["groups"]] == [392, 0]
     assert members["parameters"][0] == {
         "name": None, "id": 0, "shape": [4, 32], "group": 0,
@@ -177,6 +229,69 @@ def test_inspect_a_legacy_file(lora_state: Output, founding: Founding) -> None:
             "exp_avg_sq": {"dtype": "F32", "shape": [4, 32], "role": "param"},
         },
     }  # fmt: skip
+    names = tmp_path / "names.txt"
+    names.write_text("\n".join(founding.slots))
+    assert [p["name"] for p in lora_state.json("inspect", alone, "--names", names)["parameters"]] == list(
+        founding.slots
+    )
+
+
+def test_inspect_rows(lora_state: Output, converted: Path, founding: Founding) -> None:
+    arguments = ("inspect", converted, "--parameters", "--match", r"layers\.1\..*lora_B", "--sort", "name")
+    assert lora_state(*arguments) == 0
+    heading, *rows = lora_state.out.split("parameters (7)\n")[1].splitlines()
+    assert heading == "  group  step  bytes  shape    name"
+    expected = sorted(name for name in founding.slots if ".layers.1." in name and "lora_B" in name)
+    assert [row.split()[-1] for row in rows] == expected
+    assert rows[0] == f"      0     3    1,024  [32, 4]  {expected[0]}".replace("    1,024", "  1,024")
+    assert lora_state("inspect", converted, "--match", "nosuch") == 2
+    assert lora_state.err == (
+        f"error: none of the 392 parameters matches 'nosuch'; the first is '{next(iter(founding.slots))}'\n"
+    )
+    assert lora_state("inspect", converted, "--match", "[") == 2
+    assert lora_state.err.startswith("error: '[' is not a regular expression: ")
+    assert lora_state("inspect", converted, "--sort", "update") == 2
+    assert lora_state.err == ("error: --sort update needs --stats\n  Try 'lora-state inspect --help' for help.\n")
+
+
+def test_inspect_as_a_tree(lora_state: Output, converted: Path) -> None:
+    assert lora_state("inspect", converted, "--tree", "--match", "q_proj|down_proj.lora_A") == 0
+    assert lora_state.out == (
+        f"{converted} (named)\n"
+        "base_model.model.model.layers.{0-27}\n"
+        "  self_attn.q_proj\n"
+        "    lora_A.default.weight [4, 32]  x 28, 28,672 bytes\n"
+        "    lora_B.default.weight [32, 4]  x 28, 28,672 bytes\n"
+        "  mlp.down_proj.lora_A.default.weight [4, 64]  x 28, 57,344 bytes\n"
+    )
+
+
+def test_inspect_as_markdown(lora_state: Output, tmp_path: Path) -> None:
+    path = odd(tmp_path / "a.safetensors", "a|b", lr=0.0)
+    assert lora_state("inspect", path, "--markdown") == 0
+    assert "| a\\|b |  |" not in lora_state.out
+    assert "\n| a\\|b | 1 | \\[2\\] | 0 |\n" in lora_state.out
+    assert lora_state.out.endswith("- lr is 0 in group 0: a step moves no weight until a scheduler or you set lr\n")
+
+
+def test_colours_are_for_terminals(converted: Path, terminal: tuple[int, int]) -> None:
+    controller, end = terminal
+
+    def shown(**environment: str) -> bytes:
+        subprocess.run(
+            [*COMMAND, "inspect", str(converted)],
+            stdout=end, check=True, env={**os.environ, "TERM": "xterm", **environment},
+        )  # fmt: skip
+        return os.read(controller, 1 << 16)
+
+    assert b"\x1b[1m" in shown()
+    assert b"\x1b" not in shown(NO_COLOR="1")
+    assert b"\x1b" not in shown(TERM="dumb")
+    plain = subprocess.run(
+        [*COMMAND, "inspect", converted], env={**os.environ, "LC_ALL": "C"}, capture_output=True, check=True
+    )
+    assert plain.stdout.isascii()
+    assert b"\x1b" not in plain.stdout
 
 
 def test_inspect_as_json(lora_state: Output, converted: Path, founding: Founding) -> None:
@@ -195,14 +310,17 @@ def test_inspect_statistics(lora_state: Output, converted: Path, founding: Found
     assert found["largest"] == pytest.approx(expected.abs().max().item())
     assert (found["elements"], found["not_finite"]) == (expected.numel(), 0)
     assert lora_state("inspect", "--stats", converted) == 0
-    assert "exp_avg_sq F32 (rms " in lora_state.out
+    assert "\n  slot        parameters  kind          bytes       rms   largest  zeros\n" in lora_state.out
+    assert " update\n" in lora_state.out
 
 
 def test_names_from_files_are_printed_harmlessly(lora_state: Output, tmp_path: Path) -> None:
     path = odd(tmp_path / "a.safetensors", "a\x1b[2Jb\nc", "{0}.3.\u202e")
     assert lora_state("inspect", path) == 0
-    assert r"group 0: 1 x a\x1b[2Jb\nc [2]: step 1.0" in lora_state.out
-    assert r"group 0: 1 x {0}.3.\u202e [2]: step 1.0" in lora_state.out
+    assert r"  a\x1b[2Jb\nc " in lora_state.out
+    assert r"  {0}.*.\u202e " in lora_state.out
+    assert lora_state("inspect", path, "--tree") == 0
+    assert r"a\x1b[2Jb\nc [2]" in lora_state.out
     assert lora_state.out.replace("\n", "").isprintable()
 
 
@@ -267,17 +385,22 @@ def test_formats(lora_state: Output) -> None:
 
 
 @pytest.mark.parametrize(
-    ("arguments", "message"),
+    ("arguments", "command", "message"),
     [
-        (["inspect"], "error: Missing argument 'PATH'.\n"),
-        (["inspect", "a", "b"], "error: Got unexpected extra argument (b)\n"),
-        (["nosuch"], "error: No such command 'nosuch'.\n"),
-        (["convert", "--nosuch"], "error: No such option '--nosuch'.\n"),
+        (["inspect"], " inspect", "Missing argument 'PATH'."),
+        (["inspect", "a", "b"], " inspect", "Got unexpected extra argument (b)"),
+        (["nosuch"], "", "No such command 'nosuch'."),
+        (["convert", "--nosuch"], " convert", "No such option '--nosuch'."),
+        (
+            ["export", "a", "b", "--slot", "x", "--slot", "y"],
+            " export",
+            "one --slot a file, not 2: run the command once for each of x, y",
+        ),
     ],
 )
-def test_usage(lora_state: Output, arguments: list[str], message: str) -> None:
+def test_usage(lora_state: Output, arguments: list[str], command: str, message: str) -> None:
     assert lora_state(*arguments) == 2
-    assert lora_state.err == message
+    assert lora_state.err == f"error: {message}\n  Try 'lora-state{command} --help' for help.\n"
 
 
 def test_help(lora_state: Output) -> None:
@@ -362,8 +485,10 @@ def terminal() -> Iterator[tuple[int, int]]:
 
 def test_progress_is_shown_on_a_terminal_only(founding: Founding, tmp_path: Path, terminal: tuple[int, int]) -> None:
     controller, end = terminal
-    command = [*COMMAND, "convert", str(founding.path), str(tmp_path / "a.safetensors"), "--json"]
-    result = subprocess.run(command, stdout=subprocess.PIPE, stderr=end, check=True)
+    # A bar comes up after a second; so that it is seen here, at once.
+    code = "from lora_state_format import cli; cli.PATIENCE = 0.0; cli.main()"
+    arguments = ["convert", str(founding.path), str(tmp_path / "a.safetensors"), "--json"]
+    result = subprocess.run([sys.executable, "-c", code, *arguments], stdout=subprocess.PIPE, stderr=end, check=True)
     assert json.loads(result.stdout)["written"] is True
     assert b"converting" in os.read(controller, 1 << 16)
 
@@ -397,3 +522,134 @@ def test_check_tells_whether_a_checkpoint_would_bind_to_a_model(
         f"the rank is {2 * rank} in the model and {rank} in the file; mismatch='resize' cuts and pads the moments, for "
         "weights that were cut and padded alike; mismatch='fresh' lets these parameters start without state"
     )
+    assert lora_state("check", founding.path, "--model", tmp_path) == 1
+    assert lora_state.out.splitlines()[-1] == (
+        f"hint: the rank is {2 * rank} in the model and {rank} in the file; --mismatch resize cuts and pads the "
+        "moments, for weights that were cut and padded alike; --mismatch fresh lets these parameters start without "
+        "state"
+    )
+    assert lora_state("check", founding.path, "--model", tmp_path, "--mismatch", "resize") == 0
+    assert lora_state.out.startswith("fits: 392/392 parameters would be restored\n")
+
+
+def test_check_takes_the_base_from_another_folder(lora_state: Output, founding: Founding, tmp_path: Path) -> None:
+    founding.model.config.save_pretrained(tmp_path)
+    assert lora_state("check", founding.path, "--base", tmp_path) == 0
+    assert lora_state.out == "fits: 392/392 parameters would be restored\n"
+    assert lora_state("check", founding.path, "--model", tmp_path / "nosuch") == 3
+    assert lora_state.err == f"error: {tmp_path}/nosuch: no such folder of a model's configs\n"
+
+
+# --- every command ------------------------------------------------------------------------------------------------
+
+READERS = {
+    "convert": ["{path}", "{target}"],
+    "inspect": ["{path}"],
+    "diff": ["{path}", "{path}"],
+    "check": ["{path}", "--base", "{base}"],
+    "export": ["{path}", "{target}", "--slot", "exp_avg"],
+    "edit": ["{path}", "{target}", "--set", "lr=0.5"],
+    "rename": ["{path}", "{target}", "--rename", "default", "other"],
+    "reset": ["{path}", "{target}", "--match", "q_proj"],
+    "strip": ["{path}", "{target}", "--slot", "exp_avg"],
+    "prune": ["{path}", "{target}", "--match", "q_proj"],
+}
+"""Every command that reads a checkpoint of any format, and what it needs."""
+
+
+@pytest.mark.parametrize("command", READERS)
+def test_what_says_how_to_read_is_taken_by_all(
+    command: str, lora_state: Output, founding: Founding, tmp_path: Path
+) -> None:
+    founding.model.config.save_pretrained(tmp_path / "base")
+    alone = shutil.copy(founding.path / "optimizer.pt", tmp_path)
+    (tmp_path / "adapter_config.json").write_text((founding.path / "adapter_config.json").read_text())
+    names = tmp_path / "names.txt"
+    names.write_text("\n".join(founding.slots))
+    filled = [
+        text.format(path=alone, target=tmp_path / "t.safetensors", base=tmp_path / "base") for text in READERS[command]
+    ]
+    told = ["--from", "torch_optimizer", "--names", names, "--optimizer", "torch.optim.adamw.AdamW"]
+    assert lora_state(command, *filled, *told) == 0, lora_state.err
+
+
+@pytest.mark.parametrize("command", ["demo", "completion", *READERS, "verify", "formats"])
+def test_every_help_has_examples(command: str, lora_state: Output) -> None:
+    assert lora_state(command, "--help") == 0
+    assert "\n  Examples:\n    " in lora_state.out
+    assert f"lora-state {command}" in lora_state.out.partition("Examples:")[2]
+    assert "--traceback" in lora_state.out
+
+
+def test_an_error_as_json(lora_state: Output, tmp_path: Path) -> None:
+    assert lora_state("inspect", tmp_path / "nosuch", "--json") == 3
+    assert json.loads(lora_state.out) == {
+        "schema_version": 1,
+        "error": {
+            "type": "FileNotFoundError", "message": f"{tmp_path}/nosuch: no such file or folder", "exit_code": 3,
+        },
+    }  # fmt: skip
+    assert lora_state("convert", "--json") == 2
+    assert json.loads(lora_state.out)["error"]["type"] == "MissingParameter"
+
+
+def test_a_traceback_on_request(lora_state: Output, tmp_path: Path) -> None:
+    assert lora_state("inspect", tmp_path / "nosuch", "--traceback") == 3
+    first, *_, last = lora_state.err.splitlines()
+    assert first == "Traceback (most recent call last):"
+    assert last == f"error: {tmp_path}/nosuch: no such file or folder"
+
+
+@pytest.mark.parametrize("command", READERS)
+def test_a_path_that_is_not_there(command: str, lora_state: Output, founding: Founding, tmp_path: Path) -> None:
+    founding.model.config.save_pretrained(tmp_path / "base")
+    gone = tmp_path / "nosuch"
+    filled = [
+        text.format(path=gone, target=tmp_path / "t.safetensors", base=tmp_path / "base") for text in READERS[command]
+    ]
+    assert lora_state(command, *filled) == 3
+    assert lora_state.err == f"error: {gone}: no such file or folder\n"
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_completion(shell: str, lora_state: Output) -> None:
+    assert lora_state("completion", shell) == 0
+    assert "_LORA_STATE_COMPLETE" in lora_state.out
+    words = {"COMP_WORDS": "lora-state convert --from torch_", "COMP_CWORD": "torch_" if shell == "fish" else "3"}
+    environment = {**os.environ, "_LORA_STATE_COMPLETE": f"{shell}_complete", **words}
+    result = subprocess.run(COMMAND, env=environment, capture_output=True, text=True, check=False)
+    assert "torch_optimizer" in result.stdout
+    assert "Traceback" not in result.stderr
+
+
+@pytest.mark.parametrize("path", [".", "..", "/"])
+@pytest.mark.parametrize("command", [*READERS, "verify"])
+def test_a_folder_by_dots(command: str, path: str, lora_state: Output, tmp_path: Path, monkeypatch: Any) -> None:
+    (tmp_path / "inner").mkdir()
+    monkeypatch.chdir(tmp_path / "inner")
+    filled = [text.format(path=path, target="t.safetensors", base=path) for text in READERS.get(command, ["{path}"])]
+    assert lora_state(command, *filled) in {3, 4}
+    assert lora_state.err.startswith(f"error: {path}: ")
+
+
+def test_the_current_folder_is_a_checkpoint(
+    lora_state: Output, founding: Founding, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(founding.path)
+    assert lora_state("convert", ".", tmp_path / "a.safetensors") == 0
+    (tmp_path / "inner").mkdir()
+    monkeypatch.chdir(tmp_path / "inner")
+    assert lora_state("verify", "../a.safetensors") == 0
+
+
+def test_convert_needs_a_base_that_is_there(lora_state: Output, founding: Founding, tmp_path: Path) -> None:
+    target = tmp_path / "b.ckpt"
+    base = tmp_path / "nosuch.ckpt"
+    assert lora_state("convert", founding.path, target, "--to", "lightning", "--base", base) == 3
+    assert lora_state.err == f"error: {base}: no such file or folder to take the rest from\n"
+
+
+def test_prune_does_not_take_all(lora_state: Output, converted: Path, tmp_path: Path) -> None:
+    assert lora_state("prune", converted, tmp_path / "t.safetensors", "--match", ".") == 2
+    assert lora_state.err == "error: prune: '.' matches all 392 parameters, and nothing would be left\n"
+    assert not (tmp_path / "t.safetensors").exists()

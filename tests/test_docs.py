@@ -33,7 +33,7 @@ def carry_out(document: str, namespace: dict[str, Any]) -> None:
                 exec(compile(text, document, "exec"), namespace)
             elif kind == "console":
                 command, _, text = text.removeprefix("$ lora-state ").partition("\n")
-                assert run(shlex.split(command)) == 0
+                assert run(shlex.split(command)) == 0, command
                 printed = ""
         printed += out.getvalue()
         if kind != "python":
@@ -105,3 +105,128 @@ def test_another_rank_and_a_loop_of_your_own(tmp_path: Path, monkeypatch: pytest
     with contextlib.redirect_stdout(io.StringIO()):  # the trainer's own report
         carry_out("training.md", namespace)
     assert namespace["report"].restored == 8
+
+
+# --- pages that a newcomer reads ----------------------------------------------------------------------------------
+
+
+IGNORED = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+
+
+@pytest.fixture
+def checkpoint(founding: Founding, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """A folder with ``checkpoint-3`` and its base model's config, and the names that pages use."""
+    from peft import PeftModel
+
+    shutil.copytree(founding.path, tmp_path / "checkpoint-3")
+    base = copy.deepcopy(founding.model).unload()
+    base.config.architectures = ["Qwen2ForCausalLM"]
+    base.config.save_pretrained(tmp_path / "base")
+    monkeypatch.chdir(tmp_path)
+
+    def base_model() -> Any:
+        return copy.deepcopy(base)
+
+    model = PeftModel.from_pretrained(base_model(), "checkpoint-3", is_trainable=True)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
+    return {"base_model": base_model, "model": model, "optimizer": optimizer, "torch": torch}
+
+
+@IGNORED
+def test_five_minutes(checkpoint: dict[str, Any]) -> None:
+    carry_out("five-minutes.md", checkpoint)
+    assert len(checkpoint["optimizer"].state) == 392
+
+
+@IGNORED
+def test_you_see_this_error(checkpoint: dict[str, Any], founding: Founding) -> None:
+    """What the page says to do is done; texts that are messages stand alone."""
+    page = (DOCS / "errors.md").read_text(encoding="utf-8")
+    for kind, text in BLOCK.findall(page):
+        if kind == "python":
+            with contextlib.redirect_stdout(io.StringIO()) as out:
+                exec(compile(text, "errors.md", "exec"), checkpoint)
+            assert out.getvalue() == "" or f"```text\n{out.getvalue()}```" in page
+        elif kind == "console":
+            with contextlib.redirect_stdout(io.StringIO()) as out:
+                command, _, expected = text.removeprefix("$ lora-state ").partition("\n")
+                assert run(shlex.split(command)) == 0
+            assert out.getvalue() == expected
+    assert checkpoint["lines"] == list(founding.slots)
+
+
+def raised(kind: type[BaseException], call: Any) -> str:
+    """The message of the exception that a call raises, as Python prints it."""
+    with pytest.raises(kind) as caught:
+        call()
+    return f"{type(caught.value).__name__}: {caught.value}"
+
+
+def test_the_messages_are_what_torch_says(tmp_path: Path) -> None:
+    """Each message on the page that torch can raise on one machine, letter for letter."""
+    page = (DOCS / "errors.md").read_text(encoding="utf-8")
+
+    def parameter(*shape: int) -> torch.nn.Parameter:
+        return torch.nn.Parameter(torch.zeros(shape))
+
+    def state(kind: Any, *shape: int, **options: Any) -> Any:
+        own = parameter(*shape)
+        optimizer = kind([own], **options)
+        total: Any = own.sum()
+        total.backward()
+        optimizer.step()
+        return optimizer.state_dict()
+
+    def resumed(kind: Any, saved: Any, *shapes: tuple[int, ...]) -> None:
+        own = [parameter(*shape) for shape in shapes]
+        optimizer = kind(own)
+        optimizer.load_state_dict(saved)
+        total: Any = torch.stack([p.sum() for p in own]).sum()
+        total.backward()
+        optimizer.step()
+
+    adamw, sgd = torch.optim.AdamW, torch.optim.SGD
+    saved = state(adamw, 4, 8)
+    two_groups = {**saved, "param_groups": [*saved["param_groups"], {**saved["param_groups"][0], "params": []}]}
+    assert f"```text\n{raised(ValueError, lambda: resumed(adamw, two_groups, (4, 8)))}\n```" in page
+    assert f"```text\n{raised(ValueError, lambda: resumed(adamw, saved, (4, 8), (4, 8)))}\n```" in page
+    assert f"```text\n{raised(RuntimeError, lambda: resumed(adamw, saved, (8, 8)))}\n```" in page
+    for other, kind in ((state(torch.optim.RMSprop, 4, 8), adamw), (saved, sgd), (state(sgd, 4, 8), adamw)):
+        assert f"`{raised(KeyError, lambda kind=kind, other=other: resumed(kind, other, (4, 8)))}`" in page
+    layer = torch.nn.Linear(2, 2)
+    assert raised(RuntimeError, lambda: layer.load_state_dict(torch.nn.Linear(3, 2).state_dict())) in page
+    assert raised(RuntimeError, lambda: layer.load_state_dict({})).rstrip() in page
+    torch.save({"run": Path("x")}, tmp_path / "x.pt")
+    said = raised(Exception, lambda: torch.load(tmp_path / "x.pt", weights_only=True))
+    assert said.startswith("UnpicklingError: Weights only load failed. ")
+    assert "_pickle.UnpicklingError: Weights only load failed." in page
+
+
+def test_every_format_is_in_the_table() -> None:
+    from lora_state_format import registry
+
+    text = (DOCS / "formats.md").read_text(encoding="utf-8")
+    assert set(re.findall(r"^\| `(\w+)` \|", text, re.MULTILINE)) == set(registry.BUILT_IN)
+    for name in registry.BUILT_IN:
+        (row,) = re.findall(rf"^\| `{name}` \|.*$", text, re.MULTILINE)
+        assert row.split("|")[4].strip().startswith("yes") is hasattr(registry.get(name), "write"), name
+
+
+def test_every_command_is_shown(capsys: pytest.CaptureFixture[str]) -> None:
+    """Commands in the pages' shell blocks exist, with the options that they are given."""
+    import click
+
+    from lora_state_format import cli
+
+    found = 0
+    for page in DOCS.glob("*.md"):
+        for kind, text in BLOCK.findall(page.read_text(encoding="utf-8")):
+            for line in text.splitlines() if kind == "sh" else ():
+                name, *arguments = shlex.split(line, comments=True)
+                if name == "lora-state":
+                    command = cli.commands.commands[arguments[0]]
+                    known = {option for parameter in command.params for option in parameter.opts}
+                    assert {a for a in arguments[1:] if a.startswith("-")} <= known, line
+                    command.make_context(arguments[0], arguments[1:], parent=click.Context(cli.commands))
+                    found += 1
+    assert found > 10

@@ -8,6 +8,7 @@ import inspect
 import pickle
 from collections.abc import Callable
 from pathlib import Path
+from string import Formatter
 from typing import Any
 
 import click
@@ -78,15 +79,15 @@ def _remedies() -> list[tuple[str, set[str]]]:
     found = []
     for path in SOURCES:
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "Remedy" and len(node.args) == 2:
-                keys = [ast.literal_eval(key) for key in node.args[1].keys if key]  # type: ignore[attr-defined]
-                found.append((f"{path.name}:{node.lineno}", set(keys)))
+            if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "Remedy":
+                fields = {field for _, field, _, _ in Formatter().parse(ast.literal_eval(node.args[0])) if field}
+                found.append((f"{path.name}:{node.lineno}", fields))
     return found
 
 
 def test_every_remedy_names_arguments_that_exist() -> None:
     lsf = lora_state_format
-    functions: list[Callable[..., Any]] = [lsf.convert, lsf.read, lsf.export, lsf.write, edit.prune]
+    functions: list[Callable[..., Any]] = [lsf.check, lsf.convert, lsf.export, edit.prune]
     keywords = {name for function in functions for name in inspect.signature(function).parameters}
     options = {
         option

@@ -30,7 +30,8 @@ FLOORS = [
     ["operations"],
     ["numpy", "testing"],
     ["demo"],
-    ["", "cli"],
+    [""],
+    ["cli"],
     ["__main__"],
 ]
 """The package from the ground up: a part imports from the floors below its own and from itself. The root is ""."""
@@ -45,6 +46,9 @@ HEAVY = {
     "peft", "rich", "tensorstore", "torch", "transformers",
 }  # fmt: skip
 """What takes long to import, or is an extra."""
+
+DRAWING = {"operations.figures", "operations.page"}
+"""The modules that need the extra ``report``."""
 
 FRAMEWORK_SIDE = {"torch", "integrations", "demo"}
 
@@ -137,6 +141,13 @@ def test_the_core_imports_nothing_heavy_at_its_top(name: str) -> None:
     top = set(imported(MODULES[name], late=False))
     assert not {x.split(".")[0] for x in top} & HEAVY
     assert not own(top) & FRAMEWORK_SIDE
+
+
+@pytest.mark.parametrize("name", [name for name in MODULES if name not in DRAWING])
+def test_only_the_report_draws(name: str) -> None:
+    assert not {x.split(".")[0] for x in imported(MODULES[name], late=True)} & {"jinja2", "matplotlib"}
+    top = set(imported(MODULES[name], late=False))
+    assert not [x for x in top if x.removeprefix(f"{PACKAGE}.").startswith(tuple(DRAWING))]
 
 
 def loaded_after(code: str) -> set[str]:

@@ -43,7 +43,7 @@ def test_the_wheel_holds_every_module(wheel: Path) -> None:
         found = {name for name in archive.namelist() if ".dist-info/" not in name}
     core = {str(path.relative_to(ROOT)) for path in (ROOT / "lora_state_format").rglob("*.py")}
     converters = {f"lora_state_format/converters/{path.name}" for path in (ROOT / "converters").glob("*.py")}
-    assert found == core | converters | {"lora_state_format/py.typed"}
+    assert found == core | converters | {"lora_state_format/py.typed", "lora_state_format/operations/page.html"}
 
 
 def test_the_installed_wheel_works_and_takes_no_other_name(wheel: Path, tmp_path: Path) -> None:

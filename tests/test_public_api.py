@@ -57,7 +57,9 @@ def test_names_of_the_torch_side() -> None:
         "capture",
         "follow_names",
         "load_optimizer",
+        "load_scheduler",
         "plan",
+        "resize_adapter",
         "save_optimizer",
     ]
 
@@ -82,25 +84,36 @@ def test_commands_and_their_options() -> None:
         name: sorted(option for parameter in command.params for option in parameter.opts)
         for name, command in cli.commands.commands.items()
     }
+    reading = {
+        "--from",
+        "--map",
+        "--names",
+        "--optimizer",
+        "--option",
+        "--rule",
+        "--trainable",
+        "--json",
+        "--traceback",
+    }
+    rewriting = {*reading, "--force", "source", "target"}
     assert found == {
-        "check": ["--json", "--model", "path"],
-        "convert": [
-            "--base", "--dequantize", "--dry-run", "--force", "--from", "--json", "--map", "--names", "--optimizer",
-            "--option", "--rule", "--to", "source", "target",
-        ],
-        "demo": [],
-        "diff": ["--json", "first", "second"],
-        "edit": ["--force", "--group", "--json", "--set", "source", "target"],
-        "export": [
-            "--eps", "--force", "--from", "--inverse-root", "--json", "--keys", "--names", "--slot", "--unbiased",
-            "source", "target",
-        ],
-        "formats": ["--json"],
-        "inspect": ["--from", "--json", "--map", "--optimizer", "--option", "--stats", "path"],
-        "prune": ["--carried", "--force", "--json", "--match", "source", "target"],
-        "rename": ["--force", "--json", "--rule", "source", "target"],
-        "reset": ["--force", "--json", "--match", "source", "target"],
-        "strip": ["--force", "--json", "--slot", "source", "target"],
-        "verify": ["--json", "--weights", "path"],
-    }  # fmt: skip
+        "check": sorted(
+            {*reading, "--base", "--dtype", "--mismatch", "--missing", "--model", "--rename", "--unexpected", "path"}
+        ),
+        "completion": ["--traceback", "shell"],
+        "convert": sorted({*rewriting, "--base", "--dequantize", "--dry-run", "--store", "--to"}),
+        "demo": ["--out", "--traceback"],
+        "diff": sorted({*reading, "--match", "first", "second"}),
+        "edit": sorted({*rewriting, "--group", "--set"}),
+        "export": sorted({*rewriting, "--eps", "--inverse-root", "--keys", "--match", "--slot", "--unbiased"}),
+        "formats": ["--json", "--traceback"],
+        "inspect": sorted({*reading, "--markdown", "--match", "--parameters", "--sort", "--stats", "--tree", "path"}),
+        "prune-checkpoints": ["--dry-run", "--json", "--keep", "--legacy", "--traceback", "folder"],
+        "prune": sorted({*rewriting, "--carried", "--match"}),
+        "report": sorted({*reading, "--compare", "--figures", "--force", "--output", "--weights", "-o", "path"}),
+        "rename": sorted({*rewriting, "--rename"}),
+        "reset": sorted({*rewriting, "--match"}),
+        "strip": sorted({*rewriting, "--slot"}),
+        "verify": ["--json", "--traceback", "--weights", "path"],
+    }
     assert isinstance(cli.commands, click.Group)

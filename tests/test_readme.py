@@ -39,7 +39,7 @@ def alike(expected: str, found: str) -> bool:
 
 
 def test_it_is_short() -> None:
-    assert len(README.read_text(encoding="utf-8").splitlines()) <= 240
+    assert len(README.read_text(encoding="utf-8").splitlines()) <= 150
 
 
 def test_the_examples_do_what_they_say(founding: Founding, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -64,8 +64,11 @@ def test_the_examples_do_what_they_say(founding: Founding, tmp_path: Path, monke
     assert {"python", "text", "console"} <= set(ran)
 
 
-def test_every_format_is_in_the_table(capsys: pytest.CaptureFixture[str]) -> None:
+def test_it_counts_the_formats() -> None:
     from lora_state_format import registry
 
-    for name in registry.BUILT_IN:
-        assert f"`{name}`" in README.read_text(encoding="utf-8"), name
+    text = README.read_text(encoding="utf-8")
+    writers = [name for name in registry.BUILT_IN if hasattr(registry.get(name), "write")]
+    assert f"It reads {len(registry.BUILT_IN)} formats:" in text
+    numbers = ["", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve"]
+    assert f"writes {numbers[len(writers)]} of them" in text

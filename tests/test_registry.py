@@ -191,8 +191,10 @@ def test_nothing_fits(tmp_path: Path) -> None:
     path.write_text("nothing")
     with pytest.raises(UnknownFormatError) as caught:
         registry.detect(path)
-    looked_for = "; ".join(f"{name} ({registry.get(name).DESCRIPTION})" for name in ["named", *others()])
-    assert str(caught.value) == f"{path}: no optimizer state found here; looked for: {looked_for}"
+    assert str(caught.value) == (
+        f"{path}: no optimizer state found here; looked for: {', '.join(['named', *others()])} "
+        "(`lora-state formats` says what these are)"
+    )
 
 
 @pytest.mark.parametrize("depth", [0, 3])

@@ -2,63 +2,128 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final, TypeAlias
 
+from lora_state_format.binding.crossing import Crossing, Fit
 from lora_state_format.binding.live import LiveOptimizer, Problem
 from lora_state_format.errors import OptionError
-from lora_state_format.model.states import OptimizerState, Scalar, Value
+from lora_state_format.model.states import OptimizerState, Scalar, Slot, Value
 from lora_state_format.optimizers.options import Kind, kind_of
 
 __all__ = ["Chosen", "choose"]
 
+_HYPERPARAMETERS: Final = (Kind.MATH, Kind.SCHEDULE)
+_POLICIES: Final = ("saved", "current")
+
+Options: TypeAlias = "Mapping[str, Value]"
+
 
 @dataclass(frozen=True, slots=True)
 class Chosen:
-    """For each live group the options to set; and what there is to say of them."""
+    """For each live group the options to set; which hyperparameters that replaces; what else there is to say."""
 
-    options: tuple[Mapping[str, Value], ...]
+    options: tuple[Options, ...]
+    replaced: tuple[str, ...]
     problems: tuple[Problem, ...]
     notes: tuple[str, ...]
 
 
-def choose(state: OptimizerState, live: LiveOptimizer, restored: Mapping[str, str], given: Mapping[str, Any]) -> Chosen:
+def choose(
+    state: OptimizerState,
+    live: LiveOptimizer,
+    restored: Mapping[str, str],
+    given: Mapping[str, Any],
+    crossings: Mapping[tuple[int | None, int], Crossing],
+) -> Chosen:
     """Return what loading sets in each live group.
 
-    ``restored`` maps saved names to names in the live optimizer, ``given`` is the caller's ``options=``. Raises
-    ``OptionError`` for an option that no group has.
+    Args:
+        state: What is loaded.
+        live: What it is loaded into.
+        restored: Saved names, and the live name that each takes its state to.
+        given: The caller's ``options=``.
+        crossings: By the numbers of an optimizer of the file and a live one, the way from one into the other.
+
+    Raises:
+        OptionError: No group has an option of that name, or it never has such a value.
     """
     saved = [dict(group.options) for group in state.groups]
-    for option in given:
-        if not any(option in options for options in (*saved, *live.options)):
-            raise OptionError(f"options={{{option!r}: ...}}: no group has an option of that name")
+    _check_given(given, [*saved, *live.options])
     sources = _sources(state, live, restored)
+    chosen: list[dict[str, Value]] = []
     problems: list[Problem] = []
-    result: list[dict[str, Value]] = []
     for number, feeding in enumerate(sources):
-        chosen: dict[str, Value] = {}
-        for key in _settable(live.options[number], [saved[source] for source in feeding]):
-            policy = given.get(key, "saved") if feeding else "current"
-            if not isinstance(policy, str) or policy not in ("saved", "current"):
-                chosen[key] = policy
-            elif policy == "saved":
-                values = {source: saved[source][key] for source in feeding if key in saved[source]}
-                distinct = _distinct(values.values())
-                if len(distinct) > 1:
-                    problems.append(_merging(key, number, values))
-                elif distinct:
-                    chosen[key] = distinct[0]
-        result.append(chosen)
-    for source, options in enumerate(saved):
-        fed = [number for number, feeding in enumerate(sources) if source in feeding]
-        for key, value in options.items():
-            values = {number: live.options[number][key] for number in fed if key in live.options[number]}
-            decided = key in given or kind_of(key, options) not in (Kind.MATH, Kind.SCHEDULE)
-            if not decided and len(_distinct(values.values())) > 1:
-                problems.append(_splitting(key, source, value, values))
-    return Chosen(tuple(result), tuple(problems), (*_zero_rate(live, result, given), *_left_out(live, saved, sources)))
+        ways = [crossings.get((state.groups[source].optimizer, live.groups[number].optimizer)) for source in feeding]
+        options, merging = _for_group(number, feeding, saved, live.options[number], given, ways)
+        chosen.append(options)
+        problems += merging
+    problems += _splits(saved, live, sources, given)
+    return Chosen(
+        tuple(chosen),
+        tuple(_replaced(live, chosen, given)),
+        tuple(problems),
+        (*_zero_rate(live, chosen, given), *_left_out(live, saved, sources), *_driven(live, given)),
+    )
+
+
+# --- the caller's values --------------------------------------------------------------------------------------------
+
+
+def _check_given(given: Mapping[str, Any], groups: Sequence[Options]) -> None:
+    for option, value in given.items():
+        examples = [options[option] for options in groups if option in options]
+        if not examples:
+            raise OptionError(f"options={{{option!r}: ...}}: no group has an option of that name")
+        if value in _POLICIES if isinstance(value, str) else any(_alike(value, example) for example in examples):
+            continue
+        if isinstance(value, str) and any(isinstance(example, str) for example in examples):
+            continue
+        expected = " or ".join(dict.fromkeys(map(_kind, examples)))
+        raise OptionError(f"options={{{option!r}: {value!r}}}: expected {expected}, 'saved' or 'current'")
+
+
+def _alike(value: Any, example: Value) -> bool:
+    """Return whether an option that had one value can have the other."""
+    if value is None or isinstance(value, bool):
+        return type(value) is type(example)
+    if isinstance(example, (list, tuple)):
+        return (
+            isinstance(value, (list, tuple))
+            and len(value) == len(example)
+            and all(_alike(a, b) for a, b in zip(value, example, strict=True))
+        )
+    plain = value.item() if getattr(value, "shape", None) == () else value
+    number = isinstance(plain, (int, float)) and not isinstance(plain, bool) and math.isfinite(plain)
+    one = isinstance(example, Slot) and example.tensor.count == 1
+    return number and (one or (isinstance(example, (int, float, Scalar)) and not isinstance(example, bool)))
+
+
+def _kind(example: Value) -> str:
+    if example is None:
+        return "None"
+    if isinstance(example, bool):
+        return "True or False"
+    if isinstance(example, (list, tuple)):
+        return f"{len(example)} values"
+    return "a text" if isinstance(example, str) else "a finite number"
+
+
+def _policy(key: str, given: Mapping[str, Any]) -> Any:
+    """Return the caller's word on an option: what schedulers keep of ``lr`` follows it to the live values."""
+    if key not in given and kind_of(key) is Kind.SCHEDULE and _is_current(given.get("lr")):
+        return "current"
+    return given.get(key, "saved")
+
+
+def _is_current(value: Any) -> bool:
+    return isinstance(value, str) and value == "current"
+
+
+# --- groups ---------------------------------------------------------------------------------------------------------
 
 
 def _sources(state: OptimizerState, live: LiveOptimizer, restored: Mapping[str, str]) -> list[list[int]]:
@@ -88,11 +153,58 @@ def _sources(state: OptimizerState, live: LiveOptimizer, restored: Mapping[str, 
     return result
 
 
-def _settable(live: Mapping[str, Value], saved: Sequence[Mapping[str, Value]]) -> Iterator[str]:
-    """Yield the options that may be set: those that the group has, and state that only the file has."""
-    yield from (key for key in live if kind_of(key) is not Kind.RUNTIME)
+def _for_group(
+    number: int,
+    feeding: Sequence[int],
+    saved: Sequence[Options],
+    live: Options,
+    given: Mapping[str, Any],
+    ways: Sequence[Crossing | None],
+) -> tuple[dict[str, Value], list[Problem]]:
+    """Return the options to set in a live group, and where the groups that feed it disagree."""
+    chosen: dict[str, Value] = {}
+    problems = []
+    for key in _settable(live, [saved[source] for source in feeding], ways):
+        policy = _policy(key, given)
+        if not isinstance(policy, str) or policy not in _POLICIES:
+            chosen[key] = policy
+        elif policy == "saved" and feeding:
+            values = {source: saved[source][key] for source in feeding if key in saved[source]}
+            distinct = _distinct(values.values())
+            if len(distinct) > 1:
+                problems.append(_merging(key, number, values))
+            elif distinct:
+                chosen[key] = distinct[0]
+    return chosen, problems
+
+
+def _settable(live: Options, saved: Sequence[Options], ways: Sequence[Crossing | None]) -> Iterator[str]:
+    """Yield the options that may be set: those that the group has, and state that only the file has.
+
+    Into another class goes no state of the old one, and no option that means something else there.
+    """
+    crossed = [way for way in ways if way is not None and way.fit is not Fit.SAME]
+    kept = {key for way in crossed for key in way.kept}
+    for key in live:
+        kind = kind_of(key, live)
+        if kind in _HYPERPARAMETERS or (kind is Kind.STATE and not crossed):
+            if key not in kept:
+                yield key
     found = {key: None for options in saved for key in options if kind_of(key, options) is Kind.STATE}
-    yield from (key for key in found if key not in live)
+    yield from (key for key in found if key not in live and not crossed)
+
+
+def _splits(
+    saved: Sequence[Options], live: LiveOptimizer, sources: Sequence[Sequence[int]], given: Mapping[str, Any]
+) -> Iterator[Problem]:
+    """Yield a problem where live groups that differ on purpose would become alike because one saved group feeds them."""
+    for source, options in enumerate(saved):
+        fed = [number for number, feeding in enumerate(sources) if source in feeding]
+        for key, value in options.items():
+            values = {number: live.options[number][key] for number in fed if key in live.options[number]}
+            decided = key in given or _is_current(_policy(key, given)) or kind_of(key, options) not in _HYPERPARAMETERS
+            if not decided and len(_distinct(values.values())) > 1:
+                yield _splitting(key, source, value, values)
 
 
 def _merging(key: str, number: int, values: Mapping[int, Value]) -> Problem:
@@ -105,7 +217,6 @@ def _merging(key: str, number: int, values: Mapping[int, Value]) -> Problem:
 
 
 def _splitting(key: str, source: int, saved: Value, values: Mapping[int, Value]) -> Problem:
-    """Live groups that differ on purpose must not become alike because one saved group feeds them all."""
     stated = ", ".join(f"{_text(value)} in live group {number}" for number, value in values.items())
     return Problem(
         "option",
@@ -114,11 +225,36 @@ def _splitting(key: str, source: int, saved: Value, values: Mapping[int, Value])
     )
 
 
-def _zero_rate(live: LiveOptimizer, chosen: Sequence[Mapping[str, Value]], given: Mapping[str, Any]) -> Iterator[str]:
+# --- what there is to say -------------------------------------------------------------------------------------------
+
+
+def _replaced(live: LiveOptimizer, chosen: Sequence[Options], given: Mapping[str, Any]) -> Iterator[str]:
+    """Yield for each hyperparameter that gets another value what it was and is: ``lr 0.3 -> 0.01 from the file``."""
+    changes: dict[str, dict[str, list[int]]] = {}
+    filled = [number for number, group in enumerate(live.groups) if group.parameters]
+    for number in filled:
+        for key, value in chosen[number].items():
+            before = live.options[number].get(key)
+            if kind_of(key, live.options[number]) in _HYPERPARAMETERS and _plain(before) != _plain(value):
+                change = f"{_text(before)} -> {_text(value)}"
+                changes.setdefault(key, {}).setdefault(change, []).append(number)
+    for key, found in changes.items():
+        source = "from the file" if isinstance(_policy(key, given), str) else "as options= says"
+        everywhere = sorted(n for numbers in found.values() for n in numbers) == filled and len(found) == 1
+        stated = [
+            change if everywhere else f"{change} in group {', '.join(map(str, numbers))}"
+            for change, numbers in found.items()
+        ]
+        yield f"{key} {'; '.join(stated)} {source}"
+
+
+def _zero_rate(live: LiveOptimizer, chosen: Sequence[Options], given: Mapping[str, Any]) -> Iterator[str]:
     zero = [
         str(number)
         for number, options in enumerate(chosen)
-        if live.groups[number].parameters and _plain(options.get("lr")) == 0 and _plain(live.options[number]["lr"]) != 0
+        if live.groups[number].parameters
+        and _plain(options.get("lr")) == 0
+        and _plain(live.options[number].get("lr")) != 0
     ]
     if zero and "lr" not in given:
         yield (
@@ -127,26 +263,41 @@ def _zero_rate(live: LiveOptimizer, chosen: Sequence[Mapping[str, Value]], given
         )
 
 
-def _left_out(
-    live: LiveOptimizer, saved: Sequence[Mapping[str, Value]], sources: Sequence[Sequence[int]]
-) -> Iterator[str]:
-    """Yield a note on saved options that change what a step computes and that no live group has."""
+def _driven(live: LiveOptimizer, given: Mapping[str, Any]) -> Iterator[str]:
+    """Yield a note where the caller sets a rate that a scheduler is going to replace."""
+    value = given.get("lr", "saved")
+    driven = [str(n) for n, options in enumerate(live.options) if "initial_lr" in options]
+    if driven and not (isinstance(value, str) and value in _POLICIES) and "initial_lr" not in given:
+        yield (
+            f"a scheduler drives lr in group {', '.join(driven)}, and replaces the {_text(value)} of options= at its next "
+            "step: build optimizer and scheduler with the new rate and pass options={'lr': 'current'} to go on with it"
+        )
+
+
+def _left_out(live: LiveOptimizer, saved: Sequence[Options], sources: Sequence[Sequence[int]]) -> Iterator[str]:
+    """Yield options that change what a step computes, and that the live groups know nothing of.
+
+    A newer torch wrote them, or another class.
+    """
     strange = {
         key: None
         for number, feeding in enumerate(sources)
         for source in feeding
         for key in saved[source]
         if kind_of(key, saved[source]) is Kind.MATH and key not in live.options[number]
+        if saved[source][key] not in (None, False)  # what is off says nothing
     }
     if strange:
         yield f"the live groups have no option {', '.join(strange)}: what the file says of it was left out"
 
 
-def _plain(value: Value) -> Any:
-    """Tensors' values as numbers, lists and tuples alike: what makes two options the same."""
+def _plain(value: Any) -> Any:
+    """Return tensors' values as numbers, lists and tuples alike: what makes two options the same."""
     if isinstance(value, (list, tuple)):
         return tuple(_plain(item) for item in value)
-    return value.item() if isinstance(value, Scalar) else value
+    if isinstance(value, Slot):
+        return _plain(Scalar(value.tensor.dtype, bytes(value.tensor.bytes()))) if value.tensor.count == 1 else value
+    return value.item() if isinstance(value, Scalar) or getattr(value, "shape", None) == () else value
 
 
 def _distinct(values: Iterable[Value]) -> list[Value]:
@@ -158,4 +309,5 @@ def _distinct(values: Iterable[Value]) -> list[Value]:
 
 
 def _text(value: Value) -> str:
-    return repr(_plain(value))
+    plain = _plain(value)
+    return f"a tensor of shape {list(plain.tensor.shape)}" if isinstance(plain, Slot) else repr(plain)

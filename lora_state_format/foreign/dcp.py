@@ -170,9 +170,9 @@ class _Item:
                     f"{self.name} is {held}, where .metadata says {self.dtype} {list(self.shape)}",
                     path=self.place.file.path,
                 )
-            runs = tensor.runs or ()
-            whole = len(runs) == 1 and runs[0].offset == 0 and runs[0].source.size == self.size
-            self._opened = runs[0].source if whole else tensor
+            run = tensor.runs[0] if tensor.runs and len(tensor.runs) == 1 else None
+            whole = run is not None and run.offset == 0 and run.source.size == self.size
+            self._opened = run.source if run is not None and whole else tensor
         return self._opened
 
 

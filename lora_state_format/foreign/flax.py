@@ -1,10 +1,10 @@
-"""flax's msgpack: bytes <-> trees of ranges of the file. No flax, no jax.
+"""flax's msgpack: bytes <-> trees of ranges of the file. Neither flax nor jax is needed.
 
 ``flax.serialization`` writes maps of msgpack whose arrays are ext types, their payload again msgpack: shape, name of
-the dtype, bytes. An array above 1 GiB is a map of chunks. EasyLM writes a stream of such leaves, each behind its path.
+the dtype, bytes. An array above 1 GiB is a map of chunks. EasyLM writes a stream of such leaves, each after its path.
 
 A file is walked by hand, as a msgpack library would copy every array twice before it could be looked at; here an array
-stays where it is. What flax takes and should not is refused: unknown ext types, duplicate keys, negative dimensions,
+stays where it is. Some input that flax accepts is refused: unknown ext types, duplicate keys, negative dimensions,
 lists.
 """
 
@@ -38,7 +38,7 @@ MAX_NODES: Final = 500_000
 MAX_TEXT: Final = 4096
 MAX_DIMENSIONS: Final = 32
 WINDOW: Final = 512
-"""Bytes read at once: what stands between two arrays is less."""
+"""Bytes read at once, more than between two arrays."""
 
 
 # --- reading ------------------------------------------------------------------------------------------------------
@@ -46,7 +46,7 @@ WINDOW: Final = 512
 
 def load(file: File) -> dict[str, Tree]:
     """Return the tree in a file of flax, or in a stream of EasyLM. Raises ``FileError`` and ``RefusedError``."""
-    reader = _Reader(file)
+    reader = _MsgpackReader(file)
     if reader.is_stream():
         return reader.stream()
     tree = reader.value(0)
@@ -59,10 +59,11 @@ def load(file: File) -> dict[str, Tree]:
 
 def first_key(file: File) -> str | None:
     """Return the first key of a msgpack map, or of a stream's first path; ``None`` if it is neither."""
-    reader = _Reader(file)
+    reader = _MsgpackReader(file)
     try:
         if reader.is_stream():
-            reader.head(), reader.head()
+            reader.head()
+            reader.head()
         else:
             kind, size = reader.head()
             if kind != "map" or size == 0:  # a pickle too begins as an empty map does
@@ -86,7 +87,7 @@ _SIZED: Final = {
 """First byte -> kind, and bytes of the size behind it."""
 
 
-class _Reader:
+class _MsgpackReader:
     """A file of msgpack, read from the front; the bytes of arrays are skipped."""
 
     def __init__(self, file: File) -> None:
@@ -111,7 +112,7 @@ class _Reader:
         return self._window[start : start + size]
 
     def head(self) -> tuple[str, Any]:
-        """Return what begins here: its kind, and its value or size. An ext is ``ext`` with its size."""
+        """Return the next object: its kind, and its value or size. An ext is ``ext`` with its size."""
         code = self.take(1)[0]
         if code in _FIXED:
             return "value", _FIXED[code]
@@ -182,7 +183,7 @@ class _Reader:
             raise self.fail("an array that does not begin with its shape")
         shape = [self.head() for _ in range(dimensions)]
         if not all(kind == "value" and type(n) is int and n >= 0 for kind, n in shape):
-            raise self.fail("an array with a dimension that is no size")
+            raise self.fail("an array with a dimension that is not a natural number")
         name = self.value(0)
         if not isinstance(name, str) or name not in DTYPES:
             raise RefusedError(
@@ -212,7 +213,7 @@ class _Reader:
             raise self.fail("an array in chunks with other members than shape and chunks")
         shape, chunks = items(parts["shape"]), items(parts["chunks"])
         if len(shape) > MAX_DIMENSIONS or not all(type(n) is int and n >= 0 for n in shape):
-            raise self.fail("an array in chunks with a dimension that is no size")
+            raise self.fail("an array in chunks with a dimension that is not a natural number")
         flat = all(isinstance(chunk, Tensor) and len(chunk.shape) == 1 for chunk in chunks)
         if not chunks or not flat or len({chunk.dtype for chunk in chunks}) > 1:
             raise self.fail("an array in chunks that are not flat, or not of one type")
@@ -225,21 +226,21 @@ class _Reader:
         return Tensor(chunks[0].dtype, tuple(shape), tuple(pieces))
 
     def is_stream(self) -> bool:
-        """Return whether lists of two stand here, the first of each a list of keys."""
+        """Return whether pairs follow, the first of each a list of keys."""
         start = self.position
         found = self.file.size > 1 and self.head() == ("list", 2) and self.head()[0] == "list"
         self.position = start
         return found
 
     def stream(self) -> dict[str, Any]:
-        """Return the tree whose leaves stand one after the other, each under its path, in a bin of its own."""
+        """Return the tree whose leaves follow one another, each after its path, in a bin of its own."""
         tree: dict[str, Any] = {}
         while self.position < self.file.size:
             if self.head() != ("list", 2) or (head := self.head())[0] != "list" or not 0 < head[1] <= MAX_DEPTH:
-                raise self.fail("no pair of a path and a value, as the stream has them")
+                raise self.fail("an entry of the stream that is not a pair of a path and a value")
             keys = [self.value(0) for _ in range(head[1])]
             if not all(isinstance(key, str) for key in keys):
-                raise self.fail("a path with a key that is no text")
+                raise self.fail("a path with a key that is not text")
             kind, size = self.head()
             start = self.position
             value = self.value(0)
@@ -249,7 +250,7 @@ class _Reader:
             for key in keys[:-1]:
                 inner = inner.setdefault(key, {})
                 if not isinstance(inner, dict):
-                    raise self.fail(f"a path through '{key}', which is no map")
+                    raise self.fail(f"a path through '{key}', which is not a map")
             if keys[-1] in inner:
                 raise self.fail(f"the path {'/'.join(keys)} twice")
             inner[keys[-1]] = value
@@ -267,7 +268,7 @@ def save(tree: Tree, path: Path, *, force: bool = False) -> None:
 def packed(tree: Tree) -> Iterator[bytes | memoryview]:
     """Yield the bytes that flax makes of a tree; each chunk is valid until the next is asked for.
 
-    Raises ``UnrepresentableError`` for a dtype that flax has no name for, and ``FileError`` at the end if bytes do not
+    Raises ``UnrepresentableError`` for a dtype that flax does not have, and ``FileError`` at the end if bytes do not
     have the CRC that their source states.
     """
     ledger = Ledger()
@@ -300,12 +301,12 @@ def _packed(tree: Tree, ledger: Ledger, buffer: memoryview) -> Iterator[bytes | 
 
 
 def _cut(tensor: Tensor, start: int, count: int) -> Tensor:
-    """Consecutive elements of a tensor, in C order, as a flat one."""
+    """Return consecutive elements of a tensor, in C order, as a flat one."""
     return contiguous(tensor.dtype, (count,), tensor, start * item_size(tensor.dtype))
 
 
 def _array_head(dtype: str, shape: tuple[int, ...], size: int) -> bytes:
-    """Everything of an array that stands before its bytes."""
+    """Return all of an array that precedes its bytes."""
     import msgpack
 
     if dtype not in NAMES:

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+from lora_state_format.errors import UnrepresentableError
 from lora_state_format.foreign.state_dict import to_state_dict
 from lora_state_format.model.states import Naming, OptimizerState, Parameter, PositionalState
 from lora_state_format.model.tensors import Tensor
@@ -71,13 +72,20 @@ def named(
 
 
 def by_name(state: OptimizerState, optimizer: int = 0) -> dict[str, Any]:
-    """Return the state dict of one optimizer with names for ids: the source's own where it spelled them otherwise.
+    """Return the state dict of one of the optimizers with names for ids, spelled as the source did.
 
-    Raises ``UnrepresentableError`` as ``to_state_dict`` does.
+    Raises ``UnrepresentableError`` for a name that would be read back as another, and as ``to_state_dict`` does.
     """
+    names = [parameter.name for parameter in state.parameters]
+    spelled = [p.original_id if isinstance(p.original_id, str) else p.name for p in state.parameters]
+    if list(without_wrappers(spelled)[0]) != names:  # renamed since
+        spelled = names
+    for name, read in zip(names, without_wrappers(spelled)[0], strict=True):
+        if name != read or name.isdecimal():
+            raise UnrepresentableError(
+                f"'{name}' would be read back as {f'id {name}' if name == read else repr(read)}: rename it first "
+                "(`lora-state rename`)"
+            )
     prefix = "0:" if len(state.optimizers) > 1 else ""
-    parameters = tuple(
-        replace(p, original_id=prefix + (p.original_id if isinstance(p.original_id, str) else p.name))
-        for p in state.parameters
-    )
-    return to_state_dict(replace(state, parameters=parameters), optimizer)
+    parameters = [replace(p, original_id=prefix + name) for p, name in zip(state.parameters, spelled, strict=True)]
+    return to_state_dict(replace(state, parameters=tuple(parameters)), optimizer)

@@ -1,4 +1,4 @@
-"""Optimizer state as optax keeps it, and back: no optax, no jax. ``optax_nodes`` has the structure of its trees."""
+"""Optimizer state as optax keeps it, and back, without optax or jax. ``optax_nodes`` has the structure of its trees."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from lora_state_format.mapping.algorithms import (
     OPTIMIZER,
     STATE_STEPS,
     Algorithm,
-    Layout,
+    RuleLayout,
     check_alike,
     choose,
     group_options,
@@ -33,16 +33,16 @@ from lora_state_format.model.tensors import Tensor
 __all__ = ["LAYOUTS", "OPTIONS", "from_tree", "to_tree"]
 
 LAYOUTS: Final = (
-    Layout("adam", {"mu": "exp_avg", "nu": "exp_avg_sq"}, counts=True),
-    Layout("adamw", {"mu": "exp_avg", "nu": "exp_avg_sq"}, counts=True),
-    Layout("adamax", {"mu": "exp_avg", "nu": "exp_inf"}, counts=True),
-    Layout("lion", {"mu": "exp_avg"}, counts=True),
-    Layout("sgd", {"trace": "momentum_buffer"}),
-    Layout("adagrad", {"sum_of_squares": "sum"}),
-    Layout("adadelta", {"e_g": "square_avg", "e_x": "acc_delta"}),
-    Layout("rmsprop", {"nu": "square_avg"}),
-    Layout("rmsprop", {"mu": "grad_avg", "nu": "square_avg"}),
-    Layout("adafactor", {"v_row": "exp_avg_sq_row", "v_col": "exp_avg_sq_col", "v": "exp_avg_sq"}, counts=True),
+    RuleLayout("adam", {"mu": "exp_avg", "nu": "exp_avg_sq"}, counts=True),
+    RuleLayout("adamw", {"mu": "exp_avg", "nu": "exp_avg_sq"}, counts=True),
+    RuleLayout("adamax", {"mu": "exp_avg", "nu": "exp_inf"}, counts=True),
+    RuleLayout("lion", {"mu": "exp_avg"}, counts=True),
+    RuleLayout("sgd", {"trace": "momentum_buffer"}),
+    RuleLayout("adagrad", {"sum_of_squares": "sum"}),
+    RuleLayout("adadelta", {"e_g": "square_avg", "e_x": "acc_delta"}),
+    RuleLayout("rmsprop", {"nu": "square_avg"}),
+    RuleLayout("rmsprop", {"mu": "grad_avg", "nu": "square_avg"}),
+    RuleLayout("adafactor", {"v_row": "exp_avg_sq_row", "v_col": "exp_avg_sq_col", "v": "exp_avg_sq"}, counts=True),
 )
 CHAINS: Final[Mapping[str, str]] = {
     "adam": "N-", "adamw": "N--", "adamax": "N-", "lion": "N--", "sgd": "N-", "adagrad": "N-", "adadelta": "-N-",
@@ -55,7 +55,7 @@ OPTIONS: Final[Mapping[str, str]] = {
     "step": "steps taken, where the state of the rule does not count them",
     **HYPERPARAMETERS,
 }
-"""What a caller may state of a tree."""
+"""Facts about a tree that a caller may state."""
 
 
 # --- reading ------------------------------------------------------------------------------------------------------
@@ -72,11 +72,11 @@ def from_tree(
 ) -> OptimizerState:
     """Return the state in a tree, with a group for each label of ``multi_transform``. Names are paths joined with dots.
 
-    ``options`` are those of ``OPTIONS``; ``weights`` are the parameters themselves, as far as they are known. What is
+    ``options`` are those of ``OPTIONS``; ``weights`` are the parameters themselves, as far as they are known. The tree
     around the parameters' state is kept in ``origin["tree"]``, from which ``to_tree`` makes the same tree again.
 
-    Raises what ``survey`` raises, ``FileError`` for shapes that disagree, and ``OptionError`` for what has to be said,
-    or is said and not so.
+    Raises what ``survey`` raises, ``FileError`` for shapes that disagree, and ``OptionError`` for a fact that the
+    caller has to state, or states wrongly.
     """
     around, nodes = survey(tree, path)
     step = _step(around, nodes, options)
@@ -117,7 +117,7 @@ def _parameter(
     node: Node,
     keys: Keys,
     algorithm: Algorithm,
-    layout: Layout,
+    layout: RuleLayout,
     count: int | None,
     weights: Mapping[str, Tensor],
     path: object,
@@ -134,22 +134,24 @@ def _parameter(
 def _unfolded(
     values: Mapping[str, Leaf], weight: Tensor | None, name: str, path: object
 ) -> tuple[dict[str, Leaf], tuple[int, ...]]:
-    """Adafactor's slots in use, and the parameter's shape.
+    """Return Adafactor's slots in use, and the parameter's shape.
 
     optax fills those not in use with one element. Its ``v_row`` is the mean over the *larger* axis (the last, if both
-    are as large), where everybody else's row is the mean over the last.
+    are as large), where the row of other frameworks is the mean over the last.
     """
     row, col, whole = values["exp_avg_sq_row"], values["exp_avg_sq_col"], values["exp_avg_sq"]
     if shape_of(row) == shape_of(col) == (1,):
         return {"exp_avg_sq": whole}, shape_of(whole)
     sizes = shape_of(row) + shape_of(col)
     if shape_of(whole) != (1,) or len(sizes) != 2:
-        raise RefusedError(f"'{name}' has factors of more than two axes, of which frameworks choose others", path=path)
+        raise RefusedError(
+            f"'{name}' has factors of more than two axes, and frameworks choose different ones to factor", path=path
+        )
     shape = sizes if sizes[0] == sizes[1] else weight.shape if weight else None
     if shape is None:
         raise OptionError(
-            f"{path}: '{name}' has factors of {sizes[0]} and {sizes[1]} elements, which does not say which axis is "
-            "which: convert a file that has the parameters too (a TrainState)"
+            f"{path}: '{name}' has factors of {sizes[0]} and {sizes[1]} elements, which do not tell its axes "
+            "apart; convert a file that has the parameters too (a TrainState)"
         )
     if shape not in (sizes, sizes[::-1]):
         raise FileError(f"'{name}' of shape {list(shape)} has factors of {sizes[0]} and {sizes[1]} elements", path=path)
@@ -169,7 +171,7 @@ def to_tree(state: OptimizerState, *, options: Mapping[str, Any], base: Tree = N
     ``base`` is a tree of the same optimizer, as ``tx.init(params)`` makes it, for all around the parameters' state;
     without it that is as the state's own origin had it, else as ``optax.NAME(lr)`` makes it.
 
-    Raises ``UnrepresentableError`` for what optax has no place for, ``ConversionError`` if ``base`` is of another
+    Raises ``UnrepresentableError`` for a state that optax cannot hold, ``ConversionError`` if ``base`` is of another
     optimizer.
     """
     algorithm = of_state(state, options.get("optimizer"))
@@ -209,7 +211,7 @@ def to_tree(state: OptimizerState, *, options: Mapping[str, Any], base: Tree = N
     return filled(around)
 
 
-def _surroundings(state: OptimizerState, layout: Layout, base: Tree) -> tuple[Value, list[Members]]:
+def _surroundings(state: OptimizerState, layout: RuleLayout, base: Tree) -> tuple[Value, list[Members]]:
     keyed = {_path(parameter): parameter for parameter in state.parameters}
     if base is not None:
         around, nodes = survey(base, "the base")
@@ -230,7 +232,7 @@ def _surroundings(state: OptimizerState, layout: Layout, base: Tree) -> tuple[Va
     return state.origin["tree"], [(g, [tuple(hole) for hole in h]) for g, h in zip(groups, holes, strict=True)]
 
 
-def _values(parameter: Parameter, algorithm: Algorithm, layout: Layout) -> Mapping[str, Leaf]:
+def _values(parameter: Parameter, algorithm: Algorithm, layout: RuleLayout) -> Mapping[str, Leaf]:
     """Return a parameter's value for each field."""
     values = values_of(parameter, algorithm, layout)
     if layout.rule == "adafactor":
@@ -241,7 +243,7 @@ def _values(parameter: Parameter, algorithm: Algorithm, layout: Layout) -> Mappi
 
 
 def _folded(values: dict[str, Leaf], parameter: Parameter) -> dict[str, Leaf]:
-    """Adafactor's slots as optax has them; ``_unfolded`` says how."""
+    """Return Adafactor's slots as optax has them; ``_unfolded`` says how."""
     if not values:
         return values
     unused = zeros(replace(parameter, shape=(1,), dtype=next(iter(values.values())).dtype))
@@ -257,14 +259,14 @@ def _folded(values: dict[str, Leaf], parameter: Parameter) -> dict[str, Leaf]:
     return {**values, "exp_avg_sq": unused}
 
 
-def _void(parameter: Parameter, algorithm: Algorithm, layout: Layout) -> Leaf:
-    """Zeros of the parameter's type, or of its state's."""
+def _void(parameter: Parameter, algorithm: Algorithm, layout: RuleLayout) -> Leaf:
+    """Return zeros of the parameter's type, or of its state's."""
     first = next(iter(values_of(parameter, algorithm, layout).values()))
     return zeros(replace(parameter, dtype=parameter.dtype or first.dtype))
 
 
 def _pointer(keys: Keys) -> str:
-    """Return a path as a JSON pointer (RFC 6901): no key makes it ambiguous."""
+    """Return a path as a JSON pointer (RFC 6901): unambiguous for any keys."""
     return "".join("/" + key.replace("~", "~0").replace("/", "~1") for key in keys)
 
 

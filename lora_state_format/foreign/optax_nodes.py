@@ -1,10 +1,10 @@
 """The structure of an optax state: which of its dicts hold the parameters' state, and what is around them.
 
-``flax.serialization.to_state_dict`` makes dicts of an optax state and drops the types: tuples become
-``{"0": ..., "1": ...}``, ``EmptyState()`` and ``MaskedNode()`` become ``{}``. So a tree is walked by what its nodes
-hold, never by position: ``{count, mu, nu}`` is the state of one transformation, and each of its fields holds the
-parameters' own tree. Everything between the root and these nodes has to be a wrapper that is known here, or the tree is
-refused. Field names were read off optax 0.2.8.
+``flax.serialization.to_state_dict`` makes dicts of an optax state and drops the types: tuples become ``{"0": ..., "1":
+...}``, ``EmptyState()`` and ``MaskedNode()`` become ``{}``. So a tree is walked by what its nodes hold, never by
+position: ``{count, mu, nu}`` is the state of one transformation, and each of its fields holds the parameters' own tree.
+Everything between the root and these nodes has to be a known wrapper, or the tree is refused. Field names were read off
+optax 0.2.8.
 """
 
 from __future__ import annotations
@@ -51,18 +51,18 @@ _WRAPPERS: Final = (
     ({"step", "opt_state"}, "opt_state"),  # nnx.Optimizer
 )
 _OMITTED: Final = {"hyperparams_states", "skip_state"}
-"""What nnx leaves out where it is empty."""
+"""Members that nnx leaves out where they are empty."""
 WRAPPERS: Final = {
     frozenset(fields - omitted): inner for fields, inner in _WRAPPERS for omitted in (frozenset[str](), _OMITTED)
 }
 """The fields of a wrapper -> the one to go on with."""
 FIELDS: Final = frozenset().union(*NODES, *REFUSED_NODES, *WRAPPERS)
-"""Every key that may stand at the root of a tree, positions in a tuple aside."""
+"""Every key that may be at the root of a tree, positions in a tuple aside."""
 INJECTED: Final[Mapping[str, str]] = {
     "learning_rate": "lr", "eps": "eps", "weight_decay": "weight_decay", "momentum": "momentum", "rho": "rho",
     "decay": "alpha",
 }  # fmt: skip
-"""What ``inject_hyperparams`` keeps in the state, and torch's names for it."""
+"""Option that ``inject_hyperparams`` keeps in the state -> torch's name for it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,7 +110,7 @@ def leaves(tree: Tree, path: Keys = ()) -> Iterator[tuple[Keys, Tree]]:
 
 
 def nested(values: Mapping[Keys, Leaf | dict[str, Tree]]) -> dict[str, Tree]:
-    """Values by path as a tree. Its keys are sorted, as jax sorts them: positions by number, names as text."""
+    """Return values by path as a tree. Its keys are sorted, as jax sorts them: positions by number, names as text."""
     tree: dict[str, Any] = {}
     for keys in sorted(values, key=lambda keys: [(0, int(k), k) if k.isdecimal() else (1, 0, k) for k in keys]):
         inner = tree
@@ -121,9 +121,9 @@ def nested(values: Mapping[Keys, Leaf | dict[str, Tree]]) -> dict[str, Tree]:
 
 
 def survey(tree: Tree, path: object) -> tuple[Value, list[Node]]:
-    """Return what is around the nodes, each as its number in it; and the nodes, whose parameters are disjoint.
+    """Return the tree with a number in place of each node, and the nodes, whose parameters are disjoint.
 
-    Raises ``RefusedError`` for a wrapper or a state that is not known or does not convert; ``path`` names the tree.
+    Raises ``RefusedError`` for an unknown wrapper or state, or one that does not convert; ``path`` names the tree.
     """
     nodes: list[Node] = []
     around = _walk(tree, (), nodes, {}, path)
@@ -160,7 +160,7 @@ def _walk(tree: Tree, place: Keys, nodes: list[Node], injected: Mapping[str, Val
     if fields in REFUSED_NODES:
         rule = REFUSED_NODES[fields]
         raise RefusedError(f"{where} is the state of {rule}, which does not convert: {REFUSED[rule]}", path=path)
-    raise RefusedError(f"{where} holds {', '.join(sorted(fields))[:200]}: no state of optax that is known", path=path)
+    raise RefusedError(f"{where} holds {', '.join(sorted(fields))[:200]}: not a known state of optax", path=path)
 
 
 def _wrapper(

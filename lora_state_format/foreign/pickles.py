@@ -2,8 +2,9 @@
 
 A pickle is a program for a stack machine. ``_Machine`` is that machine with everything dangerous left out: the module
 ``pickle`` is not imported, a global is never looked up anywhere but in ``GLOBALS``, and what is built out of one is a
-tensor, a plain Python value, or an inert ``Record``. The opcodes are those of ``Lib/pickletools.py`` (protocols 2 to
-5); what torch puts into them is described in ``torch/serialization.py`` and ``torch/_utils.py``.
+tensor, a plain Python value, or an inert ``Record``. What is not in there is only a name: whatever the pickle makes of
+it is an empty ``Foreign``. The opcodes are those of ``Lib/pickletools.py`` (protocols 2 to 5); what torch puts into
+them is described in ``torch/serialization.py`` and ``torch/_utils.py``.
 
 Memory and time grow with the pickle's size and are bounded by the constants below.
 """
@@ -26,6 +27,7 @@ from lora_state_format.model.tensors import Box, Piece, Tensor, c_strides, conti
 
 __all__ = [
     "DTYPES",
+    "Foreign",
     "Global",
     "NumpyScalar",
     "Pickled",
@@ -80,7 +82,7 @@ _F64 = struct.Struct(">d")
     EMPTY_TUPLE, TUPLE, TUPLE1, TUPLE2, TUPLE3, EMPTY_LIST, LIST, APPEND, APPENDS, EMPTY_DICT, DICT, SETITEM, SETITEMS,
     EMPTY_SET, ADDITEMS, FROZENSET, BINGET, LONG_BINGET, BINPUT, LONG_BINPUT, MEMOIZE, GLOBAL, STACK_GLOBAL, REDUCE,
     BUILD, NEWOBJ, NEWOBJ_EX, BINPERSID, PROTO, FRAME,
-) = OPCODES = (
+) = (
     b"(.012GJKM\x8a\x8bTUX\x8c\x8dBC\x8e\x96N\x88\x89)t\x85\x86\x87]lae}dsu\x8f\x90\x91hjqr\x94c\x93Rb\x81\x92Q\x80\x95"
 )  # fmt: skip
 
@@ -98,6 +100,7 @@ class Global:
     module: str
     name: str
     call: Callable[..., Any] | None = None
+    known: bool = True
 
     def __str__(self) -> str:
         return f"{self.module}.{self.name}"
@@ -111,6 +114,14 @@ class Record:
     name: str
     args: tuple[Any, ...] = ()
     state: Any = None
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Foreign:
+    """An object of a class that nothing here knows; nothing of it is kept, so it may refer to itself."""
+
+    module: str
+    name: str
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -347,7 +358,7 @@ class _Machine:
                         value = stack.pop()
                         if type(stack[-1]) is Record:
                             stack[-1].state = value
-                        elif type(stack[-1]) is not dict:  # the attributes of an OrderedDict are not kept
+                        elif type(stack[-1]) not in (dict, Foreign):  # the attributes of an OrderedDict are not kept
                             raise _MalformedError("the pickle sets the state of something that has none")
                     elif op in _SIZED:
                         width = _SIZED[op]
@@ -374,8 +385,9 @@ class _Machine:
                         items = stack
                         stack = marks.pop()
                         built += 64 * len(items)
-                        self.check_keys(items)
-                        stack[-1].update(items)
+                        if type(stack[-1]) is not Foreign:
+                            self.check_keys(items)
+                            stack[-1].update(items)
                     elif op == FROZENSET:
                         items = stack
                         stack = marks.pop()
@@ -416,14 +428,20 @@ class _Machine:
             raise _MalformedError(f"the pickle builds more than {MAX_BUILT} bytes of objects")
 
     def call(self, function: Any, args: Any) -> Any:
-        if type(function) is not Global or type(args) is not tuple:
+        if type(args) is not tuple or type(function) not in (Global, Foreign):
             raise _MalformedError("the pickle calls something that is no global")
+        if type(function) is Foreign or not function.known:
+            self._built += 100
+            made = args[0] if (function.module, function.name) in _MAKERS and args else function
+            return Foreign(made.module, made.name) if type(made) is Global else Foreign(function.module, function.name)
         if function.call is None:
             self._built += 100
             return Record(function.module, function.name, args)
         return function.call(self, *args)
 
     def set(self, target: Any, items: Sequence[Any]) -> None:
+        if type(target) is Foreign:
+            return
         if type(target) is not dict or len(items) % 2:
             raise _MalformedError("the pickle sets items of something that is no dict")
         keys = items[::2]
@@ -460,8 +478,13 @@ class _Machine:
                 return data
         return bytearray(data) if op == BYTEARRAY8 else data
 
-    def _storage(self, identity: Any) -> _Storage:
-        """Return the storage of a persistent id, which is ``("storage", class, key, device, elements)``."""
+    def _storage(self, identity: Any) -> _Storage | Any:
+        """Return the storage of a persistent id, which is ``("storage", class, key, device, elements)``.
+
+        The classes of whole modules were persistent too, with their source, in the stream from before torch 1.6.
+        """
+        if identity[:1] == ("module",) and len(identity) == 4:
+            return identity[1]
         tag, kind, key, _, count = identity if len(identity) == 5 else identity[:5]
         if tag != "storage" or type(key) is not str or type(count) is not int or self.open_storage is None:
             raise _MalformedError("a persistent id that is no storage")
@@ -481,7 +504,7 @@ class _Machine:
         return _Storage(source, dtype, width, count)
 
     def tensor(
-        self, storage: _Storage, offset: int, shape: tuple[int, ...], strides: tuple[int, ...], *_: Any
+        self, storage: _Storage, offset: int, shape: tuple[int, ...], strides: tuple[int, ...], *rest: Any
     ) -> Tensor | Record:
         """Return a view of a storage, ``offset`` and ``strides`` in elements; inert if its dtype is unknown."""
         if type(storage) is not _Storage or type(offset) is not int or len(shape) != len(strides):
@@ -502,6 +525,8 @@ class _Machine:
         dtype = DTYPES.get(storage.dtype)
         if dtype is None or (dtype == "F4" and (gaps or not shape)):
             return Record("torch", storage.dtype, (box.shape,))
+        if rest and type(rest[-1]) is dict and (rest[-1].get("conj") or rest[-1].get("neg")):
+            return Record("torch", "Tensor that is to be conjugated or negated", (box.shape,))
         if dtype == "F4":  # torch counts pairs, safetensors elements
             tensor = contiguous(dtype, (*shape[:-1], 2 * shape[-1]), storage.source, offset)
         else:
@@ -520,6 +545,8 @@ def _put(memo: list[Any], index: int, value: Any) -> None:
 
 
 def _append(target: Any, items: Sequence[Any]) -> None:
+    if type(target) is Foreign:
+        return
     if type(target) is not list:
         raise _MalformedError("the pickle appends to something that is no list")
     target.extend(items)
@@ -529,9 +556,15 @@ def _global(module: Any, name: Any) -> Global:
     if type(module) is not str or type(name) is not str:
         raise _MalformedError("a global whose name is no text")
     known = GLOBALS.get((module, name))
-    if known is None:
+    if known is not None:
+        return known
+    if not RUNNING.get(module.partition(".")[0], True) or name.partition(".")[0] in RUNNING.get(
+        _RENAMED.get(module, module), ()
+    ):
         raise _MalformedError(f"pickle global {f'{module}.{name}'[:MAX_NAME]!r} refused", RefusedError)
-    return known
+    if len(module) > MAX_NAME or len(name) > MAX_NAME:
+        raise _MalformedError(f"a global with a name of more than {MAX_NAME} characters")
+    return Global(module, name, known=False)
 
 
 def _check_tree(value: Any, most: int) -> None:
@@ -556,7 +589,7 @@ def _check_tree(value: Any, most: int) -> None:
 
 
 _NESTING: Final = frozenset({dict, list, tuple, set, frozenset, Record})
-_PLAIN: Final = frozenset({type(None), bool, int, float, str, bytes})
+_PLAIN: Final = frozenset({type(None), bool, int, float, str, bytes, Global})
 _ODD: Final = frozenset({tuple, frozenset, complex})
 
 
@@ -582,11 +615,19 @@ _STORAGES: Final = {
 
 
 def _tensor_v3(
-    machine: _Machine, storage: Any, offset: Any, shape: Any, strides: Any, grad: Any, hooks: Any, dtype: Any, *_: Any
+    machine: _Machine,
+    storage: Any,
+    offset: Any,
+    shape: Any,
+    strides: Any,
+    grad: Any,
+    hooks: Any,
+    dtype: Any,
+    *rest: Any,
 ) -> Any:
     width = _WIDTHS[dtype.name]
     count = storage.count * storage.width // width
-    return machine.tensor(_Storage(storage.source, dtype.name, width, count), offset, shape, strides)
+    return machine.tensor(_Storage(storage.source, dtype.name, width, count), offset, shape, strides, *rest)
 
 
 def _first(machine: _Machine, value: Any, *_: Any) -> Any:
@@ -681,9 +722,27 @@ def _numpy_code(dtype: Record) -> str:
     return (">" if order == ">" else "<") + code
 
 
-def _frombuffer(machine: _Machine, data: Any, dtype: Any, shape: Any, order: Any, *_: Any) -> Record:
+def _frombuffer(machine: _Machine, data: Any, dtype: Any, shape: Any, order: Any, axes: Any = None) -> Record:
+    """NumPy's own function of the name: with order ``K``, ``shape`` is that of the bytes, whose ``axes`` go where."""
     machine.charge(250)
+    if order == "K" and axes is not None:
+        return Record("numpy", "ndarray", (tuple(axes),), (1, shape, dtype, False, data))
     return Record("numpy", "ndarray", (), (1, shape, dtype, order == "F", data))
+
+
+def _from_numpy(machine: _Machine, data: Any, dtype: Any, *_: Any) -> Tensor | Record:
+    """Return a tensor of XLA's or DirectML's from NumPy's array of it, in which bfloat16 is float32."""
+    tensor, wanted = array(data), DTYPES.get(dtype.name)
+    if tensor is not None and tensor.dtype == wanted:
+        return tensor
+    if tensor is not None and (tensor.dtype, wanted) == ("F32", "BF16"):
+        raw = bytes(tensor.bytes())
+        machine.charge(len(raw))
+        if not any(raw[0::4]) and not any(raw[1::4]):
+            halves = bytearray(len(raw) // 2)
+            halves[0::2], halves[1::2] = raw[2::4], raw[3::4]
+            return contiguous("BF16", tensor.shape, Memory(halves))
+    return Record("torch", f"{dtype.name} of a device, saved as another type")
 
 
 def _reconstruct(machine: _Machine, *_: Any) -> Record:
@@ -699,6 +758,7 @@ _CALLS: Final[Mapping[str, Mapping[str, Callable[..., Any]]]] = {
         "_rebuild_parameter": _first,
         "_rebuild_parameter_with_state": _first,
         "_rebuild_device_tensor_from_cpu_tensor": _first,
+        "_rebuild_device_tensor_from_numpy": _from_numpy,
     },
     "torch._tensor": {"_rebuild_from_type_v2": _subclass},
     "torch": {"Size": _size},
@@ -722,11 +782,13 @@ _INERT: Final[Mapping[str, str]] = {
     "torch.torch_version": "TorchVersion",
     "torch.storage": "UntypedStorage _UntypedStorage",
     "torch._utils": "_rebuild_sparse_tensor _rebuild_sparse_csr_tensor _rebuild_qtensor _rebuild_nested_tensor "
-    "_rebuild_meta_tensor_no_storage _rebuild_wrapper_subclass _rebuild_device_tensor_from_numpy",
+    "_rebuild_meta_tensor_no_storage _rebuild_wrapper_subclass",
     "torch.nn.parameter": "Parameter",
     "torch.serialization": "_get_layout",
     "torch.distributed.checkpoint.metadata": "Metadata MetadataIndex TensorStorageMetadata BytesStorageMetadata "
     "ChunkStorageMetadata TensorProperties StorageMeta _MEM_FORMAT_ENCODING",
+    "torch.distributed.checkpoint.planner": "SavePlan WriteItem WriteItemType TensorWriteData BytesIOWriteData",
+    "torch.distributed._shard.sharded_tensor.metadata": "TensorProperties MEM_FORMAT_ENCODING",
     "torch.distributed.checkpoint.filesystem": "_StorageInfo",
     "torch.distributed.checkpoint.hf_storage": "_HFStorageInfo",
     "torch.distributed.tensor": "DTensor",
@@ -745,25 +807,9 @@ _INERT: Final[Mapping[str, str]] = {
     "deepspeed.runtime.fp16.loss_scaler": "LossScaler DynamicLossScaler",
     "deepspeed.runtime.zero.config": "ZeroStageEnum",
     "deepspeed.utils.tensor_fragment": "fragment_address",
-    "galore_torch.galore_projector": "GaLoreProjector",
-    "apollo_torch.random_projector": "GradientProjector",
-    "pytorch_lightning.callbacks.early_stopping": "EarlyStopping",
-    "pytorch_lightning.callbacks.model_checkpoint": "ModelCheckpoint",
-    "composer.core.event": "Event",
-    "composer.core.time": "Time Timestamp TimeUnit",
-    "omegaconf.dictconfig": "DictConfig",
-    "omegaconf.listconfig": "ListConfig",
-    "omegaconf.base": "ContainerMetadata Metadata SCMode",
-    "omegaconf.nodes": "AnyNode StringNode IntegerNode FloatNode BooleanNode",
     "numpy": "dtype ndarray",
-    "pathlib": "Path PosixPath PurePath PurePosixPath WindowsPath PureWindowsPath",
-    "pathlib._local": "Path PosixPath PurePath PurePosixPath WindowsPath PureWindowsPath",
-    "argparse": "Namespace",
-    "datetime": "date datetime time timedelta timezone",
-    "typing": "Any",
-    "builtins": "dict list tuple int float str bool slice",
 }
-"""Module -> classes and functions that known frameworks put into checkpoints, as names only."""
+"""Module -> classes and functions whose objects are read: what they are called with, and their state, are kept."""
 
 _RENAMED: Final = {
     "__builtin__": "builtins",
@@ -772,13 +818,37 @@ _RENAMED: Final = {
 }
 """Older names of modules -> what they are called in the tables above."""
 
+_RUNNING_MODULES: Final = (
+    "_pickle bdb cPickle code codeop commands cProfile ctypes importlib marshal nt operator os pdb pickle popen2 posix "
+    "pty pydoc runpy shutil socket subprocess sys timeit webbrowser"
+)
+RUNNING: Final[Mapping[str, str]] = {
+    **dict.fromkeys(_RUNNING_MODULES.split(), ""),
+    "builtins": "__import__ breakpoint compile delattr eval exec execfile getattr globals input locals open setattr "
+    "vars",
+    "io": "open open_code FileIO",
+    "_io": "open open_code FileIO",
+    "numpy": "load fromfile loadtxt memmap",
+    "torch": "load hub compile classes ops",
+    "torch.storage": "_load_from_bytes",
+    "torch.serialization": "load",
+}
+"""Modules (all of one where nothing follows), and names in them, that a pickle needs for nothing but to run code.
+
+A file that names one is refused as a whole, so that whoever opens it learns what it is. Safety does not rest on this
+list: of no name is anything run.
+"""
+
+_MAKERS: Final = frozenset({("copyreg", "_reconstructor"), ("copy_reg", "_reconstructor"), ("copyreg", "__newobj__")})
+"""Functions that make an object of the class that is their first argument."""
+
 GLOBALS: Final[Mapping[tuple[str, str], Global]] = {
     (alias, name): Global(module, name, _CALLS.get(module, {}).get(name))
     for module in {**_CALLS, **_INERT}
     for alias in (module, *(old for old, new in _RENAMED.items() if new == module))
     for name in (*_CALLS.get(module, ()), *_INERT.get(module, "").split())
 }
-"""Every global that a pickle may name. There is no way to add to it at run time."""
+"""Every global that is more than a name. There is no way to add to it at run time."""
 
 
 # --- files --------------------------------------------------------------------------------------------------------
@@ -849,6 +919,8 @@ def array(record: Record) -> Tensor | None:
     if len(data) != math.prod(shape) * item_size(name):
         raise FileError(f"a NumPy array of shape {list(shape)} and type {code} with {len(data)} bytes")
     tensor = contiguous(name, shape[::-1] if fortran else shape, Memory(data))
+    if record.args and isinstance(record.args[0], tuple):
+        return tensor.permute(record.args[0])
     return tensor.permute(range(len(shape))[::-1]) if fortran else tensor
 
 

@@ -17,12 +17,12 @@ from itertools import islice
 from typing import Any, Final, TypeAlias
 
 from lora_state_format.errors import FileError, UnrepresentableError
-from lora_state_format.foreign.pickles import Global, NumpyScalar, Record, array
+from lora_state_format.foreign.pickles import Foreign, Global, NumpyScalar, Record, array
 from lora_state_format.foreign.torchao import pack_torchao, unpack_torchao
 from lora_state_format.io.ledger import crc32
 from lora_state_format.model.gc import paused
 from lora_state_format.model.states import Group, Optimizer, OptimizerState, PositionalState, Role, Scalar, Slot, Value
-from lora_state_format.model.tensors import Tensor
+from lora_state_format.model.tensors import Tensor, memory_order
 from lora_state_format.optimizers.quantised import TORCHAO
 from lora_state_format.optimizers.roles import role_of
 
@@ -111,13 +111,13 @@ class Reader:
             for key in raw:
                 _check_key(key, place)
             return {key: self._value(inner, (*place, key), raw, options, depth) for key, inner in raw.items()}
-        if type(raw) in (list, tuple):
+        if isinstance(raw, (list, tuple)) and type(raw) in (list, tuple):
             items = (self._value(x, (*place, number), siblings, options, depth) for number, x in enumerate(raw))
             return list(items) if type(raw) is list else tuple(items)
         tensor = self._tensor(raw, place)
         if isinstance(tensor, Tensor):
             role = Role.OPAQUE if depth is None else role_of(place[depth:], tensor.dtype, siblings, options)
-            return Slot(tensor, role)
+            return Slot(tensor, role, memory_order(tensor) if role is Role.OPAQUE else None)
         return tensor
 
     def _tensor(self, raw: Any, place: Place) -> Tensor | Scalar | Value:
@@ -125,6 +125,8 @@ class Reader:
             return known
         if isinstance(raw, Tensor):
             return raw if raw.shape else _scalar(raw, place)
+        if isinstance(raw, Scalar):
+            return raw
         if isinstance(raw, NumpyScalar) and not isinstance(raw.value, complex):
             self.converted.append(f"{_dotted(place)}: NumPy {raw.dtype} to {type(raw.value).__name__}")
             return raw.value
@@ -152,8 +154,8 @@ def _scalar(tensor: Tensor, place: Place) -> Scalar:
 
 
 def _kind(raw: Any) -> str:
-    if isinstance(raw, (Record, Global)):
-        return f"{'an object of class' if isinstance(raw, Record) else 'the global'} {raw.module}.{raw.name}"
+    if isinstance(raw, (Record, Foreign, Global)):
+        return f"{'the global' if isinstance(raw, Global) else 'an object of class'} {raw.module}.{raw.name}"
     if isinstance(raw, NumpyScalar):
         return f"a NumPy scalar of type {raw.dtype}"
     return f"a value of type {type(raw).__qualname__}"
@@ -186,6 +188,7 @@ def from_state_dict(
         parts = [_read_one(reader, item, i, f"{i}:" if len(found) > 1 else None) for i, item in enumerate(found)]
     names = [name for part in parts for name in part.names or ()]
     ids = tuple(identity for part in parts for identity in part.ids)
+    stated = {identity: name for part in parts for identity, name in part.stated.items()}
     several = len(found) > 1
     return PositionalState(
         optimizers=tuple(Optimizer(class_path, item.where if several else None) for item in found),
@@ -193,6 +196,7 @@ def from_state_dict(
         ids=ids,
         entries={identity: entry for part in parts for identity, entry in part.entries.items()},
         names=tuple(names) if len(set(names)) == len(ids) else None,
+        stated=stated if len(set(stated.values())) == len(stated) else {},
         globals={str(index): part.globals for index, part in enumerate(parts) if part.globals}
         if several
         else parts[0].globals,
@@ -208,6 +212,7 @@ class _Part:
     ids: list[int | str]
     entries: dict[int | str, Mapping[str, Value]]
     names: list[str] | None
+    stated: dict[int | str, str]
     globals: dict[str, Value]
 
 
@@ -241,29 +246,78 @@ def _read_one(reader: Reader, found: Found, index: int, prefix: str | None) -> _
             raise FileError(f"{_dotted(place)} is {_kind(raw)}, not the slots of a parameter")
     others = {key: value for key, value in found.tree.items() if key not in ("state", "param_groups")}
     beside = {str(key): reader.value(value, (*found.path, key)) for key, value in others.items()}
-    ids = [identity if prefix is None else f"{prefix}{identity}" for identity in members]
-    return _Part(groups, ids, entries, _names(members, raw_groups), {**({"state": loose} if loose else {}), **beside})
+    stated = _stated(members, found)
+    names = [*stated.values()] if stated.keys() == members.keys() else _labels(members, raw_groups)
+    return _Part(
+        groups,
+        [_prefixed(identity, prefix) for identity in members],
+        entries,
+        names,
+        {_prefixed(identity, prefix): name for identity, name in stated.items()},
+        {**({"state": loose} if loose else {}), **beside},
+    )
 
 
-def _names(ids: Iterable[int | str], groups: Sequence[Mapping[str, Any]]) -> list[str] | None:
-    """Return the names that a state dict itself states: as ids, or beside ``params`` in every group.
+def _prefixed(identity: int | str, prefix: str | None) -> int | str:
+    return identity if prefix is None else f"{prefix}{identity}"
 
-    torch writes ``param_names`` (since 2.6, if the optimizer was given names), OLMo too; LoRA-FA ``names``; Adam-mini
-    makes a group of each parameter and puts its ``name`` there.
+
+IN_GROUPS: Final = ("param_names", "names", "parameter_names", "fqns")
+"""Options that list the names of a group's parameters: torch since 2.6, timm, mmengine, OLMo; LoRA-FA; others."""
+
+IN_ENTRIES: Final = ("param_name", "name", "fqn")
+"""Slots that hold the name of the parameter: tools that attribute gradients, optimizers with hooks."""
+
+IN_STATE_DICTS: Final = ("names", "param_names", "id_to_name")
+"""Members next to ``state`` and ``param_groups`` that map ids to names, or list names in the order of the ids."""
+
+
+def _stated(ids: Iterable[int | str], found: Found) -> dict[int | str, str]:
+    """Return the names that a state dict states of its parameters, by id, in the order of the ids.
+
+    They may stand in groups, in the entries of ``state``, next to both, or be the ids themselves. Not every parameter
+    has to have one. Names that are not unique are no names.
+
+    Raises ``FileError`` if two of these places call one parameter by two names.
     """
     ids = list(ids)
-    if all(isinstance(identity, str) for identity in ids):
-        return [str(identity) for identity in ids]
-    for key in ("param_names", "names", "name"):
-        lists: list[Any] = [[group.get(key)] if key == "name" else group.get(key) for group in groups]
-        if all(
-            isinstance(names, (list, tuple))
-            and len(names) == len(group["params"])
-            and all(isinstance(name, str) for name in names)
-            for names, group in zip(lists, groups, strict=True)
-        ):
-            return [name for names in lists for name in names]
-    return None
+    state, groups = found.tree["state"], found.tree["param_groups"]
+    if ids and all(isinstance(identity, str) and not identity.isdecimal() for identity in ids):
+        return {identity: str(identity) for identity in ids}
+    statements: dict[str, dict[int | str, Any]] = {}
+    for key in IN_GROUPS:
+        lists = [group.get(key) for group in groups]
+        if all(_parallel(names, group["params"]) for names, group in zip(lists, groups, strict=True)):
+            listed = (name for names in lists for name in names)
+            statements[f"param_groups' {key}"] = dict(zip(ids, listed, strict=True))
+    for key in IN_ENTRIES:
+        entries = {identity: entry for identity in ids if isinstance(entry := state.get(identity), Mapping) and entry}
+        statements[f"state's {key}"] = {identity: entry.get(key) for identity, entry in entries.items()}
+    for key in IN_STATE_DICTS:
+        names: Any = found.tree.get(key)
+        if _parallel(names, ids):
+            statements[key] = dict(zip(ids, names, strict=True))
+        elif isinstance(names, Mapping):
+            statements[key] = {identity: names.get(identity, names.get(str(identity))) for identity in ids}
+    result: dict[int | str, tuple[str, str]] = {}
+    for place, named in statements.items():
+        if all(isinstance(name, str) for name in named.values()) and len(set(named.values())) == len(named):
+            for identity, name in named.items():
+                known, where = result.setdefault(identity, (name, place))
+                if known != name:
+                    raise FileError(f"id {identity!r} is called '{known}' in {where}, but '{name}' in {place}")
+    return {identity: result[identity][0] for identity in ids if identity in result}
+
+
+def _parallel(names: Any, ids: Sequence[Any]) -> bool:
+    return isinstance(names, (list, tuple)) and len(names) == len(ids)
+
+
+def _labels(ids: Iterable[int | str], groups: Sequence[Mapping[str, Any]]) -> list[str] | None:
+    """Return the groups' own names where each has one parameter: Adam-mini and Gaussian splatting name theirs so."""
+    names = [group.get("name", group.get("param_name")) for group in groups]
+    alone = all(len(group["params"]) == 1 for group in groups)
+    return names if alone and names and all(isinstance(name, str) for name in names) else None
 
 
 # --- writing ------------------------------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Iterator, Mapping
+from itertools import chain
 from pathlib import Path
 from typing import Any, Final
 
@@ -135,52 +136,49 @@ class _Pickler:
 
     def _write(self, value: Any, out: bytearray) -> None:
         match value:
-            case None:
-                out += b"N"
-            case bool():
-                out += b"\x88" if value else b"\x89"
-            case int():
-                out += _integer(value)
-            case float():
-                out += b"G" + struct.pack(">d", value)
-            case str():
-                text = utf8(value)
-                out += b"X" + struct.pack("<L", len(text)) + text
+            case None | bool() | int() | float() | str():
+                out += _plain(value)
             case bytes():
                 # Protocol 2 has no bytes: this is how pickle itself writes them.
-                self._write(Record("_codecs", "encode", (value.decode("latin-1"), "latin1")), out)
+                self._record(Record("_codecs", "encode", (value.decode("latin-1"), "latin1")), out)
             case Slot():
-                self._write(value.tensor, out)
+                self._tensor(value.tensor, out)
             case Scalar():
-                self._write(contiguous(value.dtype, (), Memory(value.data)), out)
+                self._tensor(contiguous(value.dtype, (), Memory(value.data)), out)
             case Tensor():
                 self._tensor(value, out)
             case tuple():
                 self._tuple(value, out)
-            case list():
-                out += b"](" if value else b"]"
-                for item in value:
-                    self._write(item, out)
-                out += b"e" if value else b""
-            case Mapping():
-                out += b"}(" if value else b"}"
-                for key, item in value.items():
-                    self._write(key, out)
-                    self._write(item, out)
-                out += b"u" if value else b""
+            case list() | Mapping():
+                self._items(value, out)
             case Global():
-                out += f"c{value.module}\n{value.name}\n".encode()
+                out += _global(value.module, value.name)
             case Record():
-                out += f"c{value.module}\n{value.name}\n".encode()
-                self._tuple(value.args, out)
-                if value.state is None:
-                    out += b"R"
-                else:
-                    out += b"\x81"
-                    self._write(value.state, out)
-                    out += b"b"
+                self._record(value, out)
             case _:
                 raise UnrepresentableError(f"a {type(value).__name__} cannot be written into a file that torch loads")
+
+    def _items(self, value: list[Any] | Mapping[Any, Any], out: bytearray) -> None:
+        """Write a list or a dict: an empty one, then its items between marks, if it has any."""
+        mapping = isinstance(value, Mapping)
+        out += b"}" if mapping else b"]"
+        if not value:
+            return
+        out += b"("
+        for item in chain.from_iterable(value.items()) if isinstance(value, Mapping) else value:
+            self._write(item, out)
+        out += b"u" if mapping else b"e"
+
+    def _record(self, value: Record, out: bytearray) -> None:
+        """Write a call of a global, or an object of a class with its state."""
+        out += _global(value.module, value.name)
+        self._tuple(value.args, out)
+        if value.state is None:
+            out += b"R"
+        else:
+            out += b"\x81"
+            self._write(value.state, out)
+            out += b"b"
 
     def _tuple(self, values: tuple[Any, ...], out: bytearray) -> None:
         out += b"(" if len(values) > 3 else b""
@@ -214,6 +212,26 @@ class _Pickler:
         if untyped:
             self._write(Global("torch", untyped), out)
         out += b"tR"
+
+
+def _global(module: str, name: str) -> bytes:
+    return f"c{module}\n{name}\n".encode()
+
+
+def _plain(value: bool | float | str | None) -> bytes:
+    """Return the opcodes of a value that holds no others."""
+    match value:
+        case None:
+            return b"N"
+        case bool():
+            return b"\x88" if value else b"\x89"
+        case int():
+            return _integer(value)
+        case float():
+            return b"G" + struct.pack(">d", value)
+        case str():
+            text = utf8(value)
+            return b"X" + struct.pack("<L", len(text)) + text
 
 
 def _integer(value: int) -> bytes:

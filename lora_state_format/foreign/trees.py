@@ -1,4 +1,4 @@
-"""Values out of a foreign checkpoint: nothing about their form can be taken for granted."""
+"""Values of a foreign checkpoint, whose form has to be checked."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ def member(tree: Any, key: Any, kind: type[T], path: object) -> T: ...
 @overload
 def member(tree: Any, key: Any, kind: tuple[type, ...], path: object) -> Any: ...
 def member(tree: Any, key: Any, kind: Any, path: object) -> Any:
-    """``tree[key]``, which has to be there and of one of the given types. Raises ``FileError`` for the file ``path``.
+    """Return ``tree[key]``. Raises ``FileError`` for the file ``path`` if it is missing or not of one of the types.
 
-    A negative index is refused, and ``bool`` is no ``int``.
+    A negative index is refused, and ``bool`` is not an ``int``.
     """
     try:
         if isinstance(tree, list) and key < 0:

@@ -1,17 +1,43 @@
-"""The tensors of other people's weights files."""
+"""Named tensors that may be a model's parameters: in a checkpoint's own tree, and in the files next to it."""
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any, Final
 
+from lora_state_format.errors import FileError
 from lora_state_format.foreign import pickles
-from lora_state_format.io.files import Files, PooledFile
+from lora_state_format.foreign.state_dict import SEARCH_DEPTH, is_state_dict
+from lora_state_format.io.files import Files, PooledFile, inside
+from lora_state_format.io.json_files import read_json_object
 from lora_state_format.io.safetensors import read_header
 from lora_state_format.model.sources import File
+from lora_state_format.model.states import Weights
 from lora_state_format.model.tensors import Tensor
 
-__all__ = ["read_weights"]
+__all__ = ["in_tree", "next_to", "read_weights"]
+
+STANDARD: Final = (
+    "adapter_model.safetensors",
+    "adapter_model.bin",
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+    "pytorch_model_fsdp.bin",
+)
+"""Files that are written together with the optimizer's, the first that fits before the others."""
+
+SUFFIXES: Final = (".safetensors", ".bin", ".pt", ".pth", ".ckpt")
+
+NO_MODEL: Final = re.compile(r"optim|sched|rng|random_state|scaler|training_args|sampler|trainer_state")
+"""In the names of files that lie next to an optimizer and hold no model."""
+
+MAX_NEIGHBOURS: Final = 16
+"""Other files that are looked into: a folder with more is a collection, and none of them is the optimizer's."""
 
 
 def read_weights(path: Path, files: Files) -> dict[str, Tensor]:
@@ -20,9 +46,83 @@ def read_weights(path: Path, files: Files) -> dict[str, Tensor]:
         with File(path) as file:
             header = read_header(file)
         return {key: _moved(tensor, files[path]) for key, tensor in header.tensors.items()}
-    tree = pickles.load(files[path], path).value
-    return {key: value for key, value in tree.items() if isinstance(value, Tensor)} if isinstance(tree, dict) else {}
+    return _tensors(pickles.load(files[path], path).value)
 
 
 def _moved(tensor: Tensor, source: PooledFile) -> Tensor:
     return replace(tensor, pieces=tuple(replace(piece, source=source) for piece in tensor.pieces))
+
+
+def _tensors(tree: Any) -> dict[str, Tensor]:
+    if not isinstance(tree, Mapping):
+        return {}
+    return {key: value for key, value in tree.items() if isinstance(key, str) and isinstance(value, Tensor)}
+
+
+def in_tree(tree: Any, where: str = "", *, own: bool = True) -> tuple[Weights, ...]:
+    """Return every mapping of names to tensors in a checkpoint's tree, but for the optimizers' state dicts.
+
+    ``where`` is what the tree itself is called.
+    """
+    return tuple(replace(found, own=own) for found in _search(tree, (where,) if where else (), {}))
+
+
+def _search(node: Any, path: tuple[str, ...], seen: dict[int, Any]) -> Iterator[Weights]:
+    if not isinstance(node, (Mapping, list, tuple)) or id(node) in seen or is_state_dict(node):
+        return
+    seen[id(node)] = node  # each once, however often it is referred to
+    if tensors := _tensors(node):
+        yield Weights(".".join(path) or "its top level", tensors, ordered=True)
+    if len(path) <= SEARCH_DEPTH:
+        for key, inner in node.items() if isinstance(node, Mapping) else enumerate(node):
+            yield from _search(inner, (*path, str(key)), seen)
+
+
+def next_to(path: Path, files: Files) -> tuple[list[tuple[Weights, ...]], list[str]]:
+    """Return what may be the model in the files next to an optimizer's, the likeliest first, and what cannot be read.
+
+    Looked into are the files that frameworks write together with an optimizer's, the one that is called ``model`` where
+    this is called ``optimizer``, and, where there is none of them, all other files of weights. The values of those are
+    not known to be of the state's moment.
+    """
+    skipped: list[str] = []
+    namesake = path.with_name(re.sub("optim(izer)?", "model", path.name, count=1))
+    likely = dict.fromkeys((*(path.with_name(name) for name in STANDARD), namesake))
+    tiers = [found for file in likely if file != path and file.is_file() and (found := _read(file, files, skipped))]
+    if not tiers:
+        others = sorted(
+            file
+            for file in path.parent.iterdir()
+            if file.suffix in SUFFIXES
+            and file not in {path, *likely}
+            and not NO_MODEL.search(file.name.lower())
+            and file.is_file()
+        )
+        if len(others) <= MAX_NEIGHBOURS:
+            found = tuple(weights for file in others for weights in _read(file, files, skipped, own=False))
+            tiers = [found] if found else []
+    return tiers, skipped
+
+
+def _read(path: Path, files: Files, skipped: list[str], *, own: bool = True) -> tuple[Weights, ...]:
+    """Return what may be a model in a file; where it cannot be read, say so in ``skipped`` and return nothing."""
+    try:
+        if path.suffix == ".json":
+            parts = _parts(path)
+            tensors = {key: tensor for part in parts for key, tensor in read_weights(part, files).items()}
+            return (Weights(path.name, tensors, ordered=all(part.suffix != ".safetensors" for part in parts)),)
+        if path.suffix == ".safetensors":
+            return (Weights(path.name, read_weights(path, files), own=own),)
+        return in_tree(pickles.load(files[path], path).value, path.name, own=own)
+    except (FileError, OSError) as error:
+        skipped.append(f"{error}; it was skipped")
+        return ()
+
+
+def _parts(path: Path) -> list[Path]:
+    """Return the files that an index of shards names, in the order in which the model was cut.
+
+    Raises ``FileError`` for one outside of its folder.
+    """
+    index = read_json_object(path).get("weight_map")
+    return sorted({inside(path.parent, name, path) for name in index.values()}) if isinstance(index, dict) else []

@@ -1,6 +1,6 @@
 """Zip archives whose members are stored uncompressed: byte ranges of one source, as ``torch.save`` writes them.
 
-Only what is needed to find the bytes is read, and everything that could point elsewhere is checked: overlaps,
+Only the directory and the members' heads are read, and everything that could point elsewhere is checked: overlaps,
 duplicates, sizes beyond the archive, two different names for one member. APPNOTE.TXT (PKWARE) is the zip format's text.
 """
 
@@ -25,7 +25,7 @@ MAX_NAME: Final = 1024
 """Bytes of a member's name."""
 
 READ_AHEAD: Final = 4096
-"""Bytes read at a time at the end, and where members begin: those of small tensors stand close together."""
+"""Bytes read at a time at the end, and where members begin: those of small tensors are close together."""
 
 LOCAL: Final = struct.Struct("<4s5H3L2H")
 CENTRAL: Final = struct.Struct("<4s6H3L5H2L")
@@ -38,7 +38,7 @@ IN_ZIP64: Final = 0xFFFFFFFF
 
 
 class Member(Range):
-    """A member's bytes. ``crc32`` is what the archive states of them."""
+    """A member's bytes. ``crc32`` is stated by the archive."""
 
     def __init__(self, source: Source, start: int, size: int, crc32: int | None, name: str, path: object) -> None:
         super().__init__(source, start, size, crc32)
@@ -56,7 +56,7 @@ class Archive(Mapping[str, Member]):
     """The members of a zip archive by name, in the order of its directory.
 
     Raises ``FileError`` for an archive that is not whole or contradicts itself, ``RefusedError`` for a compressed or
-    encrypted member when it is asked for. ``path`` is only for messages.
+    encrypted member on access. ``path`` is only for messages.
     """
 
     def __init__(self, source: Source, path: object = None) -> None:
@@ -110,7 +110,7 @@ class Archive(Mapping[str, Member]):
         return Member(self._source, start, size, crc if self._has_crc else None, name, self.path)
 
     def _directory(self) -> tuple[int, int, int]:
-        """Members, size and offset of the central directory, from the records at the end of the archive."""
+        """Return members, size and offset of the central directory, from the records at the end of the archive."""
         for tail_size in (READ_AHEAD, END.size + 0xFFFF):  # which is as long as a comment can make it
             self._ahead_from = max(self._source.size - tail_size, 0)
             self._ahead = self._read(self._ahead_from, self._source.size - self._ahead_from)
@@ -139,7 +139,7 @@ class Archive(Mapping[str, Member]):
         return count, size, start
 
     def _members(self, count: int, start: int, size: int) -> dict[str, tuple[int, int, int, int]]:
-        """Name -> offset, size in the archive, CRC-32 and compression of each member."""
+        """Return each member's name -> offset, size in the archive, CRC-32 and compression."""
         data = bytes(self._read(start, size))
         entries: dict[str, tuple[int, int, int, int]] = {}
         at = 0
@@ -172,7 +172,7 @@ class Archive(Mapping[str, Member]):
         return entries
 
     def _zip64(self, extra: bytes, name: str, *values: int) -> Iterator[int]:
-        """Sizes and offset, those that do not fit in 32 bits taken from the extra field with id 1."""
+        """Return sizes and offset, those that do not fit in 32 bits taken from the extra field with id 1."""
         field, at = b"", 0
         while at + 4 <= len(extra):
             identity, size = struct.unpack_from("<2H", extra, at)
@@ -190,7 +190,7 @@ class Archive(Mapping[str, Member]):
             yield value
 
     def _read_near(self, start: int, size: int) -> bytearray:
-        """Return the same, and what follows is read too and kept."""
+        """Return bytes; those that follow are read too and kept."""
         if not self._kept(start, size):
             self._ahead = self._read(start, max(size, min(READ_AHEAD, self._source.size - start)))
             self._ahead_from = start

@@ -1,4 +1,4 @@
-"""What surrounds a manifest: the header's first bytes, its digest, the index of a set.
+"""The envelope of a manifest: the header's first bytes, its digest, the index of a set.
 
 The comments cite the rules of ``spec/format.md``.
 """
@@ -32,7 +32,7 @@ ZERO: Final = "0" * 32
 METADATA: Final = "optimizer_state"
 
 PREFIX: Final = b'{"__metadata__":{"' + METADATA.encode() + b'":"{\\"digest\\":\\"'
-"""What the header of every file begins with (R7); the digest's 32 digits follow."""
+"""The first bytes of every file's header (R7); the digest's 32 digits follow."""
 
 INDEX_PREFIX: Final = b'{"metadata":{"format":"' + FORMAT.encode() + b'"'
 
@@ -89,7 +89,7 @@ def manifest_members(raw: Raw, header: Header, path: object) -> dict[str, Any]:
 
 
 def index_of(path: Path) -> Path:
-    return path.with_name(path.name + INDEX_SUFFIX)
+    return path.parent / (path.name + INDEX_SUFFIX)  # not with_name: "." and "/" have none
 
 
 def find_index(path: Path) -> Path | None:
@@ -99,7 +99,7 @@ def find_index(path: Path) -> Path | None:
 
 
 def set_id(contents: Iterable[str]) -> str:
-    """R24: BLAKE2b-128 of the shards' header digests, each taken with the set's own id as zeros."""
+    """Return the set's id (R24): BLAKE2b-128 of the shards' header digests, each taken with the id as zeros."""
     return hashlib.blake2b("".join(contents).encode(), digest_size=16).hexdigest()
 
 
@@ -134,5 +134,5 @@ def read_index(index: Path) -> dict[str, Any]:
             case {"digest": str(), "file": name} if len(item) == 2 and is_plain(name):
                 pass
             case _:
-                raise fail(f"shards holds {dumps(item)[:100]!r}, expected a digest and the name of a file beside it")
+                raise fail(f"shards holds {dumps(item)[:100]!r}, expected a digest and the name of a file next to it")
     return members

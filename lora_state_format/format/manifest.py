@@ -1,7 +1,7 @@
 """The manifest: JSON <-> the model. ``spec/format.md`` is the text; the comments cite its rules.
 
-``encode_value`` and ``decode_value`` turn value trees into JSON and back, ``encode`` and ``decode`` whole states.
-Tensors appear in a manifest only as labels.
+``encode`` makes members of a state, ``decode`` a state of members; ``values`` does so for the values in them. Tensors
+appear in a manifest only as labels.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ __all__ = [
 
 FORMAT: Final = "named-optimizer-state"
 
-VERSION: Final = (1, 0)
+VERSION: Final = (1, 1)
 
 GLOBALS: Final = "$globals"
 
@@ -54,11 +54,15 @@ HEX: Final = re.compile(r"[0-9a-f]{32}")
 
 _NULL: Final = type(None)
 
+LAYOUTS: Final = "layouts"
+"""The member that version 1.1 added: how opaque tensors lie in memory, by tensor key."""
+
 MEMBERS: Final[Mapping[str, Mapping[str, tuple[type, ...]]]] = {
     "manifest": {
         "format": (str,), "version": (str,), "optimizers": (list,), "groups": (list,), "parameters": (list,),
         "states": (list,), "naming": (dict,), "digests": (dict,), "globals": (dict,), "origin": (dict,),
         "extra": (dict,), "extensions": (dict,), "global_step": (int,), "weights": (dict,), "set": (dict,),
+        LAYOUTS: (dict,),
     },
     "optimizers": {"class": (str, _NULL), "id": (str,)},
     "groups": {"optimizer": (int,), "count": (int,), "options": (list,), "name": (str,)},
@@ -71,7 +75,7 @@ MEMBERS: Final[Mapping[str, Mapping[str, tuple[type, ...]]]] = {
     "digests": {"algorithm": (str,), "values": (list,)},
     "set": {"id": (str,), "index": (int,), "count": (int,), "positions": (list,)},
 }  # fmt: skip
-"""The members that version 1.0 knows, object by object, with their types (R12); integers are natural numbers."""
+"""The members that this version knows, object by object, with their types (R12); integers are natural numbers."""
 
 REQUIRED: Final[Mapping[str, frozenset[str]]] = {
     "manifest": frozenset({"format", "version", "optimizers", "groups", "parameters", "states", "naming", "digests"}),
@@ -123,8 +127,8 @@ def tensor_key(owner: str, label: str) -> str:
 def encode(state: OptimizerState, shard: ShardOf | None = None) -> Manifest:
     """Return the members of a state's manifest. Members that equal their default are left out (W4).
 
-    Raises ``UnrepresentableError`` for values that the format has no form for, and for a state that breaks a rule, so
-    that nothing is written that could not be read.
+    Raises ``UnrepresentableError`` for values that the format cannot hold and for a state that breaks a rule, so that
+    every file that is written can be read.
     """
     if NESTED in state.unknown:
         names = state.unknown[NESTED]
@@ -153,7 +157,7 @@ def encode(state: OptimizerState, shard: ShardOf | None = None) -> Manifest:
             entry["state"] = numbers.setdefault(text, len(numbers))
         parameters.append(entry)
     members: dict[str, Any] = {
-        "version": "{}.{}".format(*VERSION),
+        "version": "1.0",
         **state.unknown,
         "format": FORMAT,
         "optimizers": [{"class": o.class_path, **_given(id=o.id)} for o in state.optimizers],
@@ -168,6 +172,10 @@ def encode(state: OptimizerState, shard: ShardOf | None = None) -> Manifest:
     }
     if state.globals:
         members["globals"] = tree_of(GLOBALS, state.globals, "the global state")
+    layouts = {key: list(slot.order) for key, slot in tensors.items() if slot.order is not None}
+    if layouts:
+        members[LAYOUTS] = layouts
+        members["version"] = state.unknown.get("version", "1.1")
     for name, value in (("origin", state.origin), ("extra", state.extra), ("extensions", state.extensions)):
         if value:
             members[name] = encode_value(value, name, None)
@@ -190,7 +198,9 @@ def _given(**members: Any) -> dict[str, Any]:
 
 def _encode_parameter(parameter: Parameter) -> dict[str, Any]:
     if not is_text(parameter.name):
-        raise UnrepresentableError(f"parameter {parameter.name!r} holds a lone surrogate, which is no text")
+        raise UnrepresentableError(
+            f"parameter {parameter.name!r} has a name with a lone surrogate, which UTF-8 cannot encode"
+        )
     entry: dict[str, Any] = {"name": parameter.name, "shape": list(parameter.shape), "state": None}
     if parameter.dtype is not None:
         entry["dtype"] = parameter.dtype
@@ -240,17 +250,25 @@ class _Tree(NamedTuple):
 class SlotTree(Mapping[str, Value]):
     """A parameter's slots: those of the shared tree, each made for this parameter when it is first asked for."""
 
-    __slots__ = ("_made", "_owner", "_shared", "_tensor")
+    __slots__ = ("_layouts", "_made", "_owner", "_shared", "_tensor")
 
-    def __init__(self, owner: str, shared: dict[str, Value], tensor: Callable[[str], Tensor]) -> None:
+    def __init__(
+        self,
+        owner: str,
+        shared: dict[str, Value],
+        tensor: Callable[[str], Tensor],
+        layouts: Mapping[str, tuple[int, ...]],
+    ) -> None:
         self._owner = owner
         self._shared = shared
         self._tensor = tensor
+        self._layouts = layouts
         self._made: dict[str, Value] = {}
 
     def _own(self, value: Value) -> Value:
         if isinstance(value, _Blank):
-            return Slot(self._tensor(tensor_key(self._owner, value.label)), value.role)
+            key = tensor_key(self._owner, value.label)
+            return Slot(self._tensor(key), value.role, self._layouts.get(key))
         if isinstance(value, dict):
             return {key: self._own(item) for key, item in value.items()}
         if isinstance(value, (list, tuple)):
@@ -276,11 +294,12 @@ class SlotTree(Mapping[str, Value]):
 
 
 class Shaped(Protocol):
-    """A tensor as far as a manifest is concerned."""
+    """Anything with a shape: all that a manifest asks of a tensor."""
 
     @property
     def shape(self) -> tuple[int, ...]:
         """Sizes of its axes."""
+        ...
 
 
 def decode(
@@ -296,18 +315,19 @@ def decode(
     ``stored`` are the file's tensors by key; ``tensor`` makes one of its key when a slot is asked for. The digests are
     left to ``decode_digests``. Raises ``FileError`` with the id of the broken rule.
     """
-    reader = _Reader(path)
+    reader = _ManifestReader(path)
     minor = reader.version(members)
     unknown = reader.members(members, strict=minor <= VERSION[1])
     naming = members["naming"]
     shared = _tree(reader, "manifest.globals", members.get("globals", {}))
-    parameters = _decode_parameters(reader, members, shared.labels, stored, tensor)
+    layouts = _decode_layouts(reader, members, minor)
+    parameters = _decode_parameters(reader, members, shared.labels, stored, tensor, layouts)
     state = OptimizerState(
         optimizers=tuple(Optimizer(item["class"], item.get("id")) for item in members["optimizers"]),
         groups=_decode_groups(reader, members, len(parameters)),
         parameters=parameters,
         naming=Naming(naming["source"], naming.get("rule"), reader.mapping(naming, "details", "naming")),
-        globals=SlotTree(GLOBALS, shared.value, tensor),
+        globals=SlotTree(GLOBALS, shared.value, tensor, layouts),
         origin=reader.mapping(members, "origin"),
         extra=reader.mapping(members, "extra"),
         extensions=_decode_extensions(reader, members),
@@ -321,11 +341,11 @@ def decode(
 def decode_digests(
     members: dict[str, Any], stored: Collection[str], *, path: object = None
 ) -> tuple[str, dict[str, str]]:
-    """Return the algorithm's name, and the digests of the file's tensors, whose keys stand in data order (R20).
+    """Return the algorithm's name, and the digests of the file's tensors, whose keys are in data order (R20).
 
     ``members`` have been checked by ``decode``.
     """
-    reader = _Reader(path)
+    reader = _ManifestReader(path)
     algorithm, values = members["digests"]["algorithm"], members["digests"]["values"]
     if len(values) != len(stored):
         raise reader.fail(f"{len(values)} digests for {len(stored)} tensors", "R20")
@@ -334,8 +354,8 @@ def decode_digests(
     return algorithm, dict(zip(stored, values, strict=True))
 
 
-class _Reader:
-    """Checks that several members need; every complaint names the member and the rule."""
+class _ManifestReader:
+    """Checks that several members need; every error names the member and the rule."""
 
     def __init__(self, path: object) -> None:
         self.path = path
@@ -361,7 +381,7 @@ class _Reader:
         return int(match[2])
 
     def members(self, manifest: dict[str, Any], *, strict: bool) -> dict[str, Any]:
-        """R12: every object has the members that it needs, each of its type. The result is what is unknown.
+        """Check that every object has the members that it needs, each of its type (R12), and return the unknown ones.
 
         Only a newer minor version may have members that version 1.0 does not know. Those of the manifest itself are
         kept, with the version, to be written back; those of objects inside it are listed: a rewriter would lose them.
@@ -419,19 +439,21 @@ class _Reader:
         return value
 
 
-def _decode_extensions(reader: _Reader, members: dict[str, Any]) -> dict[str, Value]:
+def _decode_extensions(reader: _ManifestReader, members: dict[str, Any]) -> dict[str, Value]:
     extensions = reader.mapping(members, "extensions")
     for name, extension in extensions.items():
         if not isinstance(extension, dict) or not isinstance(extension.get("must_understand"), bool):
             raise reader.fail(f"extension {name!r} does not say whether it must be understood", "R13")
         if extension["must_understand"]:
             raise RefusedError(
-                f"extension {name!r} must be understood, and is not known here", path=reader.path, rule="R13"
+                f"extension {name!r} must be understood, and this package does not know it",
+                path=reader.path,
+                rule="R13",
             )
     return extensions
 
 
-def _decode_groups(reader: _Reader, members: dict[str, Any], parameters: int) -> tuple[Group, ...]:
+def _decode_groups(reader: _ManifestReader, members: dict[str, Any], parameters: int) -> tuple[Group, ...]:
     optimizers = len(members["optimizers"])
     groups: list[Group] = []
     for index, item in enumerate(members["groups"]):
@@ -452,7 +474,7 @@ def _decode_groups(reader: _Reader, members: dict[str, Any], parameters: int) ->
         if group.optimizer >= optimizers:
             raise reader.fail(f"{where} belongs to optimizer {group.optimizer}, of {optimizers}", "R15")
         if groups and group.optimizer < groups[-1].optimizer:
-            raise reader.fail(f"{where} of optimizer {group.optimizer} stands behind one of a later optimizer", "R15")
+            raise reader.fail(f"{where} of optimizer {group.optimizer} follows a group of a later optimizer", "R15")
         groups.append(group)
     counted = sum(group.count for group in groups)
     if counted > parameters:
@@ -461,11 +483,12 @@ def _decode_groups(reader: _Reader, members: dict[str, Any], parameters: int) ->
 
 
 def _decode_parameters(
-    reader: _Reader,
+    reader: _ManifestReader,
     members: dict[str, Any],
     shared: list[tuple[str, Role]],
     stored: Mapping[str, Shaped],
     tensor: Callable[[str], Tensor],
+    layouts: Mapping[str, tuple[int, ...]],
 ) -> tuple[Parameter, ...]:
     trees = [_tree(reader, f"states[{index}]", tree) for index, tree in enumerate(members["states"])]
     weights = _decode_weights(reader, members)
@@ -486,7 +509,7 @@ def _decode_parameters(
                 raise reader.fail(f"parameters[{index}].state is {number}, the table holds {len(trees)}", "R16")
             owners.append((name, trees[number].labels))
             _check_tensors(reader, *owners[-1], shape, stored)
-            state = SlotTree(name, trees[number].value, tensor)
+            state = SlotTree(name, trees[number].value, tensor, layouts)
         parameters.append(
             Parameter(
                 name,
@@ -501,6 +524,8 @@ def _decode_parameters(
             )
         )
     _check_tensors(reader, GLOBALS, shared, None, stored)
+    if layouts:
+        _check_layouts(reader, layouts, owners, stored)
     check_names(parameters, path=reader.path)
     # Names and labels differ, so no tensor was found twice, and a count tells whether all were found.
     if sum(len(labels) for _, labels in owners) != len(stored):
@@ -510,17 +535,47 @@ def _decode_parameters(
     return tuple(parameters)
 
 
-def _check_parameter(reader: _Reader, item: dict[str, Any], index: int) -> None:
-    """R12: what stands inside the members of a parameter."""
+def _decode_layouts(reader: _ManifestReader, members: dict[str, Any], minor: int) -> dict[str, tuple[int, ...]]:
+    """Return the order of axes in memory by tensor key, as the member that version 1.1 added states it (R27)."""
+    found = members.get(LAYOUTS, {})
+    if found and not minor:
+        raise reader.fail(f"manifest has the member {LAYOUTS!r}, which version 1.0 does not have", "R12")
+    for key, axes in found.items():
+        if not isinstance(axes, list) or not {*map(type, axes)} <= {int} or sorted(axes) != [*range(len(axes))]:
+            raise reader.fail(f"layouts of {key!r} is {show(axes)}, expected each axis once", "R27")
+        if axes == sorted(axes):
+            raise reader.fail(f"layouts of {key!r} is the order that tensors without one have", "R27")
+    return {key: tuple(axes) for key, axes in found.items()}
+
+
+def _check_layouts(
+    reader: _ManifestReader,
+    layouts: Mapping[str, tuple[int, ...]],
+    owners: list[tuple[str, list[tuple[str, Role]]]],
+    stored: Mapping[str, Shaped],
+) -> None:
+    """Check that layouts are of opaque tensors of the file, and have an axis for each of theirs (R27)."""
+    opaque = {tensor_key(owner, label) for owner, labels in owners for label, role in labels if role is Role.OPAQUE}
+    for key, axes in layouts.items():
+        if key not in opaque:
+            raise reader.fail(f"layouts names {key!r}, which is not an opaque tensor of the file", "R27")
+        if len(axes) != len(stored[key].shape):
+            raise reader.fail(f"layouts of {key!r} has {len(axes)} axes, the tensor {len(stored[key].shape)}", "R27")
+
+
+def _check_parameter(reader: _ManifestReader, item: dict[str, Any], index: int) -> None:
+    """Check the contents of a parameter's members (R12)."""
     if "dtype" in item and item["dtype"] not in BITS:
-        raise reader.fail(f"parameters[{index}].dtype is {show(item['dtype'])}, which is no dtype", "R12")
+        raise reader.fail(
+            f"parameters[{index}].dtype is {show(item['dtype'])}, which is not a dtype of the format", "R12"
+        )
     if "keys" in item and not {*map(type, item["keys"].values())} <= {str}:
         raise reader.fail(f"parameters[{index}].keys is {show(item['keys'])}, expected strings", "R12")
     if "tied" in item and not {*map(type, item["tied"])} <= {str}:
         raise reader.fail(f"parameters[{index}].tied is {show(item['tied'])}, expected strings", "R12")
 
 
-def _decode_shape(reader: _Reader, shape: list[Any], index: int) -> tuple[int, ...]:
+def _decode_shape(reader: _ManifestReader, shape: list[Any], index: int) -> tuple[int, ...]:
     if not ({*map(type, shape)} <= {int} and (not shape or (min(shape) >= 0 and max(shape) <= MAX_INT))):
         raise reader.fail(f"parameters[{index}].shape is {show(shape)}, expected natural numbers", "R12")
     if len(shape) > MAX_DIMENSIONS:
@@ -528,7 +583,7 @@ def _decode_shape(reader: _Reader, shape: list[Any], index: int) -> tuple[int, .
     return tuple(shape)
 
 
-def _decode_id(reader: _Reader, value: Any, index: int) -> int | str:
+def _decode_id(reader: _ManifestReader, value: Any, index: int) -> int | str:
     if type(value) is int:
         return reader.natural(value, f"parameters[{index}].id")
     identity = reader.value(value, f"parameters[{index}].id")
@@ -538,7 +593,7 @@ def _decode_id(reader: _Reader, value: Any, index: int) -> int | str:
 
 
 def check_names(parameters: Sequence[Parameter], *, path: object = None) -> None:
-    """R14: names are not empty, do not begin with ``$``, and mean one parameter each; tied names too."""
+    """Check that names are not empty, do not begin with ``$``, and mean one parameter each; tied names too (R14)."""
     names: set[str] = set()
     for index, parameter in enumerate(parameters):
         for name in (parameter.name, *parameter.tied):
@@ -546,11 +601,11 @@ def check_names(parameters: Sequence[Parameter], *, path: object = None) -> None
                 detail = f"parameters[{index}] has the name {name!r}: empty, or with '$' in front"
                 raise FileError(detail, path=path, rule="R14")
             if name in names:
-                raise FileError(f"the name {name!r} stands for two parameters", path=path, rule="R14")
+                raise FileError(f"two parameters have the name {name!r}", path=path, rule="R14")
             names.add(name)
 
 
-def _tree(reader: _Reader, where: str, tree: Any) -> _Tree:
+def _tree(reader: _ManifestReader, where: str, tree: Any) -> _Tree:
     """Return a slot tree, checked (R16, R17, R22)."""
     labels: list[tuple[str, Role]] = []
 
@@ -569,13 +624,13 @@ def _tree(reader: _Reader, where: str, tree: Any) -> _Tree:
 
 
 def _check_tensors(
-    reader: _Reader,
+    reader: _ManifestReader,
     owner: str,
     labels: list[tuple[str, Role]],
     parameter: tuple[int, ...] | None,
     stored: Mapping[str, Shaped],
 ) -> None:
-    """R17, R18: the header has the tensor of each label, in a shape that its role allows."""
+    """Check that the header has the tensor of each label, in a shape that its role allows (R17, R18)."""
     for label, role in labels:
         key = tensor_key(owner, label)
         if key not in stored:
@@ -584,7 +639,7 @@ def _check_tensors(
         if shape == parameter != () and role is Role.PARAM:
             continue
         if not shape:
-            raise reader.fail(f"tensor {key!r} has no axis: it had to be a $scalar", "R18")
+            raise reader.fail(f"tensor {key!r} has no axes: it must be a $scalar", "R18")
         if parameter is not None and not fits(role, shape, parameter):
             raise reader.fail(
                 f"tensor {key!r} has shape {list(shape)}, which role '{role.value}' does not allow for a "
@@ -594,7 +649,7 @@ def _check_tensors(
 
 
 def fits(role: Role, tensor: tuple[int, ...], parameter: tuple[int, ...]) -> bool:
-    """R18: what a role says about a tensor's shape."""
+    """Return whether a role allows a tensor's shape (R18)."""
     if role is Role.PARAM:
         return tensor == parameter
     if role is Role.ROW:
@@ -605,8 +660,8 @@ def fits(role: Role, tensor: tuple[int, ...], parameter: tuple[int, ...]) -> boo
     return True
 
 
-def _decode_weights(reader: _Reader, members: dict[str, Any]) -> Sequence[Digest | None]:
-    """Return one digest or none per parameter (R19)."""
+def _decode_weights(reader: _ManifestReader, members: dict[str, Any]) -> Sequence[Digest | None]:
+    """Return a digest or ``None`` for each parameter (R19)."""
     count = len(members["parameters"])
     if "weights" not in members:
         return [None] * count
@@ -631,7 +686,7 @@ def _pattern(algorithm: str) -> re.Pattern[str]:
     return HEX if algorithm == ALGORITHM else re.compile(r"(?:[0-9a-f]{2})+")
 
 
-def _decode_set(reader: _Reader, members: dict[str, Any], parameters: int) -> ShardOf | None:
+def _decode_set(reader: _ManifestReader, members: dict[str, Any], parameters: int) -> ShardOf | None:
     """Return a shard's place (R23)."""
     if "set" not in members:
         return None

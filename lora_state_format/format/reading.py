@@ -26,13 +26,14 @@ from lora_state_format.format.envelope import (
     set_id,
     stated_digest,
 )
+from lora_state_format.format.group_tensors import unstowed
 from lora_state_format.format.manifest import NESTED, ShardOf, check_names, decode, decode_digests, encode
 from lora_state_format.io.remote import exists, open_file, version_of
 from lora_state_format.io.safetensors import Header, parse_header, raw_header
 from lora_state_format.io.strict_json import dumps
 from lora_state_format.model.digests import ALGORITHM, hash_tensor
 from lora_state_format.model.gc import paused
-from lora_state_format.model.states import OptimizerState, Parameter
+from lora_state_format.model.states import Group, OptimizerState, Parameter
 from lora_state_format.model.tensors import CHUNK, Digest, Tensor
 
 __all__ = ["Verification", "open_state", "verify"]
@@ -40,7 +41,7 @@ __all__ = ["Verification", "open_state", "verify"]
 
 @dataclass(frozen=True)
 class Verification:
-    """What ``verify`` found. ``unverified`` are tensors whose digest is of an algorithm that is not known here."""
+    """The result of ``verify``. ``unverified`` are tensors with digests of an unknown algorithm."""
 
     tensors: int
     size: int
@@ -68,7 +69,7 @@ class _Stored(NamedTuple):
 
 
 class _Opened(NamedTuple):
-    """One file: what it holds, its place in a set, and what the set's checks need.
+    """An open file: its state, its place in a set, and what the set's checks need.
 
     ``digest`` is the one that the header states; ``content`` is taken with the set's id as zeros.
     """
@@ -87,11 +88,11 @@ def open_state(path: str | os.PathLike[str]) -> OptimizerState:
     whatever copies or loads them. Raises ``FileError`` for a broken rule, ``DigestError`` for a header that was
     changed, ``FileNotFoundError``.
     """
-    return _open(Path(path))[0]
+    return unstowed(_open(Path(path))[0])
 
 
 def _open(path: Path) -> tuple[OptimizerState, list[_Opened]]:
-    """Return the state and the files that it stands in."""
+    """Return the state and its files."""
     while True:
         before = _version(path)
         try:
@@ -177,7 +178,7 @@ def verify(path: str | os.PathLike[str]) -> Verification:
 
 
 def _open_set(index: Path) -> tuple[OptimizerState, list[_Opened]]:
-    """Return the union of a set's shards (R23 to R26), and they."""
+    """Return the union of a set's shards (R23 to R26), and the shards."""
 
     def fail(detail: str, rule: str) -> FileError:
         return FileError(detail, path=index, rule=rule)
@@ -204,22 +205,43 @@ def _open_set(index: Path) -> tuple[OptimizerState, list[_Opened]]:
         stored = {key: item["file"] for item, header in zip(shards, headers, strict=True) for key in header.entries}
         total = sum(header.file.size - header.size for header in headers)
         if stored != members["weight_map"] or total != members["metadata"]["total_size"]:
-            raise fail("weight_map or total_size does not say what the shards hold", "R25")
+            raise fail("weight_map or total_size does not match the shards", "R25")
         state = _merge(parts, fail)
         stack.pop_all()
     return state, parts
 
 
 def _merge(parts: list[_Opened], fail: Callable[[str, str], FileError]) -> OptimizerState:
-    head = parts[0].state
-    shared = _shared(head)
-    groups = [replace(group, count=0) for group in head.groups]
-    for number, part in enumerate(parts, 1):
+    """Return the state whose shards these are."""
+    groups = _merge_groups(parts, fail)
+    parameters = _merge_parameters(parts, groups, fail)
+    return replace(
+        parts[0].state,
+        groups=groups,
+        parameters=parameters,
+        unknown=_unknown(parts),
+        resources=tuple(resource for part in parts for resource in part.state.resources),
+    )
+
+
+def _merge_groups(parts: list[_Opened], fail: Callable[[str, str], FileError]) -> tuple[Group, ...]:
+    """Return the groups with their counts in the whole set, if the shards agree on all that they share (R23)."""
+    shared = _shared(parts[0].state)
+    groups = parts[0].state.groups
+    for number, part in enumerate(parts[1:], 2):
         if _shared(part.state) != shared:
             raise fail(f"shard {number} has other optimizers, groups, naming, extensions or step than shard 1", "R23")
-        if number > 1 and (part.state.globals or part.state.origin or part.state.extra):
+        if part.state.globals or part.state.origin or part.state.extra:
             raise fail(f"shard {number} has globals, origin or extra, which belong into shard 1", "R23")
-        groups = [replace(g, count=g.count + own.count) for g, own in zip(groups, part.state.groups, strict=True)]
+        pairs = zip(groups, part.state.groups, strict=True)
+        groups = tuple(replace(group, count=group.count + own.count) for group, own in pairs)
+    return groups
+
+
+def _merge_parameters(
+    parts: list[_Opened], groups: tuple[Group, ...], fail: Callable[[str, str], FileError]
+) -> tuple[Parameter, ...]:
+    """Return the parameters in the order of the set, if each has a position of its own, within its group (R26)."""
     total = sum(len(part.state) for part in parts)
     starts = [0, *accumulate(group.count for group in groups), total]
     parameters: dict[int, Parameter] = {}
@@ -236,17 +258,11 @@ def _merge(parts: list[_Opened], fail: Callable[[str, str], FileError]) -> Optim
         check_names(ordered)
     except FileError as error:
         raise fail(error.detail, "R26") from None
-    return replace(
-        head,
-        groups=tuple(groups),
-        parameters=ordered,
-        unknown=_unknown(parts),
-        resources=tuple(resource for part in parts for resource in part.state.resources),
-    )
+    return ordered
 
 
 def _shared(state: OptimizerState) -> str:
-    """Return what all shards of a set must say alike, as text: all but parameters and what only the first has."""
+    """Return the members that all shards of a set share, as text: all but parameters and those of the first alone."""
     groups = tuple(replace(group, count=0) for group in state.groups)
     rest = replace(state, groups=groups, parameters=(), globals={}, origin={}, extra={}, unknown={})
     return dumps(encode(rest).members)

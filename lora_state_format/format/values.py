@@ -24,7 +24,7 @@ MAX_NESTING: Final = 16
 """Mappings, lists and tuples inside each other in a value; each is at most three levels of JSON."""
 
 MAX_INT: Final = 2**53 - 1
-"""Largest magnitude of an integer that stands as a JSON number."""
+"""Largest magnitude of an integer that is written as a JSON number."""
 
 MAX_DIGITS: Final = 1000
 """Decimal digits of an integer."""
@@ -40,57 +40,101 @@ MakeSlot: TypeAlias = "Callable[[str, Role], Value]"
 
 
 def encode_value(value: Value, place: str, tensors: dict[str, Slot] | None, path: tuple[Any, ...] = ()) -> Any:
-    """Return a value tree as JSON (W8). Tensors are entered into ``tensors`` under their labels; ``None`` refuses them.
+    """Return a value tree as JSON (W8).
 
-    Types are exact: a subclass would come back as its base. Raises ``UnrepresentableError`` naming ``place`` and the
-    path in it.
+    Types are exact: a subclass would come back as its base.
+
+    Args:
+        value: The tree.
+        place: Its owner, for messages.
+        tensors: Receives the tensors by label; ``None`` refuses tensors.
+        path: The keys that lead to ``value`` from the root of the tree.
+
+    Raises ``UnrepresentableError`` naming ``place`` and the path in it.
     """
-
-    def refuse(what: str) -> UnrepresentableError:
-        where = f"{place}: {'.'.join(map(str, path))}" if path else place
-        return UnrepresentableError(f"{where} holds {what}, which the format has no form for")
-
     kind = type(value)
-    if value is None or kind is bool:
-        return value
-    if isinstance(value, str) and kind is str:
-        if not is_text(value):
-            raise refuse("a string with a lone surrogate")
-        return value
-    if isinstance(value, int) and kind is int:
-        if -MAX_INT <= value <= MAX_INT:
-            return value
-        if abs(value) >= 10**MAX_DIGITS:
-            raise refuse(f"an integer of more than {MAX_DIGITS} digits")
-        return {"$int": str(value)}
-    if isinstance(value, float) and kind is float:
-        return value if math.isfinite(value) else {"$float": "nan" if value != value else f"{value}"}
-    if isinstance(value, bytes):
-        return {"$bytes": value.hex()}
-    if isinstance(value, Scalar):
-        return {"$scalar": [value.dtype, value.data.hex()]}
+    encode = _ATOMS.get(kind)
+    if encode is not None:
+        return encode(value, place, path)
     if isinstance(value, Slot):
         if tensors is None:
-            raise refuse("a tensor")
+            raise _refusal("a tensor", place, path)
         label = _label(path, tensors)
         tensors[label] = value
         return {"$tensor": label, "role": value.role.value}
     if len(path) == MAX_NESTING:
-        raise refuse(f"values nested deeper than {MAX_NESTING} levels")
-    if isinstance(value, (tuple, list)) and kind.__module__ == "builtins":
-        items = [encode_value(item, place, tensors, (*path, index)) for index, item in enumerate(value)]
-        return {"$tuple": items} if isinstance(value, tuple) else items
+        raise _refusal(f"values nested deeper than {MAX_NESTING} levels", place, path)
+    if kind is list or kind is tuple:
+        items = [encode_value(item, place, tensors, (*path, index)) for index, item in enumerate(value)]  # type: ignore[arg-type]
+        return items if kind is list else {"$tuple": items}
     if isinstance(value, Mapping):
-        for key in value:
-            if not _is_key(key):
-                raise refuse(f"the key {key!r}")
-            if type(key) is str and not is_text(key):
-                raise refuse("a string with a lone surrogate")
-        if all(type(key) is str and not key.startswith("$") for key in value):
-            return {key: encode_value(value[key], place, tensors, (*path, key)) for key in sorted(value)}
-        keys = sorted(((encode_value(key, place, None, path), key) for key in value), key=lambda pair: dumps(pair[0]))
-        return {"$dict": [[text, encode_value(value[key], place, tensors, (*path, key))] for text, key in keys]}
-    raise refuse(f"a {kind.__module__}.{kind.__qualname__}")
+        return _encode_mapping(value, place, tensors, path)
+    raise _refusal(f"a {kind.__module__}.{kind.__qualname__}", place, path)
+
+
+def _refusal(what: str, place: str, path: tuple[Any, ...]) -> UnrepresentableError:
+    where = f"{place}: {'.'.join(map(str, path))}" if path else place
+    return UnrepresentableError(f"{where} holds {what}, which the format cannot hold")
+
+
+def _encode_same(value: Any, place: str, path: tuple[Any, ...]) -> Any:
+    return value
+
+
+def _encode_text(value: str, place: str, path: tuple[Any, ...]) -> str:
+    if not is_text(value):
+        raise _refusal("a string with a lone surrogate", place, path)
+    return value
+
+
+def _encode_int(value: int, place: str, path: tuple[Any, ...]) -> Any:
+    if -MAX_INT <= value <= MAX_INT:
+        return value
+    if abs(value) >= 10**MAX_DIGITS:
+        raise _refusal(f"an integer of more than {MAX_DIGITS} digits", place, path)
+    return {"$int": str(value)}
+
+
+def _encode_float(value: float, place: str, path: tuple[Any, ...]) -> Any:
+    return value if math.isfinite(value) else {"$float": "nan" if value != value else f"{value}"}
+
+
+def _encode_bytes(value: bytes, place: str, path: tuple[Any, ...]) -> Any:
+    return {"$bytes": value.hex()}
+
+
+def _encode_scalar(value: Scalar, place: str, path: tuple[Any, ...]) -> Any:
+    return {"$scalar": [value.dtype, value.data.hex()]}
+
+
+_ATOMS: Final[Mapping[type, Callable[[Any, str, tuple[Any, ...]], Any]]] = {
+    type(None): _encode_same,
+    bool: _encode_same,
+    str: _encode_text,
+    int: _encode_int,
+    float: _encode_float,
+    bytes: _encode_bytes,
+    Scalar: _encode_scalar,
+}
+"""Exact type of a value that holds no others -> how it is encoded."""
+
+
+def _encode_mapping(
+    value: Mapping[Any, Value], place: str, tensors: dict[str, Slot] | None, path: tuple[Any, ...]
+) -> Any:
+    plain = True
+    for key in value:
+        if type(key) is str:
+            _encode_text(key, place, path)
+            plain = plain and not key.startswith("$")
+        elif _is_key(key):
+            plain = False
+        else:
+            raise _refusal(f"the key {key!r}", place, path)
+    if plain:
+        return {key: encode_value(value[key], place, tensors, (*path, key)) for key in sorted(value)}
+    keys = sorted(((encode_value(key, place, None, path), key) for key in value), key=lambda pair: dumps(pair[0]))
+    return {"$dict": [[text, encode_value(value[key], place, tensors, (*path, key))] for text, key in keys]}
 
 
 def is_text(value: str) -> bool:
@@ -111,7 +155,7 @@ def _is_key(value: Any) -> bool:
 
 
 def _label(path: tuple[Any, ...], taken: Mapping[str, Slot]) -> str:
-    """W6: the path joined with dots, ``/`` as ``_``, made unique by a number; keys that are no string as their JSON."""
+    """Return a label (W6): the path joined with dots, ``/`` as ``_``, made unique by a number; other keys as JSON."""
     parts = [part if isinstance(part, str) else dumps(encode_value(part, "", None)) for part in path]
     base = ".".join(parts).replace("/", "_") or "tensor"
     label, number = base, 1
@@ -122,7 +166,13 @@ def _label(path: tuple[Any, ...], taken: Mapping[str, Slot]) -> str:
 
 
 def decode_value(value: Any, fail: Fail, slot: MakeSlot | None) -> Value:
-    """JSON as a value tree (R22). ``slot`` makes one of a label and a role; ``None`` refuses tensors."""
+    """Return JSON as a value tree (R22).
+
+    Args:
+        value: The JSON, parsed.
+        fail: Makes the error to raise, of what is wrong.
+        slot: Makes a tensor, of its label and role; ``None`` refuses tensors.
+    """
     if isinstance(value, list):
         return [decode_value(item, fail, slot) for item in value]
     if not isinstance(value, dict):
@@ -135,27 +185,40 @@ def decode_value(value: Any, fail: Fail, slot: MakeSlot | None) -> Value:
         return {key: decode_value(item, fail, slot) for key, item in value.items()}
     if value.keys() != ({"$tensor", "role"} if tag == "$tensor" else {tag}):
         raise fail(f"an object with the members {show(sorted(value))}")
+    return _decode_tagged(tag, value, fail, slot)
+
+
+def _decode_tagged(tag: str, value: dict[str, Any], fail: Fail, slot: MakeSlot | None) -> Value:
+    """Return what an object with a ``$`` tag means."""
     body = value[tag]
     match tag, body:
+        case "$tensor", str() if slot is not None and isinstance(value["role"], str) and value["role"] in ROLES:
+            return slot(body, ROLES[value["role"]])
+        case "$scalar", [str(dtype), str(data)] if _is_scalar(dtype, data):
+            return Scalar(dtype, bytes.fromhex(data))
         case "$tuple", list():
             return tuple(decode_value(item, fail, slot) for item in body)
+        case "$dict", list():
+            return _decode_dict(body, fail, slot)
         case "$float", "inf" | "-inf" | "nan":
             return float(body)
-        case "$int", str() if (
-            len(body) <= MAX_DIGITS + 1 and re.fullmatch(r"-?[1-9][0-9]{15,999}", body) and abs(int(body)) > MAX_INT
-        ):
+        case "$int", str() if _is_large_int(body):
             return int(body)
         case "$bytes", str() if re.fullmatch(r"(?:[0-9a-f]{2})*", body):
             return bytes.fromhex(body)
-        case "$scalar", [str(dtype), str(data)] if (
-            BITS.get(dtype, 0) >= 8 and len(data) * 4 == BITS[dtype] and re.fullmatch(r"[0-9a-f]*", data)
-        ):
-            return Scalar(dtype, bytes.fromhex(data))
-        case "$dict", list():
-            return _decode_dict(body, fail, slot)
-        case "$tensor", str() if slot is not None and isinstance(value["role"], str) and value["role"] in ROLES:
-            return slot(body, ROLES[value["role"]])
-    raise fail(f"{show(value)}, which is no typed value" if slot or tag != "$tensor" else f"the tensor {show(body)}")
+    raise fail(f"{show(value)}, which is not a typed value" if slot or tag != "$tensor" else f"the tensor {show(body)}")
+
+
+def _is_scalar(dtype: str, data: str) -> bool:
+    """Return whether ``data`` are the hexadecimal digits of one element of a dtype of whole bytes."""
+    bits = BITS.get(dtype, 0)
+    return bits >= 8 and len(data) * 4 == bits and re.fullmatch(r"[0-9a-f]*", data) is not None
+
+
+def _is_large_int(text: str) -> bool:
+    """Return whether a text is an integer in the one form of those beyond ``MAX_INT``."""
+    short = len(text) <= MAX_DIGITS + 1 and re.fullmatch(r"-?[1-9][0-9]{15,999}", text)
+    return bool(short) and abs(int(text)) > MAX_INT
 
 
 def _decode_dict(body: list[Any], fail: Fail, slot: MakeSlot | None) -> Value:

@@ -28,6 +28,7 @@ from lora_state_format.format.envelope import (
     set_id,
     stated_digest,
 )
+from lora_state_format.format.group_tensors import stowed
 from lora_state_format.format.manifest import FORMAT, Manifest, ShardOf, check_names, encode
 from lora_state_format.io import plain
 from lora_state_format.io.atomic import TemporaryFile, check_target, locked, sync_folder
@@ -65,7 +66,7 @@ SHARD_HEADER: Final = 16 << 20
 
 @dataclass(frozen=True)
 class Written:
-    """What ``write`` wrote: the path to open, all files behind it, their bytes and tensors.
+    """The result of ``write``: the path to open, all files behind it, their bytes and tensors.
 
     ``digest`` is the header's, or the id of the set.
     """
@@ -90,8 +91,8 @@ def write(
     The target appears whole or not at all: bytes go to a temporary file in the same folder, are synced, and renamed.
     Equal states give equal bytes. ``max_shard_size`` is in bytes of tensors; a new shard also starts at 16 MiB of
     header. ``progress`` is told the bytes written since it was last called. Raises ``TargetExistsError`` unless
-    ``force``, ``UnrepresentableError`` for what has no form, ``FileError`` for a damaged or changing source,
-    ``DigestError`` for a tensor that is no longer what its file's digest says, ``OSError``.
+    ``force``, ``UnrepresentableError`` for a value that the format cannot hold, ``FileError`` for a damaged or changing
+    source, ``DigestError`` for a tensor that no longer matches its file's digest, ``OSError``.
     """
     path = Path(path)
     check_path(path, force)
@@ -130,6 +131,7 @@ def lay_out(state: OptimizerState, bounds: Bounds, number: int) -> Layout:
 
     Raises ``UnrepresentableError`` for a state that has no form in a file.
     """
+    state = stowed(state)
     if len(bounds) == 1:
         return _layout(encode(state))
     if number == 0:

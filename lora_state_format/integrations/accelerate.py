@@ -8,10 +8,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
+import torch
+
 from lora_state_format.errors import OptionError
 from lora_state_format.format.envelope import is_state
 from lora_state_format.integrations import STATE
-from lora_state_format.torch import load_optimizer, save_optimizer
+from lora_state_format.torch import load_optimizer, load_scheduler, save_optimizer
+from lora_state_format.torch.schedules import rate_of
 
 __all__ = ["with_named_state"]
 
@@ -37,7 +40,8 @@ def with_named_state(
     the weights with the state; ``keep_last`` is that of ``save_optimizer``.
 
     ``load_state`` binds by name, with the ``policies`` of ``load_optimizer``, after it has loaded everything else. A
-    folder without named state is loaded as accelerate does it, with a warning.
+    folder without named state is loaded as accelerate does it, with a warning. With ``options={"lr": "current"}`` the run
+    goes on with the rate and the schedulers that were prepared, from the step that it had reached.
 
     Optimizers that FSDP or DeepSpeed's ZeRO shards are saved and loaded by all processes together, and go into another
     number of processes. DeepSpeed keeps weights and optimizer in one checkpoint of its own, which it goes on writing;
@@ -59,19 +63,8 @@ def with_named_state(
             return models or prepared[0]
         return {f"model_{number}" if number else "model": model for number, model in enumerate(prepared)}
 
-    @contextmanager
-    def optimizers(hidden: bool) -> Iterator[list[Any]]:
-        """Give the prepared optimizers; while they are hidden, accelerate does not see them."""
-        found = list(owner._optimizers)
-        if hidden:
-            owner._optimizers.clear()
-        try:
-            yield found
-        finally:
-            owner._optimizers[:] = found
-
     def save(*arguments: Any, **options: Any) -> Any:
-        with optimizers(hidden=drop_legacy) as found:
+        with _hidden(owner._optimizers, drop_legacy) as found:
 
             def hook(_models: list[Any], _weights: list[Any], folder: str) -> None:
                 if owner.is_main_process or owner.distributed_type in ("FSDP", "DEEPSPEED"):
@@ -88,7 +81,8 @@ def with_named_state(
         folders: list[str] = []
         handle = owner.register_load_state_pre_hook(lambda _, folder: folders.append(folder))
         only_weights = {"load_optimizer_states": False} if owner.distributed_type == "DEEPSPEED" else {}
-        with optimizers(hidden=True) as found:  # else the order in accelerate's own file would decide, if there is one
+        # Else the order in accelerate's own files would decide, if there are some, and the rates in them.
+        with _hidden(owner._optimizers) as found, _hidden(owner._schedulers) as schedulers:
             try:
                 load_state(*arguments, **{**only_weights, **options})
             finally:
@@ -96,9 +90,24 @@ def with_named_state(
         path = Path(folders[0], STATE)
         if is_state(path):
             load_optimizer(found, named(owner._models), path, **policies)
+            for number, scheduler in enumerate(schedulers):
+                file = Path(folders[0], f"scheduler_{number}.bin" if number else "scheduler.bin")
+                load_scheduler(scheduler, torch.load(file, weights_only=True), lr=rate_of(policies))
         else:
             logger.warning("%s: no named state; accelerate loads its optimizers by order", folders[0])
             load_state(*arguments, **options)
 
     owner.save_state, owner.load_state = save, load
     return accelerator
+
+
+@contextmanager
+def _hidden(listed: list[Any], hide: bool = True) -> Iterator[list[Any]]:
+    """Give what is in a list of the accelerator's, and hide it from accelerate meanwhile."""
+    found = list(listed)
+    if hide:
+        listed.clear()
+    try:
+        yield found
+    finally:
+        listed[:] = found

@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import Any, Final
 
 from lora_state_format.errors import OptionError
-from lora_state_format.torch import load_optimizer, save_optimizer
+from lora_state_format.format.envelope import is_state
+from lora_state_format.torch import load_optimizer, load_scheduler, save_optimizer
+from lora_state_format.torch.schedules import rate_of
 
 try:
     from lightning.pytorch import Callback
@@ -22,6 +24,7 @@ except ImportError:
 __all__ = ["NamedState"]
 
 STATES: Final = "optimizer_states"
+SCHEDULERS: Final = "lr_schedulers"
 ELSEWHERE: Final = [{"state": {}, "param_groups": [], "named_state": "beside this file"}]
 """What a ``.ckpt`` has in place of its optimizers. Loading it without the callback is an error, not a cold start."""
 
@@ -31,7 +34,8 @@ class NamedState(Callback):  # type: ignore[misc]
 
     ``model`` is the attribute of the LightningModule whose parameters are trained, if names are to be those of that
     model, as every other framework has them; else they begin with the attribute's name. ``weights`` keeps digests of
-    the weights with the state. Resuming binds by name, with the ``policies`` of ``load_optimizer``.
+    the weights with the state. Resuming binds by name, with the ``policies`` of ``load_optimizer``; with
+    ``options={"lr": "current"}`` the run goes on with the rate and the schedulers of its own ``configure_optimizers``.
 
     The state is on the disk before the ``.ckpt`` is begun, and goes when that is removed. ``keep_last`` is that of
     ``save_optimizer``. Raises ``OptionError`` for a strategy that saves in its own way (FSDP, DeepSpeed).
@@ -44,7 +48,7 @@ class NamedState(Callback):  # type: ignore[misc]
         self._weights = weights
         self._keep_last = keep_last
         self._policies = policies
-        self._resumed: Path | None = None
+        self._resumed: tuple[Path, list[Any]] | None = None
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Refuse strategies that save checkpoints in their own way."""
@@ -55,9 +59,13 @@ class NamedState(Callback):  # type: ignore[misc]
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Load the state of the checkpoint that the run resumes."""
-        path, self._resumed = self._resumed, None
-        if path is not None:
-            load_optimizer(trainer.optimizers, self._named(trainer), path, **self._policies)
+        resumed, self._resumed = self._resumed, None
+        if resumed is None:
+            return
+        path, schedulers = resumed
+        load_optimizer(trainer.optimizers, self._named(trainer), path, **self._policies)
+        for config, saved in zip(trainer.lr_scheduler_configs, schedulers, strict=False):
+            load_scheduler(config.scheduler, saved, lr=rate_of(self._policies))
 
     def save(self, trainer: Any, path: Path) -> None:
         """Save the optimizers' state next to a checkpoint."""
@@ -71,9 +79,13 @@ class NamedState(Callback):  # type: ignore[misc]
             keep_last=self._keep_last,
         )
 
-    def resume(self, path: Path) -> None:
-        """Remember the checkpoint that the run resumes."""
-        self._resumed = path
+    def resume(self, path: Path, schedulers: list[Any]) -> None:
+        """Remember the checkpoint that the run resumes, and the states of its schedulers."""
+        self._resumed = path, schedulers
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return something, so that Lightning names this callback where a run resumes without it."""
+        return {"optimizers": "in the folder NAME.training_state next to NAME.ckpt"}
 
     def _named(self, trainer: Any) -> Any:
         module = trainer.lightning_module
@@ -97,8 +109,14 @@ class _Beside(CheckpointIO):  # type: ignore[misc]
     def load_checkpoint(self, path: Any, *arguments: Any, **options: Any) -> dict[str, Any]:
         checkpoint: dict[str, Any] = self.inner.load_checkpoint(path, *arguments, **options)
         if checkpoint.get(STATES) == ELSEWHERE:
-            self._callback.resume(_beside(path))
-            checkpoint[STATES] = []
+            state = _beside(path)
+            if not is_state(state):
+                raise FileNotFoundError(
+                    f"{state}: no such file; the optimizers of {path} were saved there. Copy or rename the folder "
+                    f"{state.parent.name} together with the .ckpt"
+                )
+            self._callback.resume(state, checkpoint.get(SCHEDULERS, []))
+            checkpoint[STATES], checkpoint[SCHEDULERS] = [], []
         return checkpoint
 
     def remove_checkpoint(self, path: Any) -> None:
@@ -110,4 +128,6 @@ class _Beside(CheckpointIO):  # type: ignore[misc]
 
 
 def _beside(path: str | os.PathLike[str]) -> Path:
-    return Path(os.fspath(path).removesuffix(".ckpt") + ".training_state", "optimizer.safetensors")
+    """Return where the optimizers of a checkpoint are; a link to one (``save_last="link"``) has those of its target."""
+    name = os.path.realpath(path) if os.path.islink(path) else os.fspath(path)
+    return Path(name.removesuffix(".ckpt") + ".training_state", "optimizer.safetensors")

@@ -14,7 +14,8 @@ import torch
 from lora_state_format.errors import OptionError
 from lora_state_format.format.envelope import is_state
 from lora_state_format.integrations import STATE
-from lora_state_format.torch import load_optimizer, save_optimizer
+from lora_state_format.torch import load_optimizer, load_scheduler, save_optimizer
+from lora_state_format.torch.schedules import rate_of
 
 __all__ = ["last_checkpoint", "with_named_state"]
 
@@ -28,6 +29,17 @@ METHODS: Final[Mapping[str, list[str]]] = {SAVE: ["output_dir"], LOAD: ["checkpo
 """The Trainer's own methods that are wrapped, and their arguments, as they are in transformers 5.23."""
 
 SCHEDULER: Final = "scheduler.pt"
+LEGACY: Final = "optimizer.pt"
+
+ELSEWHERE: Final = (
+    b"c this checkpoint keeps its optimizer in training_state/optimizer\n"
+    b"safetensors: resume it with lora_state_format.integrations.transformers.with_named_state(trainer)\n."
+)
+"""What ``drop_legacy`` leaves in place of ``optimizer.pt``: a pickle of nothing but a name.
+
+A plain Trainer would start cold without a word if there were no such file. torch refuses this one, and its error shows
+the name, which says where the optimizer is.
+"""
 
 
 def with_named_state(
@@ -36,12 +48,14 @@ def with_named_state(
     """Return the same trainer; from now on it saves its optimizer by name, and resumes by name.
 
     Each ``checkpoint-N`` gets ``training_state/optimizer.safetensors``, before older checkpoints are removed and before
-    anything is pushed. ``drop_legacy`` leaves ``optimizer.pt`` out, so that the state is stored once; such a checkpoint
-    can be resumed by a trainer that went through this function only. ``weights`` keeps digests of the weights with it.
+    anything is pushed. ``drop_legacy`` keeps the state out of ``optimizer.pt``, so that it is stored once; such a
+    checkpoint can be resumed by a trainer that went through this function only, and a plain one stops and says so. ``weights`` keeps digests of the weights with it.
 
     ``trainer.train(resume_from_checkpoint=...)`` binds by name, with the ``policies`` of ``load_optimizer``: after
     groups, target modules or the adapter's name have changed, too. A checkpoint without names is bound by order, with a
-    warning. Where a plain Trainer starts cold without a word, since a file is missing, this raises.
+    warning. Where a plain Trainer starts cold without a word, since a file is missing, this raises. With
+    ``options={"lr": "current"}`` the run goes on with the rate and the schedule of its own arguments, from the step that
+    it had reached.
 
     Under FSDP and DeepSpeed's ZeRO all processes save and load together, and a checkpoint goes into another number of
     them as far as the Trainer loads its weights there: under DeepSpeed it loads that one's own folder first, which is
@@ -68,6 +82,7 @@ def with_named_state(
             save(output_dir)
         elif owner.args.should_save:
             torch.save(owner.lr_scheduler.state_dict(), Path(output_dir, SCHEDULER))
+            Path(output_dir, LEGACY).write_bytes(ELSEWHERE)
 
     def named_load(checkpoint: str | None) -> None:
         if checkpoint is None:
@@ -76,7 +91,7 @@ def with_named_state(
         path = Path(checkpoint, SCHEDULER)
         if not path.exists():
             raise FileNotFoundError(f"{path}: no such file; without it the learning rate would start over")
-        owner.lr_scheduler.load_state_dict(_fitted(torch.load(path, weights_only=True), owner.lr_scheduler))
+        load_scheduler(owner.lr_scheduler, torch.load(path, weights_only=True), lr=rate_of(policies))
 
     setattr(owner, SAVE, named_save)
     setattr(owner, LOAD, named_load)
@@ -111,22 +126,3 @@ def _check(trainer: Any) -> str | None:
                 f"{transformers.__version__} is not known here; call save_optimizer and load_optimizer yourself"
             )
     return next((kind for kind in ("deepspeed", "fsdp") if getattr(trainer, f"is_{kind}_enabled", False)), None)
-
-
-def _fitted(saved: dict[str, Any], scheduler: Any) -> dict[str, Any]:
-    """Return a scheduler's saved state for the groups that the optimizer has now, which may be others than then.
-
-    What a scheduler keeps for each group comes from the groups, into which the saved values have been loaded by name.
-    """
-    if "base_lrs" not in saved:  # ReduceLROnPlateau knows rates by the groups alone
-        return saved
-    groups = scheduler.optimizer.param_groups
-    count = len(saved["base_lrs"])
-    fitted = dict(saved)
-    if count != len(groups):
-        live = scheduler.state_dict()
-        fitted |= {key: live[key] for key, value in saved.items() if isinstance(value, list) and len(value) == count}
-        logger.warning("the scheduler was saved with %d groups, and now has %d", count, len(groups))
-    return fitted | {
-        "base_lrs": [group["initial_lr"] for group in groups], "_last_lr": [group["lr"] for group in groups],
-    }  # fmt: skip

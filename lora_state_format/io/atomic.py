@@ -23,6 +23,7 @@ __all__ = [
     "TemporaryFile",
     "check_target",
     "exchange",
+    "gathered",
     "locked",
     "made_folders",
     "move_new",
@@ -35,6 +36,9 @@ __all__ = [
 
 TOKEN: Final = "[0-9a-f]{16}"
 """A pattern of what makes the name of a temporary file or folder its writer's own."""
+
+SMALL: Final = 1 << 16
+"""Bytes up to which chunks are written together."""
 
 REPLACE: Final = Remedy("pass {force} to replace it", {"force": True})
 
@@ -126,7 +130,7 @@ def write_file(path: Path, chunks: Iterable[bytes | memoryview], *, force: bool)
     check_target(path, force=force)
     with TemporaryFile(path) as file:
         position = 0
-        for chunk in chunks:
+        for chunk in gathered(chunks):
             file.write(position, chunk)
             position += len(chunk)
         file.finish()
@@ -153,7 +157,7 @@ class TemporaryFile:
             with contextlib.suppress(OSError):  # a file system without locks: left-overs stay
                 fcntl.flock(self._descriptor, fcntl.LOCK_EX)
 
-    def write(self, position: int, data: bytes | memoryview) -> None:
+    def write(self, position: int, data: bytes | bytearray | memoryview) -> None:
         """Write bytes at a position."""
         with _naming(self._target):
             write_all(self._descriptor, data, position)
@@ -177,11 +181,26 @@ class TemporaryFile:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.path.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # the next writer removes it
+            self.path.unlink()
         os.close(self._descriptor)
 
 
-def write_all(descriptor: int, data: bytes | memoryview, position: int) -> None:
+def gathered(chunks: Iterable[bytes | memoryview]) -> Iterator[bytes | bytearray | memoryview]:
+    """Yield the same bytes, small chunks together: each is a system call."""
+    small = bytearray()
+    for chunk in chunks:
+        if len(small) + len(chunk) > SMALL:
+            yield small
+            small = bytearray()
+        if len(chunk) > SMALL:
+            yield chunk
+        else:
+            small += chunk
+    yield small
+
+
+def write_all(descriptor: int, data: bytes | bytearray | memoryview, position: int) -> None:
     """Write bytes at a position of a file: all of them, where the system takes only some at a time."""
     while len(data):
         count = os.pwrite(descriptor, data, position)

@@ -25,6 +25,7 @@ from lora_state_format.errors import TargetExistsError, UnrepresentableError
 from lora_state_format.io.atomic import (
     TOKEN,
     exchange,
+    gathered,
     locked,
     move_new,
     refuse_existing,
@@ -34,7 +35,7 @@ from lora_state_format.io.atomic import (
 )
 from lora_state_format.io.files import is_plain
 
-__all__ = ["NewFolder", "new_folder"]
+__all__ = ["NewFolder", "new_folder", "sweep"]
 
 HEAD: Final = b"lora_state_format: files that a writer may have left behind\n"
 """The first line of a journal."""
@@ -65,15 +66,15 @@ class NewFolder:
                     f"{name[:100]!r} would become the name of a file, and is not the plain name of one: rename it"
                 )
         path = self.path.joinpath(*place)
-        self._make(path.parent)
         self._journal.note("/".join(place))
+        self._make(path.parent)
         try:
             descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
         except FileExistsError:
             raise UnrepresentableError(f"two files would be called {'/'.join(place)!r}: rename one") from None
         try:
             position = 0
-            for chunk in chunks:
+            for chunk in gathered(chunks):
                 write_all(descriptor, chunk, position)
                 position += len(chunk)
             sync(descriptor)
@@ -102,7 +103,7 @@ def new_folder(target: Path, *, force: bool, replaces: Collection[str] = ()) -> 
         replaces: The files that such a folder may hold, as ``a/b`` in it. They are removed.
 
     Raises ``TargetExistsError`` if the target exists and ``force`` is false, and if it is no folder, or holds a file
-    that is neither in ``replaces`` nor written anew. That is checked at first, and again at the end.
+    that is not in ``replaces``. That is checked at first, and again at the end.
     """
     _check(target, force, replaces)
     with locked(target.parent):
@@ -113,7 +114,7 @@ def new_folder(target: Path, *, force: bool, replaces: Collection[str] = ()) -> 
         yield folder
         folder.sync()
         with locked(target.parent):
-            _commit(target, journal, force, {*replaces, *journal.names})
+            _commit(target, journal, force, replaces)
 
 
 def _check(target: Path, force: bool, allowed: Collection[str]) -> None:
@@ -172,7 +173,11 @@ class _Journal:
         with contextlib.suppress(OSError):  # a file system without locks: left-overs stay
             fcntl.flock(self._descriptor, fcntl.LOCK_EX)
         self._size = 0
-        self._append(HEAD)
+        try:
+            self._append(HEAD)
+        except BaseException:
+            self.__exit__(None, None, None)
+            raise
 
     def note(self, *names: str) -> None:
         """Write names down before there are files of these names."""
@@ -204,8 +209,13 @@ def _beside(target: Path, token: str) -> tuple[Path, Path]:
     return target.with_name(f".{target.name}.{token}.tmp"), target.with_name(f".{target.name}.{token}.old")
 
 
+def sweep(target: Path) -> None:
+    """Remove what dead writers of ``target`` left behind, and put back what stood aside; ``new_folder`` does so too."""
+    with locked(target.parent):
+        _sweep(target)
+
+
 def _sweep(target: Path) -> None:
-    """Remove what writers of ``target`` left behind that no longer live; put back what stood aside."""
     pattern = re.compile(re.escape(f".{target.name}.") + f"({TOKEN})" + r"\.names")
     for path in list(target.parent.iterdir()):
         match = pattern.fullmatch(path.name)

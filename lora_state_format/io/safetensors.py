@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Final, NamedTuple, TypeAlias
+from typing import Any, Final, NamedTuple, TypeAlias, cast
 
 from lora_state_format.errors import FileError
 from lora_state_format.io.strict_json import dumps, loads
@@ -136,7 +136,7 @@ def _entry(name: str, item: Any, seen: dict[str, Spec], fail: Callable[[str, str
     try:
         dtype, shape, (begin, end) = item["dtype"], item["shape"], item["data_offsets"]
     except (KeyError, TypeError, ValueError):
-        dtype = shape = begin = end = None
+        dtype = shape = begin = end = cast("Any", None)
     alike = repr((dtype, shape))
     if alike not in seen:
         plain = type(dtype) is str and type(shape) is list and {int, *map(type, shape)} == {int}

@@ -59,7 +59,9 @@ def utf8(text: str) -> bytes:
     try:
         return text.encode()
     except UnicodeEncodeError:
-        raise UnrepresentableError("the state holds a string with a lone surrogate, which is no text") from None
+        raise UnrepresentableError(
+            "the state holds a string with a lone surrogate, which UTF-8 cannot encode"
+        ) from None
 
 
 def format_float(value: float) -> str:

@@ -2,11 +2,11 @@
 
 Most frameworks save neither the algorithm nor its options: ``m`` and ``v`` are the moments of Adam, of AdamW and of
 AdaMax alike. So the caller names the rule (``optimizer="adamw"``), and the options as far as they are known; both are
-then kept. Nothing is made up: an option that nobody stated is not stored.
+then kept. An option that nobody stated is not stored.
 
-A state moves between frameworks where its tensors are the same quantities on both sides; ``REFUSED`` says of the others
-why not. That the options agree too (``eps`` inside or outside the root, its default, decay) is up to who builds the
-optimizer; ``spec/mappings.md`` has the notes.
+A state moves between frameworks where its tensors are the same quantities on both sides; ``REFUSED`` gives the reasons
+for the others. That the options agree too (``eps`` inside or outside the root, its default, decay) is up to who builds
+the optimizer; ``spec/mappings.md`` has the notes.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ __all__ = [
     "REFUSED",
     "STATE_STEPS",
     "Algorithm",
-    "Layout",
+    "RuleLayout",
     "check_alike",
     "choose",
     "group_options",
@@ -47,7 +47,7 @@ __all__ = [
 ]
 
 STATE_STEPS: Final = Remedy("pass the number as {options}", {"options": {"step": ...}})
-"""Where steps are counted and nobody says how many."""
+"""For a state without the number of its steps."""
 
 _DECAYS: Final = ("lr", "betas", "eps", "weight_decay")
 
@@ -117,7 +117,7 @@ REFUSED: Final[Mapping[str, str]] = {
 """Rules that do not convert, with the reason."""
 
 OPTIMIZER: Final = "the rule, as in adamw, or the class: the file does not say it"
-"""What the option ``optimizer`` of a converter means."""
+"""The meaning of a converter's option ``optimizer``."""
 
 HYPERPARAMETERS: Final[Mapping[str, str]] = {
     "lr": "learning rate",
@@ -142,10 +142,10 @@ HYPERPARAMETERS: Final[Mapping[str, str]] = {
 
 
 @dataclass(frozen=True, slots=True)
-class Layout:
+class RuleLayout:
     """How a framework keeps the state of a rule: its field -> the slot as most torch classes call it.
 
-    ``counts`` says whether a ``count`` of steps stands beside the fields.
+    ``counts`` says whether a ``count`` of steps is next to the fields.
     """
 
     rule: str
@@ -154,11 +154,13 @@ class Layout:
 
     @property
     def held(self) -> frozenset[str]:
-        """All that stands side by side."""
+        """All members of its state, ``count`` included."""
         return frozenset(self.fields) | ({"count"} if self.counts else frozenset())
 
 
-def choose(name: str | None, layouts: Sequence[Layout], found: Iterable[str], where: str) -> tuple[Algorithm, Layout]:
+def choose(
+    name: str | None, layouts: Sequence[RuleLayout], found: Iterable[str], where: str
+) -> tuple[Algorithm, RuleLayout]:
     """Return the algorithm that the caller named, and its layout with the fields that were found.
 
     ``name`` is a rule or the path of a class. Raises ``OptionError`` where it is missing, unknown, refused, or has
@@ -209,11 +211,11 @@ def _find(name: str) -> Algorithm:
     if short in REFUSED:
         raise OptionError(f"'{name}' does not convert between frameworks: {REFUSED[short]}")
     names = ", ".join(dict.fromkeys(algorithm.name for algorithm in ALGORITHMS))
-    raise OptionError(f"'{name}' is no rule that converts between frameworks; these are: {names}")
+    raise OptionError(f"'{name}' is not a rule that converts between frameworks; those that do: {names}")
 
 
 def _ends(class_path: str) -> tuple[str, str]:
-    """Package and class: modules between them come and go."""
+    """Return package and class; the modules between them change from release to release."""
     return class_path.partition(".")[0], class_path.rpartition(".")[2]
 
 
@@ -221,7 +223,7 @@ NEUTRAL: Final[Mapping[str, tuple[str, ...]]] = {
     "decoupled_weight_decay": ("adamw", "adamw_uncorrected", "lion"),
     "initial_accumulator_value": ("adagrad",),
 }
-"""Options that torch's classes have and ``options`` does not list -> rules that they change nothing of."""
+"""Options of torch's classes that ``options`` does not list -> rules in which they change nothing."""
 
 
 def _check_options(number: int, options: Mapping[str, Value], algorithm: Algorithm) -> None:
@@ -250,9 +252,10 @@ def check_alike(groups: Sequence[Group], algorithm: Algorithm, given: Mapping[st
     for key in algorithm.options:
         values = [_plain(options[key]) for options in held if key in options]
         if key not in given and any(value != values[0] for value in values):
+            found = ", ".join(dict.fromkeys(map(repr, values)))
             raise UnrepresentableError(
-                f"groups differ in {key} ({', '.join(dict.fromkeys(map(repr, values)))}), and the target "
-                f"has one {key} for all: say which with --option {key}=..."
+                f"groups differ in {key} ({found}), and the target has one for all",
+                remedy=Remedy("pass it as {options}", {"options": {key: ...}}),
             )
 
 
@@ -263,11 +266,10 @@ def _plain(value: Value) -> Any:
     return value.item() if isinstance(value, Scalar) else value
 
 
-def layout_of(state: OptimizerState, algorithm: Algorithm, layouts: Sequence[Layout]) -> Layout:
+def layout_of(state: OptimizerState, algorithm: Algorithm, layouts: Sequence[RuleLayout]) -> RuleLayout:
     """Return the layout that holds exactly the slots of a state, its step aside.
 
-    Raises ``UnrepresentableError`` that names the slot, the option or whatever else has no place, with the reason where
-    one is known.
+    Raises ``UnrepresentableError`` that names the slot or option that has no place, with the reason where it is known.
     """
     fitting = [layout for layout in layouts if layout.rule == algorithm.name]
     if len(state.optimizers) != 1:
@@ -300,15 +302,15 @@ def group_options(algorithm: Algorithm, options: Mapping[str, Any]) -> tuple[tup
     for name, value in stated.items():
         numbers = value if isinstance(value, (list, tuple)) else [value]
         if not numbers or not all(number is None or isinstance(number, (int, float)) for number in numbers):
-            raise OptionError(f"{name}={value!r} is no number, nor several")
+            raise OptionError(f"{name}={value!r} must be a number or a sequence of numbers")
     return tuple((name, tuple(value) if isinstance(value, list) else value) for name, value in stated.items())
 
 
 def stated_step(options: Mapping[str, Any]) -> int:
-    """Return the option ``step``. Raises ``OptionError`` unless it is a number of steps."""
+    """Return the option ``step``. Raises ``OptionError`` unless it is a whole number, 0 or more."""
     step = options["step"]
     if type(step) is not int or step < 0:
-        raise OptionError(f"step={step!r} is no number of steps")
+        raise OptionError(f"step={step!r} must be a whole number, 0 or more")
     return step
 
 
@@ -331,7 +333,7 @@ def steps(parameters: Iterable[Parameter]) -> int | None:
         step = 0 if parameter.state is None else parameter.state.get("step")
         count = step.item() if isinstance(step, Scalar) else step
         if isinstance(count, float) and not count.is_integer():
-            raise UnrepresentableError(f"'{parameter.name}' took {count} steps, which is no number of steps")
+            raise UnrepresentableError(f"'{parameter.name}' took {count} steps, which is not a whole number of steps")
         if isinstance(count, (int, float)):
             found.setdefault(int(count), parameter.name)
     if len(found) > 1:
@@ -356,7 +358,7 @@ def parameter_of(
 
     ``values`` are its slots by their usual names, ``weight`` is the parameter itself, if it is known. Slots that are
     not shaped as the parameter come with its ``shape``. Raises ``FileError`` for shapes that disagree, ``OptionError``
-    if the class counts steps and nobody did.
+    if the class counts steps and ``step`` is ``None``.
     """
     first = next(iter(values.values()))
     shapes = [shape] if shape is not None else [shape_of(leaf) for leaf in values.values()]
@@ -379,7 +381,7 @@ def parameter_of(
     return Parameter(name, shapes[0], state, weight.dtype if weight else None)
 
 
-def values_of(parameter: Parameter, algorithm: Algorithm, layout: Layout) -> dict[str, Tensor | Scalar]:
+def values_of(parameter: Parameter, algorithm: Algorithm, layout: RuleLayout) -> dict[str, Tensor | Scalar]:
     """Return the slots of a layout that a parameter has, under their usual names; zeros where it never took a step."""
     if parameter.state is None:
         return dict.fromkeys(layout.fields.values(), zeros(parameter))

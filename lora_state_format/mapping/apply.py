@@ -1,8 +1,8 @@
 """Applying a map of names and layouts to a state, and going back.
 
 A rule applies to every slot that has the parameter's axes (role ``param``); where it transposes, ``row`` and ``col``
-change places; other tensors of parameters whose elements move are refused. Which rule it is comes from the name, never
-from a shape that happens to fit; only the number of axes has to be the rule's. Nothing is read: tensors are ranges.
+change places; other tensors of parameters whose elements move are refused. The name chooses the rule, never a shape
+that happens to fit; only the number of axes has to be the rule's. Nothing is read: tensors are ranges.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ from functools import cache
 from math import prod
 from typing import Any, Final
 
-from lora_state_format.errors import ConversionError, MissingNamesError, OptionError, UnrepresentableError
+from lora_state_format.errors import ConversionError, MissingNamesError, OptionError, Remedy, UnrepresentableError
 from lora_state_format.mapping.algorithms import ALGORITHMS
-from lora_state_format.mapping.maps import FIELD, MAPS, Map, Rule, load
+from lora_state_format.mapping.maps import FIELD, MAPS, Map, MapRule, load
 from lora_state_format.model.states import Checkpoint, OptimizerState, Parameter, Role, Slot, Value, walk
 from lora_state_format.model.tensors import Box, Piece, Tensor, contiguous
 from lora_state_format.naming.modules import in_module_order
@@ -25,11 +25,11 @@ from lora_state_format.naming.names import peft_key, split_adapter
 __all__ = ["OPTION", "apply", "apply_to_weights", "invert", "on_reading", "on_writing"]
 
 OPTION: Final = "map of names and axes: one that is known, or a file"
-"""What the option ``map`` of a converter means."""
+"""The meaning of a converter's option ``map``."""
 
 
 def on_reading(checkpoint: Checkpoint, name: str | None) -> Checkpoint:
-    """Return a checkpoint under our names, by the map that is named; as it is without one, and by ``none``."""
+    """Return a checkpoint under our names, by the named map; unchanged without a map, and by ``none``."""
     if name in (None, "none"):
         return checkpoint
     assert isinstance(checkpoint.state, OptimizerState)
@@ -48,8 +48,8 @@ def on_writing(state: OptimizerState, name: str | None, converter: str) -> Optim
     if name is None:
         known = ", ".join(layout.name for layout in MAPS)
         raise OptionError(
-            f"the names and axes of the state are not those of {converter}: say whose it has to have with --map "
-            f"({known}, or a file), or --map none to keep them as they are"
+            f"the names and axes of the state are not those of {converter}; maps are known for {known}",
+            remedy=Remedy("pass one, a file, or 'none' to keep the names, as {options}", {"options": {"map": ...}}),
         )
     return state if name == "none" else invert(state, load(name))
 
@@ -109,7 +109,7 @@ def apply_to_weights(weights: Mapping[str, Tensor], layout: Map) -> dict[str, Te
     return found
 
 
-def _fitting(name: str, shape: Sequence[int], layout: Map) -> tuple[Rule, dict[str, str]]:
+def _fitting(name: str, shape: Sequence[int], layout: Map) -> tuple[MapRule, dict[str, str]]:
     named = False
     for rule in layout.rules:
         match = _pattern(rule.foreign).fullmatch(name)
@@ -124,7 +124,7 @@ def _fitting(name: str, shape: Sequence[int], layout: Map) -> tuple[Rule, dict[s
     raise ConversionError(f"'{name}' {why or f'has no rule in map {layout.name!r}'}")
 
 
-def _fits(rule: Rule, count: int) -> bool:
+def _fits(rule: MapRule, count: int) -> bool:
     """Return whether a rule is for tensors with so many axes."""
     count -= rule.unstack is not None
     return count >= 2 if rule.merge else rule.axes is None or count == len(rule.axes)
@@ -132,21 +132,21 @@ def _fits(rule: Rule, count: int) -> bool:
 
 def _check_grouped(state: OptimizerState) -> None:
     if state.carried:
-        raise ConversionError(f"'{state.carried[0].name}' has state and is in no group: no map says where to put it")
+        raise ConversionError(f"'{state.carried[0].name}' has state and is in no group, so no map says where to put it")
 
 
-def _check_elementwise(rule: Rule, state: OptimizerState, parameter: Parameter) -> None:
+def _check_elementwise(rule: MapRule, state: OptimizerState, parameter: Parameter) -> None:
     rows = {algorithm.class_path: algorithm for algorithm in ALGORITHMS}
     for optimizer in state.optimizers:
         row = rows.get(optimizer.class_path or "")
         if rule.unstack is not None and (row is None or not row.elementwise):
             raise ConversionError(
-                f"'{parameter.name}' holds stacked layers, and {optimizer.class_path} updates whole tensors, or is not "
-                "known not to: apart they would be updated in another way"
+                f"'{parameter.name}' holds stacked layers, and {optimizer.class_path or 'its optimizer'} updates whole "
+                "tensors, or may do so: taken apart, the layers would be updated differently"
             )
 
 
-def _here(parameter: Parameter, name: str, rule: Rule, layer: int) -> Parameter:
+def _here(parameter: Parameter, name: str, rule: MapRule, layer: int) -> Parameter:
     adapter, peft = split_adapter(name), peft_key(name)
     state = parameter.state
     if state is not None and rule.moves:
@@ -163,7 +163,7 @@ def _here(parameter: Parameter, name: str, rule: Rule, layer: int) -> Parameter:
 
 
 def _permuted(
-    state: Mapping[str, Value], parameter: Parameter, rule: Rule, move: Callable[[Tensor], Tensor]
+    state: Mapping[str, Value], parameter: Parameter, rule: MapRule, move: Callable[[Tensor], Tensor]
 ) -> dict[str, Value]:
     """Return slots of a parameter whose elements move."""
     result: dict[str, Value] = {}
@@ -201,14 +201,14 @@ def _module_order(names: Mapping[str, Parameter]) -> tuple[list[str], bool]:
 def invert(state: OptimizerState, layout: Map) -> OptimizerState:
     """Return a state under foreign names, stacked as they are there: the inverse of ``apply``.
 
-    Raises ``ConversionError`` for a name without a rule, a stack that lacks a layer, and axes to be split of which
-    nobody said how; ``UnrepresentableError`` for slots that cannot be permuted.
+    Raises ``ConversionError`` for a name without a rule, a stack that lacks a layer, and axes to be split in
+    an unknown way; ``UnrepresentableError`` for slots that cannot be permuted.
     """
     shapes: Any = state.origin.get("shapes", {}) if state.origin.get("map") == layout.name else None
     groups, parameters = [], []
     for group, members in zip(state.groups, state.members(), strict=True):
         stacks: dict[str, dict[int, Parameter]] = {}
-        rules: dict[str, Rule] = {}
+        rules: dict[str, MapRule] = {}
         for parameter in members:
             rule, captured = _fitting_back(parameter, layout)
             _check_elementwise(rule, state, parameter)
@@ -224,17 +224,17 @@ def invert(state: OptimizerState, layout: Map) -> OptimizerState:
     return replace(state, groups=tuple(groups), parameters=tuple(parameters))
 
 
-def _fitting_back(parameter: Parameter, layout: Map) -> tuple[Rule, dict[str, str]]:
+def _fitting_back(parameter: Parameter, layout: Map) -> tuple[MapRule, dict[str, str]]:
     for rule in layout.rules:
         match = _pattern(rule.ours).fullmatch(parameter.name)
         if match and (rule.axes is None or len(rule.axes) == len(parameter.shape)):
             return rule, match.groupdict()
     raise ConversionError(
-        f"'{parameter.name}' of shape {list(parameter.shape)} has no rule in map '{layout.name}' to go back by"
+        f"'{parameter.name}' of shape {list(parameter.shape)} has no rule in map '{layout.name}' for the way back"
     )
 
 
-def _there(foreign: str, rule: Rule, stack: Mapping[int, Parameter], shapes: Any, layout: Map) -> Parameter:
+def _there(foreign: str, rule: MapRule, stack: Mapping[int, Parameter], shapes: Any, layout: Map) -> Parameter:
     if sorted(stack) != list(range(len(stack))):
         raise ConversionError(f"'{foreign}' is a stack of layers, of which only {sorted(stack)} are there")
     members = [stack[layer] for layer in range(len(stack))]
@@ -291,7 +291,7 @@ def _stacked(
         else:
             raise ConversionError(f"'{foreign}' is a stack of layers that differ in '{name}'")
     if any((state or {}).keys() != first.keys() for state in states):
-        raise ConversionError(f"'{foreign}' is a stack of layers that have not the same slots")
+        raise ConversionError(f"'{foreign}' is a stack of layers that do not have the same slots")
     return result
 
 
@@ -317,7 +317,7 @@ def _inverse(axes: Sequence[int]) -> list[int]:
     return sorted(range(len(axes)), key=lambda axis: axes[axis])
 
 
-def _moved(tensor: Tensor, rule: Rule, layer: int) -> Tensor:
+def _moved(tensor: Tensor, rule: MapRule, layer: int) -> Tensor:
     """Return a foreign tensor, or one layer of it, as ours."""
     if rule.unstack is not None:
         axis, shape = rule.unstack, tensor.shape

@@ -1,6 +1,6 @@
-"""What libraries call their parameters and how they lay them out, against torch's names and axes: as data.
+"""Names and axes of other libraries against torch's, as data.
 
-``mapping`` applies a map and goes back. Every step of a rule is a permutation of elements.
+``apply`` applies a map and inverts it. Every step of a rule is a permutation of elements.
 """
 
 from __future__ import annotations
@@ -15,22 +15,22 @@ from typing import Any, Final
 from lora_state_format.errors import FileError, OptionError
 from lora_state_format.io.json_files import read_json
 
-__all__ = ["FIELD", "MAPS", "Map", "Rule", "load"]
+__all__ = ["FIELD", "MAPS", "Map", "MapRule", "load"]
 
 FIELD: Final = re.compile(r"\{(\w+)\}")
 """A field in a name."""
 
 
 @dataclass(frozen=True, slots=True)
-class Rule:
+class MapRule:
     """A foreign name and ours, and the way from the foreign axes to ours.
 
     A ``{field}`` stands for the same text in both names: ``{path}`` for any number of segments, ``{layer}`` for a
     number, others for one segment. ``{adapter}``, in ours only, is the adapter: ``default`` on the way here.
 
     First, ``unstack`` is the axis along which layers are stacked; the position in it becomes ``{layer}``. Then
-    ``merge`` makes all axes but the last (``leading``), or but the first (``trailing``), one. Then ``axes`` says of
-    each of our axes where it stands there: ``[1, 0]`` transposes. ``refuse`` is why such a parameter does not convert.
+    ``merge`` makes all axes but the last (``leading``), or but the first (``trailing``), one. Then ``axes`` gives
+    for each of our axes its number there: ``[1, 0]`` transposes. ``refuse`` is why such a parameter does not convert.
     """
 
     foreign: str
@@ -53,17 +53,19 @@ class Map:
 
     name: str
     summary: str
-    rules: tuple[Rule, ...] = field(repr=False)
+    rules: tuple[MapRule, ...] = field(repr=False)
 
 
 # --- maps as data -------------------------------------------------------------------------------------------------
 
 
-def _lora(a: str, b: str, ours: str, *, unstack: int | None = None, merge: bool = False) -> tuple[Rule, Rule]:
+def _lora(a: str, b: str, ours: str, *, unstack: int | None = None, merge: bool = False) -> tuple[MapRule, MapRule]:
     """Factors [in, r] and [r, out], which PEFT has as [r, in] and [out, r]."""
     return (
-        Rule(a, f"base_model.model.{ours}.lora_A.{{adapter}}.weight", unstack, "leading" if merge else None, (1, 0)),
-        Rule(b, f"base_model.model.{ours}.lora_B.{{adapter}}.weight", unstack, "trailing" if merge else None, (1, 0)),
+        MapRule(a, f"base_model.model.{ours}.lora_A.{{adapter}}.weight", unstack, "leading" if merge else None, (1, 0)),
+        MapRule(
+            b, f"base_model.model.{ours}.lora_B.{{adapter}}.weight", unstack, "trailing" if merge else None, (1, 0)
+        ),
     )
 
 
@@ -74,7 +76,7 @@ _MAXTEXT: Final = {
     "mlp.wi_0": "mlp.gate_proj", "mlp.wi_1": "mlp.up_proj", "mlp.wo": "mlp.down_proj",
 }  # fmt: skip
 _SHARED: Final = "keys and values share this lora_a, so its moments are those of two matrices of PEFT at once"
-_SCALED: Final = "it is scaled by the root of the head's size, and its moments with it: that is no permutation"
+_SCALED: Final = "it is scaled by the root of the head's size, and its moments with it, which is not a permutation"
 _ROTARY: Final = "its outputs are interleaved for rotary embeddings, which no rule here undoes"
 
 MAPS: Final = (
@@ -84,11 +86,11 @@ MAPS: Final = (
         "flax_linen",
         "flax.linen without LoRA: Dense, Conv, norms, Embed",
         (
-            Rule("{path}.kernel", "{path}.weight", axes=(1, 0)),
-            Rule("{path}.kernel", "{path}.weight", axes=(3, 2, 0, 1)),
-            Rule("{path}.scale", "{path}.weight", axes=(0,)),
-            Rule("{path}.bias", "{path}.bias", axes=(0,)),
-            Rule("{path}.embedding", "{path}.weight", axes=(0, 1)),
+            MapRule("{path}.kernel", "{path}.weight", axes=(1, 0)),
+            MapRule("{path}.kernel", "{path}.weight", axes=(3, 2, 0, 1)),
+            MapRule("{path}.scale", "{path}.weight", axes=(0,)),
+            MapRule("{path}.bias", "{path}.bias", axes=(0,)),
+            MapRule("{path}.embedding", "{path}.weight", axes=(0, 1)),
         ),
     ),
     Map("qwix", "qwix", _lora("{path}.kernel_lora_a", "{path}.kernel_lora_b", "{path}", merge=True)),
@@ -96,7 +98,7 @@ MAPS: Final = (
         "tunix",
         "tunix's Llama and Qwen, with qwix",
         (
-            Rule("{path}.kv_einsum.w_lora_{factor}", refuse=_SHARED),
+            MapRule("{path}.kv_einsum.w_lora_{factor}", refuse=_SHARED),
             *_lora(
                 "layers.{layer}.attn.{name}.w_lora_a", "layers.{layer}.attn.{name}.w_lora_b",
                 f"{_LAYER}.self_attn.{{name}}", merge=True,
@@ -112,8 +114,8 @@ MAPS: Final = (
         "maxtext",
         "MaxText's Llama with qwix, layers scanned along axis 1",
         (
-            Rule("decoder.layers.self_attention.query.kernel_lora_b", refuse=_SCALED),
-            Rule("decoder.layers.self_attention.key.kernel_lora_b", refuse=_ROTARY),
+            MapRule("decoder.layers.self_attention.query.kernel_lora_b", refuse=_SCALED),
+            MapRule("decoder.layers.self_attention.key.kernel_lora_b", refuse=_ROTARY),
             *(
                 rule
                 for theirs, ours in _MAXTEXT.items()
@@ -128,7 +130,7 @@ MAPS: Final = (
         "levanter",
         "Levanter, whose layers are stacked along axis 0",
         tuple(
-            Rule(
+            MapRule(
                 f"transformer.layers.stacked.{{path}}.lora.{factor}.weight",
                 f"base_model.model.{_LAYER}.{{path}}.{factor}.{{adapter}}.weight",
                 unstack=0, axes=(0, 1),
@@ -141,16 +143,16 @@ MAPS: Final = (
         "mlx_lm",
         "mlx-lm, unsloth on MLX: LoRA, DoRA and embeddings",
         (
-            Rule(
+            MapRule(
                 "{path}.embed_tokens.lora_a", "base_model.model.{path}.embed_tokens.lora_embedding_A.{adapter}",
                 axes=(1, 0),
             ),
-            Rule(
+            MapRule(
                 "{path}.embed_tokens.lora_b", "base_model.model.{path}.embed_tokens.lora_embedding_B.{adapter}",
                 axes=(1, 0),
             ),
             *_lora("{path}.lora_a", "{path}.lora_b", "{path}"),
-            Rule("{path}.m", "base_model.model.{path}.lora_magnitude_vector.{adapter}.weight", axes=(0,)),
+            MapRule("{path}.m", "base_model.model.{path}.lora_magnitude_vector.{adapter}.weight", axes=(0,)),
         ),
     ),
     Map("paddlenlp", "PaddleNLP and PaddleFormers", _lora("{path}.lora_A", "{path}.lora_B", "{path}")),
@@ -161,32 +163,33 @@ MAPS: Final = (
 def load(name: str | os.PathLike[str]) -> Map:
     """Return a map by its name, or from a JSON file: ``{"name": ..., "summary": ..., "rules": [{"foreign": ...}]}``.
 
-    Raises ``OptionError`` for a name that is none, ``FileError`` for a file that holds no map.
+    Raises ``OptionError`` for a name that is neither a map nor a file, ``FileError`` for a file that does not hold a
+    map.
     """
     for known in MAPS:
         if known.name == os.fspath(name):
             return known
     path = Path(name)
     if not path.is_file():
-        raise OptionError(f"there is no map '{path}', nor a file of that name; maps: {', '.join(m.name for m in MAPS)}")
+        raise OptionError(f"'{path}' is neither a map nor a file; the maps are: {', '.join(m.name for m in MAPS)}")
     members = read_json(path)
     try:
         rules = tuple(_rule(rule) for rule in members["rules"])
         return Map(str(members["name"]), str(members.get("summary", "")), rules)
     except (ValueError, KeyError, TypeError) as error:
-        raise FileError(f"no map of names and layouts: {error}", path=path) from error
+        raise FileError(f"not a map of names and layouts: {error}", path=path) from error
 
 
-def _rule(members: Mapping[str, Any]) -> Rule:
+def _rule(members: Mapping[str, Any]) -> MapRule:
     """Return a rule from a file. Raises ``ValueError`` and ``TypeError``."""
-    if strange := set(members) - {member.name for member in fields(Rule)}:
-        raise ValueError(f"a rule has no member '{min(strange)}'")
+    if strange := set(members) - {member.name for member in fields(MapRule)}:
+        raise ValueError(f"a rule has the unknown member '{min(strange)}'")
     axes = members.get("axes")
-    rule = Rule(**{**members, "axes": None if axes is None else tuple(axes)})
+    rule = MapRule(**{**members, "axes": None if axes is None else tuple(axes)})
     stated = {*FIELD.findall(rule.foreign), *(["layer"] if rule.unstack is not None else [])}
     asked = set(FIELD.findall(rule.ours)) - {"adapter"}
     if rule.refuse is None and stated != asked:
-        raise ValueError(f"'{rule.foreign}' and '{rule.ours}' have not the same fields")
+        raise ValueError(f"'{rule.foreign}' and '{rule.ours}' do not have the same fields")
     if rule.merge not in (None, "leading", "trailing") or sorted(rule.axes or ()) != list(range(len(rule.axes or ()))):
-        raise ValueError(f"the rule of '{rule.foreign}' has no such merge or axes")
+        raise ValueError(f"the rule of '{rule.foreign}' has an unknown merge, or axes that are not a permutation")
     return rule

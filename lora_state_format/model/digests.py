@@ -1,4 +1,4 @@
-"""Checksums of tensors: what a file states, what the bytes have, and whether they agree."""
+"""Checksums of tensors: stated by a file, computed from the bytes, and compared."""
 
 from __future__ import annotations
 

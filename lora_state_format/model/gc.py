@@ -11,7 +11,7 @@ __all__ = ["paused"]
 
 @contextmanager
 def paused() -> Iterator[None]:
-    """Collect no garbage while very many objects are made that are none: collections took half of the time."""
+    """Pause collections while very many live objects are made: they took half of the time."""
     enabled = gc.isenabled()
     gc.disable()
     try:

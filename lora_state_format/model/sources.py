@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import stat
 import weakref
 from collections.abc import Iterator
@@ -26,6 +27,7 @@ class Source(Protocol):
     @property
     def size(self) -> int:
         """Bytes held."""
+        ...
 
     @property
     def crc32(self) -> int | None:
@@ -36,6 +38,20 @@ class Source(Protocol):
 
     def view(self, offset: int, size: int) -> memoryview | None:
         """Return the same bytes without a copy, where they are in memory anyway; else ``None``."""
+
+
+MAX_POINTER: Final = 1024
+"""Bytes of a Git LFS pointer: https://github.com/git-lfs/git-lfs/blob/main/docs/spec.md."""
+
+
+def _pointer(data: bytes) -> str | None:
+    """Return the size in words of what a Git LFS pointer points to; ``None`` for any other bytes."""
+    if not data.startswith(b"version https://git-lfs.github.com/spec/"):
+        return None
+    found = re.search(rb"^size (\d{1,18})$", data, re.MULTILINE)
+    size = int(found[1]) if found else 0
+    unit = next((unit for unit in (10**9, 10**6, 10**3) if size >= unit), 1)
+    return f"{size / unit:.3g} { {1: 'bytes', 10**3: 'kB', 10**6: 'MB', 10**9: 'GB'}[unit] }"
 
 
 class File:
@@ -58,6 +74,9 @@ class File:
             self.close()
             raise FileError("not a regular file", path=self.path)
         self.size = self._opened.st_size
+        if self.size <= MAX_POINTER and (size := _pointer(bytes(self.read(0, self.size)))):
+            self.close()
+            raise FileError(f"a Git LFS pointer to {size} and not the file itself: run git lfs pull", path=self.path)
 
     def readinto(self, offset: int, out: memoryview) -> None:
         """Fill ``out`` with the bytes from ``offset`` on. Raises ``FileError`` at the file's end."""

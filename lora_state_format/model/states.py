@@ -16,6 +16,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
 from lora_state_format.errors import ConversionError, OptionError
+from lora_state_format.model import notebook
 from lora_state_format.model.dtypes import DTYPES
 from lora_state_format.model.sources import Memory
 
@@ -35,6 +36,7 @@ __all__ = [
     "Scalar",
     "Slot",
     "Value",
+    "Weights",
     "mapped",
     "walk",
 ]
@@ -58,6 +60,9 @@ class Role(str, Enum):
     """Nothing is known: copied whole or not at all."""
 
 
+SHOWN_IN_A_NOTEBOOK: Final = 50
+"""Parameters that a notebook shows of a state."""
+
 SHOWN: Final = 3
 """Parameters, and groups, that the ``repr`` of a state names."""
 
@@ -75,7 +80,7 @@ class Scalar:
         try:
             return cls(dtype, struct.pack(f"<{DTYPES[dtype].struct or dtype}", value))
         except (KeyError, struct.error, OverflowError) as error:
-            raise TypeError(f"{value!r} has no form as a scalar of type {dtype}") from error
+            raise TypeError(f"{value!r} cannot be a scalar of type {dtype}") from error
 
     def item(self) -> bool | int | float | complex:
         """Return the value as a Python number. Raises ``TypeError`` for a dtype that ``struct`` does not know."""
@@ -92,10 +97,15 @@ class Scalar:
 
 @dataclass(frozen=True, slots=True)
 class Slot:
-    """A tensor of one or more dimensions in a slot tree."""
+    """A tensor of one or more dimensions in a slot tree.
+
+    ``order`` has its axes from the slowest to the fastest in memory, where that was another order than C's: only of
+    opaque tensors, since others are laid out as their parameter.
+    """
 
     tensor: Tensor
     role: Role = Role.OPAQUE
+    order: tuple[int, ...] | None = None
 
 
 Value: TypeAlias = (
@@ -235,7 +245,9 @@ class OptimizerState(Mapping[str, Parameter]):
     resources: tuple[Any, ...] = field(default=(), repr=False)
 
     __eq__ = object.__eq__
-    __hash__ = object.__hash__
+
+    def __hash__(self) -> int:
+        return object.__hash__(self)
 
     def __post_init__(self) -> None:
         if len(self._index) != len(self.parameters):
@@ -275,6 +287,17 @@ class OptimizerState(Mapping[str, Parameter]):
         shown = [f"  {parameter!r}" for parameter in self.parameters[:SHOWN]]
         more = [f"  ... and {len(self) - SHOWN} more"] if len(self) > SHOWN else []
         return "\n".join([f"OptimizerState({_head(self)}; names from {self.naming.source})", *shown, *more])
+
+    def _repr_html_(self) -> str:
+        """Return what a notebook shows: the head, and the first parameters with their slots."""
+        shown = self.parameters[:SHOWN_IN_A_NOTEBOOK]
+        rows = [
+            (p.name, str(list(p.shape)), "never stepped" if p.state is None else ", ".join(p.state) or "no slots")
+            for p in shown
+        ]
+        if len(self) > len(shown):
+            rows.append((f"... and {len(self) - len(shown)} more", "", ""))
+        return notebook.table(f"{_head(self)}; names from {self.naming.source}", ("name", "shape", "slots"), rows)
 
     def __len__(self) -> int:
         return len(self.parameters)
@@ -359,7 +382,8 @@ class PositionalState:
     """State whose parameters have ids, not names: ``ids`` run through the groups as ``OptimizerState.parameters`` do.
 
     ``entries`` maps an id to its slots; an id without an entry never took a step. ``names`` are the names that the file
-    itself states, id by id, if it does; they are a hint to verify, since torch overwrites them on load.
+    itself states, id by id, if it states all of them; ``stated`` holds those that it states of a parameter and not of a
+    group, by id, be it of some parameters only: no order of parameters may contradict them.
     """
 
     optimizers: tuple[Optimizer, ...]
@@ -367,6 +391,7 @@ class PositionalState:
     ids: tuple[int | str, ...]
     entries: Mapping[int | str, Mapping[str, Value]]
     names: tuple[str, ...] | None = None
+    stated: Mapping[int | str, str] = field(default_factory=dict)
     globals: Mapping[str, Value] = field(default_factory=dict)
     origin: Mapping[str, Value] = field(default_factory=dict)
     global_step: int | None = None
@@ -415,13 +440,37 @@ class PositionalState:
 
 
 @dataclass(frozen=True)
+class Weights:
+    """Tensors under names that may be those of a model's parameters: a state dict in a file, a file of weights.
+
+    ``where`` is what messages call it: the keys that lead to it, or the name of its file. ``ordered`` says that they
+    stand in the model's order, as pickles keep it and safetensors does not. ``own`` says that they were saved with the
+    state, so that their values are those of its moment.
+    """
+
+    where: str
+    tensors: Mapping[str, Tensor]
+    ordered: bool = False
+    own: bool = True
+
+
+@dataclass(frozen=True)
 class Checkpoint:
-    """What a converter found: the state, and beside it what can name it.
+    """A converter's result: the state, and the neighbouring files that can name it.
 
     ``weights`` are the tensors of a sibling weights or adapter file under their own keys; ``configs`` are sibling
-    configuration files by name (``adapter_config.json``).
+    configuration files by name (``adapter_config.json``). Where more than one thing may be the model, ``candidates``
+    holds them in tiers, the nearest to the state first: those of one tier are equally near. ``skipped`` says which
+    files next to the state could not be read, and why.
     """
 
     state: OptimizerState | PositionalState
     weights: Mapping[str, Tensor] = field(default_factory=dict)
     configs: Mapping[str, Path] = field(default_factory=dict)
+    candidates: tuple[tuple[Weights, ...], ...] = ()
+    skipped: tuple[str, ...] = ()
+
+    def tiers(self) -> tuple[tuple[Weights, ...], ...]:
+        """Return the candidates, or else the weights as the only one."""
+        alone = Weights("the weights next to it", self.weights)
+        return self.candidates or (((alone,),) if self.weights else ())

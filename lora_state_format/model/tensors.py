@@ -1,4 +1,4 @@
-"""Tensors as the places of their bytes: boxes and runs of files, read when they are asked for."""
+"""Tensors as the places of their bytes: boxes and runs of files, read on request."""
 
 from __future__ import annotations
 
@@ -29,6 +29,7 @@ __all__ = [
     "contiguous",
     "intersection",
     "is_tiling",
+    "memory_order",
 ]
 
 CHUNK: Final = 1 << 20
@@ -38,7 +39,7 @@ GATHER_SPAN: Final = 1 << 24
 """Bytes of a source, and of the tensor, that gathering a strided tensor may hold at a time."""
 
 GATHER_RUN: Final = 256
-"""Runs of so many bytes are read one by one; shorter ones with what lies between them."""
+"""Runs of so many bytes are read one by one; shorter ones together with the bytes between them."""
 
 MAX_CUT_AXES: Final = 4
 """Axes along which the boxes of one tensor may be cut; a mesh of devices cuts one or two."""
@@ -97,7 +98,7 @@ class Digest:
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Tensor:
-    """A tensor as the places of its bytes. Nothing is read before it is asked for.
+    """A tensor as the places of its bytes, which are read on request.
 
     ``dtype`` is spelled as in safetensors. The pieces cover every element exactly once. ``digest`` is the checksum that
     the file states, if any. A tensor is itself a ``Source``: of its little-endian bytes in C order.
@@ -231,7 +232,7 @@ class Tensor:
 
     @property
     def _scattered(self) -> bool:
-        """Whether what stands together in it is far apart in its source, as in a transpose."""
+        """Whether neighbouring elements are far apart in its source, as in a transpose."""
         width = item_size(self.dtype)
         boxes = ((p.where, p.strides) for p in self.pieces if isinstance(p.where, Box) and p.strides is not None)
         return any(_run(where.shape, strides) * width < GATHER_RUN for where, strides in boxes)
@@ -346,8 +347,25 @@ def c_strides(shape: Sequence[int]) -> tuple[int, ...]:
     return tuple(strides)
 
 
+def memory_order(tensor: Tensor) -> tuple[int, ...] | None:
+    """Return the axes of a tensor from the slowest to the fastest in its source; ``None`` for C order, or with gaps.
+
+    Axes of one element come first.
+    """
+    strides = tensor.pieces[0].strides if len(tensor.pieces) == 1 else None
+    if strides is None or 0 in tensor.shape:
+        return None
+    sized = [axis for axis, size in enumerate(tensor.shape) if size > 1]
+    units = [axis for axis, size in enumerate(tensor.shape) if size == 1]
+    moving = sorted(sized, key=lambda axis: -strides[axis])
+    dense = c_strides([tensor.shape[axis] for axis in moving])
+    if moving == sized or dense != tuple(strides[axis] for axis in moving):
+        return None
+    return (*units, *moving)
+
+
 def _drop_units(shape: Sequence[int], strides: Sequence[int]) -> list[int]:
-    """Strides of the axes that matter: along an axis of one element nothing is ever stepped."""
+    """Return the strides of axes with more than one element; the others are never stepped along."""
     return [stride for size, stride in zip(shape, strides, strict=True) if size != 1]
 
 

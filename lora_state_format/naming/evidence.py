@@ -1,14 +1,14 @@
-"""Do these moments belong to these weights? What the numbers themselves say about an order, and what they cannot say.
+"""Tell from the numbers whether moments belong to weights, and in which order.
 
 How to call it::
 
-    weigh(state, weights)                          # a named state and the weights it is said to belong to
+    weigh(state, weights)                          # a named state and the weights that it may belong to
     weigh(state, weights, before=older)            # weights of an earlier checkpoint too, for a full fine-tune
     weigh(state, weights, orders={"flat": names})  # and other whole orders that must be ruled out
     paired(state, weights)                         # digests first, where the state has its own: no statistics
 
-``weights`` map a parameter's name, or one of its ``keys``, to its values. ``signals.py`` says what is compared; here it
-is said what follows. ``docs/evidence.md`` holds the study that the constants come from.
+``weights`` map a parameter's name, or one of its ``foreign_names``, to its values. ``signals.py`` says what is
+compared, this module what follows from it. ``docs/evidence.md`` holds the study that the constants come from.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ DOUBTFUL: Final = 4.0
 """An exchange, of modules or of A or B alone, that loses fewer nats than this keeps an order from being confirmed."""
 
 TRIMMED: Final = 0.25
-"""Share of the modules, those that speak loudest, that are not heard when whole orders are compared."""
+"""Share of the modules, those with the strongest signal, that are left out when whole orders are compared."""
 
 LISTED: Final = 20
 """Exchanges against the order that a report names at most."""
@@ -58,14 +58,17 @@ class Exchanges(NamedTuple):
         return self.excluded / max(1, self.excluded + self.undecided)
 
 
+NONE_TRIED: Final = Exchanges(0, 0)
+
+
 @dataclass(frozen=True)
 class Evidence:
-    """What the numbers say of an order.
+    """The evidence for an order.
 
     ``verdict`` is ``confirmed``, ``partly``, ``contradicted`` or ``inconclusive``. ``pairs`` counts exchanges of two
     modules of equal shapes, ``parts`` those of one matrix alone. ``orders`` says of each whole order held against this
     one whether it is ``excluded``, ``undecided`` or ``preferred``. ``against`` names every exchange that the numbers
-    prefer. ``silent`` are the parameters that there is no evidence about.
+    prefer. ``silent`` are the parameters without evidence.
     """
 
     verdict: str
@@ -81,7 +84,7 @@ class Evidence:
         return all(self.orders.get(label, "excluded") == "excluded" for label in orders)
 
     def to_json(self) -> dict[str, Any]:
-        """As JSON values; of what speaks against the order at most ``LISTED`` are named."""
+        """Return JSON values; at most ``LISTED`` exchanges against the order are named."""
         more = [f"and {len(self.against) - LISTED} more"] if len(self.against) > LISTED else []
         return {
             "verdict": self.verdict,
@@ -127,46 +130,81 @@ def judge(
     silent: Sequence[str] = (),
     notes: Sequence[str] = (),
 ) -> Evidence:
-    """Return the verdict on a table of states against weights. ``orders`` are tried besides the usual ones."""
-    units = table.units
-    pairs, twins, against, doubts = Exchanges(0, 0), Exchanges(0, 0), [], 0
-    parts: dict[str, Exchanges] = {}
+    """Return the verdict on a table of states against weights.
+
+    Args:
+        table: What each unit loses with the state of each other.
+        orders: Whole orders to try in addition to the usual ones; ``None`` for one that cannot be.
+        silent: The parameters without evidence.
+        notes: Why they have none.
+    """
+    tried = _try_exchanges(table)
+    whole = {
+        label: "excluded" if sources is None else _outcome(table.losses(sources))
+        for label, sources in (*orders, *_layer_orders(table.units))
+    }
+    if table.classes:
+        whole["a random order"] = _outcome(table.support())
+    twins = {label: _outcome(table.losses(sources)) for label, sources in _twin_orders(table.units)}
+    return Evidence(
+        _verdict(tried, whole, twins),
+        tried.pairs,
+        tried.parts,
+        {**whole, **twins},
+        tuple(tried.against),
+        tuple(silent),
+        tuple(notes),
+    )
+
+
+@dataclass
+class _Tried:
+    """What exchanges of two units came to.
+
+    ``pairs`` moved all parts of both, ``twins`` are those of them within a layer, ``parts`` moved one kind of part
+    alone. ``against`` describes those that the numbers prefer; ``doubts`` counts those that lose too little.
+    """
+
+    pairs: Exchanges = NONE_TRIED
+    twins: Exchanges = NONE_TRIED
+    parts: dict[str, Exchanges] = field(default_factory=dict)
+    against: list[str] = field(default_factory=list)
+    doubts: int = 0
+
+
+def _try_exchanges(table: Table) -> _Tried:
+    units, tried = table.units, _Tried()
     for kind, losses in table.exchanges():
         outcomes = {pair: _outcome([loss]) for pair, loss in losses.items()}
         counts = _count(outcomes.values())
         if kind in {None, A, B}:
-            doubts += sum(loss[1] < DOUBTFUL for loss in losses.values())
-        against += [
+            tried.doubts += sum(loss[1] < DOUBTFUL for loss in losses.values())
+        tried.against += [
             f"{units[i].label} and {units[k].label} exchanged" + (f" in {kind} alone" if kind else "")
             for (i, k), outcome in outcomes.items()
             if outcome == "preferred"
         ]
         if kind is None:
-            pairs = pairs.plus(counts)
-            twins = twins.plus(_count(outcome for (i, k), outcome in outcomes.items() if units[i].twin(units[k])))
+            of_twins = _count(outcome for (i, k), outcome in outcomes.items() if units[i].twin(units[k]))
+            tried.pairs, tried.twins = tried.pairs.plus(counts), tried.twins.plus(of_twins)
         else:
-            parts[kind] = parts.get(kind, Exchanges(0, 0)).plus(counts)
-    whole = {
-        label: "excluded" if sources is None else _outcome(table.losses(sources))
-        for label, sources in (*orders, *_layer_orders(units))
-    }
-    if table.classes:
-        whole["a random order"] = _outcome(table.support())
-    every_twin = {label: _outcome(table.losses(sources)) for label, sources in _twin_orders(units)}
-    if against or "preferred" in {*whole.values(), *every_twin.values()}:
-        verdict = "contradicted"
-    elif not pairs.excluded or set(whole.values()) != {"excluded"}:
-        verdict = "inconclusive"
-    elif doubts or twins.undecided or {*every_twin.values(), "excluded"} != {"excluded"} or pairs.share() < CONFIRMED:
-        verdict = "partly"
-    else:
-        verdict = "confirmed"
-    return Evidence(verdict, pairs, parts, {**whole, **every_twin}, tuple(against), tuple(silent), tuple(notes))
+            tried.parts[kind] = tried.parts.get(kind, NONE_TRIED).plus(counts)
+    return tried
+
+
+def _verdict(tried: _Tried, whole: Mapping[str, str], twins: Mapping[str, str]) -> str:
+    """Return the verdict by the outcomes of exchanges, of whole other orders, and of twins in every layer."""
+    if tried.against or "preferred" in {*whole.values(), *twins.values()}:
+        return "contradicted"
+    if not tried.pairs.excluded or set(whole.values()) != {"excluded"}:
+        return "inconclusive"
+    undecided = tried.doubts or tried.twins.undecided or {*twins.values(), "excluded"} != {"excluded"}
+    return "partly" if undecided or tried.pairs.share() < CONFIRMED else "confirmed"
 
 
 @dataclass(frozen=True)
 class Pairing:
-    """Weights against the digests that a state keeps of them: how many are the very bytes, which are not."""
+    """Weights against the digests that a state keeps of them: how many have the same bytes, which differ."""
 
     matching: int
     differing: tuple[str, ...]
@@ -178,7 +216,7 @@ def paired(state: OptimizerState, weights: Mapping[str, Tensor]) -> Pairing:
 
     Digests are compared at equal dtype and for the one algorithm that is known here. What they prove depends on the
     state: where it was saved from a live optimizer (``naming.rule`` is ``None``), name, order and step; where
-    ``convert`` took them from a file beside a positional checkpoint, only that the weights are those of that file.
+    ``convert`` took them from a file next to a positional checkpoint, only that the weights are those of that file.
     """
     matching, differing, uncompared = 0, [], []
     for parameter in state.parameters:
@@ -200,8 +238,8 @@ def _count(outcomes: Iterable[str]) -> Exchanges:
 def _outcome(losses: Sequence[Loss]) -> str:
     """Return the outcome for an order that makes each of the modules it moves lose this much.
 
-    The loudest modules are not heard: in an order that is wrong as a whole, a few may be right by accident. Only a
-    signal that is sure can speak for the other order, or has to agree with it.
+    The modules with the strongest signal are left out: in an order that is wrong as a whole, a few may be right by
+    accident. Only a signal that is sure can speak for the other order, or has to agree with it.
     """
     if not losses:
         return "undecided"
@@ -233,7 +271,7 @@ def _orders(
 
 
 def _layer_orders(units: Sequence[Unit]) -> Iterator[tuple[str, Sources | None]]:
-    """Orders that differ only in which layer is which."""
+    """Yield orders that differ from the state's in the numbers of layers only."""
     stacks: dict[str, set[str]] = defaultdict(set)
     for unit in units:
         if unit.layer:
@@ -263,7 +301,7 @@ def _layer_orders(units: Sequence[Unit]) -> Iterator[tuple[str, Sources | None]]
 
 
 def _twin_orders(units: Sequence[Unit]) -> Iterator[tuple[str, Sources]]:
-    """Orders in which two modules of equal shapes are exchanged in every layer."""
+    """Yield orders in which two modules of equal shapes are exchanged in every layer."""
     leaves: dict[str, dict[tuple[str, str], int]] = defaultdict(dict)
     for number, unit in enumerate(units):
         if unit.layer:

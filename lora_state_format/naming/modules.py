@@ -17,10 +17,10 @@ __all__ = ["ORDERS", "Order", "in_module_order"]
 
 @dataclass(frozen=True, slots=True)
 class Order:
-    """Modules that stand beside each other, in the order in which a model defines them.
+    """Sibling modules, in the order in which a model defines them.
 
     ``parent`` is searched for in the path of the module around them. ``models`` is searched for, in any case, in the
-    base model's name; a row that has it and fits goes before all that have none.
+    base model's name; a row with a fitting ``models`` goes before all rows without one.
     """
 
     children: tuple[str, ...]
@@ -90,6 +90,7 @@ ORDERS: Final[tuple[Order, ...]] = (
         models="deepseek|minicpm3",
     ),
     *_rows(
+        "dense out_proj",
         "o_proj qkv_proj",
         "query_key_value dense",
         "qkv_proj out_proj",
@@ -113,11 +114,11 @@ ORDERS: Final[tuple[Order, ...]] = (
     *_rows("w1 w3 w2", parent=r"feed_forward$"),
     *_rows("w1 w2 w3", parent=r"block_sparse_moe\.experts\.\d+$"),
 )
-"""Known orders of modules. Names that several rows hold in different orders are no order."""
+"""Known orders of modules. Where several rows hold names in different orders, these have no order."""
 
 
 def in_module_order(names: Iterable[str], base_model: str = "") -> list[str]:
-    """Return names in ``named_parameters()`` order: numbers as numbers, modules beside each other as ``ORDERS`` says.
+    """Return names in ``named_parameters()`` order: numbers as numbers, sibling modules as in ``ORDERS``.
 
     Raises ``MissingNamesError`` that names every set of modules whose order is not known.
     """
@@ -146,7 +147,7 @@ def in_module_order(names: Iterable[str], base_model: str = "") -> list[str]:
 
 
 def _ordered(parent: str, children: list[str], base_model: str) -> list[str] | None:
-    """Return the children in the order of all applicable rows; ``None`` if there is no row, or rows disagree."""
+    """Return the children in the order of all applicable rows; ``None`` if no row applies, or rows disagree."""
     if len(children) == 1:
         return children
     if all(child.isdecimal() for child in children):

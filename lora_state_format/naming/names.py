@@ -1,7 +1,7 @@
 """Names of parameters: wrapper segments, PEFT's keys, rename rules, and the order in which models define modules.
 
-Strings in, strings out; no model is asked. What is said here of PEFT was read off PEFT 0.21 by saving one adapter of
-each method; the module orders are those of the models of transformers 5.23 (and, for the names of the time, 4.x).
+Strings in, strings out, without a model. PEFT's keys were read off PEFT 0.21 by saving one adapter of each method; the
+module orders are those of the models of transformers 5.23 (and, for the names of the time, 4.x).
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import groupby
 from pathlib import Path
 from typing import Any, Final, TypeAlias
 
@@ -20,8 +21,11 @@ from lora_state_format.naming.modules import in_module_order
 __all__ = [
     "WRAPPERS",
     "Rename",
+    "adapter_orders",
     "adapter_parameters",
+    "is_adapter_key",
     "peft_key",
+    "plain_name",
     "read_names",
     "rename",
     "split_adapter",
@@ -47,6 +51,14 @@ def strip_wrappers(name: str) -> str:
     if "_" not in name:
         return name
     return ".".join(segment for segment in name.split(".") if segment not in WRAPPERS)
+
+
+def plain_name(name: str) -> str:
+    """Return the name without wrapper segments and in lower case, to compare names that others wrote."""
+    plain = strip_wrappers(name).casefold()
+    while plain.startswith(f"{DATA_PARALLEL}."):
+        plain = plain[len(DATA_PARALLEL) + 1 :]
+    return plain
 
 
 def without_wrappers(names: Iterable[str]) -> tuple[list[str], tuple[str, ...]]:
@@ -92,7 +104,7 @@ _COMPUTED: Final = ("P_TUNING", "PREFIX_TUNING", "MULTITASK_PROMPT_TUNING")
 def split_adapter(name: str) -> tuple[str, str, str] | None:
     """Return the part of a ``named_parameters()`` name before the adapter's name, the adapter, and the part behind it.
 
-    The adapter's name stands where PEFT puts it, and only there: a module that has the same name stays. ``None`` if the
+    Only the adapter's name in the place where PEFT puts it counts: a module of the same name stays. ``None`` if the
     parameter belongs to no adapter.
     """
     match = _LIVE.fullmatch(name)
@@ -151,25 +163,51 @@ def _live_name(key: str, adapter: str, config: Mapping[str, Any] | None) -> str 
     return key if bias == "all" and key.endswith(".bias") else None
 
 
+TASK_HEADS: Final = {
+    "SEQ_CLS": ("classifier", "score"),
+    "TOKEN_CLS": ("classifier", "score"),
+    "QUESTION_ANS": ("qa_outputs",),
+}
+"""PEFT's task types, and the modules that it trains and saves for them without being told."""
+
+
 def _saved_module(key: str, config: Mapping[str, Any] | None) -> str | None:
     """Return the module of ``modules_to_save`` of a key: the outermost whose path ends as the config says."""
     segments = key.split(".")
     if config is None:
         return ".".join(segments[:-1]) if segments[-1] == "weight" else None
-    wanted = tuple(config.get("modules_to_save") or ())
+    wanted = (*(config.get("modules_to_save") or ()), *TASK_HEADS.get(str(config.get("task_type")), ()))
     paths = (".".join(segments[:stop]) for stop in range(1, len(segments)))
     return next((path for path in paths if wanted and path.endswith(wanted)), None)
+
+
+def is_adapter_key(key: str) -> bool:
+    """Return whether a key of a file is that of a tensor that PEFT trains, as its adapter files have them."""
+    return _KEY.fullmatch(key) is not None or key == "prompt_embeddings"
 
 
 def adapter_parameters(
     weights: Mapping[str, Tensor], adapter: str = "default", config: Mapping[str, Any] | None = None
 ) -> list[Parameter]:
-    """Return the trainable parameters behind an ``adapter_model.safetensors``, in ``named_parameters()`` order.
+    """Return the trainable parameters behind an ``adapter_model.safetensors``, as ``adapter_orders`` has them first."""
+    return adapter_orders(weights, adapter, config)[0]
 
-    ``weights`` are the file's tensors under its keys; ``config`` is the parsed ``adapter_config.json``, which says what
-    of a file is frozen; without it every ``weight`` that belongs to no adapter module is taken for a saved module's.
-    Each parameter has its key under ``keys["peft"]``. Raises ``MissingNamesError`` where no order of the modules is
-    known, or the file does not hold what was trained.
+
+def adapter_orders(
+    weights: Mapping[str, Tensor],
+    adapter: str = "default",
+    config: Mapping[str, Any] | None = None,
+    *,
+    ordered: bool = False,
+) -> list[list[Parameter]]:
+    """Return the trainable parameters behind an adapter's file in each order that ``named_parameters()`` may have.
+
+    ``weights`` are the file's tensors under its keys; ``config`` is the parsed ``adapter_config.json``, which says
+    which tensors of a file are frozen; without it every ``weight`` that belongs to no adapter module is taken for a
+    saved module's. ``ordered`` says that the file keeps the model's order, as a pickle does; but saved modules are at
+    its end, so those of embeddings may have to go first. PEFT before 0.6 trained the originals of saved modules too;
+    that is one more way. Each parameter has its key under ``foreign_names["peft"]``. Raises ``MissingNamesError`` where
+    no order of the modules is known, or the file lacks trained parameters.
     """
     found: dict[str, str] = {}
     for key in weights:
@@ -178,20 +216,46 @@ def adapter_parameters(
             raise ConversionError(f"the keys '{found[strip_wrappers(name)]}' and '{key}' are both '{name}'")
     if not found:
         raise MissingNamesError("the adapter file holds no parameter that PEFT trains")
-    parameters = []
-    for name in in_module_order(found, str((config or {}).get("base_model_name_or_path") or "")):
-        tensor, parts = weights[found[name]], split_adapter(name)
-        parameters.append(
-            Parameter(
-                name=name,
-                shape=tensor.shape,
-                state=None,
-                dtype=tensor.dtype,
-                adapter=parts[1] if parts else None,
-                foreign_names={"peft": found[name]},
-            )
-        )
-    return parameters
+    if ordered:
+        first = [name for name in found if EMBEDDING.search(name)]
+        orders = [[*found], [*first, *(name for name in found if name not in first)]]
+    else:
+        orders = [in_module_order(found, str((config or {}).get("base_model_name_or_path") or ""))]
+    plain = [[_adapter_parameter(name, found[name], weights) for name in names] for names in orders]
+    if not any(SAVED in name for name in found):
+        return plain[:1]
+    return [*plain, *map(_with_originals, plain)]
+
+
+SAVED: Final = ".modules_to_save."
+EMBEDDING: Final = re.compile(r"(^|\.)(embed\w*|wte|wpe|shared|\w+_embeddings?)\.modules_to_save\.")
+
+
+def _adapter_parameter(name: str, key: str, weights: Mapping[str, Tensor]) -> Parameter:
+    tensor, parts = weights[key], split_adapter(name)
+    return Parameter(
+        name=name,
+        shape=tensor.shape,
+        state=None,
+        dtype=tensor.dtype,
+        adapter=parts[1] if parts else None,
+        foreign_names={"peft": key},
+    )
+
+
+def _with_originals(parameters: Sequence[Parameter]) -> list[Parameter]:
+    """Return the parameters with those that saved modules are copies of, each module's in front of its copy."""
+    result: list[Parameter] = []
+    for head, module in groupby(parameters, lambda p: (split_adapter(p.name) or ("", "", ""))[0]):
+        members = list(module)
+        if head.endswith(SAVED[:-1]):
+            original = f"{head.removesuffix(SAVED[:-1])}.original_module"
+            tails = [(split_adapter(p.name) or ("", "", ""))[2] for p in members]
+            result += [
+                Parameter(original + tail, p.shape, None, dtype=p.dtype) for p, tail in zip(members, tails, strict=True)
+            ]
+        result += members
+    return result
 
 
 # --- rename rules and files of names --------------------------------------------------------------------------------
@@ -204,7 +268,7 @@ def rename(names: Sequence[str], rule: Rename) -> dict[str, str]:
     """Return each name under its new name.
 
     A mapping renames whole names; pairs are applied by ``re.sub`` one after the other; a function is called with each
-    name. Raises ``OptionError`` if a mapping names what is not there, or two names become one.
+    name. Raises ``OptionError`` if a mapping names an unknown parameter, or two names become one.
     """
     if isinstance(rule, Mapping):
         absent = [old for old in rule if old not in set(names)]
@@ -244,7 +308,7 @@ def read_names(path: str | os.PathLike[str]) -> list[str]:
     for number, line in enumerate(lines, 1):
         name = line.strip()
         if name and seen.setdefault(name, number) != number:
-            raise ConversionError(f"{os.fspath(path)}: '{name}' stands on line {seen[name]} and on line {number}")
+            raise ConversionError(f"{os.fspath(path)}: '{name}' is on line {seen[name]} and on line {number}")
     if not seen:
         raise ConversionError(f"{os.fspath(path)}: holds no name")
     return list(seen)

@@ -21,20 +21,19 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from itertools import permutations
-from typing import Final
+from itertools import chain, permutations
+from typing import Final, NamedTuple
 
 from lora_state_format.errors import AmbiguousOrderError, ConversionError, OptionError
 from lora_state_format.model.states import Naming, OptimizerState, Parameter, PositionalState, Role, Slot, Value, walk
 from lora_state_format.model.tensors import Tensor
 from lora_state_format.naming.evidence import Evidence, weigh
-from lora_state_format.naming.modules import in_module_order
-from lora_state_format.naming.names import split_adapter, with_adapter
-from lora_state_format.naming.rules import RULES, Candidate, Described, Split, Splits, _trainable
+from lora_state_format.naming.names import plain_name, split_adapter
+from lora_state_format.naming.rules import RULES, Candidate, Described, Split, Splits, trainable_of
 
-__all__ = ["candidates", "decide", "interchangeable", "side_by_side"]
+__all__ = ["ContradictedError", "candidates", "decide", "interchangeable"]
 
 LIVE: Final = "live"
 """Stands for a rule where the order is that of a live optimizer."""
@@ -44,6 +43,10 @@ SURE: Final = ("stated", "whole-model")
 
 INFERRED: Final = ("adapter", "configs", "checkpoint")
 """Sources of names that the weights overrule; a live model, a file of names and a forced rule they do not."""
+
+
+class ContradictedError(ConversionError):
+    """The weights say that the parameters stand in another order."""
 
 
 # --- the verdict ----------------------------------------------------------------------------------------------------
@@ -63,6 +66,8 @@ def decide(
     positional: PositionalState,
     parameters: Sequence[Parameter | Described],
     *,
+    others: Iterable[Sequence[Parameter | Described]] = (),
+    partly: bool = False,
     rule: str | None = None,
     weights: Mapping[str, Tensor] | None = None,
     before: Mapping[str, Tensor] | None = None,
@@ -73,35 +78,32 @@ def decide(
     """Return the state under names; ``naming.details`` says what else fitted and what the weights say.
 
     The live optimizer's order, where it fits, and names stated in the file go before rules; other orders that fit are
-    then only what the weights are asked about. Raises ``OptionError`` for a rule that does not exist,
-    ``ConversionError`` if no order fits or the weights contradict one that was inferred, and ``AmbiguousOrderError`` if
-    several fit and nothing tells which. See the head of this module for the arguments.
+    then only what the weights are asked about. ``others`` are further ways to see the parameters (which are frozen,
+    what their modules are), tried like the first. ``partly`` allows that a group holds only some of the parameters
+    that a rule puts into it, where the shapes leave one way to choose them. See the head of this module for the rest.
+
+    Raises ``OptionError`` for a rule that does not exist, ``ConversionError`` if no order fits or the weights
+    contradict one that was inferred, and ``AmbiguousOrderError`` if several fit and nothing tells which.
     """
-    described = [_described(p) for p in parameters]
-    found, reasons = _survey(positional, described, rule)
-    first = _live(positional, described, live or ()) or next((c for c in found if set(SURE) & set(c.rules)), None)
+    views = [[_described(p) for p in view] for view in (parameters, *others)]
+    found, reasons = _fitting(positional, views, rule, partly)
+    first = _live(positional, views[0], live or ()) or next((c for c in found if set(SURE) & set(c.rules)), None)
     if first is not None and rule is None:
         found = [first, *(c for c in found if c.names != first.names)]
     elif source != "model" and rule != "listed":
         found = [variant for c in found for variant in _adapter_orders(positional, c)]
     if not found:
-        raise ConversionError(_nothing_fits(positional, described, reasons))
+        raise ConversionError(_nothing_fits(positional, views[0], reasons))
 
-    def weighed(candidate: Candidate) -> tuple[OptimizerState, Evidence | None]:
+    def weighed(candidate: Candidate) -> _Weighed:
         state = positional.named(candidate.parameters, Naming(source, candidate.rules[0]))
-        others = {c.rules[0]: c.names for c in found if c is not candidate}
-        return state, weigh(state, weights, before=before, orders=others, head_dim=head_dim) if weights else None
+        rivals = {c.rules[0]: c.names for c in found if c is not candidate}
+        evidence = weigh(state, weights, before=before, orders=rivals, head_dim=head_dim) if weights else None
+        return _Weighed(candidate, state, evidence)
 
-    chosen, (state, evidence) = found[0], weighed(found[0])
-    if len(found) > 1 and (first is None or (evidence is not None and evidence.verdict == "contradicted")):
-        others = ((c, *weighed(c)) for c in found if weights)
-        settled = next((other for other in others if other[2] and other[2].rules_out(c.rules[0] for c in found)), None)
-        if settled:
-            chosen, state, evidence = settled
-        elif first is None:
-            raise AmbiguousOrderError(_several_fit(found, weights is not None), tuple(c.rules[0] for c in found))
+    chosen, state, evidence = _settled(found, first, weighed, has_weights=bool(weights))
     if evidence and evidence.verdict == "contradicted" and rule in {None, "listed"} and source in INFERRED:
-        raise ConversionError(_contradicted(evidence))
+        raise ContradictedError(_contradicted(evidence))
     details: dict[str, Value] = {
         "rules": list(chosen.rules),
         "interchangeable": interchangeable(chosen.parameters),
@@ -110,23 +112,55 @@ def decide(
     return replace(state, naming=Naming(source, chosen.rules[0], details))
 
 
+class _Weighed(NamedTuple):
+    """A candidate, the state under its names, and what the weights say of it, if there are any."""
+
+    candidate: Candidate
+    state: OptimizerState
+    evidence: Evidence | None
+
+
+def _fitting(
+    positional: PositionalState, views: Sequence[Sequence[Described]], rule: str | None, partly: bool
+) -> tuple[list[Candidate], list[tuple[str, str]]]:
+    """Return the orders that fit, by any way to see the parameters, and why rules fell away for the first way."""
+    found, reasons = _survey(positional, views[0], rule)
+    for view in views[1:]:
+        seen = {tuple(c.names) for c in found}
+        found += [c for c in _survey(positional, view, rule)[0] if tuple(c.names) not in seen]
+    if not found and partly:
+        found, more_reasons = _survey(positional, views[0], rule, partly=True)
+        reasons += [reason for reason in more_reasons if reason not in reasons]
+    return found, reasons
+
+
+def _settled(
+    found: Sequence[Candidate],
+    first: Candidate | None,
+    weighed: Callable[[Candidate], _Weighed],
+    *,
+    has_weights: bool,
+) -> _Weighed:
+    """Return the first candidate, or the one for which the weights rule out all others.
+
+    Raises ``AmbiguousOrderError`` if several fit, none goes before the others, and the weights do not tell.
+    """
+    best = weighed(found[0])
+    contradicted = best.evidence is not None and best.evidence.verdict == "contradicted"
+    if len(found) == 1 or (first is not None and not contradicted):
+        return best
+    labels = tuple(candidate.rules[0] for candidate in found)
+    judged = chain([best], map(weighed, found[1:] if has_weights else ()))
+    settled = next((other for other in judged if other.evidence and other.evidence.rules_out(labels)), None)
+    if settled is None and first is None:
+        raise AmbiguousOrderError(_several_fit(found, has_weights), labels)
+    return settled or best
+
+
 def interchangeable(parameters: Sequence[Parameter]) -> int:
     """Return how many parameters have the same shape as another one, and so could be swapped unnoticed."""
     counts = Counter(p.shape for p in parameters)
     return sum(n for n in counts.values() if n > 1)
-
-
-def side_by_side(adapters: Mapping[str, Sequence[Parameter]]) -> list[Parameter]:
-    """Return the parameters of several adapters of one model in ``named_parameters()`` order: adapters by creation.
-
-    PEFT keeps the adapters of a module beside each other: A of each, then B of each.
-    """
-    every = [parameter for parameters in adapters.values() for parameter in parameters]
-    places = [with_adapter(parameter.name, "default") for parameter in every]
-    rank = {place: number for number, place in enumerate(in_module_order(dict.fromkeys(places)))}
-    turn = {name: number for number, name in enumerate(adapters)}
-    order = sorted(range(len(every)), key=lambda n: (rank[places[n]], turn[every[n].adapter or ""]))
-    return [every[n] for n in order]
 
 
 def _described(parameter: Parameter | Described) -> Described:
@@ -134,7 +168,7 @@ def _described(parameter: Parameter | Described) -> Described:
 
 
 def _survey(
-    positional: PositionalState, parameters: Sequence[Described], rule: str | None
+    positional: PositionalState, parameters: Sequence[Described], rule: str | None, partly: bool = False
 ) -> tuple[list[Candidate], list[tuple[str, str]]]:
     """Return the candidates that fit, equal ones merged, and why each other rule fell away."""
     asked = [r for r in RULES if (r.automatic if rule is None else r.name == rule)]
@@ -143,15 +177,66 @@ def _survey(
     fitting: dict[tuple[str, ...], tuple[dict[str, None], tuple[Parameter, ...]]] = {}
     reasons: list[tuple[str, str]] = []
     for row in asked:
-        for splits in row.splits(parameters, positional):
-            order = tuple(item.parameter for split in splits for item in split.members)
-            names = tuple(parameter.name for parameter in order)
-            reason = _regrouped(positional, splits) or (None if names in fitting else _misshaped(positional, order))
-            if reason is None:
-                fitting.setdefault(names, ({}, order))[0][row.name] = None
-            elif (row.name, reason) not in reasons:
+        for full in row.splits(parameters, positional):
+            splits = _thinned(positional, full) if partly else full
+            if isinstance(splits, str):
+                reason: str | None = splits
+            else:
+                order = tuple(item.parameter for split in splits for item in split.members)
+                names = tuple(parameter.name for parameter in order)
+                reason = _regrouped(positional, splits) or (None if names in fitting else _unfit(positional, order))
+                if reason is None:
+                    fitting.setdefault(names, ({}, order))[0][row.name] = None
+            if reason is not None and (row.name, reason) not in reasons:
                 reasons.append((row.name, reason))
     return [Candidate(tuple(rules), order) for rules, order in fitting.values()], reasons
+
+
+def _thinned(positional: PositionalState, splits: Splits) -> Splits | str:
+    """Return the splits without what the groups do not hold, told by shapes alone; or why that cannot be.
+
+    Parameters that are frozen, buffers, and tied weights that were saved twice stand among those of a state dict and
+    are in no group. What a group holds is in the same order: where the shapes leave one way to choose it, that is it.
+    """
+    if len(splits) != len(positional.groups):
+        return f"makes {len(splits)} groups"
+    shapes, start, result = positional.shapes(), 0, []
+    for number, (split, size) in enumerate(zip(splits, positional.sizes(), strict=True)):
+        wanted = shapes[start : start + size]
+        start += size
+        ways, chosen = _chosen([item.parameter.shape for item in split.members], wanted)
+        if ways != 1:
+            many = "no way" if not ways else "more than one way"
+            return f"leaves {many} to choose the {size} of group {number} from {len(split.members)} by their shapes"
+        result.append(Split([split.members[n] for n in chosen], split.decays))
+    return result
+
+
+def _chosen(shapes: Sequence[tuple[int, ...]], wanted: Sequence[tuple[int, ...] | None]) -> tuple[int, list[int]]:
+    """Return how many ways there are to choose the wanted shapes in order (0, 1 or 2 for more), and the first one.
+
+    A shape that is not known (``None``) is that of any. The greedy choice from the left is the first way; it is the
+    only one if the greedy choice from the right is the same.
+    """
+    left = _greedy(shapes, wanted)
+    if left is None:
+        return 0, []
+    right = _greedy(shapes[::-1], wanted[::-1])
+    assert right is not None
+    return (1 if left == [len(shapes) - 1 - n for n in right[::-1]] else 2), left
+
+
+def _greedy(shapes: Sequence[tuple[int, ...]], wanted: Sequence[tuple[int, ...] | None]) -> list[int] | None:
+    chosen: list[int] = []
+    n = 0
+    for shape in wanted:
+        while n < len(shapes) and shape is not None and shapes[n] != shape:
+            n += 1
+        if n == len(shapes):
+            return None
+        chosen.append(n)
+        n += 1
+    return chosen
 
 
 def _live(
@@ -162,7 +247,7 @@ def _live(
     splits = [Split([known[name] for name in group]) for group in live if group and set(group) <= set(known)]
     order = tuple(item.parameter for split in splits for item in split.members)
     full = replace(positional, groups=tuple(group for group in positional.groups if group.count))
-    if not live or _regrouped(full, splits) or _misshaped(positional, order):
+    if not live or _regrouped(full, splits) or _unfit(positional, order):
         return None
     return Candidate((LIVE,), order)
 
@@ -186,7 +271,7 @@ def _adapter_orders(positional: PositionalState, candidate: Candidate) -> Iterat
             members = sorted(numbers, key=lambda n: order.index(parts[n][1]) if parts[n][1] else 0)
             for number, member in zip(numbers, members, strict=True):
                 moved[number] = candidate.parameters[member]
-        if _misshaped(positional, moved) is None:
+        if _unfit(positional, moved) is None:
             rules = tuple(f"{rule}, adapters {', '.join(order)}" for rule in candidate.rules)
             yield Candidate(rules, tuple(moved))
 
@@ -200,6 +285,27 @@ def _regrouped(positional: PositionalState, splits: Splits) -> str | None:
         decay = dict(group.options).get("weight_decay")
         if not split.decays and split.members and isinstance(decay, (int, float)) and decay != 0:
             return f"gives group {number} no weight decay, but it has {decay}"
+    return None
+
+
+def _unfit(positional: PositionalState, order: Sequence[Parameter]) -> str | None:
+    """Return why the parameters cannot have the state in this order, by shapes or by the names that the file states."""
+    return _misshaped(positional, order) or _misnamed(positional, order)
+
+
+def _misnamed(positional: PositionalState, order: Sequence[Parameter]) -> str | None:
+    """Return the first contradiction between the order and the names that the file itself states.
+
+    A stated name may lack what leads the parameter's name, or have more of it (a wrapper's attribute), or be the key
+    of an adapter file.
+    """
+    for identity, parameter in zip(positional.ids, order, strict=True):
+        if (stated := positional.stated.get(identity)) is None:
+            continue
+        theirs = plain_name(stated)
+        names = [plain_name(name) for name in (parameter.name, *parameter.tied, *parameter.foreign_names.values())]
+        if not any(a == theirs or a.endswith(f".{theirs}") or theirs.endswith(f".{a}") for a in names):
+            return f"takes id {identity} for '{parameter.name}', but the file itself calls it '{stated}'"
     return None
 
 
@@ -253,7 +359,7 @@ def _shapes_differ(parameter: Parameter, identity: int | str, path: tuple[object
 def _nothing_fits(
     positional: PositionalState, parameters: Sequence[Described], reasons: Sequence[tuple[str, str]]
 ) -> str:
-    trainable = len(_trainable(parameters))
+    trainable = len(trainable_of(parameters))
     count = f"{len(parameters)}" if trainable == len(parameters) else f"{len(parameters)} ({trainable} trainable)"
     head = (
         f"no order of the {count} parameters fits the {len(positional.ids)} of the optimizer, whose groups hold "
@@ -265,8 +371,18 @@ def _nothing_fits(
     lines = [head, *(f"  {', '.join(names)}: {reason}" for reason, names in by_reason.items())]
     if len(positional.ids) == 1 and not positional.entries:
         lines.append("hint: a layer-wise optimizer leaves one dummy parameter here; its moments are in no file")
+    elif len(positional.ids) > len(parameters):
+        lines.append(
+            "hint: the optimizer holds more parameters than these; if it was made of all of a model's, frozen ones "
+            "too, pass names= with the folder of the model's config.json"
+        )
+    elif len(positional.ids) < trainable and any(item.classes for item in parameters):
+        lines.append(
+            "hint: if only a part of the model was trained, say which: trainable='REGEX' for each part, or "
+            "names= with a file of names in optimizer order"
+        )
     elif len(reasons) > 1:
-        lines.append("hint: pass a file of names in optimizer order (--names), or the model that was trained")
+        lines.append("hint: pass names= with a file of names in optimizer order, or the model that was trained")
     return "\n".join(lines)
 
 

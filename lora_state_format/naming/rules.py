@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import re
+from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import compress
+from itertools import accumulate, compress
 from typing import Final, NamedTuple, TypeAlias
 
 from lora_state_format.model.states import Parameter, PositionalState
-from lora_state_format.naming.names import strip_wrappers
+from lora_state_format.naming.names import plain_name
 
 __all__ = ["RULES", "Candidate", "Described", "Rule"]
 
@@ -86,6 +87,12 @@ _REGISTERED: Final = frozenset({
 })  # fmt: skip
 
 
+_REGISTERED_EARLY: Final = frozenset({
+    "LayerNorm", "LongT5LayerNorm", "MegaSequenceNorm", "Pix2StructLayerNorm", "Pop2PianoLayerNorm",
+    "SwitchTransformersLayerNorm", "T5LayerNorm",
+})  # fmt: skip
+
+
 class _Era(NamedTuple):
     """Which parameters a version of transformers spares weight decay: by class of module, by pattern in the name."""
 
@@ -111,10 +118,12 @@ _ERAS: Final = (
     _Era("trainer-4.52", "4.49 to 4.52", _REGISTERED, re.compile("bias|layernorm|rmsnorm")),
     _Era("trainer-4.48", "4.48", _REGISTERED, _BIAS),
     _Era("trainer-4.47", "up to 4.47", _REGISTERED | {"GemmaRMSNorm", "GraniteRMSNorm", "OlmoLayerNorm"}, _BIAS),
-    _Era("trainer-4.0", "at first", frozenset({"LayerNorm"}), _BIAS),
+    _Era("trainer-4.33", "4.21 to 4.33", _REGISTERED_EARLY, _BIAS),
+    _Era("trainer-4.0", "up to 4.20", frozenset({"LayerNorm"}), _BIAS),
 )
-"""Read from releases 4.47.1, 4.48.0, 4.49.0, 4.51.3, 4.52.1, 4.53.3 and 5.23.0: ``Trainer.get_decay_parameter_names``,
-and the classes that modeling files appended to ``ALL_LAYERNORM_LAYERS``. The oldest knew ``nn.LayerNorm`` alone."""
+"""Read from the last release of each minor version from 4.20 to 4.57, and from 5.23.0:
+``Trainer.get_decay_parameter_names`` (before 4.34 in ``create_optimizer``), and the classes that modeling files
+appended to ``ALL_LAYERNORM_LAYERS``: Llama's and Idefics' since 4.34, the others as soon as the model was there."""
 
 _SCRIPTS: Final = _Era("", "", frozenset(), re.compile(r"bias|(?:^|\.)layernorm\.weight"))
 """What the example scripts of old had: ``no_decay = ["bias", "LayerNorm.weight"]``."""
@@ -126,7 +135,7 @@ NOTHING: Final = "(?!)"
 """A pattern that matches nothing."""
 
 
-def _trainable(parameters: Iterable[Described]) -> list[Described]:
+def trainable_of(parameters: Iterable[Described]) -> list[Described]:
     return [item for item in parameters if item.trainable]
 
 
@@ -160,18 +169,31 @@ def _filled(splits: Iterable[Split]) -> Splits:
 
 
 def _stated(parameters: Sequence[Described], state: PositionalState) -> Iterator[Splits]:
-    """Yield the names that the file itself states, in any case: Adam-mini lowers them."""
-    if state.names is None:
+    """Yield the names that the file itself states, in any case: Adam-mini lowers them.
+
+    Where it states those of stepped parameters only, the others of a single group follow in the model's order: they
+    have no state that could be exchanged.
+    """
+    names = dict(zip(state.ids, state.names, strict=True)) if state.names is not None else state.stated
+    known = {plain_name(item.name): item for item in parameters}
+    found = {identity: known.get(plain_name(name)) for identity, name in names.items()}
+    members = {identity: item for identity, item in found.items() if item is not None}
+    if not names or len(members) < len(names) or len({item.name for item in members.values()}) < len(names):
         return
-    known = {strip_wrappers(item.name).casefold(): item for item in parameters}
-    found = [known.get(strip_wrappers(name).casefold()) for name in state.names]
-    members = [item for item in found if item is not None]
-    if len(members) == len(found) == len({item.name for item in members}):
-        yield from _listed(members, state)
+    unnamed = [identity for identity in state.ids if identity not in names]
+    if unnamed:
+        taken = {item.name for item in members.values()}
+        rest = [item for item in trainable_of(parameters) if item.name not in taken]
+        bounds = list(accumulate(state.sizes()))
+        groups = {bisect_right(bounds, number) for number, i in enumerate(state.ids) if i not in names}
+        if len(rest) != len(unnamed) or len(groups) > 1:
+            return
+        members |= dict(zip(unnamed, rest, strict=True))
+    yield from _listed([members[identity] for identity in state.ids], state)
 
 
 def _flat(parameters: Sequence[Described], state: PositionalState) -> Iterator[Splits]:
-    yield [Split(_trainable(parameters))]
+    yield [Split(trainable_of(parameters))]
 
 
 def _everything(parameters: Sequence[Described], state: PositionalState) -> Iterator[Splits]:
@@ -181,13 +203,20 @@ def _everything(parameters: Sequence[Described], state: PositionalState) -> Iter
 
 def _trainer(era: _Era) -> Splitter:
     def splits(parameters: Sequence[Described], state: PositionalState) -> Iterator[Splits]:
-        yield _both(_trainable(parameters), era.decays)
+        yield _both(trainable_of(parameters), era.decays)
 
     return splits
 
 
+def _trainer_with_frozen(parameters: Sequence[Described], state: PositionalState) -> Iterator[Splits]:
+    """Before 4.26 the Trainer did not ask whether a parameter is trained."""
+    if not all(item.trainable for item in parameters):
+        for era in _ERAS[-2:]:
+            yield _both(parameters, era.decays)
+
+
 def _matrices_first(parameters: Sequence[Described], state: PositionalState) -> Iterator[Splits]:
-    yield _both(_trainable(parameters), lambda item: item.axes >= 2)
+    yield _both(trainable_of(parameters), lambda item: item.axes >= 2)
 
 
 def _rises(item: Described) -> bool:
@@ -198,12 +227,12 @@ def _rises(item: Described) -> bool:
 def _peft_loraplus(parameters: Sequence[Described], state: PositionalState) -> Iterator[Splits]:
     """Versions differ in whether the group of LoRA embeddings is ever filled."""
     for pattern in (r"\.lora_embedding_[AB]\.", NOTHING):
-        embedded, rising, rest = _apart(_trainable(parameters), _named_like(pattern), _rises)
+        embedded, rising, rest = _apart(trainable_of(parameters), _named_like(pattern), _rises)
         yield [Split(rest), Split(embedded), *_both(rising, _by_class)]
 
 
 def _llamafactory_loraplus(parameters: Sequence[Described], state: PositionalState) -> Iterator[Splits]:
-    embedded, rising, rest = _apart(_trainable(parameters), lambda item: "lora_embedding_B" in item.name, _rises)
+    embedded, rising, rest = _apart(trainable_of(parameters), lambda item: "lora_embedding_B" in item.name, _rises)
     yield [Split(rest), *_both(rising, _by_class), Split(embedded)]
 
 
@@ -214,14 +243,14 @@ def _by_class(item: Described) -> bool:
 
 def _plain_first(parameters: Sequence[Described], state: PositionalState) -> Iterator[Splits]:
     for era in _ERAS:
-        yield _both(_trainable(parameters), era.decays)[::-1]
+        yield _both(trainable_of(parameters), era.decays)[::-1]
 
 
 def _muon(parameters: Sequence[Described], state: PositionalState) -> Iterator[Splits]:
     """Yield the optimizer joins its two lists into one group."""
     if _has_option(state, "ns_steps"):
         matrices, rest = _apart(
-            _trainable(parameters), lambda item: item.axes == 2 and not re.search("embed|lm_head", item.name)
+            trainable_of(parameters), lambda item: item.axes == 2 and not re.search("embed|lm_head", item.name)
         )
         yield [Split([*matrices, *rest])]
 
@@ -236,7 +265,7 @@ def _is_saved(item: Described) -> bool:
 
 def _axolotl(parameters: Sequence[Described], state: PositionalState) -> Iterator[Splits]:
     embedded, rest = _apart(
-        _trainable(parameters), _named_like(r"modules_to_save\.default\.weight$|embed_tokens|lm_head")
+        trainable_of(parameters), _named_like(r"modules_to_save\.default\.weight$|embed_tokens|lm_head")
     )
     for era in _ERAS:
         decayed, plain = _both(rest, era.decays)
@@ -244,7 +273,7 @@ def _axolotl(parameters: Sequence[Described], state: PositionalState) -> Iterato
 
 
 def _unsloth(parameters: Sequence[Described], state: PositionalState) -> Iterator[Splits]:
-    saved, rest = _apart(_trainable(parameters), _is_saved)
+    saved, rest = _apart(trainable_of(parameters), _is_saved)
     yield [Split(rest), Split(saved)]
 
 
@@ -255,7 +284,7 @@ _VISION: Final = r"(^|\.)(visual|vision_\w+|vit|vpm|image_\w+)\."
 
 def _swift_multimodal(parameters: Sequence[Described], state: PositionalState) -> Iterator[Splits]:
     """Vision, aligner and language model, told apart by segments that such models have in their names."""
-    aligner, vision, language = _apart(_trainable(parameters), _named_like(_ALIGNER), _named_like(_VISION))
+    aligner, vision, language = _apart(trainable_of(parameters), _named_like(_ALIGNER), _named_like(_VISION))
     for era in _ERAS:
         yield _filled(split for part in (vision, aligner, language) for split in _both(part, era.decays)[::-1])
 
@@ -266,7 +295,7 @@ def _low_rank(order: str, *, frozen: bool = False) -> Splitter:
     def splits(parameters: Sequence[Described], state: PositionalState) -> Iterator[Splits]:
         if not _has_option(state, "rank"):
             return
-        items = parameters if frozen else _trainable(parameters)
+        items = parameters if frozen else trainable_of(parameters)
         for pattern in ("", "attn|attention|mlp"):
             like = _named_like(pattern)
             chosen, others = _apart(items, lambda item: "Linear" in item.classes and item.axes == 2 and like(item))  # noqa: B023
@@ -279,7 +308,7 @@ def _low_rank(order: str, *, frozen: bool = False) -> Splitter:
 
 
 def _each(parameters: Sequence[Described], state: PositionalState) -> Iterator[Splits]:
-    yield [Split([item]) for item in _trainable(parameters)]
+    yield [Split([item]) for item in trainable_of(parameters)]
 
 
 def _whole_model(parameters: Sequence[Described], state: PositionalState) -> Iterator[Splits]:
@@ -290,7 +319,7 @@ def _whole_model(parameters: Sequence[Described], state: PositionalState) -> Ite
 
 
 def _sorted(parameters: Sequence[Described], state: PositionalState) -> Iterator[Splits]:
-    items = sorted(_trainable(parameters), key=lambda item: item.name)
+    items = sorted(trainable_of(parameters), key=lambda item: item.name)
     yield [Split(items)]
     for era in _ERAS:
         yield _both(items, era.decays)
@@ -312,6 +341,7 @@ RULES: Final[tuple[Rule, ...]] = (
         Rule(era.rule, f"transformers.Trainer, {era.versions}: with weight decay, then without", _trainer(era))
         for era in _ERAS
     ),
+    Rule("trainer-4.25", "transformers.Trainer, up to 4.25: frozen parameters too", _trainer_with_frozen),
     Rule("scripts", "no weight decay for 'bias' and 'LayerNorm.weight', as example scripts had it", _trainer(_SCRIPTS)),
     Rule("nanogpt", "nanoGPT: two or more axes, then the rest", _matrices_first),
     Rule("peft-loraplus", "PEFT's LoRA+: A, embeddings, B, B without weight decay", _peft_loraplus),

@@ -1,4 +1,4 @@
-"""What numbers say of which state belongs to which weights: the signals behind ``evidence.py``, and their noise.
+"""Signals that a state belongs to weights, from their numbers, and the noise of these signals; ``evidence`` uses them.
 
 *balance*
     Where the loss stays the same when one factor grows and another shrinks, their gradients are tied. It sees LoRA's
@@ -25,7 +25,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -43,7 +43,7 @@ if TYPE_CHECKING:
 
     Array: TypeAlias = "NDArray[np.float32]"
 
-__all__ = ["BIAS", "MAGNITUDE", "WEIGHT", "A", "B", "Loss", "Part", "Sources", "Unit", "units_of", "value_of"]
+__all__ = ["BIAS", "MAGNITUDE", "WEIGHT", "A", "B", "Loss", "Sources", "Unit", "UnitPart", "units_of", "value_of"]
 
 RANKS: Final = 16
 """Rows of A and columns of B that are compared at most; the identity holds for any choice of them."""
@@ -52,7 +52,7 @@ SIDE: Final = 2048
 """Ranks times modules of one shape at most: it bounds the memory of comparing all with all."""
 
 SAMPLE: Final = 1 << 15
-"""Elements that are looked at of a parameter that is no LoRA matrix."""
+"""Elements that are looked at of a parameter that is not a LoRA matrix."""
 
 SURE: Final = ("balance", "skew", "layer", "copy")
 """The signals that do not fade and have no sign to turn: only these can speak against an order."""
@@ -93,7 +93,7 @@ class Term(NamedTuple):
     shared: bool = False
 
 
-class Rule(NamedTuple):
+class Conservation(NamedTuple):
     """Two sums that gradients keep equal in a layer.
 
     The loss is the same when one side's lines grow and the other's shrink. Biases may be absent. ``turning``: rotary
@@ -110,26 +110,28 @@ def _terms(places: str, axis: int, *, shared: bool = False) -> tuple[Term, ...]:
     return tuple(Term(f".{place}", axis, shared) for place in places.split())
 
 
-RULES: Final = (
-    Rule(_terms("self_attn.v_proj.weight self_attn.v_proj.bias", 0), _terms("self_attn.o_proj.weight", 1, shared=True)),
-    Rule(
+CONSERVED: Final = (
+    Conservation(
+        _terms("self_attn.v_proj.weight self_attn.v_proj.bias", 0), _terms("self_attn.o_proj.weight", 1, shared=True)
+    ),
+    Conservation(
         _terms("self_attn.k_proj.weight self_attn.k_proj.bias", 0),
         _terms("self_attn.q_proj.weight self_attn.q_proj.bias", 0, shared=True),
         turning=True,
         unless=".self_attn.q_norm.weight",
     ),
-    Rule(_terms("mlp.up_proj.weight mlp.up_proj.bias", 0), _terms("mlp.down_proj.weight", 1)),
-    Rule(
+    Conservation(_terms("mlp.up_proj.weight mlp.up_proj.bias", 0), _terms("mlp.down_proj.weight", 1)),
+    Conservation(
         _terms("input_layernorm.weight", 0),
         _terms("self_attn.q_proj.weight self_attn.k_proj.weight self_attn.v_proj.weight", 1),
     ),
-    Rule(
+    Conservation(
         _terms("post_attention_layernorm.weight", 0),
         _terms("mlp.gate_proj.weight mlp.up_proj.weight", 1),
         unless=".pre_feedforward_layernorm.weight",
     ),
 )
-"""What holds in the layers of models of Llama's kind. Where one does not hold after all, it finds nothing."""
+"""Conservation laws of layers like Llama's. A law that does not hold in a model finds no signal there."""
 
 
 class Lines(NamedTuple):
@@ -153,7 +155,7 @@ class Share(NamedTuple):
 
 
 class Balance(NamedTuple):
-    """Two sums of shares that gradients keep equal; ``kind`` is its row in ``RULES``."""
+    """Two sums of shares that gradients keep equal; ``kind`` is its row in ``CONSERVED``."""
 
     kind: int
     left: tuple[Share, ...]
@@ -161,7 +163,7 @@ class Balance(NamedTuple):
 
 
 @dataclass(frozen=True, eq=False)
-class Part:
+class UnitPart:
     """Of a LoRA matrix: some ranks, ``[ranks, features]``. Of any other parameter: some elements, ``[1, elements]``.
 
     ``update`` is the direction of the optimizer's next step, or, where ``copied``, the master copy of the weights.
@@ -183,13 +185,13 @@ class Part:
 
 @dataclass(frozen=True, eq=False)
 class Unit:
-    """What an exchange moves together: a module's LoRA matrices and what belongs to them, or one parameter."""
+    """The parameters that an exchange moves together: a LoRA module's, or a single one."""
 
     label: str
     leaf: str
     layer: tuple[str, str] | None
     stepped: bool
-    parts: Mapping[str, Part]
+    parts: Mapping[str, UnitPart]
 
     @property
     def shapes(self) -> tuple[tuple[str, tuple[int, ...]], ...]:
@@ -206,7 +208,17 @@ class Unit:
         return self.layer is not None and self.layer == other.layer
 
 
-Found: TypeAlias = "dict[tuple[str, str | None], dict[str, tuple[Parameter, Tensor, Tensor | None, Group]]]"
+class Held(NamedTuple):
+    """A parameter, its values now and at an earlier step, where they are known, and its group."""
+
+    parameter: Parameter
+    tensor: Tensor
+    older: Tensor | None
+    group: Group
+
+
+Found: TypeAlias = "dict[tuple[str, str | None], dict[str, Held]]"
+"""(module, adapter) -> kind of part -> its parameter."""
 
 
 def units_of(
@@ -215,9 +227,33 @@ def units_of(
     before: Mapping[str, Tensor] | None = None,
     head_dim: int | None = None,
 ) -> tuple[list[Unit], list[Balance], list[str], list[str]]:
-    """Return the units, the balances between them, the parameters without evidence, and notes on why."""
-    with suppress(OptionError, UnrepresentableError):  # nothing is quantised, or has no one first moment
+    """Return the units, the balances between them, the parameters without evidence, and notes on why.
+
+    Args:
+        state: A named state; its moments are decoded where they are quantised.
+        weights: The parameters' values, by a name or a foreign name of theirs.
+        before: Their values at an earlier step.
+        head_dim: The size of an attention head.
+    """
+    with suppress(OptionError, UnrepresentableError):  # nothing is quantised, or not in one first moment
         state = dequantize(state).state
+    found, silent, notes = _found(state, weights, before or {})
+    balances = _balances(found, head_dim)
+    shares = [share for balance in balances for share in (*balance.left, *balance.right)]
+    balanced = {share.unit for share in shares}
+    lines = _lines_by_shape(found, shares)
+    ranks = max(4, SIDE // _crowd(found))
+    units = [_unit(module, adapter, held, ranks, lines) for (module, adapter), held in found.items()]
+    for number, unit in enumerate(units):
+        if number not in balanced:
+            silent += [part.name for part in unit.parts.values() if not part.update.any()]
+    return units, balances, silent, notes
+
+
+def _found(
+    state: OptimizerState, weights: Mapping[str, Tensor], before: Mapping[str, Tensor]
+) -> tuple[Found, list[str], list[str]]:
+    """Return the parameters with weights of their shape, the names of the others, and notes on why."""
     groups = [group for group in state.groups for _ in range(group.count)]
     # AdaLoRA's third factor breaks the identity of the other two.
     adaptive = {p.name.rpartition(".lora_E")[0] for p in state.parameters if ".lora_E" in p.name}
@@ -232,68 +268,71 @@ def units_of(
         module, adapter, kind = _split(parameter.name)
         if module in adaptive or (kind in {A, B} and len(parameter.shape) < 2):
             module, adapter, kind = parameter.name, None, WEIGHT
-        older = value_of(before or {}, parameter)
-        found.setdefault((module, adapter), {})[kind] = (parameter, tensor, older, group)
+        found.setdefault((module, adapter), {})[kind] = Held(parameter, tensor, value_of(before, parameter), group)
     notes = []
     if doubled:
         notes.append(f"{doubled} weights have twice the rank of their state: an adapter converted from PiSSA or OLoRA")
-    shapes = [(kind, entry[0].shape) for parts in found.values() for kind, entry in parts.items() if kind in {A, B}]
-    crowd = max((shapes.count(shape) for shape in set(shapes)), default=1)
-    balances = _balances(found, head_dim)
-    shares = [share for balance in balances for share in (*balance.left, *balance.right)]
-    entries_of = list(found.values())
+    return found, silent, notes
+
+
+def _crowd(found: Found) -> int:
+    """Return how many LoRA matrices of one kind have the same shape, at most."""
+    shapes = Counter((kind, entry.parameter.shape) for held in found.values() for kind, entry in held.items())
+    return max((count for (kind, _), count in shapes.items() if kind in {A, B}), default=1)
+
+
+def _lines_by_shape(found: Found, shares: Iterable[Share]) -> Mapping[tuple[int, ...], set[Lines]]:
+    """Return the lines to take of full weights, by their shape: a state may come from any weight of that shape."""
+    held = list(found.values())
     lines: dict[tuple[int, ...], set[Lines]] = defaultdict(set)
     for share in shares:
-        lines[entries_of[share.unit][WEIGHT][0].shape].add(share.lines)
-    units: list[Unit] = []
-    for (module, adapter), entries in found.items():
-        parts = {
-            kind: _part(
-                kind, *entry, ranks=max(4, SIDE // crowd), lines=lines[entry[0].shape] if kind == WEIGHT else ()
-            )
-            for kind, entry in entries.items()
-        }
-        balanced = any(share.unit == len(units) for share in shares)
-        silent += [part.name for part in parts.values() if not part.update.any() and not balanced]
-        match = _LAYER.fullmatch(module)
-        suffix = f" of {adapter}" if adapter else ""
-        units.append(
-            Unit(
-                label=module + suffix,
-                leaf=(match["stack"] + "*" + match["rest"] if match else module) + suffix,
-                layer=(match["stack"], match["number"]) if match else None,
-                stepped=any(entry[0].state for entry in entries.values()),
-                parts=parts,
-            )
-        )
-    return units, balances, silent, notes
+        lines[held[share.unit][WEIGHT].parameter.shape].add(share.lines)
+    return lines
+
+
+def _unit(
+    module: str, adapter: str | None, held: Mapping[str, Held], ranks: int, lines: Mapping[tuple[int, ...], set[Lines]]
+) -> Unit:
+    match = _LAYER.fullmatch(module)
+    suffix = f" of {adapter}" if adapter else ""
+    return Unit(
+        label=module + suffix,
+        leaf=(match["stack"] + "*" + match["rest"] if match else module) + suffix,
+        layer=(match["stack"], match["number"]) if match else None,
+        stepped=any(entry.parameter.state for entry in held.values()),
+        parts={
+            kind: _part(kind, entry, ranks, lines.get(entry.parameter.shape, ()) if kind == WEIGHT else ())
+            for kind, entry in held.items()
+        },
+    )
 
 
 def _balances(found: Found, head_dim: int | None) -> list[Balance]:
     """Return the balances between the weights of each layer."""
     places: dict[tuple[str, str], dict[str, tuple[int, tuple[int, ...]]]] = defaultdict(dict)
-    for number, ((module, _), entries) in enumerate(found.items()):
-        if WEIGHT in entries and (match := _LAYER.fullmatch(module)):
-            places[match["stack"], match["number"]][match["rest"]] = number, entries[WEIGHT][0].shape
-    made = (_balance(kind, layer, head_dim) for layer in places.values() for kind in range(len(RULES)))
+    for number, ((module, _), held) in enumerate(found.items()):
+        if WEIGHT in held and (match := _LAYER.fullmatch(module)):
+            places[match["stack"], match["number"]][match["rest"]] = number, held[WEIGHT].parameter.shape
+    made = (_balance(kind, layer, head_dim) for layer in places.values() for kind in range(len(CONSERVED)))
     return [balance for balance in made if balance]
 
 
 def _balance(kind: int, layer: Mapping[str, tuple[int, tuple[int, ...]]], head_dim: int | None) -> Balance | None:
-    """Return the balance of a row of ``RULES`` in a layer, if all its weights are there and their shapes agree."""
-    rule = RULES[kind]
-    absent = [t for t in (*rule.left, *rule.right) if t.place not in layer and not t.place.endswith(".bias")]
-    if absent or rule.unless in layer:
+    """Return the balance of a row of ``CONSERVED`` in a layer, if all its weights are there and their shapes agree."""
+    law = CONSERVED[kind]
+    absent = [t for t in (*law.left, *law.right) if t.place not in layer and not t.place.endswith(".bias")]
+    if absent or law.unless in layer:
         return None
-    left, right = ([(*layer[t.place], t) for t in side if t.place in layer] for side in (rule.left, rule.right))
+    left, right = ([(*layer[t.place], t) for t in side if t.place in layer] for side in (law.left, law.right))
     count = left[0][1][left[0][2].axis]
-    folds = {shape[term.axis] / count if term.shared else float(shape[term.axis] == count) for _, shape, term in right}
-    folded = int(max(folds))
-    if folds != {float(folded)} or folded < 1:
+    folded = _folded(count, [(shape, term) for _, shape, term in right])
+    if folded is None:
         return None
-    if (folded > 1 or rule.turning) and (not head_dim or count % head_dim or head_dim % 2):
-        return None
-    head, halves = (head_dim or 1, 2 if rule.turning else 1) if folded > 1 or rule.turning else (1, 1)
+    head, halves = 1, 1
+    if folded > 1 or law.turning:
+        if not head_dim or count % head_dim or head_dim % 2:
+            return None
+        head, halves = head_dim, 2 if law.turning else 1
     longest = max(math.prod(shape) * halves // count for _, shape, _ in (*left, *right))
     channels = min(count // halves, CHANNELS, max(FEWEST, ELEMENTS // longest))
     return Balance(
@@ -301,6 +340,13 @@ def _balance(kind: int, layer: Mapping[str, tuple[int, tuple[int, ...]]], head_d
         tuple(Share(unit, Lines(term.axis, channels, 1, head, halves)) for unit, _, term in left),
         tuple(Share(unit, Lines(term.axis, channels, folded, head, halves)) for unit, _, term in right),
     )
+
+
+def _folded(count: int, right: Iterable[tuple[tuple[int, ...], Term]]) -> int | None:
+    """Return how many lines of each weight on the right share one of ``count`` channels; ``None`` if they disagree."""
+    folds = {shape[term.axis] / count if term.shared else float(shape[term.axis] == count) for shape, term in right}
+    folded = int(max(folds))
+    return folded if folded >= 1 and folds == {float(folded)} else None
 
 
 def _split(name: str) -> tuple[str, str | None, str]:
@@ -317,20 +363,12 @@ def value_of(weights: Mapping[str, Tensor], parameter: Parameter) -> Tensor | No
     return next((weights[key] for key in (parameter.name, *parameter.foreign_names.values()) if key in weights), None)
 
 
-def _part(
-    kind: str,
-    parameter: Parameter,
-    tensor: Tensor,
-    older: Tensor | None,
-    group: Group,
-    *,
-    ranks: int,
-    lines: Iterable[Lines],
-) -> Part:
+def _part(kind: str, held: Held, ranks: int, lines: Iterable[Lines]) -> UnitPart:
     import numpy as np
 
+    parameter, tensor, older, group = held
     shape = parameter.shape
-    matrix = kind in {A, B} and len(shape) >= 2
+    matrix = kind in {A, B}
     spans = [(0, tensor.count)] if matrix else _spans(tensor.count)
 
     def arranged(values: Array | None) -> Array | None:
@@ -357,7 +395,7 @@ def _part(
         if second is not None:
             drift = update * _lag(group, slots.get("step"))
     energy = second.mean(axis=0) if second is not None else None
-    return Part(
+    return UnitPart(
         name=parameter.name,
         shape=shape,
         weight=weight,
@@ -383,7 +421,7 @@ def _taken(lines: Lines, tensor: Tensor, first: Value, shape: tuple[int, ...]) -
     width = math.prod(shape[1:])
 
     def take(value: Value) -> Array:
-        """By rows: those that are asked for, or some at a time."""
+        """Return the lines, read by rows: the ones needed, or some at a time."""
         if lines.axis == 0:
             rows = _numbers(value, [(int(row) * width, width) for row in index.ravel()], shape)
             return np.zeros((len(index), 1), np.float32) if rows is None else rows.reshape(len(index), -1)
@@ -457,4 +495,4 @@ Sources: TypeAlias = "Mapping[tuple[int, str], int]"
 """For a unit and a kind of part: the unit whose state another order would put there."""
 
 Loss: TypeAlias = "tuple[float, float]"
-"""What a unit loses, in nats: by the signals that are sure (balance, master copies), and by all of them."""
+"""The loss of a unit, in nats: by the signals that are sure (balance, master copies), and by all of them."""

@@ -1,29 +1,53 @@
 """Where the names of positional state come from: the caller, the checkpoint, the files next to it, a live model.
 
-``name_state`` is the one way from a checkpoint to named state. It tries the sources in order of trust and hands the
-parameters of the first one to ``order.decide``.
+``name_state`` is the one way from a checkpoint to named state. It tries the sources in order of trust, and hands the
+parameters of each to ``order.decide`` until one fits: what the caller says; the tensors in the file, then those of
+files next to it; names that the file states; the configs; several models of the file joined.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
+from itertools import islice, permutations
 from pathlib import Path
 from typing import Any, Final, NamedTuple, TypeAlias
 
-from lora_state_format.errors import ConversionError, MissingNamesError, OptionError
+from lora_state_format.errors import (
+    AmbiguousOrderError,
+    ConversionError,
+    FileError,
+    MissingDependencyError,
+    MissingNamesError,
+    OptionError,
+    Remedy,
+)
 from lora_state_format.io.json_files import read_json_object
 from lora_state_format.io.safetensors import read_header
 from lora_state_format.model.sources import File
-from lora_state_format.model.states import Checkpoint, OptimizerState, Parameter, PositionalState
+from lora_state_format.model.states import Checkpoint, OptimizerState, Parameter, PositionalState, Value, Weights
 from lora_state_format.model.tensors import Tensor
 from lora_state_format.naming import order
 from lora_state_format.naming.evidence import head_size
-from lora_state_format.naming.names import adapter_parameters, peft_key, read_names
+from lora_state_format.naming.modules import in_module_order
+from lora_state_format.naming.names import adapter_orders, is_adapter_key, peft_key, read_names, split_adapter
 from lora_state_format.naming.rules import Described
 
-__all__ = ["ADAPTER_CONFIG", "CONFIG", "Live", "Names", "Rebuild", "config_of", "name_state", "resolve", "with_weights"]
+__all__ = [
+    "ADAPTER_CONFIG",
+    "CONFIG",
+    "Live",
+    "Named",
+    "Names",
+    "Rebuild",
+    "config_of",
+    "name_state",
+    "resolve",
+    "with_weights",
+]
 
 ADAPTER: Final = "adapter_model.safetensors"
 MODEL: Final = "model.safetensors"
@@ -49,12 +73,29 @@ class Live(NamedTuple):
     weights: Mapping[str, Tensor]
 
 
+class Named(NamedTuple):
+    """A state under names, and the parameters' own values, as far as the source of the names has them."""
+
+    state: OptimizerState
+    weights: Mapping[str, Tensor]
+    skipped: tuple[str, ...] = ()
+    """Files next to the state that could not be read, and why."""
+
+
 class _Source(NamedTuple):
-    """Parameters in some order, where they come from, and the rule that they have to follow, if it is known."""
+    """Parameters in some order, where they come from, and the rule that they have to follow, if it is known.
+
+    ``others`` are further ways to see the same parameters. ``partly`` asks for those of them that the optimizer has.
+    ``weights`` are their values, ``where`` is what their source is called.
+    """
 
     parameters: Sequence[Parameter | Described]
     name: str
     rule: str | None
+    weights: Mapping[str, Tensor]
+    others: Sequence[Sequence[Parameter | Described]] = ()
+    partly: bool = False
+    where: str = ""
 
 
 def name_state(
@@ -65,7 +106,8 @@ def name_state(
     rule: str | None = None,
     live: Live | None = None,
     rebuild: Rebuild,
-) -> OptimizerState:
+    weigh: bool = True,
+) -> Named:
     """Return the state of a checkpoint under names; state that has names already is returned as it is.
 
     Args:
@@ -74,28 +116,390 @@ def name_state(
         names: What the caller says about names.
         rule: The grouping rule to force, one of ``rules.RULES``.
         live: The live model to take names from; it goes before everything in the checkpoint.
-        rebuild: Describes the model of a folder with configs; called only after everything else failed.
+        rebuild: Describes the model of a folder with configs; called only where the weights do not say their order.
+        weigh: Whether the weights, if there are any, are read to tell how sure the order is.
 
     Raises:
         MissingNamesError: Nothing says which parameter a position means.
         OptionError: ``names`` or ``rule`` for a state that has names.
         ConversionError: No order fits, or several do (``AmbiguousOrderError``).
     """
-    state = checkpoint.state
+    return _named(checkpoint, path, names, rule, live, rebuild, weigh)._replace(skipped=checkpoint.skipped)
+
+
+def _named(
+    checkpoint: Checkpoint,
+    path: Path,
+    names: Names | None,
+    rule: str | None,
+    live: Live | None,
+    rebuild: Rebuild,
+    weigh: bool,
+) -> Named:
+    state, weights = checkpoint.state, checkpoint.weights
     if isinstance(state, OptimizerState):
         if names is not None or rule is not None:
             raise OptionError(f"{path}: its parameters have names; --names and --rule (names=, rule=) do not apply")
-        return state
-    source = _Source(live.parameters, "model", None) if live else _source(checkpoint, state, path, names, rebuild)
-    return order.decide(
+        return Named(state, weights)
+    decided = partial(_decided, head_dim=head_size(config_of(checkpoint, CONFIG) or {}), rule=rule, weigh=weigh)
+    if live is not None:
+        source = _Source(live.parameters, "model", None, weights or live.weights)
+        return Named(decided(state, source, live=live.groups).state, weights)
+    if names is not None and not (isinstance(names, (str, os.PathLike)) and _is_weights(Path(names))):
+        return decided(state, _given(state, names, checkpoint, rebuild))
+    parts = _parts(state)
+    if len(parts) == 1:
+        return _inferred(state, checkpoint, path, rebuild, decided, "")
+    return _joined(
+        state,
+        [_inferred(part, checkpoint, path, rebuild, decided, part.optimizers[0].id or "") for part in parts],
+    )
+
+
+def _decided(
+    state: PositionalState,
+    source: _Source,
+    *,
+    head_dim: int | None,
+    rule: str | None,
+    weigh: bool,
+    live: Sequence[Sequence[str]] | None = None,
+) -> Named:
+    named = order.decide(
         state,
         source.parameters,
+        others=source.others,
+        partly=source.partly,
         rule=source.rule or rule,
-        weights=checkpoint.weights or (live.weights if live else None) or None,
-        head_dim=head_size(config_of(checkpoint, CONFIG) or {}),
-        live=live.groups if live else None,
+        weights=(source.weights or None) if weigh else None,
+        head_dim=head_dim,
+        live=live,
         source=source.name,
     )
+    if source.where:
+        naming = replace(named.naming, details={"place": source.where, **named.naming.details})
+        named = replace(named, naming=naming)
+    return Named(named, source.weights)
+
+
+# --- several optimizers ---------------------------------------------------------------------------------------------
+
+
+def _parts(state: PositionalState) -> list[PositionalState]:
+    """Return the state of each optimizer by itself."""
+    if len(state.optimizers) == 1:
+        return [state]
+    parts, ids = [], iter(state.ids)
+    members = [tuple(islice(ids, group.count)) for group in state.groups]
+    for index, optimizer in enumerate(state.optimizers):
+        own = tuple(
+            i for group, listed in zip(state.groups, members, strict=True) for i in listed if group.optimizer == index
+        )
+        chosen = set(own)
+        names = dict(zip(state.ids, state.names, strict=True)) if state.names else {}
+        parts.append(
+            replace(
+                state,
+                optimizers=(optimizer,),
+                groups=tuple(replace(group, optimizer=0) for group in state.groups if group.optimizer == index),
+                ids=own,
+                entries={i: entry for i, entry in state.entries.items() if i in chosen},
+                names=tuple(names[i] for i in own) if names else None,
+                stated={i: name for i, name in state.stated.items() if i in chosen},
+            )
+        )
+    return parts
+
+
+def _joined(state: PositionalState, parts: Sequence[Named]) -> Named:
+    """Return the state of several optimizers from that of each.
+
+    Where they were named by different models, each name gets what its model is called in front.
+    """
+    places = [_place(part).partition(":")[0] for part in parts]
+    prefixes = [f"{_stem(place)}." if len(set(places)) > 1 and _stem(place) else "" for place in places]
+    parameters: list[Parameter] = []
+    weights: dict[str, Tensor] = {}
+    for part, prefix in zip(parts, prefixes, strict=True):
+        parameters += [replace(p, name=prefix + p.name, state=None, original_id=None) for p in part.state.parameters]
+        weights |= {prefix + name: tensor for name, tensor in part.weights.items()}
+    naming = parts[0].state.naming
+    details: dict[str, Value] = {
+        "optimizers": [
+            {"id": part.state.optimizers[0].id, "rule": part.state.naming.rule, **part.state.naming.details}
+            for part in parts
+        ],
+        "interchangeable": order.interchangeable(parameters),
+    }
+    return Named(state.named(parameters, replace(naming, details=details)), weights)
+
+
+def _place(named: Named) -> str:
+    return str(named.state.naming.details.get("place", ""))
+
+
+_AFFIXES: Final = re.compile(
+    r"optimi[sz]ers?|optim|opt|models?|networks?|net|states?|dicts?|weights|params|pth|pt|ckpt"
+)
+"""What says of a key that it holds an optimizer or a model; the rest of it says which."""
+
+
+def _stem(place: str) -> str:
+    """Return which one a key says that it holds: ``actor`` of ``actor_state_dict`` and of ``actor.optimizer.pth``."""
+    place = place.rpartition(":")[2]
+    words = [word for word in re.split(r"[._\s-]+", re.sub(r"(?<=[a-z])(?=[A-Z])", "_", place)) if word]
+    return "_".join(word for word in words if not _AFFIXES.fullmatch(word.lower()))
+
+
+# --- sources in a checkpoint and next to it -------------------------------------------------------------------------
+
+
+def _inferred(
+    state: PositionalState,
+    checkpoint: Checkpoint,
+    path: Path,
+    rebuild: Rebuild,
+    decided: Callable[[PositionalState, _Source], Named],
+    optimizer: str,
+) -> Named:
+    """Return the state under the names of the first source that fits.
+
+    A source that does not fit, or does not say its order, stops none that does. Of several that are equally near and
+    give different names, the one that is called as the optimizer is.
+    """
+    failures: dict[str, ConversionError | FileError] = {}
+    for tier in checkpoint.tiers():
+        models = [*tier, *(part for weights in tier for part in _divided(weights))] if optimizer else tier
+        for partly in (False, True):
+            fitting: dict[tuple[str, ...], list[Named]] = {}
+            for weights in models:
+                form = _form(weights, checkpoint)
+                if (state.names is not None and form == PLAIN) or (partly and not weights.ordered):
+                    continue  # what the file itself states goes first
+                try:
+                    source = _of_weights(weights, checkpoint, rebuild)._replace(partly=partly)
+                    named = decided(state, source)
+                except order.ContradictedError:
+                    raise
+                except ConversionError as error:
+                    failures[weights.where] = error
+                else:
+                    fitting.setdefault(tuple(named.state), []).append(named)
+            if fitting:
+                return _nearest(fitting, optimizer, path)
+    for source in _further(state, checkpoint, rebuild, failures):
+        try:
+            return decided(state, source)
+        except order.ContradictedError:  # noqa: PERF203
+            raise
+        except ConversionError as error:
+            failures[source.name] = error
+    if failures:
+        raise min(failures.values(), key=_weight)
+    if any(checkpoint.skipped):
+        told = "".join(f"\n  {skipped}" for skipped in checkpoint.skipped)
+        raise MissingNamesError(f"{_nothing_known(path, state)}; unreadable files were skipped:{told}", remedy=NAME_IT)
+    raise MissingNamesError(_nothing_known(path, state), remedy=NAME_IT)
+
+
+def _weight(error: ConversionError | FileError) -> int:
+    """Return how little an error says: several orders that fit say most, an order that is not known least."""
+    return 0 if isinstance(error, AmbiguousOrderError) else 2 if isinstance(error, MissingNamesError) else 1
+
+
+def _divided(weights: Weights) -> list[Weights]:
+    """Return the parts of a model by the first segment of the names: an optimizer may have one of them."""
+    parts: dict[str, dict[str, Tensor]] = {}
+    for name, tensor in weights.tensors.items():
+        parts.setdefault(name.partition(".")[0], {})[name] = tensor
+    return [replace(weights, where=f"{weights.where}:{part}", tensors=own) for part, own in parts.items()]
+
+
+def _nothing_known(path: Path, state: PositionalState) -> str:
+    return (
+        f"{path}: stores {len(state.ids)} parameters by position and contains no names, and no neighbouring file "
+        "names them"
+    )
+
+
+NAME_IT: Final = Remedy(
+    "pass {names} with a file of names in optimizer order, the adapter file, or a folder with config.json and "
+    "adapter_config.json",
+    {"names": ...},
+)
+
+
+def _nearest(fitting: Mapping[tuple[str, ...], Sequence[Named]], optimizer: str, path: Path) -> Named:
+    """Return the one state of those that fit, or the one whose model is called as the optimizer is.
+
+    Raises ``AmbiguousOrderError`` if there is no such one.
+    """
+    every = [named for same in fitting.values() for named in same]
+    places = [_place(named) for named in every]
+    alike = [named for named, place in zip(every, places, strict=True) if _stem(place) == _stem(optimizer)]
+    if len(fitting) == 1:
+        return (alike or every)[0]
+    if len({tuple(named.state) for named in alike}) == 1 and optimizer:
+        return alike[0]
+    lines = [f"\n  {_place(same[0])}: '{names[0]}', ..." for names, same in fitting.items()]
+    raise AmbiguousOrderError(
+        f"{path}: {len(fitting)} models fit the {len(every[0].state)} parameters of the optimizer"
+        f"{f' {optimizer!r}' if optimizer else ''}, and give them different names:{''.join(lines)}\n"
+        "hint: pass the names of the right one in optimizer order (--names)",
+        tuple(places),
+    )
+
+
+def _further(
+    state: PositionalState, checkpoint: Checkpoint, rebuild: Rebuild, failures: dict[str, ConversionError | FileError]
+) -> Iterator[_Source]:
+    """Yield the sources that are no weights: names that the file states, the configs, several models joined."""
+    if state.names is not None:
+        yield _Source(
+            _listed(state, state.names, checkpoint), "checkpoint", "listed", _covering(state.names, checkpoint)
+        )
+    if CONFIG in checkpoint.configs:
+        try:
+            parameters = _rebuilt(checkpoint.configs[CONFIG].parent, checkpoint, rebuild)
+        except (ConversionError, FileError) as error:
+            failures[CONFIG] = error
+        else:
+            yield _Source(parameters, "configs", None, checkpoint.weights)
+    for tier in checkpoint.tiers()[:1]:
+        models = [weights for weights in tier if weights.ordered and _form(weights, checkpoint) == PLAIN]
+        if 1 < len(models) <= MAX_JOINED:
+            first, *others = [_concatenated(turn, checkpoint) for turn in permutations(models)]
+            yield _Source(first, "checkpoint", None, {}, others, where=", ".join(model.where for model in models))
+
+
+MAX_JOINED: Final = 4
+"""Models that one optimizer may hold together; their order is tried in every way."""
+
+
+def _concatenated(models: Sequence[Weights], checkpoint: Checkpoint) -> list[Described]:
+    """Return the parameters of several models as one optimizer may hold them, under what each model is called."""
+    return [
+        replace(item, parameter=replace(item.parameter, name=f"{_stem(model.where) or model.where}.{item.name}"))
+        for model in models
+        for item in _of_weights(model, checkpoint, None).parameters
+        if isinstance(item, Described)
+    ]
+
+
+LIVE_NAMES, ADAPTER_KEYS, PLAIN = "live", "adapter", "plain"
+
+
+def _form(weights: Weights, checkpoint: Checkpoint) -> str:
+    """Return what the keys are: names of a model with an adapter, those of an adapter's file, or any other names."""
+    if any(split_adapter(key) for key in weights.tensors):
+        return LIVE_NAMES
+    first = next(iter(weights.tensors), "")
+    adapter = any(is_adapter_key(key) for key in weights.tensors) or (
+        first.startswith("base_model.model.") and ADAPTER_CONFIG in checkpoint.configs
+    )
+    return ADAPTER_KEYS if adapter else PLAIN
+
+
+def _of_weights(weights: Weights, checkpoint: Checkpoint, rebuild: Rebuild | None) -> _Source:
+    """Return the parameters of a model or an adapter whose tensors are at hand.
+
+    Raises ``MissingNamesError`` where nothing says in which order the model has them.
+    """
+    form, own = _form(weights, checkpoint), weights.tensors if weights.own else {}
+    if form == ADAPTER_KEYS:
+        config = config_of(checkpoint)
+        orders = adapter_orders(weights.tensors, config=config, ordered=weights.ordered)
+        return _Source(orders[0], "adapter", None, own, orders[1:], where=weights.where)
+    tensors = _parameters(weights)
+    if form == LIVE_NAMES:
+        first, *others = _with_adapter(tensors, weights.ordered)
+        return _Source(first, "checkpoint", None, own, others, where=weights.where)
+    if not weights.ordered:
+        if CONFIG in checkpoint.configs:
+            raise MissingNamesError(f"{weights.where} does not keep the model's order; its config does")
+        tensors = {name: tensors[name] for name in in_module_order(tensors)}
+    first, *others = [
+        [
+            Described(_parameter(name, tensor), classes=classes)
+            for (name, tensor), classes in zip(tensors.items(), seen, strict=True)
+        ]
+        for seen in _classes(list(tensors), checkpoint, rebuild)
+    ]
+    return _Source(first, "checkpoint", None, own, others, where=weights.where)
+
+
+def _parameter(name: str, tensor: Tensor) -> Parameter:
+    key, parts = peft_key(name), split_adapter(name)
+    return Parameter(
+        name,
+        tensor.shape,
+        None,
+        dtype=tensor.dtype,
+        adapter=parts[1] if parts else None,
+        foreign_names={"peft": key[0]} if key else {},
+    )
+
+
+_BUFFERS: Final = re.compile(
+    r"(^|\.)(running_(mean|var)|num_batches_tracked|(\w*_)?inv_freq|position_ids|masked_bias|relative_position_index|attn_mask)$"
+)
+"""Tensors of a state dict that are no parameters."""
+
+_FLOATS: Final = ("F64", "F32", "F16", "BF16", "C64", "F8_E4M3", "F8_E5M2")
+
+
+def _parameters(weights: Weights) -> dict[str, Tensor]:
+    """Return the tensors that may be parameters: no buffers, no integers, and of tied ones the first."""
+    seen: set[object] = set()
+    found = {}
+    for name, tensor in weights.tensors.items():
+        if tensor.dtype in _FLOATS and not _BUFFERS.search(name):
+            run = tensor.runs[0] if tensor.runs else None
+            place = (id(run.source), run.offset, tensor.shape) if run else id(tensor)
+            if place not in seen:
+                seen.add(place)
+                found[name] = tensor
+    return found
+
+
+def _with_adapter(tensors: Mapping[str, Tensor], ordered: bool) -> list[list[Described]]:
+    """Return the parameters of a model with an adapter: the adapter's trained, the others frozen.
+
+    PEFT before 0.6 left the originals of saved modules trainable too: that is the other way to see them. Without the
+    model's order, those of the adapter are put into that of their modules, and nothing is known of the others.
+    """
+    if not ordered:
+        names = in_module_order(name for name in tensors if split_adapter(name))
+        return [[Described(_parameter(name, tensors[name])) for name in names]]
+    return [
+        [
+            Described(
+                _parameter(name, tensor), split_adapter(name) is not None or (also and ".original_module." in name)
+            )
+            for name, tensor in tensors.items()
+        ]
+        for also in (False, True)
+    ]
+
+
+_NORM: Final = re.compile(r"(^|\.)(\w*(norm|layernorm)\w*|ln\w*|\w*_ln)\.(weight|gamma)$", re.IGNORECASE)
+
+
+def _classes(names: Sequence[str], checkpoint: Checkpoint, rebuild: Rebuild | None) -> list[list[tuple[str, ...]]]:
+    """Return what modules the parameters may belong to: as the configs say, else as their names suggest, or none."""
+    if rebuild is not None and CONFIG in checkpoint.configs:
+        try:
+            built = {
+                item.name: item.classes for item in _rebuilt(checkpoint.configs[CONFIG].parent, checkpoint, rebuild)
+            }
+        except (ConversionError, FileError, MissingDependencyError):
+            built = {}
+        if all(name in built for name in names):
+            return [[built[name] for name in names]]
+    return [[("LayerNorm",) if _NORM.search(name) else () for name in names], [() for _ in names]]
+
+
+# --- what the caller gives ------------------------------------------------------------------------------------------
 
 
 def resolve(checkpoint: Checkpoint, names: Names | None) -> Checkpoint:
@@ -114,7 +518,7 @@ def with_weights(checkpoint: Checkpoint, path: Path) -> Checkpoint:
         path = next((path / name for name in (ADAPTER, MODEL) if (path / name).exists()), path / ADAPTER)
     weights = read_header(File(path)).tensors
     configs = {name: path.with_name(name) for name in (ADAPTER_CONFIG, CONFIG) if path.with_name(name).exists()}
-    return replace(checkpoint, weights=weights, configs=configs)
+    return replace(checkpoint, weights=weights, configs=configs, candidates=())
 
 
 def config_of(checkpoint: Checkpoint, name: str = ADAPTER_CONFIG) -> Mapping[str, Any] | None:
@@ -127,27 +531,22 @@ def _is_weights(path: Path) -> bool:
     return not (path / CONFIG).exists() and (path.is_dir() or path.suffix == ".safetensors")
 
 
-def _source(
-    checkpoint: Checkpoint, state: PositionalState, path: Path, names: Names | None, rebuild: Rebuild
-) -> _Source:
-    """Return the first source of names that there is."""
-    if names is not None and not isinstance(names, (str, os.PathLike)):
-        return _Source(_listed(state, names, checkpoint), "names", "listed")
-    if names is not None and (Path(names) / CONFIG).exists():
-        return _Source(_rebuilt(Path(names), checkpoint, rebuild), "configs", None)
-    if names is not None and not _is_weights(Path(names)):
-        return _Source(_listed(state, read_names(names), checkpoint), "names", "listed")
-    if _is_adapter(checkpoint):
-        return _Source(adapter_parameters(checkpoint.weights, config=config_of(checkpoint)), "adapter", None)
-    if state.names is not None:
-        return _Source(_listed(state, state.names, checkpoint), "checkpoint", "listed")
-    if CONFIG in checkpoint.configs:
-        return _Source(_rebuilt(checkpoint.configs[CONFIG].parent, checkpoint, rebuild), "configs", None)
-    raise MissingNamesError(
-        f"{path}: the state of {len(state.ids)} parameters stands under positions, and nothing beside it says "
-        "which parameter a position means; pass --names (names=) with a file of names in optimizer order, the "
-        "adapter file, or a folder with config.json and adapter_config.json"
-    )
+def _given(state: PositionalState, names: Names, checkpoint: Checkpoint, rebuild: Rebuild) -> _Source:
+    """Return the source that the caller names: names, a file of them, or a folder with configs."""
+    if isinstance(names, (str, os.PathLike)):
+        if (Path(names) / CONFIG).exists():
+            return _Source(_rebuilt(Path(names), checkpoint, rebuild), "configs", None, checkpoint.weights)
+        names = read_names(names)
+    return _Source(_listed(state, names, checkpoint), "names", "listed", _covering(names, checkpoint))
+
+
+def _covering(names: Sequence[str], checkpoint: Checkpoint) -> Mapping[str, Tensor]:
+    """Return the first weights that have all of these parameters, or else those of the checkpoint."""
+    keys = [(name, (peft_key(name) or (name,))[0]) for name in names]
+    for weights in (weights for tier in checkpoint.tiers() for weights in tier if weights.own):
+        if all(name in weights.tensors or key in weights.tensors for name, key in keys):
+            return weights.tensors
+    return checkpoint.weights
 
 
 def _listed(state: PositionalState, names: Sequence[str], checkpoint: Checkpoint) -> list[Parameter]:
@@ -157,13 +556,14 @@ def _listed(state: PositionalState, names: Sequence[str], checkpoint: Checkpoint
     """
     if len(names) != len(state.ids):
         raise ConversionError(f"{len(names)} names for the state of {len(state.ids)} parameters")
-    adapter_file, config = _is_adapter(checkpoint), config_of(checkpoint)
+    weights, config = _covering(names, checkpoint), config_of(checkpoint)
+    adapter_file = _form(Weights("", weights), checkpoint) != PLAIN
     parameters = []
     for name, identity, shape in zip(names, state.ids, state.shapes(), strict=True):
-        key, adapter = (name, "default") if name in checkpoint.weights else peft_key(name) or (name, "")
-        tensor = checkpoint.weights.get(key)
+        key, adapter = (name, "default") if name in weights else peft_key(name) or (name, "")
+        tensor = weights.get(key)
         if tensor is not None and adapter_file:
-            parameters += adapter_parameters({key: tensor}, adapter, config)
+            parameters += adapter_orders({key: tensor}, adapter, config)[0]
         elif tensor is not None:
             parameters.append(Parameter(name, tensor.shape, None, dtype=tensor.dtype))
         elif shape is not None:
@@ -174,12 +574,6 @@ def _listed(state: PositionalState, names: Sequence[str], checkpoint: Checkpoint
                 "file or a folder with configs"
             )
     return parameters
-
-
-def _is_adapter(checkpoint: Checkpoint) -> bool:
-    """Return whether the weights are those of a PEFT adapter file, whose keys all begin alike."""
-    first = next(iter(checkpoint.weights), None)
-    return first is not None and (ADAPTER_CONFIG in checkpoint.configs or first.startswith("base_model.model."))
 
 
 def _rebuilt(folder: Path, checkpoint: Checkpoint, rebuild: Rebuild) -> Sequence[Described]:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+import operator
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
+from functools import reduce
 from itertools import combinations
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -13,11 +15,12 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     Array: TypeAlias = "NDArray[np.float32]"
+
 from lora_state_format.naming.signals import (
     BIAS,
+    CONSERVED,
     MAGNITUDE,
     PRIOR,
-    RULES,
     SURE,
     WEIGHT,
     A,
@@ -74,7 +77,7 @@ class Table:
         self.noise = self._noise()
 
     def _moves(self) -> Iterator[tuple[tuple[str, ...], list[int], bool]]:
-        """Return what can be exchanged for what: whole units, and single parts of units that have several."""
+        """Return the possible exchanges: of whole units, and of single parts of units that have several."""
         for shapes, members in self.classes.items():
             yield tuple(kind for kind, _ in shapes), members, True
         for (kind, _), members in self.members.items():
@@ -128,10 +131,12 @@ class Table:
                 wrong[name].append(score[~np.eye(len(score), dtype=bool)])
         if elsewhere := [self._balance(n, sources) for n, _, sources in self._elsewhere()]:
             wrong["layer"].append(np.array(elsewhere))
-        result = {}
+        assumed, count = PRIOR
+        result = {
+            "layer": max(1.0, assumed)
+        }  # where a single layer was trained, there is no other one to measure it by
         for name, scores in wrong.items():
             values = np.concatenate(scores)
-            assumed, count = PRIOR
             # Half of a standard normal's absolute values lie above 0.6745, one in a hundred above 2.576.
             middle, tail = (float(v) for v in np.quantile(np.abs(values), [0.5, 0.99]) / [0.6745, 2.576])
             seen = middle**2 if name == "copy" else max(float(np.square(values).mean()), tail**2)
@@ -139,7 +144,7 @@ class Table:
         return result
 
     def nats(self, moved: tuple[str, ...], members: Sequence[int]) -> Array:
-        """Return what each unit of ``members`` has for the moved parts of each other one: by sure signals, by all."""
+        """Return the nats of each unit of ``members`` for the moved parts of each other: by sure signals, by all."""
         import numpy as np
 
         total = np.zeros((2, len(members), len(members)), np.float32)
@@ -149,7 +154,7 @@ class Table:
         return total
 
     def exchanges(self) -> Iterator[tuple[str | None, dict[tuple[int, int], Loss]]]:
-        """Return what each exchange would lose, by the two units: whole (``None``), or one kind of part alone."""
+        """Return the losses of each exchange, by the two units: whole (``None``), or one kind of part alone."""
         for moved, members, whole in self._moves():
             nats = self.nats(moved, members)
             own = nats.diagonal(axis1=1, axis2=2)
@@ -164,7 +169,7 @@ class Table:
             yield None if whole else moved[0], found
 
     def support(self) -> list[Loss]:
-        """Return what each unit would lose, on average, with the state of another one of its shapes."""
+        """Return the loss of each unit with the state of another one of its shapes, on average."""
         result: list[Loss] = []
         for moved, members, whole in self._moves():
             if whole:
@@ -183,27 +188,29 @@ class Table:
         return [*result, *zip(losses, losses, strict=True)]
 
     def losses(self, sources: Sources) -> list[Loss]:
-        """Return what each unit that gets another state would lose."""
+        """Return the loss of each unit that gets another state."""
         moved = {n for (n, _), source in sources.items() if source != n and self.units[n].speaks}
         pairs = [(self._value(number, {}), self._value(number, sources)) for number in sorted(moved)]
         layers = self._layer_losses(sources)
         return [*((own[0] - other[0], own[1] - other[1]) for own, other in pairs), *zip(layers, layers, strict=True)]
 
     def _layer_losses(self, sources: Sources) -> list[float]:
-        """Return what each balance of a layer loses that some of the units share."""
+        """Return the loss of each balance of a layer in which some of the units share."""
         touched = {number for (unit, _), source in sources.items() if unit != source for number in self.balanced[unit]}
         pairs = [(self._balance(number, {}), self._balance(number, sources)) for number in sorted(touched)]
         return [self._layer_nats(own) - self._layer_nats(other) for own, other in pairs]
 
     def _layer_nats(self, score: float) -> float:
-        return math.copysign((score / self.noise["layer"]) ** 2 / 2, score)
+        return math.copysign((score / self.noise.get("layer", PRIOR[0])) ** 2 / 2, score)
 
     def _balance(self, number: int, sources: Sources) -> float:
         """Return the score of a layer's balance with the state of other units."""
         import numpy as np
 
         _, *sides = self.balances[number]
-        left, right = (sum(self._sum(sources.get((s.unit, WEIGHT), s.unit), s) for s in side) for side in sides)
+        left, right = (
+            reduce(operator.add, (self._sum(sources.get((s.unit, WEIGHT), s.unit), s) for s in side)) for side in sides
+        )
         # A few channels may hold most of a sum; only as many count as would have it evenly.
         energy = left * left + right * right
         count = energy.sum() ** 2 / max(np.square(energy).sum(), 1e-38)
@@ -219,7 +226,9 @@ class Table:
     def _elsewhere(self) -> Iterator[tuple[int, float, Sources]]:
         """Yield each balance, its score, and its right side's state replaced by that of a layer nearby."""
         for number, (kind, _, right) in enumerate(self.balances):
-            for other in range(max(0, number - 4 * len(RULES)), min(len(self.balances), number + 4 * len(RULES))):
+            for other in range(
+                max(0, number - 4 * len(CONSERVED)), min(len(self.balances), number + 4 * len(CONSERVED))
+            ):
                 shares = self.balances[other].right
                 same = [
                     self.units[a.unit].shapes == self.units[b.unit].shapes for a, b in zip(right, shares, strict=False)
@@ -258,7 +267,7 @@ def _z(cosine: Any, count: Any) -> Any:
     return np.sign(cosine) * np.sqrt(-count * np.log1p(-cosine * cosine))
 
 
-def _unit_length(values: Array) -> Array:
+def _unit_length(values: NDArray[np.floating[Any]]) -> Array:
     import numpy as np
 
     length = np.linalg.norm(values, axis=-1, keepdims=True)
@@ -267,7 +276,7 @@ def _unit_length(values: Array) -> Array:
 
 
 def _centred(values: Array) -> Array:
-    """Return each entry as one vector of mean 0 and length 1; what is constant becomes zero."""
+    """Return each entry as one vector of mean 0 and length 1; a constant one becomes zero."""
     flat = values.reshape(len(values), -1)
     return _unit_length(flat - flat.mean(axis=1, keepdims=True))
 

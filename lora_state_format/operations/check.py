@@ -1,41 +1,86 @@
-"""Would a state bind to a model? Asked of the model's configs, with nothing loaded."""
+"""Tell from a model's configs whether a state would bind to it; nothing is loaded."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any, Final
 
+from lora_state_format import registry
 from lora_state_format.binding.live import LiveGroup, LiveOptimizer, LiveParameter
 from lora_state_format.binding.plan import LoadPlan, plan
-from lora_state_format.errors import MissingNamesError
+from lora_state_format.binding.policies import Policies
+from lora_state_format.errors import ConversionError, MissingNamesError, Remedy
 from lora_state_format.model.states import Optimizer, OptimizerState
 from lora_state_format.naming.rules import Described
-from lora_state_format.operations.conversion import read
+from lora_state_format.naming.sources import ADAPTER_CONFIG, CONFIG
+from lora_state_format.operations.conversion import only_trainable, read, rebuild
 
 __all__ = ["check"]
 
+MODEL: Final = {"model": ...}
 
-def check(path: str | os.PathLike[str], folder: str | os.PathLike[str]) -> LoadPlan:
+
+def check(
+    path: str | os.PathLike[str],
+    model: str | os.PathLike[str] | None = None,
+    *,
+    base: str | os.PathLike[str] | None = None,
+    policies: Policies | None = None,
+    trainable: Sequence[str] = (),
+    **reading: Any,
+) -> LoadPlan:
     """Return the plan of loading a checkpoint into an optimizer over the trainable parameters of a model.
 
-    ``folder`` holds the model's ``config.json`` and, for an adapter, ``adapter_config.json``. What configs do not say
-    is not asked: the parameters' dtypes, and the groups and options of an optimizer. Raises what ``read`` and
-    ``torch.rebuild.rebuild`` raise; what does not fit is in the plan's ``problems``.
-    """
-    from lora_state_format.torch.rebuild import rebuild
+    Configs do not say everything; these are not compared: the parameters' dtypes, and the groups and options of an
+    optimizer.
 
-    described = rebuild(Path(folder))
+    Args:
+        path: The checkpoint.
+        model: A folder with the model's ``config.json`` and, for an adapter, ``adapter_config.json``; by default the
+            checkpoint's own folder.
+        base: A folder with the base model's ``config.json``, where ``model`` has the adapter's config alone.
+        policies: What to do where state and model differ.
+        trainable: Regular expressions for the parameters that train, where not all do.
+        reading: Further arguments of ``read``.
+
+    Raises:
+        MissingDependencyError: transformers or peft is not installed.
+        ConversionError: The configs are not there, or describe no model that these know.
+        StateFormatError: What ``read`` raises. What does not fit is in the plan's ``problems``.
+    """
+    registry.find(path, reading.get("source_format"))  # before a model is built
+    folder = Path(model) if model is not None else Path(path) if Path(path).is_dir() else Path(path).parent
+    described = _described(folder, base)
+    if trainable:
+        described = only_trainable(described, trainable)
     try:
-        state = read(path)
-    except MissingNamesError:
-        state = read(path, names=folder)
+        state = read(path, **reading)
+    except ConversionError as error:
+        if reading.get("names") is not None or not (trainable or isinstance(error, MissingNamesError)):
+            raise
+        state = read(path, **{**reading, "names": folder, "trainable": trainable})
     with state:
         bare = replace(state, groups=tuple(replace(group, options=()) for group in state.groups))
-        return plan(bare, _live(described, state))
+        return plan(bare, _live(described, state), policies or Policies())
 
 
-def _live(described: list[Described], state: OptimizerState) -> LiveOptimizer:
+def _described(folder: Path, base: str | os.PathLike[str] | None) -> Sequence[Described]:
+    if base is not None:
+        adapter = folder / ADAPTER_CONFIG
+        return rebuild(Path(base), adapter if adapter.exists() else None)
+    if not folder.exists():
+        raise FileNotFoundError(f"{folder}: no such folder of a model's configs")
+    if not (folder / CONFIG).exists() and not (folder / ADAPTER_CONFIG).exists():
+        raise ConversionError(
+            f"{folder}: has no {CONFIG}", remedy=Remedy("pass {model} with the folder of the model's configs", MODEL)
+        )
+    return rebuild(folder)
+
+
+def _live(described: Sequence[Described], state: OptimizerState) -> LiveOptimizer:
     """Return the model as the live side, in one group without options; dtypes as the state has them."""
     parameters = {}
     for known in described:

@@ -2,31 +2,34 @@
 
 from __future__ import annotations
 
+import logging
 import os
+import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
 from lora_state_format import registry
-from lora_state_format.errors import OptionError
+from lora_state_format.errors import ConversionError, MissingNamesError, OptionError, Remedy
 from lora_state_format.format import envelope, writing
-from lora_state_format.io.atomic import refuse_existing
-from lora_state_format.model import digests
+from lora_state_format.io.atomic import made_folders, refuse_existing
+from lora_state_format.model import digests, notebook
 from lora_state_format.model.digests import ALGORITHM
-from lora_state_format.model.states import Naming, OptimizerState, PositionalState, Slot, walk
+from lora_state_format.model.states import Checkpoint, Naming, OptimizerState, PositionalState, Slot, walk
 from lora_state_format.model.tensors import Digest, Tensor
 from lora_state_format.naming.evidence import head_size
 from lora_state_format.naming.rules import Described
-from lora_state_format.naming.sources import CONFIG, Names, config_of, name_state, resolve, with_weights
+from lora_state_format.naming.sources import CONFIG, Named, Names, config_of, name_state, resolve, with_weights
+from lora_state_format.operations.entries import tensors
 from lora_state_format.operations.report import (
     NOTHING_HELD,
     SCHEMA_VERSION,
+    SOURCES,
     describe_naming,
     describe_support,
     naming_json,
-    tensors,
 )
 from lora_state_format.optimizers import quantised, rounded
 
@@ -34,7 +37,11 @@ if TYPE_CHECKING:
     from lora_state_format.naming.evidence import Evidence, Pairing
     from lora_state_format.registry import Converter, Match, Writer
 
-__all__ = ["ConversionReport", "Names", "belongs", "convert", "read"]
+__all__ = ["ConversionReport", "Found", "Names", "belongs", "convert", "look", "read", "read_either"]
+
+ASKED: Final = {"trainable": ..., "names": ...}
+
+logger = logging.getLogger("lora_state_format")
 
 Progress: TypeAlias = "Callable[[int, int], None]"
 
@@ -65,6 +72,9 @@ class ConversionReport:
     notes: tuple[str, ...]
     warnings: tuple[str, ...]
 
+    def _repr_html_(self) -> str:
+        return notebook.lines(self)
+
     def __str__(self) -> str:
         done = "converted" if self.written else "would convert"
         step = "" if self.global_step is None else f", step {self.global_step}"
@@ -73,7 +83,7 @@ class ConversionReport:
             f"{done} {self.source} ({self.source_format}) to {self.target} ({self.target_format})",
             f"{self.parameters} parameters in groups of {list(self.groups)}{step}",
             f"slots: {slots}; {self.tensors} tensors, {self.bytes:,} bytes",
-            *describe_naming(self.naming),
+            *_naming_lines(self.naming),
         ]
         if self.paired:
             lines.append(f"weights: digests of {self.paired} of {self.parameters} parameters kept with their state")
@@ -88,6 +98,27 @@ class ConversionReport:
         return {"schema_version": SCHEMA_VERSION, **vars(self), "naming": naming, "evidence": evidence}
 
 
+@dataclass(frozen=True)
+class Found:
+    """What a checkpoint holds: its state, named where that is cheap; its format; why it has no names, if so."""
+
+    state: OptimizerState | PositionalState
+    source_format: str
+    unnamed: str = ""
+
+
+@dataclass(frozen=True)
+class _Reading:
+    """How to read a checkpoint: the arguments that ``read``, ``look`` and ``convert`` share."""
+
+    source_format: str | None = None
+    names: Names | None = None
+    rule: str | None = None
+    optimizer: str | None = None
+    options: Mapping[str, Any] | None = None
+    trainable: Sequence[str] = ()
+
+
 def read(
     path: str | os.PathLike[str],
     *,
@@ -96,19 +127,81 @@ def read(
     rule: str | None = None,
     optimizer: str | None = None,
     options: Mapping[str, Any] | None = None,
+    trainable: Sequence[str] = (),
 ) -> OptimizerState:
     """Return the named state in a checkpoint of any known format, lazily: close it, or use it in a ``with`` block.
 
-    ``names`` says which parameter a position means where the checkpoint itself does not; ``rule`` forces one of
-    ``order.RULES``; ``optimizer`` is the optimizer's class path where the file does not say it; ``options`` are those
-    of the converter.
+    Args:
+        path: The checkpoint, a file or a folder.
+        source_format: The converter's name; by default the format is detected.
+        names: Which parameter a position means, where the checkpoint itself does not say it.
+        rule: A grouping rule to force, one of ``order.RULES``.
+        optimizer: The optimizer's class path, where the file does not say it.
+        options: Options of the converter.
+        trainable: Regular expressions. Where names come from a model built from its configs, the parameters that one
+            of them finds are those that were trained, and no others were.
 
-    Raises ``FileNotFoundError``, ``UnknownFormatError``, ``FileError`` for a damaged file, ``MissingNamesError`` and
-    other ``ConversionError`` subclasses where the parameters cannot be named, ``OptionError`` for what does not apply.
+    Raises:
+        FileNotFoundError: Nothing is there.
+        UnknownFormatError: No converter knows the path.
+        FileError: The file is damaged or refused.
+        ConversionError: The parameters cannot be named (``MissingNamesError``), or several orders fit.
+        OptionError: An argument that does not exist or apply.
     """
     converter, match = registry.find(path, source_format)
     registry.check_options(options or {}, converter)
-    return _read(converter, match, Path(path), names, rule, optimizer, options or {})[0]
+    reading = _Reading(source_format, names, rule, optimizer, options, trainable)
+    named = _read(converter, match, Path(path), reading)
+    for skipped in named.skipped:
+        logger.warning("%s", skipped)
+    return named.state
+
+
+def read_either(path: str | os.PathLike[str], **reading: Any) -> OptimizerState:
+    """Return what ``read`` returns; what says how to name parameters is for a state that needs it."""
+    try:
+        return read(path, **{**reading, "names": None, "rule": None, "trainable": ()})
+    except MissingNamesError:
+        return read(path, **reading)
+
+
+def look(
+    path: str | os.PathLike[str],
+    *,
+    source_format: str | None = None,
+    names: Names | None = None,
+    rule: str | None = None,
+    optimizer: str | None = None,
+    options: Mapping[str, Any] | None = None,
+    trainable: Sequence[str] = (),
+) -> Found:
+    """Return the state in a checkpoint, and names for it where they cost nothing.
+
+    No tensor is read, so nothing is weighed; no model is built unless ``names``, ``rule`` or ``trainable`` is given.
+    Takes the arguments of ``read`` and raises what ``read`` raises; what cannot be named stays without names, unless
+    names were asked for.
+    """
+    path = Path(path)
+    reading = _Reading(source_format, names, rule, optimizer, options, trainable)
+    converter, match = registry.find(path, source_format)
+    registry.check_options(options or {}, converter)
+    checkpoint = _checkpoint(converter, match, path, reading)
+    asked = names is not None or rule is not None or bool(trainable)
+
+    def build(folder: Path, adapter: Path | None = None) -> Sequence[Described]:
+        if asked:
+            return _builder(trainable)(folder, adapter)
+        raise MissingNamesError(f"stored by position; `convert` names them by building the model of {folder}")
+
+    try:
+        named = name_state(checkpoint, path, names=names, rule=rule, rebuild=build, weigh=False)
+    except ConversionError as error:
+        if asked:
+            raise
+        reason = str(error).split("\n")[0].removeprefix(f"{path}: ")
+        return Found(checkpoint.state, converter.NAME, f"none: {reason}")
+    _check_trainable(named.state, trainable, path)
+    return Found(named.state, converter.NAME)
 
 
 def convert(
@@ -121,6 +214,7 @@ def convert(
     rule: str | None = None,
     optimizer: str | None = None,
     options: Mapping[str, Any] | None = None,
+    trainable: Sequence[str] = (),
     base: str | os.PathLike[str] | None = None,
     dequantize: bool = False,
     store: Mapping[str, str] | None = None,
@@ -131,9 +225,10 @@ def convert(
     """Convert a checkpoint into a file of named optimizer state, or into another format that can hold it exactly.
 
     Takes the arguments of ``read``; ``options`` may also be those of the target's converter, and ``base`` is a
-    checkpoint of the target's format to take the rest from, where it has one. ``dequantize`` decodes 8-bit and 4-bit
-    moments to float32, so that a run can go on with an ordinary Adam; the report says what that loses. ``store`` rounds
-    slots, as ``{"exp_avg": "BF16"}``, and the report says what that does to Adam's next update. ``force``
+    checkpoint of the target's format to take the rest from, where it has one. A ``target`` with a slash at its end is a
+    folder, in which the file gets its usual name; folders that are missing are made. ``dequantize`` decodes 8-bit and
+    4-bit moments to float32, so that a run can go on with an ordinary Adam; the report says what that loses. ``store``
+    rounds slots, as ``{"exp_avg": "BF16"}``, and the report says what that does to Adam's next update. ``force``
     replaces an existing target; ``dry_run`` does everything but write; ``progress`` is told the bytes of tensors
     written and their total. Where the parameters' own weights were found, their digests are kept, so that loading can
     tell whether weights and state belong together.
@@ -141,27 +236,29 @@ def convert(
     Raises what ``read`` raises, ``DigestError`` for a named source that is damaged, ``TargetExistsError``, and
     ``UnrepresentableError`` for what the target cannot hold.
     """
-    source, target = Path(source), Path(target)
-    if target.is_dir() and target_format == registry.NAMED:
-        raise OptionError(f"{target} is a folder; name the file to write, as in {target / 'optimizer.safetensors'}")
-    refuse_existing(target, force=force)
     writer = registry.writer(target_format)
+    source, target = Path(source), _target(target, writer)
+    refuse_existing(target, force=force)
     converter, match = registry.find(source, source_format)
     options = options or {}
     registry.check_options(options, converter, writer)
-    state, weights = _read(converter, match, source, names, rule, optimizer, options)
-    with state:
+    if base is not None and not Path(base).exists():
+        raise FileNotFoundError(f"{base}: no such file or folder to take the rest from")
+    reading = _Reading(source_format, names, rule, optimizer, options, trainable)
+    named = _read(converter, match, source, reading)
+    with named.state as state:
         if not dry_run and (dequantize or target_format != registry.NAMED):
             _check_digests(state)  # ``writing.write`` does so itself with what it copies
         decoded = quantised.dequantize(state) if dequantize else None
-        state = _paired(decoded.state if decoded else state, weights)
+        state = _paired(decoded.state if decoded else state, named.weights)
         narrowed = rounded.stored(state, store, measure=True) if store else None
         state = narrowed.state if narrowed else state
         sizes = [tensor.size for tensor in tensors(state)]
         digest = None
         if not dry_run:
             given = None if base is None else Path(base)
-            digest = _write(writer, state, target, given, force, options, progress)
+            with made_folders(target):
+                digest = _write(writer, state, target, given, force, options, progress)
         return ConversionReport(
             source=str(source),
             source_format=converter.NAME,
@@ -177,8 +274,8 @@ def convert(
             naming=state.naming,
             paired=sum(parameter.weights is not None for parameter in state.parameters),
             digest=digest,
-            notes=(*([str(decoded)] if decoded else []), *_notes(state), *_error(narrowed)),
-            warnings=tuple(beside_weights(target)),
+            notes=(*([str(decoded)] if decoded else []), *_notes(state, target_format), *_error(narrowed)),
+            warnings=(*named.skipped, *beside_weights(target)),
         )
 
 
@@ -193,33 +290,34 @@ def belongs(path: str | os.PathLike[str], weights: str | os.PathLike[str]) -> tu
 
     path = Path(path)
     checkpoint = with_weights(registry.read(path), Path(weights))
-    with name_state(checkpoint, path, rebuild=rebuild) as state:
-        pairing = paired(state, checkpoint.weights)
+    named = name_state(checkpoint, path, rebuild=rebuild)
+    with named.state as state:
+        pairing = paired(state, named.weights)
         settled = state.naming.rule is None and pairing.matching == len(state)
         compared = pairing.matching + len(pairing.differing) > 0
         head_dim = head_size(config_of(checkpoint, CONFIG) or {})
-        evidence = None if settled else weigh(state, checkpoint.weights, head_dim=head_dim)
+        evidence = None if settled else weigh(state, named.weights, head_dim=head_dim)
         return (pairing if compared else None), evidence
 
 
-def _read(
-    converter: Converter,
-    match: Match,
-    path: Path,
-    names: Names | None,
-    rule: str | None,
-    optimizer: str | None,
-    options: Mapping[str, Any],
-) -> tuple[OptimizerState, Mapping[str, Tensor]]:
+def _read(converter: Converter, match: Match, path: Path, reading: _Reading) -> Named:
     """Return the named state, and the parameters' own weights as far as they were found."""
+    checkpoint = _checkpoint(converter, match, path, reading)
+    named = name_state(checkpoint, path, names=reading.names, rule=reading.rule, rebuild=_builder(reading.trainable))
+    _check_trainable(named.state, reading.trainable, path)
+    return named
+
+
+def _checkpoint(converter: Converter, match: Match, path: Path, reading: _Reading) -> Checkpoint:
+    """Return what the converter reads, with the optimizer's class and the adapter that the caller names."""
+    options, optimizer = reading.options or {}, reading.optimizer
     asks = "optimizer" in registry.options(converter)
     if optimizer is not None and asks:
         options = {"optimizer": optimizer, **options}
     checkpoint = converter.read(match, registry.own_options(options, converter))
     if optimizer is not None and not asks:
         checkpoint = replace(checkpoint, state=_classed(checkpoint.state, optimizer, path))
-    checkpoint = resolve(checkpoint, names)
-    return name_state(checkpoint, path, names=names, rule=rule, rebuild=rebuild), checkpoint.weights
+    return resolve(checkpoint, reading.names)
 
 
 def rebuild(folder: Path, adapter: Path | None = None) -> Sequence[Described]:
@@ -227,6 +325,46 @@ def rebuild(folder: Path, adapter: Path | None = None) -> Sequence[Described]:
     from lora_state_format.torch.rebuild import rebuild
 
     return rebuild(folder, adapter)
+
+
+def _builder(trainable: Sequence[str]) -> Callable[[Path, Path | None], Sequence[Described]]:
+    """Return ``rebuild``, with the parameters that ``trainable`` finds as the only ones that were trained."""
+    if not trainable:
+        return rebuild
+
+    def build(folder: Path, adapter: Path | None = None) -> Sequence[Described]:
+        return only_trainable(rebuild(folder, adapter), trainable)
+
+    return build
+
+
+def only_trainable(described: Sequence[Described], trainable: Sequence[str]) -> list[Described]:
+    """Return the parameters with those as trainable that one of the regular expressions finds, and no others.
+
+    Raises ``OptionError`` for an expression that is not one, or that finds no parameter.
+    """
+    found: set[str] = set()
+    for text in trainable:
+        try:
+            pattern = re.compile(text)
+        except re.error as error:
+            raise OptionError(f"'{text}' is not a regular expression: {error}") from error
+        matching = {item.name for item in described if pattern.search(item.name)}
+        if not matching:
+            raise OptionError(
+                f"'{text}' matches none of the model's {len(described)} parameters; the first is '{described[0].name}'"
+            )
+        found |= matching
+    return [replace(item, trainable=item.name in found) for item in described]
+
+
+def _check_trainable(state: OptimizerState, trainable: Sequence[str], path: Path) -> None:
+    if trainable and state.naming.source != "configs":
+        raise OptionError(
+            f"{path}: which parameters were trained matters only for a model that is built from its configs, and the "
+            f"names come from {SOURCES[state.naming.source]}",
+            remedy=Remedy("leave {trainable} out, or pass {names} with the folder of config.json", ASKED),
+        )
 
 
 def _classed(state: OptimizerState | PositionalState, class_path: str, path: Path) -> OptimizerState | PositionalState:
@@ -243,12 +381,23 @@ def _paired(state: OptimizerState, weights: Mapping[str, Tensor]) -> OptimizerSt
     """Return the state with a digest of each parameter's own bytes, where they are at hand."""
     parameters = []
     for parameter in state.parameters:
-        tensor = weights.get(parameter.foreign_names.get("peft", parameter.name))
+        tensor = weights.get(parameter.name, weights.get(parameter.foreign_names.get("peft", "")))
         if parameter.weights is None and tensor is not None and tensor.shape == parameter.shape:
             digest = Digest(ALGORITHM, tensor.dtype, digests.hash_tensor(tensor))
             parameter = replace(parameter, weights=digest)
         parameters.append(parameter)
     return replace(state, parameters=tuple(parameters))
+
+
+def _target(given: str | os.PathLike[str], writer: Writer) -> Path:
+    """Return the path to write to: in a folder, which a slash at the end stands for, the usual name of a file."""
+    path = Path(given)
+    usual: str | None = getattr(writer, "TARGET", None)
+    if usual is not None and os.fspath(given).endswith(os.sep):
+        return path / usual
+    if usual is not None and path.is_dir():
+        raise OptionError(f"{path} is a folder; name the file to write, as in {path / usual}")
+    return path
 
 
 def _write(
@@ -293,8 +442,16 @@ def _error(narrowed: rounded.Stored | None) -> list[str]:
     return [f"Adam's next update differs by {narrowed.error:.2g} (relative, by norm) for what was rounded"]
 
 
-def _notes(state: OptimizerState) -> list[str]:
+def _naming_lines(naming: Naming) -> list[str]:
+    head, *rest = describe_naming(naming)
+    return [f"names: {head}", *(f"how sure: {line}" for line in rest)]
+
+
+def _notes(state: OptimizerState, target_format: str) -> list[str]:
     notes = []
+    if target_format != registry.NAMED and state.extra:
+        held = ", ".join(map(str, state.extra))
+        notes.append(f"extra ({held}) is not written: only the named format has a place for it")
     if idle := sum(parameter.state is None for parameter in state.parameters):
         notes.append(f"{idle} parameters never took a step; they are kept as such")
     if state.carried:
@@ -306,6 +463,8 @@ def _notes(state: OptimizerState) -> list[str]:
 
 def beside_weights(target: Path) -> list[str]:
     """Return a warning where a file would lie beside a model's weights, or nothing."""
+    if target.suffix != ".safetensors":
+        return []
     for beside in sorted(target.parent.glob("*.safetensors")):
         if beside != target and not envelope.is_state(beside):
             warning = (

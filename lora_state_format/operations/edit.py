@@ -1,7 +1,7 @@
 """Housekeeping: a state in, a changed state out. Nothing is read and nothing is written; ``writing.write`` does that.
 
-Each function says how much it changed, and changing nothing is an ``OptionError``: a pattern with a slip of the pen
-must not look like a job done.
+Each function says how much it changed, and changing nothing is an ``OptionError``: a mistyped pattern must not look
+like a success.
 """
 
 from __future__ import annotations
@@ -67,7 +67,8 @@ def rename(state: OptimizerState, rule: Rename) -> Edited:
             others = {kind: value for kind, value in old.foreign_names.items() if kind != "peft"}
             foreign = others | ({"peft": key[0]} if key else {})
             new = replace(new, adapter=adapter[1] if adapter else None, foreign_names=foreign)
-        parameters.append(new)
+        # The ids of a state dict that is keyed by name were the old names.
+        parameters.append(replace(new, original_id=None) if isinstance(old.original_id, str) else new)
     return Edited(replace(state, parameters=tuple(parameters)), count)
 
 
@@ -119,6 +120,8 @@ def prune(state: OptimizerState, match: str | None = None, *, carried: bool = Fa
         goes = {parameter.name for parameter in state.parameters if matches(parameter)}
         if not goes:
             raise _nothing("", match, state)
+        if len(goes) == len(state):
+            raise OptionError(f"prune: '{match}' matches all {len(state)} parameters, and nothing would be left")
     groups = tuple(
         replace(group, count=sum(parameter.name not in goes for parameter in members))
         for group, members in zip(state.groups, state.members(), strict=True)
@@ -128,7 +131,7 @@ def prune(state: OptimizerState, match: str | None = None, *, carried: bool = Fa
 
 
 def _like(key: str, old: Value, new: Value) -> Value:
-    """Return the new value in the type of the old one, as far as numbers go; ``None`` goes with everything."""
+    """Return the new value in the type of the old one, where both are numbers; ``None`` fits any type."""
     if isinstance(old, Scalar) and isinstance(new, (int, float)):
         with contextlib.suppress(TypeError):
             return Scalar.of(old.dtype, new)

@@ -1,7 +1,7 @@
 """One slot of every parameter as a plain safetensors file: a preconditioner, a Fisher diagonal, a mask.
 
-Only the slot's own bytes are read, and one chunk of them is held at a time. What is computed is computed in float64 and
-rounded once, so that it does not depend on the chunks.
+Only the slot's own bytes are read, and one chunk of them is held at a time. Computations are in float64 and rounded
+once, so that they do not depend on the chunks.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ SQUARES: Final = frozenset({"exp_avg_sq", "max_exp_avg_sq", "square_avg", "sum",
 
 @dataclass(frozen=True)
 class Exported:
-    """What was written. ``without`` are the parameters that have no such slot, and so are not in the file."""
+    """The written file. ``without`` are the parameters that have no such slot, and so are not in the file."""
 
     path: str
     tensors: int
@@ -66,7 +66,7 @@ def export(
     becomes exactly what it multiplies the unbiased ``exp_avg`` by. Computed tensors are F32 (F64 stays F64), others
     keep their bytes.
 
-    Raises ``OptionError`` for a slot, a key or a number that is not there, ``TargetExistsError`` unless ``force``,
+    Raises ``OptionError`` for a missing slot, key or number, ``TargetExistsError`` unless ``force``,
     ``DigestError`` and ``FileError`` for damaged bytes; nothing is left behind then.
     """
     path = Path(path)
@@ -117,13 +117,13 @@ def _key(parameter: Parameter, keys: Keys) -> str:
 
 
 def _correction(parameter: Parameter, slot: str, options: Mapping[str, Value]) -> float:
-    """Return what a moment is divided by to be unbiased."""
+    """Return the divisor that makes a moment unbiased."""
     if slot not in DECAYS:
-        raise OptionError(f"slot '{slot}' is no mean with a known decay; known are: {', '.join(DECAYS)}")
+        raise OptionError(f"slot '{slot}' is not a mean with a known decay; those are: {', '.join(DECAYS)}")
     betas, step = options.get("betas"), _number((parameter.state or {}).get("step"))
     if not isinstance(betas, (tuple, list)) or not step or step <= 0 or "d" in options:
         raise OptionError(
-            f"'{parameter.name}': the bias of '{slot}' is known from its step and its group's betas, which here are "
+            f"'{parameter.name}': correcting the bias of '{slot}' takes its step and its group's betas, which here are "
             f"{step!r} and {betas!r}" + (", in an optimizer that scales its moments by 'd'" if "d" in options else "")
         )
     return float(1.0 - (_number(betas[DECAYS[slot]]) or 0.0) ** step)
@@ -131,7 +131,7 @@ def _correction(parameter: Parameter, slot: str, options: Mapping[str, Value]) -
 
 def _damping(parameter: Parameter, slot: str, options: Mapping[str, Value], eps: float | None) -> float:
     if slot not in SQUARES:
-        raise OptionError(f"slot '{slot}' holds no squares; known are: {', '.join(sorted(SQUARES))}")
+        raise OptionError(f"slot '{slot}' does not hold squares; those that do: {', '.join(sorted(SQUARES))}")
     stated = _number(options.get("eps")) if eps is None else eps
     if stated is None:
         raise OptionError(f"'{parameter.name}': its group has no eps", remedy=Remedy("pass {eps}", {"eps": ...}))
@@ -152,7 +152,7 @@ def _function(where: str, correction: float, damping: float | None) -> Function:
         if damping is None:
             return unbiased
         if (values < 0).any():
-            raise FileError(f"{where} holds a negative number, which is no square")
+            raise FileError(f"{where} holds a negative number, which is not a square")
         with np.errstate(divide="ignore"):
             return 1.0 / (np.sqrt(unbiased) + damping)
 
@@ -163,7 +163,7 @@ def _function(where: str, correction: float, damping: float | None) -> Function:
 
 
 def _converting(source: str, target: str, function: Function) -> Callable[[memoryview], memoryview]:
-    """Return what computes chunks of one dtype from chunks of another."""
+    """Return a function from chunks of one dtype to chunks of another."""
 
     def convert(chunk: memoryview) -> memoryview:
         return function(decoded(chunk, source).astype("f8")).astype(DTYPES[target].numpy).data.cast("B")

@@ -1,1 +1,1 @@
-"""What is known of optimizers, as data: classes, kinds of hyperparameters, roles of slots, quantised moments."""
+"""Facts about optimizers, as data: classes, kinds of hyperparameters, roles of slots, quantised moments."""

@@ -1,4 +1,4 @@
-"""Group options by kind: what each is for, as data."""
+"""Group options by kind, as data."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ __all__ = ["OPTIONS", "Kind", "kind_of"]
 
 
 class Kind(str, Enum):
-    """What a group option is for; it decides whether a file or the live optimizer has the say."""
+    """The purpose of a group option; it decides whether the file's value or the live one is used."""
 
     MATH = "math"
     """Changes what a step computes: as saved. Options that are not listed are of this kind."""
@@ -20,15 +20,22 @@ class Kind(str, Enum):
     """How a step is run on this machine, or what the live group is called: always as it is."""
     STATE = "state"
     """The optimizer's own state, kept in its groups: always from the file."""
+    CLASS = "class"
+    """Tells two update rules apart that share a class: always as it is, and compared as the class is."""
 
 
 OPTIONS: Final[Mapping[str, Kind]] = {
     **dict.fromkeys(("lr", "initial_lr", "max_lr", "min_lr", "base_momentum", "max_momentum", "swa_lr"), Kind.SCHEDULE),
     **dict.fromkeys(("foreach", "fused", "capturable", "differentiable"), Kind.RUNTIME),
+    "decoupled_weight_decay": Kind.CLASS,  # torch's Adam with it is its AdamW
     # what others write into groups about their own parameters: timm and many scripts, torch, LoRA-FA
     **dict.fromkeys(("name", "names", "param_names", "scaling_factors"), Kind.RUNTIME),
     # Prodigy and D-Adaptation
     **dict.fromkeys(("d", "d0", "d_max", "d_hat", "d_numerator", "d_denom", "numerator_weighted", "k"), Kind.STATE),
+    # what optimizers of pytorch_optimizer put into their groups as they go
+    **dict.fromkeys(("step_size", "g0_norm", "gsq_weighted", "sk_sq_weighted", "sk_l1", "d_de_nom"), Kind.STATE),
+    **dict.fromkeys(("prev_param_norm", "prev_grad_norm", "curr_param_norm", "curr_grad_norm"), Kind.STATE),
+    "update_counter": Kind.STATE,
     # apex and pytorch_optimizer count steps by group
     "step": Kind.STATE,
     # schedule-free

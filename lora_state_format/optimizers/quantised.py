@@ -1,10 +1,10 @@
 """Moments kept as codes of blocks: bitsandbytes' 8-bit state, and torchao's 8-bit, 4-bit and fp8 tensors.
 
-Both are kept as they are; ``dequantize`` makes float32 moments of them, which an ordinary Adam can go on with. A value
-is ``map[code] * scale[block]``, as in bitsandbytes' ``functional.py`` (``dequantize_blockwise``) and torchao's
-``optim/quant_utils.py``: exactly what the optimizer itself computes with. What quantising lost is lost.
+Both are kept as they are; ``dequantize`` makes float32 moments of them, with which an ordinary Adam can continue. A
+value is ``map[code] * scale[block]``, as in bitsandbytes' ``functional.py`` (``dequantize_blockwise``) and torchao's
+``optim/quant_utils.py``: exactly the value that the optimizer itself computes with.
 
-torchao's moments are tensors of a class of their own. In a slot tree one stands as a mapping: ``torchao`` (the class),
+torchao's moments are tensors of a class of their own. In a slot tree it is a mapping: ``torchao`` (the class),
 ``dtype`` and ``shape`` of the moment, its ``codes`` and ``scale``, and what else its class keeps.
 """
 
@@ -22,21 +22,21 @@ from lora_state_format.model.tensors import Tensor, contiguous
 if TYPE_CHECKING:
     import numpy as np
 
-__all__ = ["TORCHAO", "Dequantized", "dequantize"]
+__all__ = ["BITSANDBYTES", "TORCHAO", "Dequantized", "bound_of", "decoded", "dequantize"]
 
 TORCHAO: Final = "torchao"
 """The key by which a mapping is known to be a tensor of torchao's."""
 
 BITSANDBYTES: Final = "__bnb_optimizer_quant_state__"
-"""Where bitsandbytes keeps a parameter's state since 0.49.2; before, it stood in the slots themselves."""
+"""Where bitsandbytes keeps a parameter's state since 0.49.2; before, in the slots themselves."""
 
 _FIRST_ONLY: Final = {"Lion": "exp_avg", "SGD": "momentum_buffer", "LARS": "momentum_buffer", "RMSprop": "square_avg"}
-"""What ``state1`` is where there is no ``state2``, by what the class is called."""
+"""Class name -> the meaning of ``state1`` where there is no ``state2``."""
 
 
 @dataclass(frozen=True)
 class Dequantized:
-    """The state in float32, how many moments were decoded, and how far from the truth a value may be.
+    """The state in float32, how many moments were decoded, and the largest error of a value.
 
     ``bound`` is in parts of the largest value of a value's block: half the widest gap between neighbouring codes.
     """
@@ -65,7 +65,7 @@ def dequantize(state: OptimizerState) -> Dequantized:
     for parameter in state.parameters:
         group = groups.get(id(parameter))
         class_path = state.optimizers[group.optimizer].class_path if group else None
-        parameters.append(replace(parameter, state=_parameter(parameter, class_path or "", bounds)))
+        parameters.append(replace(parameter, state=decoded(parameter, class_path or "", bounds)))
     if not bounds:
         raise OptionError("no moment of this state is quantised: there is nothing to decode")
     options = [tuple((k, v) for k, v in g.options if k not in _OF_BITSANDBYTES) for g in state.groups]
@@ -83,7 +83,17 @@ _OF_BITSANDBYTES: Final = frozenset({"alpha", "t_alpha", "t_beta3"})
 """Options of AdEMAMix that bitsandbytes gives to every optimizer's groups."""
 
 
-def _parameter(parameter: Parameter, class_path: str, bounds: list[float]) -> Mapping[str, Value] | None:
+def decoded(parameter: Parameter, class_path: str, bounds: list[float]) -> Mapping[str, Value] | None:
+    """Return a parameter's slots as torch's Adam has them, with float32 moments that are decoded when they are read.
+
+    Args:
+        parameter: As an optimizer of class ``class_path`` keeps it.
+        class_path: Says what ``state1`` is where there is no ``state2``.
+        bounds: Gets for each moment how far a value may be from the truth, in parts of the largest of its block.
+
+    Raises:
+        UnrepresentableError: Codes, scales and shape do not belong together, or no Adam has the moment.
+    """
     if parameter.state is None:
         return None
     inner = parameter.state.get(BITSANDBYTES)
@@ -158,12 +168,15 @@ def _decoded(
         raise UnrepresentableError(
             f"{codes.count} codes with {scale.count} scales for {count} elements in blocks of {block}"
         )
-    bounds.append(_bound(table))
+    bounds.append(bound_of(table))
     return Slot(contiguous("F32", shape, _Decoder(codes, scale, table, block, packed, count * 4)), Role.PARAM)
 
 
-def _bound(table: np.ndarray[Any, Any]) -> float:
-    """Half the widest gap between codes, the ends of the range included, in parts of the largest value."""
+def bound_of(table: np.ndarray[Any, Any]) -> float:
+    """Return how far a coded value may be from the truth, in parts of the largest of its block.
+
+    That is half the widest gap between codes, the ends of the range included.
+    """
     import numpy as np
 
     values = np.sort(table[np.isfinite(table)].astype(np.float64))

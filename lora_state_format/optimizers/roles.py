@@ -1,4 +1,4 @@
-"""What a slot's name says about its axes, as data."""
+"""Roles of slots by their names, as data."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ _ROLES: Final[Mapping[str, Role]] = {
 """What a slot's name says about its axes. Names that different optimizers give to different things are not here."""
 
 _REDUCED: Final = frozenset({"projector", "Q", "GG"})
-"""Slots beside which moments live in another basis or rank: GaLore and APOLLO project them, SOAP rotates them."""
+"""Slots next to which moments are in another basis or rank: GaLore and APOLLO project them, SOAP rotates them."""
 
 
 def role_of(
@@ -44,7 +44,7 @@ def role_of(
 
     ``path`` leads to the tensor inside a parameter's slot tree; ``siblings`` is the dict that holds it; ``options`` are
     those of the parameter's group. bitsandbytes calls its moments ``state1`` and ``state2``: codes of blocks if they
-    are bytes with ``absmax`` beside them, else values; AdEMAMix (three betas) stacks two of them in ``state1``.
+    are bytes with ``absmax`` next to them, else values; AdEMAMix (three betas) stacks two of them in ``state1``.
     torchao's codes and scales are of blocks too.
     """
     name, siblings, options = path[-1], siblings or {}, options or {}

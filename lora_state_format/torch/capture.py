@@ -10,17 +10,18 @@ from __future__ import annotations
 import inspect
 import logging
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Final, Literal, TypeAlias, cast
-from weakref import WeakKeyDictionary
 
 import torch
 
-from lora_state_format.binding.live import LiveGroup, LiveOptimizer, LiveParameter
-from lora_state_format.binding.plan import SCALING
-from lora_state_format.errors import CaptureError, UnrepresentableError
+from lora_state_format.binding.crossing import CLASSES_OF, INNER
+from lora_state_format.binding.live import Layer
+from lora_state_format.binding.loose import OUTSIDE
+from lora_state_format.binding.resizing import SCALING, TOKENS
+from lora_state_format.errors import CaptureError, OptionError, UnrepresentableError
 from lora_state_format.foreign.state_dict import Leaf, Reader
 from lora_state_format.model.digests import ALGORITHM, hash_tensor
 from lora_state_format.model.states import (
@@ -35,21 +36,30 @@ from lora_state_format.model.states import (
     Value,
     walk,
 )
-from lora_state_format.model.tensors import Digest, Tensor
+from lora_state_format.model.tensors import Digest, Tensor, memory_order
 from lora_state_format.naming.names import peft_key, split_adapter
+from lora_state_format.optimizers.classes import CLASSES
+from lora_state_format.torch.carried import kept
 from lora_state_format.torch.fsdp1 import Part, parts_of
-from lora_state_format.torch.objects import outside, unpacked
+from lora_state_format.torch.layers import layer_of
+from lora_state_format.torch.nested import beside, inner, outside, stepping, wrapped
+from lora_state_format.torch.objects import unpacked
 from lora_state_format.torch.tensors import dtype_name, from_torch, is_sharded, refusal, to_host
 from lora_state_format.torch.zero import parts_of_zero, view_of
 
 __all__ = [
-    "CARRIED",
     "Models",
     "Named",
     "Optimizers",
+    "as_leaf",
     "capture",
     "capture_parts",
-    "describe",
+    "class_path",
+    "digest_of",
+    "group_name",
+    "group_options",
+    "grouped",
+    "lineage_of",
     "named_tensors",
     "optimizers_of",
     "sharding",
@@ -60,9 +70,6 @@ logger = logging.getLogger("lora_state_format")
 
 Models: TypeAlias = "torch.nn.Module | Mapping[str, torch.nn.Module]"
 Optimizers: TypeAlias = "torch.optim.Optimizer | Sequence[torch.optim.Optimizer]"
-
-CARRIED: Final[WeakKeyDictionary[torch.optim.Optimizer, tuple[Parameter, ...]]] = WeakKeyDictionary()
-"""State that a load with ``unexpected="carry"`` keeps for the next save, by the first optimizer of the run."""
 
 WRAPPERS: Final[Mapping[str, str]] = {
     "torch._dynamo.eval_frame.OptimizedModule": "_orig_mod",
@@ -90,15 +97,14 @@ class Named:
     """The parameters of a model. ``tensors`` has each once, under its first name; ``tied`` has the other names.
 
     ``names`` has the first names by ``id(tensor)``, ``owners`` the class of the module that has the parameter,
-    ``scaling`` what LoRA layers multiply the products of their parameters with, ``parts`` what FSDP1 has left of those
-    that it has cut up.
+    ``layers`` what adapters' layers say of their parameters, ``parts`` what FSDP1 has left of those that it has cut up.
     """
 
     tensors: dict[str, torch.Tensor]
     tied: dict[str, tuple[str, ...]]
     names: dict[int, str]
     owners: dict[str, type]
-    scaling: dict[str, float]
+    layers: dict[str, Layer]
     parts: dict[str, Part]
 
     def shape(self, name: str) -> tuple[int, ...]:
@@ -117,32 +123,39 @@ def named_tensors(model: Models) -> Named:
     tied: dict[str, tuple[str, ...]] = {}
     names: dict[int, str] = {}
     owners: dict[str, type] = {}
-    scaling: dict[str, float] = {}
+    layers: dict[str, Layer] = {}
     seen: set[str] = set()
-    for name, tensor, owner, scale in _named(model):
+    for name, tensor, owner, layer in _named(model):
         if name in seen:
             raise CaptureError(f"two parameters are called '{name}' once the segments of wrappers are removed")
         seen.add(name)
         first = names.setdefault(id(tensor), name)
         if first == name:
             tensors[name], owners[name] = tensor, owner
-            if scale is not None:
-                scaling[name] = scale
+            if layer is not None:
+                layers[name] = layer
         else:
             tied[first] = (*tied.get(first, ()), name)
     modules = model.values() if isinstance(model, Mapping) else [model]
     cut = (item for module in modules for found in (parts_of(module), parts_of_zero(module)) for item in found.items())
     parts = {names[key]: part for key, part in cut if key in names}
-    return Named(tensors, tied, names, owners, scaling, parts)
+    return Named(tensors, tied, names, owners, layers, parts)
 
 
-def _named(model: Models) -> Iterator[tuple[str, torch.Tensor, type, float | None]]:
+def _named(model: Models) -> Iterator[tuple[str, torch.Tensor, type, Layer | None]]:
     for key, module in model.items() if isinstance(model, Mapping) else [("", model)]:
         places: dict[str, tuple[str, Any]] = {"": (key, module)}
+        configs = _adapter_configs(module)
         for name, tensor in module.named_parameters(remove_duplicate=False):
             head, _, leaf = name.rpartition(".")
             clean, owner = _place(head, places)
-            yield _joined(clean, leaf), tensor, type(owner), _scale(name, places)
+            yield _joined(clean, leaf), tensor, type(owner), _layer(name, tensor, places, configs)
+
+
+def _adapter_configs(module: torch.nn.Module) -> Mapping[str, Any]:
+    """Return the configurations of PEFT's adapters by name, from the first module that has some."""
+    found = (getattr(part, "peft_config", None) for part in module.modules())
+    return next((configs for configs in found if isinstance(configs, Mapping)), {})
 
 
 def _place(path: str, places: dict[str, tuple[str, Any]]) -> tuple[str, Any]:
@@ -155,34 +168,42 @@ def _place(path: str, places: dict[str, tuple[str, Any]]) -> tuple[str, Any]:
     return places[path]
 
 
-def _scale(name: str, places: dict[str, tuple[str, Any]]) -> float | None:
-    """Return what PEFT's LoRA layer around a parameter multiplies with: alpha / r, or as the adapter has it."""
+def _layer(
+    name: str, tensor: torch.Tensor, places: dict[str, tuple[str, Any]], configs: Mapping[str, Any]
+) -> Layer | None:
     parts = split_adapter(name)
-    if parts is None or ".lora_" not in name:
+    if parts is None:
         return None
-    layer = _place(parts[0].rpartition(".")[0], places)[1]
-    scales = getattr(layer, "scaling", None)
-    return float(scales[parts[1]]) if isinstance(scales, dict) and parts[1] in scales else None
+    path, module = _place(parts[0].rpartition(".")[0], places)
+    return layer_of(name, tuple(tensor.shape), module, path, configs)
 
 
 def _joined(*parts: str) -> str:
     return ".".join(part for part in parts if part)
 
 
-def _class_path(kind: type) -> str:
+def class_path(kind: type) -> str:
     return f"{kind.__module__}.{kind.__qualname__}"
 
 
 def _lineage(kind: type) -> tuple[str, ...]:
-    return tuple(_class_path(ancestor) for ancestor in kind.__mro__)
+    return tuple(class_path(ancestor) for ancestor in kind.__mro__)
 
 
 # --- the live side --------------------------------------------------------------------------------------------------
 
 
 def optimizers_of(optimizer: Optimizers) -> tuple[torch.optim.Optimizer, ...]:
-    """Return the optimizers of a run, without the shells that frameworks put around them."""
-    listed = optimizer if isinstance(optimizer, (list, tuple)) else [optimizer]
+    """Return the optimizers of a run, without the shells that frameworks put around them.
+
+    Raises ``OptionError`` for something that is no optimizer.
+    """
+    if isinstance(optimizer, torch.nn.Module) and view_of(optimizer) is None:
+        raise OptionError(
+            f"the first argument is a {type(optimizer).__name__}, which is a model: pass the optimizer first, then the "
+            "model, then the path"
+        )
+    listed = optimizer if isinstance(optimizer, Sequence) else [optimizer]
     return tuple(map(_shelled, listed))
 
 
@@ -206,52 +227,19 @@ def stepper(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
     return cast("torch.optim.Optimizer", getattr(optimizer, "base", optimizer))
 
 
-def describe(optimizer: Optimizers, model: Models) -> LiveOptimizer:
-    """Return the live side of a load. Raises ``CaptureError`` as ``capture`` does."""
-    named, optimizers = named_tensors(model), optimizers_of(optimizer)
-    reader = Reader(as_leaf)
-    groups = [
-        LiveGroup(number, tuple(_options(reader, group)), tuple(names), _group_name(group))
-        for number, group, names in _groups(optimizers, named)
-    ]
-    parameters = {
-        name: LiveParameter(
-            name,
-            named.shape(name),
-            named.dtype(name),
-            tensor.requires_grad,
-            named.tied.get(name, ()),
-            None if is_sharded(tensor) or name in named.parts else _digester(tensor),
-            named.scaling.get(name),
-        )
-        for name, tensor in named.tensors.items()
-    }
-    lineages = tuple(_stepping(type(stepper(found))) for found in optimizers)
-    return LiveOptimizer(tuple(Optimizer(kinds[0]) for kinds in lineages), tuple(groups), parameters, lineages)
-
-
-def _stepping(kind: type) -> tuple[str, ...]:
-    """Return the class and those of its ancestors whose ``step`` it has."""
-    own = inspect.unwrap(kind.step)  # type: ignore[attr-defined]
-    same = [ancestor for ancestor in kind.__mro__ if inspect.unwrap(getattr(ancestor, "step", None) or len) is own]
-    return tuple(_class_path(ancestor) for ancestor in same)
-
-
-def _digester(tensor: torch.Tensor) -> Callable[[], Digest]:
-    return lambda: _digest(tensor)
-
-
-def _digest(tensor: torch.Tensor) -> Digest:
+def digest_of(tensor: torch.Tensor) -> Digest:
+    """Return the digest of a live tensor's bytes."""
     content = _content(tensor)
     return Digest(ALGORITHM, content.dtype, hash_tensor(content))
 
 
-def _groups(
+def grouped(
     optimizers: Sequence[torch.optim.Optimizer], named: Named
 ) -> Iterator[tuple[int, Mapping[str, Any], list[str]]]:
     """Yield each group with the number of its optimizer and its parameters' names."""
     strangers: list[str] = []
     owners: dict[str, int] = {}
+    seen: set[str] = set()
     found = []
     for number, optimizer in enumerate(optimizers):
         for place, group in enumerate(optimizer.param_groups):
@@ -265,6 +253,12 @@ def _groups(
                     raise UnrepresentableError(f"parameter '{name}' is a tensor {reason}")
                 if owners.setdefault(name, number) != number:
                     raise CaptureError(f"parameter '{name}' is in optimizer {owners[name]} and in optimizer {number}")
+                if name in seen:
+                    raise CaptureError(
+                        f"parameter '{name}' is in the optimizer twice, the second time at position {position} of group "
+                        f"{place}: torch takes its step twice then; build the optimizer with each parameter once"
+                    )
+                seen.add(name)
                 names.append(name)
             found.append((number, group, names))
     if strangers:
@@ -278,13 +272,20 @@ def _groups(
     yield from found
 
 
-def _group_name(group: Mapping[str, Any]) -> str | None:
+def lineage_of(kind: type) -> tuple[str, ...]:
+    """Return an optimizer's class and those of its ancestors whose ``step`` it has."""
+    own = inspect.unwrap(kind.step)  # type: ignore[attr-defined]
+    same = [ancestor for ancestor in kind.__mro__ if inspect.unwrap(getattr(ancestor, "step", None) or len) is own]
+    return tuple(map(class_path, same))
+
+
+def group_name(group: Mapping[str, Any]) -> str | None:
     name = group.get("name")
     return name if isinstance(name, str) else None
 
 
-def _options(reader: Reader, group: Mapping[str, Any], where: str | None = None) -> Iterator[tuple[str, Value]]:
-    """Yield a group's options; those that have no form in a file are left out, with a warning that says ``where``."""
+def group_options(reader: Reader, group: Mapping[str, Any], where: str | None = None) -> Iterator[tuple[str, Value]]:
+    """A group's options; those that have no form in a file are left out, with a warning that says ``where``."""
     for key, raw in group.items():
         if key in ("params", "param_names"):
             continue
@@ -382,48 +383,92 @@ def capture_parts(
     reader = Reader(cast("Leaf", partial(as_leaf, copy=copy)))
     groups: list[Group] = []
     parameters: dict[str, Parameter] = {}
-
-    def add(name: str, state: Mapping[torch.Tensor, Mapping[str, Any]], options: Mapping[str, Any]) -> None:
-        tensor, part = named.tensors[name], named.parts.get(name)
-        entry = state.get(tensor) if part is None or part.count else None
-        slots = None if entry is None else _slots(Reader(_leaf(name, part, copy)), name, named, entry, options)
-        parameters[name] = _parameter(name, tensor, named, slots, weights)
-
-    for place, (number, group, names) in enumerate(_groups(optimizers, named)):
-        options = tuple(_options(reader, group, f"group {place}"))
-        groups.append(Group(number, options, len(names), _group_name(group)))
+    for place, (number, group, names) in enumerate(grouped(optimizers, named)):
+        options = tuple(group_options(reader, group, f"group {place}"))
+        groups.append(Group(number, options, len(names), group_name(group)))
         for name in names:
-            add(name, optimizers[number].state, group)
+            parameters[name] = _parameter(optimizers[number], name, named, group, weights, copy)
+    members = tuple(parameters)
     for found in optimizers:
-        for key in found.state:
-            if isinstance(key, torch.Tensor):
-                left = named.names.get(id(key))
-                if left is None:
-                    raise CaptureError(
-                        f"the optimizer keeps state of a tensor of shape {list(key.shape)} that is in none of its "
-                        "groups and not in the model; delete it from optimizer.state"
-                    )
-                if left not in parameters:
-                    add(left, found.state, {})
-        for path, kind in outside(stepper(found)):
-            logger.warning(
-                "%s keeps a %s in its attribute %s, outside its state: it is not saved",
-                type(found).__name__,
-                kind,
-                path,
-            )
-    for parameter in CARRIED.get(optimizers[0], ()):
-        parameters.setdefault(parameter.name, parameter)
+        for name in _groupless(found, named):
+            if name not in parameters:
+                parameters[name] = _parameter(found, name, named, {}, weights, copy)
+    for carried in kept(named.tensors.values(), members):
+        own = parameters.setdefault(carried.name, carried)
+        if own.state is None:  # its parameter came back, and has not taken a step since
+            parameters[carried.name] = replace(own, state=carried.state)
     return OptimizerState(
-        optimizers=tuple(Optimizer(_class_path(type(stepper(found)))) for found in optimizers),
+        optimizers=tuple(Optimizer(class_path(type(stepper(found)))) for found in optimizers),
         groups=tuple(groups),
         parameters=tuple(parameters.values()),
         naming=Naming("model"),
         globals=_globals(reader, optimizers),
-        origin={"format": "torch", "torch": str(torch.__version__), **_scalings(parameters.values(), named)},
+        origin={
+            "format": "torch",
+            "torch": str(torch.__version__),
+            **_scalings(parameters.values(), named),
+            **_origin([*map(stepper, optimizers)], parameters, named),
+        },
         extra=_extra(reader, extra or {}),
         global_step=global_step,
     )
+
+
+def _entry(optimizer: torch.optim.Optimizer, tensor: torch.Tensor) -> Mapping[str, Any] | None:
+    """Return a parameter's slots; those of optimizers inside this one stand under the attribute that holds them."""
+    slots = optimizer.state.get(tensor)
+    nested = {name: entry for name, held in inner(optimizer).items() if (entry := _entry(held, tensor)) is not None}
+    if slots is not None and (taken := nested.keys() & slots.keys()):
+        raise UnrepresentableError(f"the slot '{taken.pop()}' is called like the attribute that holds an optimizer")
+    return None if slots is None and not nested else {**(slots or {}), **nested}
+
+
+def _groupless(optimizer: torch.optim.Optimizer, named: Named) -> Iterator[str]:
+    """Yield the parameters that an optimizer keeps state of; those in no group are carried."""
+    for found in stepping(optimizer):
+        for key in found.state:
+            if not isinstance(key, torch.Tensor):
+                continue
+            if id(key) not in named.names:
+                raise CaptureError(
+                    f"the optimizer keeps state of a tensor of shape {list(key.shape)} that is in none of its groups "
+                    "and not in the model; delete it from optimizer.state"
+                )
+            yield named.names[id(key)]
+
+
+def _origin(
+    optimizers: Sequence[torch.optim.Optimizer], parameters: Mapping[str, Parameter], named: Named
+) -> Mapping[str, Value]:
+    """Return what a load has to know of the optimizers besides their state; warn about what is not saved."""
+    found: dict[str, Value] = {}
+    lineages = {class_path(kind): lineage_of(kind) for kind in map(type, optimizers)}
+    ancestors: dict[str, Value] = {
+        path: list(lineage[1:]) for path, lineage in lineages.items() if path not in CLASSES and len(lineage) > 1
+    }
+    classes: dict[str, Value] = {
+        str(number): {name: class_path(type(value)) for name, value in held.items()}
+        for number, optimizer in enumerate(optimizers)
+        if (held := wrapped(optimizer))
+    }
+    tokens: dict[str, Value] = {
+        name: list(layer.tokens) for name in parameters if (layer := named.layers.get(name)) and layer.tokens
+    }
+    lost: list[Value] = []
+    for optimizer in optimizers:
+        for path, kind in outside(optimizer):
+            title = type(optimizer).__name__
+            lost.append(f"{title}.{path}, a {kind}")
+            logger.warning(
+                "%s keeps a %s in its attribute %s, outside its state: it is not saved, and a load will say so",
+                title,
+                kind,
+                path,
+            )
+    for key, value in ((CLASSES_OF, ancestors), (INNER, classes), (TOKENS, tokens), (OUTSIDE, lost)):
+        if value:
+            found[key] = value
+    return found
 
 
 def weights_of(named: Named, name: str, *, copy: bool = False) -> Tensor:
@@ -435,18 +480,19 @@ def weights_of(named: Named, name: str, *, copy: bool = False) -> Tensor:
 
 
 def _parameter(
-    name: str, tensor: torch.Tensor, named: Named, slots: Mapping[str, Value] | None, weights: bool
+    optimizer: torch.optim.Optimizer, name: str, named: Named, options: Mapping[str, Any], weights: bool, copy: bool
 ) -> Parameter:
-    parts, key = split_adapter(name), peft_key(name)
+    parts, key, tensor, part = split_adapter(name), peft_key(name), named.tensors[name], named.parts.get(name)
+    entry = _entry(optimizer, tensor) if part is None or part.count else None
     return Parameter(
         name=name,
         shape=named.shape(name),
-        state=slots,
+        state=None if entry is None else _slots(Reader(_leaf(name, part, copy)), name, named, entry, options),
         dtype=dtype_name(tensor.dtype),
         adapter=parts[1] if parts else None,
         tied=named.tied.get(name, ()),
         foreign_names={"peft": key[0]} if key else {},
-        weights=_digest(tensor) if weights else None,
+        weights=digest_of(tensor) if weights else None,
     )
 
 
@@ -454,7 +500,8 @@ def _scalings(parameters: Iterable[Parameter], named: Named) -> Mapping[str, Val
     """Return alpha / r by adapter, and by parameter where it differs from that of the adapter's first."""
     found: dict[str, Value] = {}
     for parameter in parameters:
-        scale = named.scaling.get(parameter.name)
+        layer = named.layers.get(parameter.name)
+        scale = layer.scaling if layer else None
         if scale is not None and found.setdefault(str(parameter.adapter), scale) != scale:
             found[parameter.name] = scale
     return {SCALING: found} if found else {}
@@ -481,7 +528,8 @@ def _slots(
 def _fitted(value: Any, shape: tuple[int, ...]) -> Any:
     """Return slots that are called like ones of the parameter's shape, and have another, are opaque."""
     if isinstance(value, Slot):
-        return Slot(value.tensor) if value.role is Role.PARAM and value.tensor.shape != shape else value
+        other = value.role is Role.PARAM and value.tensor.shape != shape
+        return Slot(value.tensor, order=memory_order(value.tensor)) if other else value
     if isinstance(value, Mapping):
         return {key: _fitted(inner, shape) for key, inner in value.items()}
     if isinstance(value, (list, tuple)):
@@ -490,17 +538,27 @@ def _fitted(value: Any, shape: tuple[int, ...]) -> Any:
 
 
 def _globals(reader: Reader, optimizers: Sequence[torch.optim.Optimizer]) -> Mapping[str, Value]:
-    """Return state under keys that are no parameters, as ``state_dict.from_state_dict`` lays it out."""
+    """Return what belongs to no parameter, as ``state_dict.from_state_dict`` lays it out."""
     found: dict[str, Value] = {}
     for number, optimizer in enumerate(optimizers):
-        loose = {
-            key: reader.value(raw, ("state", key))
-            for key, raw in cast("Mapping[Any, Any]", optimizer.state).items()
-            if not isinstance(key, torch.Tensor)
+        own = {
+            **_loose(reader, optimizer),
+            **{key: reader.value(raw, (key,)) for key, raw in beside(optimizer).items()},
         }
-        if loose:
-            found |= {str(number): {"state": loose}} if len(optimizers) > 1 else {"state": loose}
+        if own:
+            found |= {str(number): own} if len(optimizers) > 1 else own
     return found
+
+
+def _loose(reader: Reader, optimizer: torch.optim.Optimizer) -> dict[str, Value]:
+    """Return the state under keys that are no parameters; of optimizers inside under the attribute that holds them."""
+    own = {
+        key: reader.value(raw, ("state", key))
+        for key, raw in cast("Mapping[Any, Any]", optimizer.state).items()
+        if not isinstance(key, torch.Tensor)
+    }
+    nested = {name: found for name, held in inner(optimizer).items() if (found := _loose(reader, held))}
+    return {**({"state": own} if own else {}), **nested}
 
 
 def _extra(reader: Reader, extra: Mapping[str, Any]) -> Mapping[str, Value]:

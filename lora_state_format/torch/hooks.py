@@ -13,12 +13,14 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 
 from lora_state_format.binding import plan as planning
-from lora_state_format.binding.plan import Policies, PolicyArguments
+from lora_state_format.binding.policies import Policies, PolicyArguments
 from lora_state_format.errors import CaptureError, ConversionError
 from lora_state_format.foreign.state_dict import Leaf, from_state_dict
 from lora_state_format.model.states import Naming, OptimizerState, Parameter
-from lora_state_format.torch.apply import apply
-from lora_state_format.torch.capture import Models, as_leaf, describe, named_tensors, optimizers_of
+from lora_state_format.torch.apply import carry_out
+from lora_state_format.torch.capture import Models, as_leaf, grouped, named_tensors, optimizers_of
+from lora_state_format.torch.live import Live, describe
+from lora_state_format.torch.swap import remembered
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -36,11 +38,13 @@ class Following:
     """The hooks of ``follow_names``; ``remove`` takes them off again."""
 
     handles: tuple[Any, ...]
+    optimizer: torch.optim.Optimizer
 
     def remove(self) -> None:
         """Take the hooks off again."""
         for handle in self.handles:
             handle.remove()
+        vars(self.optimizer).pop("load_state_dict", None)
 
 
 def follow_names(
@@ -52,8 +56,8 @@ def follow_names(
 
     One line, before a framework saves or loads, makes its checkpoints independent of the order of parameters and of
     their grouping; the files keep their form, with ``param_names`` in each group, which torch 2.6 and newer knows.
-    A load follows the policies of ``plan.Policies``, is exact (no cast to the parameters' dtype), and is refused with a
-    ``BindError`` before anything changed. A state dict without names is left to torch, with a warning.
+    A load follows the policies of ``binding.policies.Policies``, is exact (no cast to the parameters' dtype), and is
+    refused with a ``BindError`` before anything changed; whatever is raised on the way, the optimizer is then as it was. A state dict without names is left to torch, with a warning.
 
     torch's hooks do it, so they go where those go: ``copy.deepcopy`` and ``pickle`` of an optimizer lose them, and
     inside ``torch.distributed.checkpoint.state_dict``, which goes by names of its own, they do nothing. Raises
@@ -68,11 +72,11 @@ def follow_names(
             "use save_optimizer and load_optimizer"
         )
     asked = Policies(**policies)
-    pending: list[tuple[planning.LoadPlan, list[dict[str, Any]]]] = []
+    pending: list[tuple[planning.LoadPlan, Live, list[dict[str, Any]]]] = []
 
     def put_names(found: torch.optim.Optimizer, state_dict: dict[str, Any]) -> None:
         if not _inside_dcp():
-            names = [group.parameters for group in describe(found, model).groups]
+            names = [names for _, _, names in grouped([found], named_tensors(model))]
             for group, listed in zip(state_dict["param_groups"], names, strict=True):
                 group["param_names"] = list(listed)
 
@@ -87,9 +91,10 @@ def follow_names(
                 "proves; the next one that is saved will have names"
             )
             return None
-        loading = planning.plan(state, describe(found, model), asked)
+        live = describe(found, model)
+        loading = planning.plan(state, live.side, asked)
         loading.check()
-        pending.append((loading, found.param_groups))
+        pending.append((loading, live, found.param_groups))
         # torch goes on with this: nothing that it could cast or mix up. What it replaces is put back behind it.
         numbers = iter(range(sum(len(group["params"]) for group in found.param_groups)))
         groups = [{**group, "params": [next(numbers) for _ in group["params"]]} for group in found.param_groups]
@@ -97,17 +102,26 @@ def follow_names(
 
     def finish(found: torch.optim.Optimizer) -> None:
         if pending:
-            loading, groups = pending.pop()
+            loading, live, groups = pending.pop()
             found.param_groups = groups
-            apply(loading, found, model)
+            carry_out(loading, live)
 
-    return Following(
-        (
-            own.register_state_dict_post_hook(put_names),
-            own.register_load_state_dict_pre_hook(take_names),
-            own.register_load_state_dict_post_hook(finish),
-        )
+    def load_state_dict(*arguments: Any, **options: Any) -> None:
+        """Load as the class does; between its hooks torch empties the optimizer, so put back what it was on failure."""
+        back = remembered(own)
+        try:
+            loader(own, *arguments, **options)
+        except BaseException:
+            back()
+            raise
+
+    handles = (
+        own.register_state_dict_post_hook(put_names),
+        own.register_load_state_dict_pre_hook(take_names),
+        own.register_load_state_dict_post_hook(finish),
     )
+    vars(own)["load_state_dict"] = load_state_dict
+    return Following(handles, own)
 
 
 def _inside_dcp() -> bool:

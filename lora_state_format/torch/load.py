@@ -13,7 +13,17 @@ from typing import TYPE_CHECKING, Any, cast
 from lora_state_format import registry
 from lora_state_format.binding import plan as planning
 from lora_state_format.binding.live import LiveOptimizer, LiveParameter
-from lora_state_format.binding.plan import LoadPlan, Policies, PolicyArguments
+from lora_state_format.binding.plan import LoadPlan
+from lora_state_format.binding.policies import (
+    Dtype,
+    Mismatch,
+    MismatchClass,
+    Missing,
+    Policies,
+    PolicyArguments,
+    Renaming,
+    Unexpected,
+)
 from lora_state_format.errors import ConversionError
 from lora_state_format.format import envelope, reading
 from lora_state_format.model import digests
@@ -21,19 +31,13 @@ from lora_state_format.model.digests import ALGORITHM
 from lora_state_format.model.states import OptimizerState, Parameter, Scalar
 from lora_state_format.model.tensors import Digest, Tensor
 from lora_state_format.naming import order, rules
-from lora_state_format.naming.names import Rename, peft_key
-from lora_state_format.naming.sources import Live, name_state
+from lora_state_format.naming.names import peft_key
+from lora_state_format.naming.sources import Live as LiveNames
+from lora_state_format.naming.sources import name_state
 from lora_state_format.optimizers.rounded import describe_stored
-from lora_state_format.torch.apply import LoadReport, apply
-from lora_state_format.torch.capture import (
-    Models,
-    Optimizers,
-    describe,
-    named_tensors,
-    optimizers_of,
-    sharding,
-    weights_of,
-)
+from lora_state_format.torch.apply import LoadReport, carry_out
+from lora_state_format.torch.capture import Models, Optimizers, sharding, weights_of
+from lora_state_format.torch.live import Live, describe
 from lora_state_format.torch.rebuild import rebuild
 from lora_state_format.torch.tensors import (
     from_torch,
@@ -55,19 +59,20 @@ def load_optimizer(
     model: Models,
     path: str | os.PathLike[str],
     *,
-    missing: planning.Missing = "error",
-    unexpected: planning.Unexpected = "error",
-    mismatch: planning.Mismatch = "error",
-    dtype: planning.Dtype = "saved",
+    missing: Missing = "error",
+    unexpected: Unexpected = "error",
+    mismatch: Mismatch = "error",
+    mismatch_class: MismatchClass = "error",
+    dtype: Dtype = "saved",
     options: Mapping[str, Any] | None = None,
-    rename: Rename | None = None,
+    rename: Renaming | None = None,
     verify: bool = True,
 ) -> LoadReport:
     """Load state into a live optimizer, or several, by the names of the model's parameters: all of it, or nothing.
 
     ``path`` is a file or a set of shards of this format, or any checkpoint that a converter reads. Where that one has
     positions instead of names, the order of the live optimizer says what they mean, with a warning: order alone is no
-    proof. The policies are those of ``plan.Policies``.
+    proof. The policies are those of ``binding.policies.Policies``.
 
     Of a sharded model each rank reads its own part, whatever the placement; call this on every rank. If one fails, all
     do. Digests cover whole tensors, so the ranks share the work of verifying those that they read in parts, and of
@@ -76,11 +81,11 @@ def load_optimizer(
     Raises ``BindError`` that names everything that does not fit, ``DigestError`` and ``FileError`` for damaged bytes,
     ``RankError`` if another rank raised something, and what opening the path raises. The optimizer is then as it was.
     """
-    policies = Policies(missing, unexpected, mismatch, dtype, options or {}, rename)
+    policies = Policies(missing, unexpected, mismatch, dtype, options or {}, rename, mismatch_class)
     if sharding(optimizer, model):
         return _load_together(optimizer, model, Path(path), policies, verify)
-    with _open(Path(path), live := describe(optimizer, model), model) as state:
-        return apply(_planned(state, live, policies), optimizer, model)
+    with _open(Path(path), live := describe(optimizer, model)) as state:
+        return carry_out(_planned(state, live.side, policies), live)
 
 
 def _planned(state: OptimizerState, live: LiveOptimizer, policies: Policies) -> LoadPlan:
@@ -94,21 +99,21 @@ def _load_together(optimizer: Optimizers, model: Models, path: Path, policies: P
     """Load a sharded state: every rank its part, all of them or none."""
     from lora_state_format.torch.distributed import agreement, hashes, verify_share
 
-    named = named_tensors(model)
-    spread = {name for name, tensor in named.tensors.items() if is_sharded(tensor) or name in named.parts}
-    with agreement() as agree, _open(path, live := describe(optimizer, model), model) as state:
+    with agreement() as agree, _open(path, live := describe(optimizer, model)) as state:
+        named = live.named
+        spread = {name for name, tensor in named.tensors.items() if is_sharded(tensor) or name in named.parts}
         agree(False)
         if verify and any(parameter.weights for parameter in state.parameters):
-            found = hashes({name: weights_of(named, name) for name in live.members if name in spread})
-            live = _with_digests(live, found)
-        loading = _planned(state, live, policies)
+            found = hashes({name: weights_of(named, name) for name in live.side.members if name in spread})
+            live = replace(live, side=_with_digests(live.side, found))
+        loading = _planned(state, live.side, policies)
         parts = {
             f"'{b.name}': slot '{'.'.join(map(str, path))}'": slot.tensor
             for b in loading.bindings
             if b.saved and b.name in spread
             for path, slot in b.saved.tensors()
         }
-        for view in optimizers_of(optimizer):
+        for view in live.optimizers:
             if isinstance(view, ZeroView):
                 view.check({id(named.tensors[b.name]): _step(b.saved) for b in loading.bindings if b.name in spread})
         with ThreadPoolExecutor(1) as beside:
@@ -118,7 +123,7 @@ def _load_together(optimizer: Optimizers, model: Models, path: Path, policies: P
                 verifying.result()
                 agree(True)
 
-            return apply(loading, optimizer, model, settle)
+            return carry_out(loading, live, settle)
 
 
 def _step(saved: Parameter | None) -> Any:
@@ -142,31 +147,33 @@ def _with_digests(live: LiveOptimizer, hashes: Mapping[str, str]) -> LiveOptimiz
 def plan(state: OptimizerState, optimizer: Optimizers, model: Models, **policies: Unpack[PolicyArguments]) -> LoadPlan:
     """Return what loading a state into a live optimizer would do; nothing is read or changed.
 
-    The policies are those of ``binding.plan.Policies``.
+    The policies are those of ``binding.policies.Policies``.
     """
-    return planning.plan(state, describe(optimizer, model), Policies(**policies))
+    return planning.plan(state, describe(optimizer, model).side, Policies(**policies))
 
 
-def _open(path: Path, live: LiveOptimizer, model: Models) -> OptimizerState:
+def _open(path: Path, live: Live) -> OptimizerState:
     """Return the named state at a path; positions are named by the live optimizer's order, or the live model."""
     if envelope.is_state(path):
         return reading.open_state(path)
     checkpoint = registry.read(path)
     if isinstance(checkpoint.state, OptimizerState):
         return checkpoint.state
-    named = named_tensors(model)
+    named = live.named
     parameters = [
         rules.Described(
             _beside(p, checkpoint.weights),
             p.requires_grad,
             tuple(kind.__name__ for kind in named.owners[p.name].__mro__[:-1]),
         )
-        for p in live.parameters.values()
+        for p in live.side.parameters.values()
     ]
     own = {name: from_torch(tensor) for name, tensor in named.tensors.items() if refusal(tensor) is None}
     where = "beside it" if checkpoint.weights else "of the live model"
-    groups = [group.parameters for group in live.groups]
-    state = name_state(checkpoint, path, live=Live(parameters, groups, own), rebuild=rebuild)
+    groups = [group.parameters for group in live.side.groups]
+    state, _, skipped = name_state(checkpoint, path, live=LiveNames(parameters, groups, own), rebuild=rebuild)
+    for file in skipped:
+        logger.warning("%s", file)
     details = state.naming.details
     evidence = cast("Mapping[str, str]", details.get("evidence", {}))
     verdict = evidence.get("verdict")
@@ -175,6 +182,8 @@ def _open(path: Path, live: LiveOptimizer, model: Models) -> OptimizerState:
             f"{path}: its parameters do not stand in the order of the live optimizer, say the weights {where}\n"
             "hint: give it names first, with convert(path, 'optimizer.safetensors'), and load that file"
         )
+    if state.naming.rule == "stated":
+        return state
     logger.warning(
         "%s has no names; its %d parameters were named by the order of the live %s. Order alone is no proof: %s of "
         "them could be swapped without a shape that shows it%s",

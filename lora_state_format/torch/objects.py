@@ -6,7 +6,7 @@ Only the classes named here are taken apart, and only they are ever put together
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from importlib import import_module
 from typing import Any, Final
 
@@ -16,7 +16,7 @@ from lora_state_format.errors import MissingDependencyError, UnrepresentableErro
 from lora_state_format.optimizers.quantised import BITSANDBYTES, TORCHAO
 from lora_state_format.torch.tensors import dtype_name, dtype_of
 
-__all__ = ["OBJECT", "flat", "outside", "packed", "unpacked"]
+__all__ = ["OBJECT", "flat", "packed", "unpacked"]
 
 OBJECT: Final = "object"
 """The key by which a mapping is known to be an object; its value is the class."""
@@ -35,13 +35,6 @@ _PROJECTORS: Final = frozenset(
     }
 )
 """Classes whose objects are what their attributes are."""
-
-_BASE: Final = frozenset({"state", "param_groups", "defaults"})
-_REBUILT: Final = frozenset({"name2qmap"})
-"""Attributes that an optimizer's constructor fills alike each time: bitsandbytes' tables of codes."""
-
-_DEPTH: Final = 3
-"""How many containers deep ``outside`` looks into an attribute."""
 
 
 def unpacked(raw: Any) -> Any:
@@ -98,20 +91,3 @@ def flat(slots: Mapping[str, Any], lineage: tuple[str, ...]) -> Mapping[str, Any
     if not isinstance(inner, Mapping) or not any(path.startswith("bitsandbytes.") for path in lineage):
         return slots
     return {**{key: value for key, value in slots.items() if key != BITSANDBYTES}, **inner}
-
-
-def outside(optimizer: torch.optim.Optimizer) -> Iterator[tuple[str, str]]:
-    """Path and kind of what an optimizer keeps in attributes of its own, where no state dict has it."""
-    parameters = {id(p) for group in optimizer.param_groups for p in group["params"]}
-    for name, value in vars(optimizer).items():
-        if name not in _BASE and name not in _REBUILT:
-            yield from _kept(value, name, parameters, _DEPTH)
-
-
-def _kept(value: Any, path: str, parameters: set[int], depth: int) -> Iterator[tuple[str, str]]:
-    if isinstance(value, (torch.Tensor, torch.Generator, torch.optim.Optimizer)):
-        if id(value) not in parameters:
-            yield path, f"{type(value).__module__}.{type(value).__qualname__}"
-    elif depth and isinstance(value, (Mapping, list, tuple)):
-        for key, inner in value.items() if isinstance(value, Mapping) else enumerate(value):
-            yield from _kept(inner, f"{path}.{key}", parameters, depth - 1)

@@ -88,13 +88,13 @@ def rebuild(folder: str | os.PathLike[str], adapter_config: str | os.PathLike[st
         import transformers
     except ImportError as error:
         raise MissingDependencyError(
-            "names from configs need transformers and peft: pip install 'lora_state_format[peft]'"
+            "names from configs need transformers and peft: pip install torch transformers peft"
         ) from error
     members = read_json_object(adapter) if os.path.lexists(adapter) else None
     if not (folder / CONFIG).exists():
         base = (members or {}).get("base_model_name_or_path")
         named = f" of the base model, {base}," if base else ""
-        raise ConversionError(f"{folder}: has no {CONFIG}; put that{named} beside {ADAPTER_CONFIG}")
+        raise ConversionError(f"{folder}: has no {CONFIG}; put that{named} next to {ADAPTER_CONFIG}")
     described = _bare(read_json_object(folder / CONFIG), folder / CONFIG)
     with warnings.catch_warnings(), _replaced(huggingface_hub.constants, "HF_HUB_OFFLINE", True):
         warnings.simplefilter("ignore")

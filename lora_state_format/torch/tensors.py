@@ -22,6 +22,7 @@ __all__ = [
     "DTYPES",
     "dtype_name",
     "dtype_of",
+    "empty",
     "from_torch",
     "is_sharded",
     "read_into",
@@ -101,11 +102,20 @@ def from_torch(tensor: torch.Tensor) -> Tensor:
     return Tensor(dtype, shape, (Piece(source, 0, Box((0,) * len(shape), shape), strides),))
 
 
-def to_torch(tensor: Tensor) -> torch.Tensor:
+def to_torch(tensor: Tensor, order: tuple[int, ...] | None = None) -> torch.Tensor:
     """Return a tensor of its own in CPU memory. Raises ``UnrepresentableError`` for a dtype that torch lacks."""
-    result = torch.empty(tensor.shape, dtype=dtype_of(tensor.dtype))
+    result = empty(tensor.shape, dtype_of(tensor.dtype), torch.device("cpu"), order)
     read_into(tensor, result)
     return result
+
+
+def empty(
+    shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, order: tuple[int, ...] | None = None
+) -> torch.Tensor:
+    """Return an uninitialised tensor whose axes lie in memory in this order, from the slowest to the fastest."""
+    axes = order or tuple(range(len(shape)))
+    back = sorted(range(len(axes)), key=axes.__getitem__)
+    return torch.empty([shape[axis] for axis in axes], dtype=dtype, device=device).permute(back)
 
 
 def to_host(tensor: torch.Tensor) -> torch.Tensor:

@@ -4,8 +4,8 @@
 
 FSDP2 with AdamW; every contender works on the same state in turn, in rotated order, and the ratio of a round is that
 of its own times. Columns: ours / ``dcp.save``; what stands still in a save behind the run / a copy of the rank's share,
-for ours and for ``dcp.async_save``; ours / ``dcp.load``, without and with verifying; bytes read / share for both; rank 0's
-``torch.save`` of a full state dict / ``dcp.save``; and by how much a rank's memory grows in a save, in MiB.
+for ours and for ``dcp.async_save``; ours / ``dcp.load``, without and with verifying; bytes read / share for both;
+rank 0's ``torch.save`` of a full state dict / ``dcp.save``; and by how much a rank's memory grows in a save, in MiB.
 ``docs/scale.md`` has the figures.
 """
 
@@ -98,7 +98,7 @@ def measure(folder: Path, megabytes: int, rounds: int) -> None:
         action()
         total = torch.tensor([taken() - before])
         dist.all_reduce(total)
-        return int(total) / (share * world)
+        return float(total) / float(share * world)
 
     contenders: dict[str, Callable[[], float]] = {
         "save": lambda: timed(lambda: save_optimizer(optimizer, model, ours)),

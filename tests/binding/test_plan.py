@@ -11,8 +11,9 @@ from typing import Any
 import pytest
 
 from lora_state_format.binding import plan as planning
-from lora_state_format.binding.live import LiveGroup, LiveOptimizer, LiveParameter
-from lora_state_format.binding.plan import LoadPlan, Policies
+from lora_state_format.binding.live import Layer, LiveGroup, LiveOptimizer, LiveParameter
+from lora_state_format.binding.plan import LoadPlan
+from lora_state_format.binding.policies import Policies
 from lora_state_format.errors import BindError, OptionError
 from lora_state_format.model.sources import Memory
 from lora_state_format.model.states import (
@@ -87,12 +88,24 @@ def live(
         ),
         parameters={
             name: LiveParameter(
-                name, (shapes or {}).get(name, (2, 3)), dtype, name not in frozen, (tied or {}).get(name, ())
+                name,
+                shape := (shapes or {}).get(name, (2, 3)),
+                dtype,
+                name not in frozen,
+                (tied or {}).get(name, ()),
+                layer=lora_layer(name, shape),
             )
             for name in every
         },
         lineages=((class_path,),),
     )
+
+
+def lora_layer(name: str, shape: tuple[int, ...]) -> Layer | None:
+    """What PEFT's layers say of a factor's rank."""
+    if ".lora_A" in name:
+        return Layer(fold=(-1, *shape[1:]))
+    return Layer(fold=(shape[0], -1)) if ".lora_B" in name else None
 
 
 def refused(made: LoadPlan) -> str:
@@ -335,20 +348,26 @@ def test_another_shape_of_one_parameter() -> None:
         "optimizer state does not fit: 2 parameters saved, 2 in the optimizer\n"
         "  of another shape (1):\n"
         "    a  [2, 3] in the model, [4, 4] in the file\n"
-        "hint: mismatch='resize' cuts and pads the moments, for weights that were cut and padded alike; "
-        "mismatch='fresh' lets these parameters start without state"
+        "hint: mismatch='fresh' lets these parameters start without state"
+    )
+    assert refused(plan(state([parameter("a", (4, 4))]), live(["a"]), mismatch="resize")) == (
+        "optimizer state does not fit: 1 parameter saved, 1 in the optimizer\n"
+        "  parameters that cannot be resized (1):\n"
+        "    a  the file has no digest of its weights, and no layer that changes its shape is known\n"
+        "hint: mismatch='fresh' lets these parameters start without state"
     )
 
 
 def test_slots_that_cannot_be_resized() -> None:
     slots = {"exp_avg": slot((4, 3)), "row": slot((4,), role=Role.ROW), "mask": slot((4, 3)), "qmap": slot((256,))}
-    saved = state([parameter("a", (4, 3), state={"step": 1, "exp_avg_sq": slot((4, 3)), **slots})])
-    assert refused(plan(saved, live(["a"]), mismatch="resize")) == (
+    a = "m.lora_A.default.weight"
+    saved = state([parameter(a, (4, 3), state={"step": 1, "exp_avg_sq": slot((4, 3)), **slots})])
+    assert refused(plan(saved, live([a]), mismatch="resize")) == (
         "optimizer state does not fit: 1 parameter saved, 1 in the optimizer\n"
         "  slots that cannot be resized (3):\n"
-        "    a  row [4] of role row\n"
-        "    a  mask [4, 3] of role param\n"
-        "    a  qmap [256] of role param\n"
+        f"    {a}  row [4] of role row\n"
+        f"    {a}  mask [4, 3] of role param\n"
+        f"    {a}  qmap [256] of role param\n"
         "hint: resized are slots of role param by these names: exp_avg, exp_avg_sq, exp_inf, grad_avg, "
         "max_exp_avg_sq, momentum_buffer, square_avg, sum"
     )
@@ -367,8 +386,10 @@ def test_float32_moments_beside_bfloat16_parameters() -> None:
     made = plan(saved, live(["a", "b"], dtype="BF16"), dtype="param")
     made.check()
     assert [binding.dtype for binding in made.bindings] == ["BF16", "BF16"]
-    plan(saved, live(["a", "b"], dtype="BF16", class_path="transformers.optimization.Adafactor")).check()
-    plan(saved, live(["a", "b"], dtype="BF16", class_path="someone.elses.Optimizer")).check()
+    adafactor, other = "transformers.optimization.Adafactor", "someone.elses.Optimizer"
+    for path in (adafactor, other):
+        own = replace(saved, optimizers=(Optimizer(path),))
+        plan(own, live(["a", "b"], dtype="BF16", class_path=path)).check()
 
 
 def test_a_fused_kernel_takes_no_other_dtype_in_any_slot() -> None:
@@ -391,22 +412,26 @@ def test_a_slot_that_the_step_needs_and_the_file_lacks() -> None:
     momentum = state([parameter("a", state={"momentum_buffer": slot((2, 3))})], optimizers=(Optimizer(None),))
     assert refused(plan(momentum, live(["a"]))) == (
         "optimizer state does not fit: 1 parameter saved, 1 in the optimizer\n"
-        "  AdamW needs the slot 'step', which the file does not have for 1 parameter\n"
-        "  AdamW needs the slot 'exp_avg', which the file does not have for 1 parameter\n"
-        "  AdamW needs the slot 'exp_avg_sq', which the file does not have for 1 parameter\n"
-        "hint: the file was written from a class that the file does not state"
+        f"  written by a class that the file does not state, and the optimizer is {ADAMW}:\n"
+        "    AdamW never reads momentum_buffer\n"
+        "    AdamW keeps step, exp_avg, exp_avg_sq, which the file does not have\n"
+        "hint: mismatch_class='fresh' lets the parameters whose state does not serve start without state\n"
+        "hint: if it is the same class, say so: convert(path, 'optimizer.safetensors', optimizer=CLASS)"
     )
 
 
 def test_an_optimizer_with_one_state_for_all_parameters_takes_it_back_in_order_only() -> None:
     lbfgs = "torch.optim.lbfgs.LBFGS"
     saved = state([parameter("a", state={"d": slot((18,), role=Role.OPAQUE)}), parameter("b", state=None)])
+    saved = replace(saved, optimizers=(Optimizer(lbfgs),))
     plan(saved, live(["a", "b"], class_path=lbfgs)).check()
     assert refused(plan(saved, live(["b", "a"], class_path=lbfgs))) == (
         "optimizer state does not fit: 2 parameters saved, 2 in the optimizer\n"
         "  LBFGS keeps one state for all its parameters in their order; the saved order differs from position 0 on\n"
         "hint: build torch.optim.lbfgs.LBFGS over the parameters in the saved order"
     )
+    fewer = plan(saved, live(["a"], class_path=lbfgs), unexpected="ignore")
+    assert [problem.kind for problem in fewer.problems] == ["order"]
 
 
 # --- groups ---------------------------------------------------------------------------------------------------------
@@ -429,7 +454,7 @@ def test_what_each_kind_of_option_does() -> None:
     made.check()
     assert made.options == ({"lr": 5e-4, "betas": (0.8, 0.9), "d_max": 0.5},)
     assert made.notes == ("the live groups have no option lr_mult: what the file says of it was left out",)
-    assert {kind_of(key) for key in OPTIONS} == {Kind.SCHEDULE, Kind.RUNTIME, Kind.STATE}
+    assert {kind_of(key) for key in OPTIONS} == {Kind.SCHEDULE, Kind.RUNTIME, Kind.STATE, Kind.CLASS}
     assert kind_of("betas") is Kind.MATH
 
 
@@ -489,7 +514,7 @@ def test_empty_groups_correspond_where_all_groups_do_and_others_stay_live() -> N
     assert [dict(o).get("lr") for o in plan(saved, live(["b"], [], ["a"])).options] == [1e-3, None, 1e-3]
     fresh = plan(saved, live(["a", "b"], ["c"]), missing="fresh", options={"lr": 0.25})
     fresh.check()
-    assert [dict(o).get("lr") for o in fresh.options] == [0.25, None]
+    assert [dict(o).get("lr") for o in fresh.options] == [0.25, 0.25]
 
 
 def test_tensor_valued_options_compare_by_value() -> None:
@@ -506,6 +531,7 @@ def test_a_learning_rate_of_zero_is_pointed_out() -> None:
     made.check()
     assert str(made) == (
         "fits: 1/1 parameters would be restored\n"
+        "lr 0.001 -> 0.0 from the file\n"
         "lr is 0.0 in the file, as at the end of a schedule, and so it is now in group 0: options={'lr': 'current'} "
         "would keep the live value, options={'lr': 1e-4} set another"
     )
@@ -546,10 +572,13 @@ def test_a_load_that_would_restore_nothing_is_refused() -> None:
 
 
 def test_all_policies_together() -> None:
-    saved = state([parameter("old.a"), parameter("old.b", (4, 3)), parameter("old.gone"), parameter("old.c", (4, 3))])
+    b, c = "b.lora_A.default.weight", "c.lora_A.default.weight"
+    saved = state(
+        [parameter("old.a"), parameter(f"old.{b}", (4, 3)), parameter("old.gone"), parameter(f"old.{c}", (4, 3))]
+    )
     made = plan(
         saved,
-        live(["c", "new", "a", "b"], dtype="BF16"),
+        live([c, "new", "a", b], dtype="BF16"),
         missing="fresh",
         unexpected="carry",
         mismatch="resize",
@@ -558,15 +587,16 @@ def test_all_policies_together() -> None:
         rename=[("^old.", "")],
     )
     made.check()
-    assert {b.name: (b.saved and b.saved.name, b.dtype, b.resize) for b in made.bindings} == {
-        "c": ("old.c", "BF16", True),
-        "new": (None, "BF16", False),
+    assert {x.name: (x.saved and x.saved.name, x.dtype, x.resize is not None) for x in made.bindings} == {
+        c: (f"old.{c}", "BF16", True),
+        "new": (None, None, False),
         "a": ("old.a", "BF16", False),
-        "b": ("old.b", "BF16", True),
+        b: (f"old.{b}", "BF16", True),
     }
     assert made.options == ({"lr": 0.5, "eps": 1e-8, "weight_decay": 0.01},)
-    assert [p.name for p in made.carried] == ["old.gone"]
+    assert [p.name for p in made.carried] == ["gone"]
     assert str(made) == (
         "fits: 3/4 parameters would be restored, 1 carried\n"
+        "lr 0.001 -> 0.5 as options= says\n"
         "the moments of 2 parameters are cut and padded, which is right only if the weights were cut and padded alike"
     )

@@ -68,9 +68,9 @@ def assert_holds() -> Callable[[OptimizerState, Mapping[str, Mapping[str, Any]]]
 def zero(tmp_path_factory: pytest.TempPathFactory, run_ranks: RunRanks) -> Callable[[int, str], Path]:
     """The folder of a DeepSpeed run's checkpoint, by ranks and case; what the run held lies beside it."""
     root = tmp_path_factory.mktemp("zero")
-    two = "1-bf16,2-bf16-robin,2-fp32-frozen,3-bf16-next,3-bf16-sub,1-bf16-accum-flat,2-bf16-elastic"
+    two = "1-bf16,2-bf16,2-bf16-robin,2-fp32-frozen,3-bf16-next,3-bf16-sub,1-bf16-accum-flat,2-bf16-elastic"
     run_ranks("deepspeed_run", root / "2", 2, two)
-    run_ranks("deepspeed_run", root / "3", 3, "1-bf16,2-bf16-robin,3-bf16-sub")
+    run_ranks("deepspeed_run", root / "3", 3, "1-bf16,2-bf16,2-bf16-robin,3-bf16-sub")
     return lambda ranks, case: root / str(ranks) / case
 
 

@@ -12,7 +12,7 @@ import torch
 from lora_state_format import registry
 from lora_state_format.errors import AmbiguousFormatError, UnknownFormatError
 from lora_state_format.foreign.dcp import write_folder
-from lora_state_format.operations.report import NOTHING_HELD, describe
+from lora_state_format.operations.report import NOTHING_HELD, summary
 
 
 def layout(path: Path, *files: str) -> Path:
@@ -75,7 +75,8 @@ def test_moments_that_are_not_in_the_file_are_said_not_to_be(tmp_path: Path) -> 
     """What layerwise GaLore and LOMO leave: a dummy parameter, or none of the moments."""
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1e-3)
     torch.save(optimizer.state_dict(), tmp_path / "optimizer.pt")
-    assert NOTHING_HELD in list(describe(registry.read(tmp_path / "optimizer.pt", "torch_optimizer").state))
+    facts = summary(registry.read(tmp_path / "optimizer.pt", "torch_optimizer").state).facts
+    assert ("note", NOTHING_HELD) in facts
 
 
 def test_detection_imports_no_framework(tmp_path: Path) -> None:

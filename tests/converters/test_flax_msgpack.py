@@ -98,9 +98,12 @@ BAD: dict[str, tuple[Any, str]] = {
     ),
     "less than none": (
         {"0": payload([-1], "float32", b"1234")},
-        "an array with a dimension that is no size, at byte 9",
+        "an array with a dimension that is not a natural number, at byte 9",
     ),
-    "a float": ({"0": payload([1.0], "float32", b"1234")}, "an array with a dimension that is no size, at byte 17"),
+    "a float": (
+        {"0": payload([1.0], "float32", b"1234")},
+        "an array with a dimension that is not a natural number, at byte 17",
+    ),
     "objects": (
         {"0": payload([1], "object", b"1234")},
         "an array of type 'object' at byte 15: safetensors has no such type",
@@ -143,13 +146,13 @@ BAD: dict[str, tuple[Any, str]] = {
     ),
     "a chunk too deep": (
         {flax.CHUNKED: True, "shape": {"0": -6}, "chunks": {"0": ndarray(np.zeros(5, np.float32))}},
-        "an array in chunks with a dimension that is no size, at byte 84",
+        "an array in chunks with a dimension that is not a natural number, at byte 84",
     ),
     "deep": (b"\x81\xa10" * 70, "nested deeper than 64 levels, at byte 195"),
     "half a pair": (b"\x92\x91\xa1a", "ends 1 bytes before the end of what it announces, at byte 4"),
     "a stream of others": (
         msgpack.packb((["a"], msgpack.packb(1))) + b"\x91\x01",
-        "no pair of a path and a value, as the stream has them, at byte 8",
+        "an entry of the stream that is not a pair of a path and a value, at byte 8",
     ),
     "a value that is longer": (
         b"\x92\x91\xa1a\xc4\x02\x01",
@@ -158,9 +161,9 @@ BAD: dict[str, tuple[Any, str]] = {
     "a path twice": (msgpack.packb((["a"], msgpack.packb(1))) * 2, "the path a twice, at byte 14"),
     "a path through a leaf": (
         msgpack.packb((["a"], msgpack.packb(1))) + msgpack.packb((["a", "b"], msgpack.packb(1))),
-        "a path through 'a', which is no map, at byte 16",
+        "a path through 'a', which is not a map, at byte 16",
     ),
-    "a path of numbers": (msgpack.packb(([1], msgpack.packb(1))), "a path with a key that is no text, at byte 3"),
+    "a path of numbers": (msgpack.packb(([1], msgpack.packb(1))), "a path with a key that is not text, at byte 3"),
 }
 
 
@@ -204,7 +207,7 @@ ODD: dict[str, tuple[Any, str]] = {
         {"count": MOMENT, "hyperparams": {}, "hyperparams_states": {}, "inner_state": adam()},
         "count is an array of type F32 and shape [2, 3], where one number was expected",
     ),
-    "what nobody knows": (adam() | {"1": {"ema": {}}}, "1 holds ema: no state of optax that is known"),
+    "what nobody knows": (adam() | {"1": {"ema": {}}}, "1 holds ema: not a known state of optax"),
     "half accumulated": (
         {"mini_step": COUNT, "gradient_step": COUNT, "inner_opt_state": adam(), "acc_grads": {}, "skip_state": {}},
         ("mini_step is 3: gradients are half accumulated, which no other framework keeps with the state; save it after "
@@ -255,11 +258,11 @@ def test_what_the_caller_has_to_say(tmp_path: Path) -> None:
         (
             {"optimizer": "torch.optim.LBFGS"},
             (
-                "'torch.optim.LBFGS' is no rule that converts between frameworks; these are: adam, adamw, "
+                "'torch.optim.LBFGS' is not a rule that converts between frameworks; those that do: adam, adamw, "
                 "adam_uncorrected, adamw_uncorrected, adamax, sgd, lion, adagrad, adadelta, rmsprop, adafactor"
             ),
         ),
-        ({"optimizer": "adam", "betas": ["x"]}, "betas=['x'] is no number, nor several"),
+        ({"optimizer": "adam", "betas": ["x"]}, "betas=['x'] must be a number or a sequence of numbers"),
         ({"optimizer": "adam", "momentum": 0.9}, "adam has no option 'momentum'; it has: lr, betas, eps, weight_decay"),
     ):
         with pytest.raises(OptionError) as caught:
@@ -272,7 +275,7 @@ def test_what_the_caller_has_to_say(tmp_path: Path) -> None:
         f"{rms}: torch.optim.rmsprop.RMSprop counts its steps, and the file does not; pass the number as "
         "options={'step': ...}"
     )
-    with pytest.raises(OptionError, match=r"^step='x' is no number of steps$"):
+    with pytest.raises(OptionError, match=r"^step='x' must be a whole number, 0 or more$"):
         read(rms, optimizer="rmsprop", step="x")
     assert read(rms, optimizer="rmsprop", step=7)["w"]["step"] == Scalar("F32", np.float32(7).tobytes())
 
@@ -421,7 +424,7 @@ def test_what_optax_has_no_place_for(tmp_path: Path) -> None:
         (
             state_of(Parameter("a", (2,), moments(Scalar("F32", np.float32("nan").tobytes())))),
             UnrepresentableError,
-            "'a' took nan steps, which is no number of steps",
+            "'a' took nan steps, which is not a whole number of steps",
         ),
         (
             state_of(Parameter("b", (2,), None)),
@@ -640,7 +643,7 @@ def test_refused_optimizers(tmp_path: Path) -> None:
         (optax.contrib.schedule_free_adamw, "the root is the state of schedule_free, which does not convert: "),
         (lambda lr: optax.rmsprop(lr, momentum=0.9), "0 and 2 both hold state of 'a.k': a rule of two parts "),
         (lambda lr: optax.flatten(optax.adam(lr)), "0/mu is an array of type F32 and shape [36], where a tree of the "),
-        (lambda lr: optax.chain(optax.ema(0.9), optax.sgd(lr)), "0 holds count, ema: no state of optax that is known"),
+        (lambda lr: optax.chain(optax.ema(0.9), optax.sgd(lr)), "0 holds count, ema: not a known state of optax"),
         (optax.sgd, "holds no parameter's state: its optimizer keeps none, or it is not of optax"),
     ):
         path.write_bytes(to_bytes(trained(make)[2]))
@@ -690,7 +693,7 @@ def test_factors_of_adafactor_are_named_by_the_parameters_shape(tmp_path: Path) 
                 read(alone, optimizer="adafactor")
             small, large = sorted(shape)
             assert str(caught.value) == (
-                f"{alone}: 'w' has factors of {small} and {large} elements, which does not say which axis is which: "
+                f"{alone}: 'w' has factors of {small} and {large} elements, which do not tell its axes apart; "
                 "convert a file that has the parameters too (a TrainState)"
             )
 

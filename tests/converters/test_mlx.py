@@ -174,7 +174,7 @@ def test_the_adapter_beside_it_says_the_names(tmp_path: Path) -> None:
     written(tmp_path / "0000100_adapter.safetensors", {"other": MOMENT})
     with pytest.raises(FileError) as caught:
         read(path, **CORRECTED)
-    assert str(caught.value) == f"{path}: 'w.m' is state of 'w', which the adapter beside it does not have"
+    assert str(caught.value) == f"{path}: 'w.m' is state of 'w', which the adapter next to it does not have"
     written(tmp_path / "0000100_adapter.safetensors", {"w": MOMENT.T.copy()})
     with pytest.raises(FileError) as caught:
         read(path, **CORRECTED)
@@ -245,7 +245,7 @@ def test_what_mlx_has_no_place_for(tmp_path: Path) -> None:
             state(Group(0, (("lr", 0.1),), 1)),
             {"map": "mlx_lm"},
             ConversionError,
-            "'p0' of shape [2] has no rule in map 'mlx_lm' to go back by",
+            "'p0' of shape [2] has no rule in map 'mlx_lm' for the way back",
         ),
         (
             state(Group(0, (("lr", 0.1), ("maximize", True)), 1)),
@@ -263,7 +263,7 @@ def test_what_mlx_has_no_place_for(tmp_path: Path) -> None:
             state(Group(0, (("lr", 0.1), ("eps", 1e-8)), 1), Group(0, (("lr", 0.1), ("eps", 1e-6)), 1)),
             {},
             UnrepresentableError,
-            "groups differ in eps (1e-08, 1e-06), and the target has one eps for all: say which with --option eps=...",
+            "groups differ in eps (1e-08, 1e-06), and the target has one for all; pass it as options={'eps': ...}",
         ),
         (
             replace(state(Group(0, (("lr", 0.1),), 1)), globals={"k": 3}),
@@ -298,8 +298,9 @@ def test_what_mlx_has_no_place_for(tmp_path: Path) -> None:
     with pytest.raises(OptionError) as unnamed:
         mlx.write(sgd, target, base=None, force=False, options={})
     assert str(unnamed.value) == (
-        "the names and axes of the state are not those of mlx: say whose it has to have with --map "
-        f"({', '.join(layout.name for layout in MAPS)}, or a file), or --map none to keep them as they are"
+        "the names and axes of the state are not those of mlx; maps are known for "
+        f"{', '.join(layout.name for layout in MAPS)}; pass one, a file, or 'none' to keep the names, as "
+        "options={'map': ...}"
     )
     assert not target.exists()
     mlx.write(sgd, target, base=None, force=False, options={"map": "none", "step": 7})

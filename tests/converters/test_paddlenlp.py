@@ -175,7 +175,7 @@ def test_what_is_refused(tmp_path: Path) -> None:
             adam(),
             {"weight_map": None},
             RefusedError,
-            "no weight_map: written with ignore_merge_optimizer, each rank's part by itself: save a merged one",
+            "has no weight_map: written with ignore_merge_optimizer, each rank's part by itself; save a merged one",
         ),
         (
             adam(),

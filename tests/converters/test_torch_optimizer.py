@@ -16,8 +16,8 @@ from safetensors.torch import load_file, save_file
 import lora_state_format as lsf
 from lora_state_format import registry
 from lora_state_format.errors import (
+    ConversionError,
     FileError,
-    MissingNamesError,
     OptionError,
     RefusedError,
     TargetExistsError,
@@ -169,7 +169,6 @@ def test_sharded_weights_and_versions_beside_it(tmp_path: Path, model: torch.nn.
     assert all(checkpoint.weights[key].torch().equal(weights[key]) for key in NAMES)
     assert checkpoint.state.origin == {"format": "torch_optimizer", "transformers": "4.49.0"}
     assert checkpoint.state.global_step == 7
-    assert len(checkpoint.state.resources) == 3
 
 
 @pytest.mark.parametrize(
@@ -189,14 +188,16 @@ def test_sharded_weights_and_versions_beside_it(tmp_path: Path, model: torch.nn.
         ("model.safetensors", "x", "1 bytes: too short for a safetensors file [R1]"),
     ],
 )
-def test_a_damaged_neighbour_is_named(
+def test_a_damaged_neighbour_is_named_and_skipped(
     tmp_path: Path, model: torch.nn.Module, name: str, text: str, message: str
 ) -> None:
-    torch.save(trained(model).state_dict(), tmp_path / "optimizer.pt")
+    torch.save({"optimizer": trained(model).state_dict(), "net": model.state_dict()}, tmp_path / "optimizer.pt")
     (tmp_path / name).write_text(text)
-    with pytest.raises(FileError) as caught:
-        registry.read(tmp_path, converter.NAME)
-    assert str(caught.value) == f"{tmp_path / name}: {message}"
+    (tmp_path / "out").mkdir()
+    report = lsf.convert(tmp_path, tmp_path / "out" / "x.safetensors")
+    assert report.warnings == (f"{tmp_path / name}: {message}; it was skipped",)
+    with lsf.open_state(tmp_path / "out" / "x.safetensors") as state:
+        assert list(state) == NAMES
 
 
 @pytest.mark.parametrize(
@@ -415,13 +416,25 @@ def test_other_peoples_checkpoints_convert_exactly(folder: Path, tmp_path: Path)
         assert all(stepped[i].keys() == theirs["state"][i].keys() for i in stepped)
 
 
+TOLD = [WILD / name for name in ("broken-zip", "composer-momentum-none")]
+"""One that cannot be read, and one whose names are in the file."""
+
+
+@pytest.mark.parametrize("folder", [path for path in NAMED if path.name != "t5-adafactor"], ids=lambda p: str(p.name))
+def test_other_peoples_checkpoints_name_themselves(folder: Path) -> None:
+    """By the adapter, the model or the state dict next to the state, with nothing else given."""
+    with lsf.read(optimizer_file(folder)) as state:
+        called = [parameter.foreign_names.get("peft", parameter.name) for parameter in state.values()]
+        assert called == json.loads((folder / "names.json").read_text())["names"]
+
+
 @pytest.mark.parametrize(
     "folder",
-    sorted(path for path in WILD.glob("*") if path.is_dir() and path not in NAMED and path.name != "broken-zip"),
+    sorted(path for path in WILD.glob("*") if path.is_dir() and path not in (*NAMED, *TOLD)),
     ids=lambda folder: str(folder.name),
 )
 def test_other_peoples_checkpoints_without_names_ask_for_them(folder: Path, tmp_path: Path) -> None:
-    with pytest.raises(MissingNamesError):
+    with pytest.raises(ConversionError):
         lsf.convert(optimizer_file(folder), tmp_path / "x.safetensors")
     state = positional(registry.read(optimizer_file(folder), converter.NAME))
     assert state.ids

@@ -4,16 +4,20 @@ import argparse
 import collections
 import contextlib
 import datetime as dt
+import enum
+import functools
 import importlib.util
 import io
 import json
 import pathlib
 import pickle
+import pickletools
 import random
 import struct
 import subprocess
 import sys
 import time
+import types
 import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -26,9 +30,10 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from lora_state_format.errors import FileError
+from lora_state_format.errors import FileError, UnrepresentableError
 from lora_state_format.foreign import pickles
-from lora_state_format.foreign.pickles import Global, NumpyScalar, Pickled, Record
+from lora_state_format.foreign.pickles import Foreign, Global, NumpyScalar, Pickled, Record
+from lora_state_format.foreign.state_dict import find, from_state_dict
 from lora_state_format.foreign.zips import Archive
 from lora_state_format.model.sources import File, Memory, Range
 from lora_state_format.model.tensors import Tensor
@@ -205,25 +210,42 @@ def test_numpy_arrays_are_records_that_array_turns_into_tensors(protocol: int) -
         assert pickles.array(read(array, pickle_protocol=protocol).value) is None
 
 
+class DataKind(enum.Enum):
+    IMAGE = "image"
+
+
 def test_other_objects_are_inert() -> None:
     saved = {
         "namespace": argparse.Namespace(lr=0.1),
         "path": pathlib.PurePosixPath("a/b"),
         "date": dt.date(2020, 1, 2),
         "default": collections.defaultdict(list, {1: [2]}),
+        "deque": collections.deque([1, 2]),
+        "range": range(3),
+        "partial": functools.partial(torch.optim.AdamW, lr=1),
+        "loss": torch.nn.BCELoss(),
+        "function": torch.nn.functional.binary_cross_entropy,
+        "optimizer": torch.optim.AdamW,
+        "space": types.SimpleNamespace(a=1),
+        "enum": DataKind.IMAGE,
         "dtype": torch.float32,
         "device": torch.device("cuda:1"),
         "class": argparse.Namespace,
     }
     found = read(saved).value
-    assert (found["namespace"].name, found["namespace"].state) == ("Namespace", {"lr": 0.1})
-    assert (found["path"].name, "/".join(found["path"].args)) == ("PurePosixPath", "a/b")
-    assert found["date"].name == "date"
+    assert found.keys() == saved.keys()
     assert found["default"] == {1: [2]}
     assert str(found["dtype"]) == "torch.float32"
     assert (found["device"].name, found["device"].args) == ("device", ("cuda", 1))
-    assert type(found["class"]) is Global
-    assert str(found["class"]) == "argparse.Namespace"
+    named = {"function": "torch.nn.functional.binary_cross_entropy", "optimizer": "torch.optim.adamw.AdamW"}
+    for key, name in {**named, "class": "argparse.Namespace"}.items():
+        assert type(found[key]) is Global
+        assert str(found[key]) == name
+    objects = [("namespace", "argparse", "Namespace"), ("date", "datetime", "date"), ("deque", "collections", "deque")]
+    objects += [("range", "__builtin__", "xrange"), ("loss", "torch.nn.modules.loss", "BCELoss")]
+    for key, module, name in objects:
+        assert type(found[key]) is Foreign
+        assert (found[key].module, found[key].name) == (module, name)
 
 
 def test_what_python_2_pickled() -> None:
@@ -356,7 +378,7 @@ def find_inert(value: Any) -> bool:
         return any(find_inert(key) or find_inert(inner) for key, inner in value.items())
     if isinstance(value, (list, tuple)):
         return any(map(find_inert, value))
-    return isinstance(value, (Record, Global, NumpyScalar))
+    return isinstance(value, (Record, Foreign, Global, NumpyScalar))
 
 
 # --- hostile files ------------------------------------------------------------------------------------------------
@@ -375,6 +397,92 @@ def test_a_hostile_file_meets_its_one_error(name: str, tmp_path: Path, monkeypat
     assert type(caught.value) is case.error
     assert str(caught.value) == f"{path}: {case.detail}"
     assert not (tmp_path / hostile.CANARY).exists()
+
+
+@pytest.mark.parametrize("name", hostile.HARMLESS)
+def test_what_only_looks_dangerous_is_read_past(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The optimizer next to it is read exactly, nothing is run, and time is bounded."""
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / "optimizer.pt"
+    path.write_bytes(hostile.HARMLESS[name]())
+    start = time.process_time()
+    with File(path) as file:
+        ((found),) = find(pickles.load(file).value)
+        assert from_state_dict(found).entries[0]["exp_avg"].tensor.shape == (4,)  # type: ignore[union-attr]
+    assert time.process_time() - start < 5
+    assert not (tmp_path / hostile.CANARY).exists()
+
+
+def test_a_foreign_object_in_the_state_is_refused_by_name() -> None:
+    tree = {"state": {0: {"projector": argparse.Namespace(a=1)}}, "param_groups": [{"params": [0], "lr": 1}]}
+    with pytest.raises(UnrepresentableError) as caught:
+        from_state_dict(read(tree).value)
+    assert str(caught.value) == (
+        "state.0.projector is an object of class argparse.Namespace, which has no form in a state"
+    )
+
+
+CONJUGATES = {
+    "conj": torch.tensor([1 + 2j, 3 - 4j]).conj(),
+    "neg": torch.tensor([1 + 2j, 3 - 4j]).conj().imag,
+}
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+@pytest.mark.parametrize("name", CONJUGATES)
+def test_a_tensor_that_is_yet_to_be_conjugated_or_negated_is_refused(name: str, zipped: bool) -> None:
+    """torch keeps that as a bit: the bytes are not its values."""
+    tree = {"state": {0: {"exp_avg": CONJUGATES[name]}}, "param_groups": [{"params": [0]}]}
+    found = read(tree, _use_new_zipfile_serialization=zipped).value
+    with pytest.raises(UnrepresentableError) as caught:
+        from_state_dict(found)
+    assert str(caught.value) == (
+        "state.0.exp_avg is an object of class torch.Tensor that is to be conjugated or negated, which has no form in "
+        "a state"
+    )
+
+
+ARRAYS = {
+    "C": np.arange(27.0).reshape(3, 3, 3),
+    "F": np.asfortranarray(np.arange(27.0).reshape(3, 3, 3)),
+    "T": np.arange(9.0).reshape(3, 3).T,
+    "K": np.arange(27.0).reshape(3, 3, 3).transpose(1, 0, 2),
+    "K of other sizes": np.arange(24.0).reshape(2, 3, 4).transpose(1, 0, 2),
+    "K the other way": np.arange(24.0).reshape(2, 3, 4).transpose(2, 0, 1),
+    "reversed": np.arange(9.0).reshape(3, 3)[::-1],
+    "bool": np.arange(9.0).reshape(3, 3) > 3,
+}
+
+
+@pytest.mark.parametrize("protocol", [2, 4, 5])
+@pytest.mark.parametrize("name", ARRAYS)
+def test_numpy_arrays_of_every_order(name: str, protocol: int) -> None:
+    found = pickles.array(read({"x": ARRAYS[name]}, pickle_protocol=protocol).value["x"])
+    assert found is not None
+    assert as_torch(found).equal(torch.from_numpy(ARRAYS[name].copy()))
+
+
+class DeviceTensor:
+    """Pickles as torch pickles a tensor of XLA or DirectML (``Tensor._reduce_ex_internal``)."""
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self.tensor = tensor
+
+    def __reduce__(self) -> tuple[Any, tuple[Any, ...]]:
+        import torch._utils
+
+        plain = self.tensor.float() if self.tensor.dtype is torch.bfloat16 else self.tensor
+        return torch._utils._rebuild_device_tensor_from_numpy, (plain.numpy(), self.tensor.dtype, "cpu", False)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.int64])
+def test_tensors_of_devices_that_come_as_numpy_arrays(dtype: torch.dtype) -> None:
+    tensor = torch.randn(3, 4).mul(100).to(dtype)
+    buffer = io.BytesIO()
+    torch.save({"x": DeviceTensor(tensor)}, buffer)
+    buffer.seek(0)
+    assert torch.load(buffer, weights_only=False)["x"].equal(tensor)  # torch itself reads it so
+    assert as_torch(pickles.load(Memory(buffer.getvalue())).value["x"]).equal(tensor)
 
 
 def test_the_corpus_would_run_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -434,7 +542,7 @@ def test_damaged_files_are_read_or_refused(zipped: bool) -> None:
         accepted(bytes(data))
 
 
-FRAGMENTS = [bytes([code]) for code in pickles.OPCODES] + [
+FRAGMENTS = [opcode.code.encode("latin-1") for opcode in pickletools.opcodes] + [
     b"K\0", b"h\0", b"h\1", b"q\0", b"j\0\0\0\0", b"\x8c\1x", b"\x8a\1\5", hostile.storage(), hostile.tensor(), b"tR",
     b"ctorch._utils\n_rebuild_tensor_v3\n", b"ctorch\nfloat32\n", b"ctorch._tensor\n_rebuild_from_type_v2\n",
     b"ccollections\nOrderedDict\n", b"cbuiltins\nset\n", b"c_codecs\nencode\n", b"cnumpy\ndtype\n",

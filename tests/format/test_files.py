@@ -381,7 +381,7 @@ def test_text_that_is_none(path: Path) -> None:
     state = OptimizerState((Optimizer("a.\ud800"),), (), (), Naming("model"))
     with pytest.raises(UnrepresentableError) as caught:
         write(state, path)
-    assert str(caught.value) == "the state holds a string with a lone surrogate, which is no text"
+    assert str(caught.value) == "the state holds a string with a lone surrogate, which UTF-8 cannot encode"
 
 
 # --- sources ------------------------------------------------------------------------------------------------------
@@ -612,12 +612,12 @@ SET_MESSAGES: Final = {
     "index-of-a-model": "not the index of a set of named optimizer state [R25]",
     "index-shard-missing": "shard 2 of 2 is missing: 'x' [R25]",
     "index-shard-elsewhere": 'shards holds \'{"digest":"3625f3d986790b7bb8d3dab377f8b62f","file":"../x"}\', expected a '
-    "digest and the name of a file beside it [R25]",
+    "digest and the name of a file next to it [R25]",
     "index-shard-digest": "'optimizer-090b9495-00002-of-00002.safetensors' has the digest "
     "3625f3d986790b7bb8d3dab377f8b62f, not 00000000000000000000000000000000 [R25]",
-    "index-weight-map-short": "weight_map or total_size does not say what the shards hold [R25]",
+    "index-weight-map-short": "weight_map or total_size does not match the shards [R25]",
     "set-position-taken": "shard 2 puts 'c' at position 1 [R26]",
-    "set-name-twice": "the name 'a' stands for two parameters [R26]",
+    "set-name-twice": "two parameters have the name 'a' [R26]",
 }
 
 

@@ -213,18 +213,18 @@ SLOT: Final = Slot(contiguous("F32", (2,), Memory(bytes(8))), Role.PARAM)
 @pytest.mark.parametrize(
     ("value", "message"),
     [
-        ({1, 2}, "the place holds a builtins.set, which the format has no form for"),
-        ({"a": [1, {"b": np.float64(1)}]}, "the place: a.1.b holds a numpy.float64, which the format has no form for"),
-        (Pair(1, 2), f"the place holds a {__name__}.Pair, which the format has no form for"),
-        ([Text("a")], f"the place: 0 holds a {__name__}.Text, which the format has no form for"),
-        (1j, "the place holds a builtins.complex, which the format has no form for"),
-        (bytearray(1), "the place holds a builtins.bytearray, which the format has no form for"),
-        (["\ud800"], "the place: 0 holds a string with a lone surrogate, which the format has no form for"),
-        ({"\ud800": 1}, "the place holds a string with a lone surrogate, which the format has no form for"),
-        (10**1000, "the place holds an integer of more than 1000 digits, which the format has no form for"),
-        ({b"k": 1}, "the place holds the key b'k', which the format has no form for"),
-        ({(1, (2, b"k")): 1}, "the place holds the key (1, (2, b'k')), which the format has no form for"),
-        ({"a": SLOT}, "the place: a holds a tensor, which the format has no form for"),
+        ({1, 2}, "the place holds a builtins.set, which the format cannot hold"),
+        ({"a": [1, {"b": np.float64(1)}]}, "the place: a.1.b holds a numpy.float64, which the format cannot hold"),
+        (Pair(1, 2), f"the place holds a {__name__}.Pair, which the format cannot hold"),
+        ([Text("a")], f"the place: 0 holds a {__name__}.Text, which the format cannot hold"),
+        (1j, "the place holds a builtins.complex, which the format cannot hold"),
+        (bytearray(1), "the place holds a builtins.bytearray, which the format cannot hold"),
+        (["\ud800"], "the place: 0 holds a string with a lone surrogate, which the format cannot hold"),
+        ({"\ud800": 1}, "the place holds a string with a lone surrogate, which the format cannot hold"),
+        (10**1000, "the place holds an integer of more than 1000 digits, which the format cannot hold"),
+        ({b"k": 1}, "the place holds the key b'k', which the format cannot hold"),
+        ({(1, (2, b"k")): 1}, "the place holds the key (1, (2, b'k')), which the format cannot hold"),
+        ({"a": SLOT}, "the place: a holds a tensor, which the format cannot hold"),
     ],
     ids=range(12),
 )
@@ -240,7 +240,7 @@ def test_nesting() -> None:
         value = {"a": (value,)} if isinstance(value, int) else [value]
     with pytest.raises(UnrepresentableError) as caught:
         encode_value([value], "x", None)
-    assert str(caught.value).endswith("holds values nested deeper than 16 levels, which the format has no form for")
+    assert str(caught.value).endswith("holds values nested deeper than 16 levels, which the format cannot hold")
     deep: Any = 1
     for _ in range(16):
         deep = {0: deep}
@@ -344,18 +344,21 @@ def test_tensors_stand_by_parameter_and_label() -> None:
     [
         (state(parameter("")), "parameters[0] has the name '': empty, or with '$' in front [R14]"),
         (state(parameter("$w")), "parameters[0] has the name '$w': empty, or with '$' in front [R14]"),
-        (state(parameter(tied=("w",))), "the name 'w' stands for two parameters [R14]"),
+        (state(parameter(tied=("w",))), "two parameters have the name 'w' [R14]"),
         (state(parameter(shape=(-2,))), "parameters[0].shape is [-2], expected natural numbers [R12]"),
         (state(parameter(shape=(np.int64(2),))),
          'parameters[0].shape is ["np.int64(2)"], expected natural numbers [R12]'),
-        (state(parameter(dtype="float32")), "parameters[0].dtype is \"float32\", which is no dtype [R12]"),
+        (
+            state(parameter(dtype="float32")),
+            'parameters[0].dtype is "float32", which is not a dtype of the format [R12]',
+        ),
         (state(parameter(adapter=1)), "parameters[0].adapter is 1, expected a string [R12]"),
         (state(parameter(original_id=-1)),
          "parameters[0].id is -1, expected a natural number [R12]"),
         (state(parameter(shape=(3,))),
          "tensor 'w/m' has shape [2], which role 'param' does not allow for a parameter of shape [3] [R18]"),
         (state(parameter(state={"m": Slot(contiguous("F32", (), Memory(bytes(4))))})),
-         "tensor 'w/m' has no axis: it had to be a $scalar [R18]"),
+         "tensor 'w/m' has no axes: it must be a $scalar [R18]"),
         (state(parameter(), groups=(Group(1, (), 1),)), "groups[0] belongs to optimizer 1, of 1 [R15]"),
         (state(parameter(), groups=(Group(0, (), 2),)), "the groups count 2 parameters, the manifest lists 1 [R15]"),
         (state(parameter(), groups=(Group(0, (("lr", 1), ("lr", 2)), 1),)),
@@ -365,9 +368,9 @@ def test_tensors_stand_by_parameter_and_label() -> None:
          "weights.values holds [\"F32\", \"abc\"], expected null or a dtype and a digest [R19]"),
         (state(parameter(), extensions={"a": {}}), "extension 'a' does not say whether it must be understood [R13]"),
         (state(parameter(), extensions={"a": {"must_understand": True}}),
-         "extension 'a' must be understood, and is not known here [R13]"),
+         "extension 'a' must be understood, and this package does not know it [R13]"),
         (state(parameter(), optimizers=(Optimizer(), Optimizer()), groups=(Group(1, (), 1), Group(0, (), 0))),
-         "groups[1] of optimizer 0 stands behind one of a later optimizer [R15]"),
+         "groups[1] of optimizer 0 follows a group of a later optimizer [R15]"),
     ],
     ids=range(18),
 )  # fmt: skip
@@ -381,18 +384,18 @@ def test_a_state_that_breaks_a_rule_is_not_written(broken: OptimizerState, messa
 @pytest.mark.parametrize(
     ("broken", "message"),
     [
-        (state(parameter("\ud800")), "parameter '\\ud800' holds a lone surrogate, which is no text"),
+        (state(parameter("\ud800")), "parameter '\\ud800' has a name with a lone surrogate, which UTF-8 cannot encode"),
         (
             state(parameter(state={"x": {1}})),
-            "the state of 'w': x holds a builtins.set, which the format has no form for",
+            "the state of 'w': x holds a builtins.set, which the format cannot hold",
         ),
         (
             state(parameter(), groups=(Group(0, (("lr", SLOT),), 1),)),
-            "option 'lr' of group 0 holds a tensor, which the format has no form for",
+            "option 'lr' of group 0 holds a tensor, which the format cannot hold",
         ),
         (
             state(parameter(), extra={"a": SLOT}),
-            "extra: a holds a tensor, which the format has no form for",
+            "extra: a holds a tensor, which the format cannot hold",
         ),
         (
             state(parameter("a", weights=Digest("x", "F32", "00")), parameter("b", weights=Digest("y", "F32", "00"))),
@@ -448,17 +451,17 @@ MESSAGES: Final = {
     "member-group-options-single": 'groups[0].options holds ["lr"], expected pairs of a name and a value [R12]',
     "member-parameter-shape-float": "parameters[1].shape is [2.0], expected natural numbers [R12]",
     "member-parameter-shape-too-many-axes": "parameters[1].shape has 65 axes, more than 64 [R12]",
-    "member-parameter-dtype": 'parameters[1].dtype is "float32", which is no dtype [R12]',
+    "member-parameter-dtype": 'parameters[1].dtype is "float32", which is not a dtype of the format [R12]',
     "member-parameter-tied-number": "parameters[1].tied is [1], expected strings [R12]",
     "member-parameter-keys": 'parameters[1].keys is {"peft": 1}, expected strings [R12]',
     "member-parameter-id-tuple": 'parameters[1].id is {"$tuple": []}, expected an integer or a string [R12]',
     "extension-undecided": "extension 'org.example' does not say whether it must be understood [R13]",
-    "extension-unknown": "extension 'org.example' must be understood, and is not known here [R13]",
+    "extension-unknown": "extension 'org.example' must be understood, and this package does not know it [R13]",
     "name-dollar": "parameters[0] has the name '$globals': empty, or with '$' in front [R14]",
-    "name-tied-twice": "the name 'x' stands for two parameters [R14]",
+    "name-tied-twice": "two parameters have the name 'x' [R14]",
     "group-count": "the groups count 2 parameters, the manifest lists 1 [R15]",
     "group-optimizer": "groups[0] belongs to optimizer 1, of 1 [R15]",
-    "group-order": "groups[1] of optimizer 0 stands behind one of a later optimizer [R15]",
+    "group-order": "groups[1] of optimizer 0 follows a group of a later optimizer [R15]",
     "group-option-twice": "groups[0].options names an option twice [R15]",
     "state-beyond-the-table": "parameters[0].state is 1, the table holds 1 [R16]",
     "globals-tuple": 'manifest.globals is {"$tuple": []}, expected a mapping with string keys [R16]',
@@ -466,20 +469,22 @@ MESSAGES: Final = {
     "label-twice": "states[0] has a label twice [R17]",
     "tensor-not-in-the-header": "tensor 'w/b' is in the manifest, not in the header [R17]",
     "tensor-not-in-the-manifest": "tensor 'w/momentum' is in the header, not in the manifest [R17]",
-    "role-without-axes": "tensor 'w/m' has no axis: it had to be a $scalar [R18]",
+    "role-without-axes": "tensor 'w/m' has no axes: it must be a $scalar [R18]",
     "role-row": "tensor 'w/m' has shape [3], which role 'row' does not allow for a parameter of shape [2, 3] [R18]",
     "weights-count": "2 weights digests for 1 parameters [R19]",
     "weights-odd": 'weights.values holds ["F32", "abc"], expected null or a dtype and a digest [R19]',
     "digests-count": "2 digests for 1 tensors [R20]",
     "digests-long": "digests.values are not all digests by 'xxh3-128' [R20]",
     "value-large-integer": "manifest.extra holds the integer 9007199254740992 as a number [R22]",
-    "value-unknown-tag": 'manifest.extra holds {"$complex": [1, 2]}, which is no typed value [R22]',
+    "value-unknown-tag": 'manifest.extra holds {"$complex": [1, 2]}, which is not a typed value [R22]',
     "value-tag-and-member": 'manifest.extra holds an object with the members ["$tuple", "a"] [R22]',
     "value-dict-single": "manifest.extra holds $dict with [1], expected pairs [R22]",
     "value-dict-key-bytes": 'manifest.extra holds $dict with the key {"$bytes": "00"} [R22]',
     "value-dict-twice-by-value": "manifest.extra holds $dict with the key 1.0 twice [R22]",
     "value-tensor-option": "groups[0].options 'lr' holds the tensor \"momentum\" [R22]",
-    "value-tensor-role": 'states[0] holds {"$tensor": "momentum", "role": "parameter"}, which is no typed value [R22]',
+    "value-tensor-role": (
+        'states[0] holds {"$tensor": "momentum", "role": "parameter"}, which is not a typed value [R22]'
+    ),
     "shard-id": 'set.id is "abc", expected 32 hex digits [R23]',
     "shard-index-beyond": "set.index is 3, of 2 shards [R23]",
     "shard-positions-count": "set.positions has 2 different naturals for 1 parameters [R23]",

@@ -121,24 +121,28 @@ def numbers(*shape: int) -> Tensor:
 def a_state(chance: random.Random | None = None, root: Path = Path("/")) -> OptimizerState:
     """A state that every format can hold; with ``chance`` some of its names are hostile."""
 
-    rate = chance.choice((0.02, 0.1, 0.3)) if chance is not None else 0.0
+    aim = chance.choice(("anything", "slot", "slot", "name", "optimizer", "option", "extra")) if chance else ""
+    rate = chance.choice((0.02, 0.1, 0.3)) if chance else 0.0
 
-    def text(value: str) -> str:
-        return hostile(chance, root) if chance is not None and chance.random() < rate else value
+    def text(value: str, what: str) -> str:
+        aimed = 0.5 if aim == what else rate if aim == "anything" else 0.0
+        return hostile(chance, root) if chance and chance.random() < aimed else value
 
-    several = chance is not None and chance.random() < 0.3
+    several = chance is not None and (aim == "optimizer" or chance.random() < 0.2)
+    shared = {slot: text(slot, "slot") for slot in SLOTS}
+    if aim == "slot":  # all else has to be in order, or a format refuses before it comes to this
+        shared["master_param"] = "master_param"
     parameters = []
     for name in NAMES:
-        slots: dict[str, Value] = {}
-        for slot in SLOTS:
-            slots[text(slot) if slot != "step" else slot] = (
-                Scalar.of("F32", 5.0) if slot == "step" else Slot(numbers(2, 2), Role.PARAM)
-            )
-        parameters.append(Parameter(text(name) or "w0", (2, 2), slots, "F32"))
-    options: tuple[tuple[str, Value], ...] = (("lr", 1e-3), ("betas", (0.9, 0.999)), ("eps", 1e-8), (text("k"), 0.0))
-    optimizers = (Optimizer("torch.optim.adamw.AdamW", text("a")), Optimizer("torch.optim.adamw.AdamW", text("b")))
+        called = {slot: text(slot, "slot") for slot in SLOTS} if aim == "anything" else shared
+        slots: dict[str, Value] = {"step": Scalar.of("F32", 5.0)}
+        slots |= {called[slot]: Slot(numbers(2, 2), Role.PARAM) for slot in SLOTS if slot != "step"}
+        parameters.append(Parameter(text(name, "name") or "w0", (2, 2), slots, "F32"))
+    last = text("k", "option")
+    options: tuple[tuple[str, Value], ...] = (("lr", 1e-3), ("betas", (0.9, 0.999)), ("eps", 1e-8), (last, 0.0))
+    optimizers = tuple(Optimizer("torch.optim.adamw.AdamW", text(name, "optimizer")) for name in ("a", "b"))
     groups = (Group(0, options, 1), Group(1, options, 2)) if several else (Group(0, options, 3),)
-    extra = {text("note"): text("x")} if chance is not None else {}
+    extra = {text("note", "extra"): text("x", "extra")} if chance is not None else {}
     return OptimizerState(
         optimizers[: 1 + several], groups, tuple(parameters), Naming("model"), extra=extra, global_step=1
     )
@@ -269,7 +273,7 @@ def from_zip(folder: Path, chance: random.Random, root: Path) -> Path:
     path = folder / "agent.zip"
     with zipfile.ZipFile(path, "w") as archive:
         for _ in range(2):
-            name = hostile(chance, root).replace("\0", "").encode("utf-8", "replace").decode()[:200]
+            name = hostile(chance, root).replace("\0", "").encode("utf-8", "replace").decode()[:200] or "x"
             archive.writestr(
                 f"{name}{chance.choice(('', 'optimizer.pth'))}", genuine(root, "torch_optimizer").read_bytes()
             )
@@ -447,14 +451,14 @@ def problems(box: Sandbox, before: dict[str, str], listed: set[str], lives: bool
                     yield f"a link in the target: {name!r}"
 
 
-def attempt(box: Sandbox, chance: random.Random, counts: Counter[str]) -> list[str]:
+def attempt(box: Sandbox, chance: random.Random, counts: Counter[str], kinds: Sequence[str]) -> list[str]:
     """One input: the problems that were found."""
     box.clear()
     box.watch.seen.clear()
     before = snapshot(box.root, box.source.parent)
     listed: set[str] = {"source"}
     found: list[str] = []
-    kind = chance.choice((*SOURCES, *(("state",) * 6)))
+    kind = chance.choice(kinds)
     state: OptimizerState | None = None
     try:
         if kind == "state":
@@ -501,17 +505,20 @@ def attempt(box: Sandbox, chance: random.Random, counts: Counter[str]) -> list[s
 
 
 def run(
-    *, seed: int = 0, first: int = 0, count: int | None = None, seconds: float | None = None
+    kinds: Sequence[str], *, seed: int = 0, first: int = 0, count: int | None = None, seconds: float | None = None
 ) -> tuple[Counter[str], int]:
     """Try inputs ``first``, ``first + 1``, ...; return what became of them, and how many had findings."""
     counts: Counter[str] = Counter()
     findings = 0
     stop = None if seconds is None else time.monotonic() + seconds
     with tempfile.TemporaryDirectory() as folder:
-        box = Sandbox(Path(os.path.realpath(folder)))
+        # so deep that no number of steps up leads out of the temporary folder
+        root = Path(os.path.realpath(folder), *map(str, range(20)))
+        root.mkdir(parents=True)
+        box = Sandbox(root)
         number = first
         while number - first != count and (stop is None or time.monotonic() < stop):
-            found = attempt(box, random.Random(f"escapes {seed} {number}"), counts)
+            found = attempt(box, random.Random(f"escapes {seed} {number}"), counts, kinds)
             for problem in found[:3]:
                 print(f"--- --seed {seed} --first {number} --count 1\n{problem}", flush=True)
             findings += bool(found)
@@ -522,13 +529,15 @@ def run(
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Try names that lead out of a folder on every reader and writer.")
+    parser.add_argument("kinds", nargs="*", help=f"what to poison, of {', '.join(SOURCES)} and state; all by default")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--first", type=int, default=0, help="number of the first input")
     parser.add_argument("--count", type=int, help="inputs")
     parser.add_argument("--seconds", type=float, help="time")
     given = parser.parse_args(arguments)
     start = time.monotonic()
-    counts, findings = run(seed=given.seed, first=given.first, count=given.count, seconds=given.seconds)
+    kinds = given.kinds or (*SOURCES, *(("state",) * 6))
+    counts, findings = run(kinds, seed=given.seed, first=given.first, count=given.count, seconds=given.seconds)
     for what in sorted(counts):
         print(f"{what}: {counts[what]:,}")
     print(f"{findings} findings in {time.monotonic() - start:.0f} s")

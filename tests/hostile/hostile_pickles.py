@@ -117,13 +117,14 @@ refused("getattr", b"cbuiltins\ngetattr\n.", "builtins.getattr")
 refused(
     "getattr-walk", b"coperator\nattrgetter\n" + text("__class__") + b"\x85R.", "operator.attrgetter", tensor() + b"R"
 )
-refused("partial", b"cfunctools\npartial\n(cos\nsystem\n" + RUN, "functools.partial")
+refused("partial", b"cos\nsystem\n" + RUN, "os.system", b"cfunctools\npartial\n(")
+refused("in-a-foreign-object", b"cos\nsystem\n" + RUN, "os.system", b"csome.library\nCallback\n)R}" + text("x"))
+refused("nested-name", b"\x93.", "builtins.eval.__call__", text("builtins") + text("eval.__call__"))
 refused("pickle-in-pickle", b"c_pickle\nloads\n" + RUN, "_pickle.loads")
 refused("torch-load", b"ctorch\nload\n" + text("x") + b"\x85R.", "torch.load")
 refused("torch-blob", b"ctorch.storage\n_load_from_bytes\nC\1x\x85R.", "torch.storage._load_from_bytes")
 refused("numpy-load", b"cnumpy\nload\n" + RUN, "numpy.load")
 refused("stack-global", b"\x93" + RUN, "os.system", text("os") + text("system"))
-refused("stack-global-dotted", b"\x93.", "torch.Tensor.__init__", text("torch") + text("Tensor.__init__"))
 refused("terminal-escape", b"cos\n\x1b[2J\n.", "os.\\x1b[2J")
 refused("after-a-tensor", b"cos\nsystem\n" + RUN, "os.system", tensor() + b"R0")
 refused("inside-a-known-call", b"cos\nsystem\n" + RUN, "os.system", b"ctorch._utils\n_rebuild_parameter\n(")
@@ -169,7 +170,6 @@ pickled("deep-lists", b"]" * 100_000 + b"a" * 99_999, b".", DEEP)
 pickled("deep-tuples", b")" + b"\x85" * 100_000, b".", DEEP)
 pickled("deep-marks", b"(" * 200, b"(.", "more than 200 open marks")
 pickled("in-itself", b"]q\0h\0a", b".", DEEP)
-pickled("in-its-own-record", b"cargparse\nNamespace\n)Rq\0}" + text("x") + b"h\0sb", b".", DEEP)
 pickled(
     "doubling-as-a-name", doubling(b"l", 100) + text("x"), b"\x93.",
     "a global whose name is no text",
@@ -516,9 +516,47 @@ zipped(
 zipped("empty", lambda: b"", "not a file that torch.save wrote: neither a zip archive nor a pickle")
 zipped(
     "text",
-    lambda: b"version https://git-lfs.github.com/spec/v1\n",
+    lambda: b"version 1\n",
     "not a file that torch.save wrote: neither a zip archive nor a pickle",
 )
+
+# --- what only looks dangerous ------------------------------------------------------------------------------------
+
+HARMLESS: dict[str, Callable[[], bytes]] = {}
+"""Values next to an optimizer's state that its file may hold: the state is read, and nothing of them is built."""
+
+SLOTS = b"}" + text("exp_avg") + tensor() + b"Rs"
+
+
+def harmless(name: str, value: bytes) -> None:
+    HARMLESS[name] = lambda: saved(
+        b"}(" + text("x") + value + text("optimizer") + b"}(" + text("state") + b"}K\0" + SLOTS + b"s"
+        + text("param_groups") + b"]}" + text("params") + b"]K\0asau" + b"u."
+    )  # fmt: skip
+
+
+FOREIGN = b"csome.library\nThing\n"
+
+harmless("a-name", FOREIGN)
+harmless("a-dotted-name", text("torch") + text("Tensor.__init__") + b"\x93")
+harmless("called", FOREIGN + text("touch " + CANARY) + b"\x85R")
+harmless("called-again", FOREIGN + b")R" + text("touch " + CANARY) + b"\x85R")
+harmless("made", FOREIGN + b")\x81")
+harmless("made-with-options", FOREIGN + b")}\x92")
+harmless("rebuilt", b"ccopy_reg\n_reconstructor\n" + FOREIGN + b"c__builtin__\nobject\nN\x87R}" + text("x") + b"Nsb")
+harmless("with-state", FOREIGN + b")R}" + text("__reduce__") + text(CANARY) + b"sb")
+harmless("with-items", FOREIGN + b")R(K\0K\1u")
+harmless("with-an-item", FOREIGN + b")RK\0K\1s")
+harmless("appended-to", FOREIGN + b")R(K\0K\1eK\2a")
+harmless("added-to", FOREIGN + b")R(K\0K\1\x90")
+harmless("in-itself", FOREIGN + b")Rq\0}" + text("x") + b"h\0sb")
+harmless("in-its-own-list", FOREIGN + b"]q\0h\0a\x85R")
+harmless("as-a-key", b"}" + FOREIGN + b")RNs")
+harmless("doubling", doubling(b"l", 100) + b"0" + FOREIGN + b"h\x64\x85R")
+harmless("deep", FOREIGN + b")" + b"\x85" * 100_000 + b"\x85R")
+harmless("partial", b"cfunctools\npartial\n(" + FOREIGN + b"tR")
+harmless("a-module-of-old", b"(" + text("module") + FOREIGN + text("thing.py") + text("import os") + b"tQ)\x81")
+harmless("python-2", b"c__builtin__\nlong\nc__builtin__\nunicode\n\x86")
 
 
 if __name__ == "__main__":

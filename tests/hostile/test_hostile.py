@@ -240,7 +240,8 @@ def test_names_do_not_reach_the_terminal(tmp_path: Path, capsys: pytest.CaptureF
         ["convert", path, out], ["convert", path, out, "--force", "--json"],
         ["export", path, tmp_path / "slot.safetensors", "--slot", "exp_avg"],
         ["edit", path, tmp_path / "edited", "--set", "lr=1.0"], ["reset", path, tmp_path / "reset", "--match", "b"],
-        ["prune", path, tmp_path / "pruned", "--match", "b"], ["rename", path, tmp_path / "named", "--rule", "b$", "c"],
+        ["prune", path, tmp_path / "pruned", "--match", "^[.]"],
+        ["rename", path, tmp_path / "named", "--rename", "b$", "c"],
     ]  # fmt: skip
     for arguments in done:
         assert command(capsys, *arguments)[0] == 0, arguments
@@ -551,7 +552,7 @@ def test_commands(kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str])
         refused = expected, command(capsys, "inspect", path)[1]
         for arguments in (
             ["inspect", path], ["diff", path, good], ["diff", good, path], ["export", path, out, "--slot", "exp_avg"],
-            ["edit", path, out, "--set", "lr=1.0"], ["rename", path, out, "--rule", "a", "b"],
+            ["edit", path, out, "--set", "lr=1.0"], ["rename", path, out, "--rename", "a", "b"],
             ["strip", path, out, "--slot", "exp_avg"], ["prune", path, out, "--match", "a"],
             ["reset", path, out, "--match", "a"],
         ):  # fmt: skip
@@ -659,10 +660,12 @@ from pathlib import Path
 from lora_state_format.cli import run
 for path in sys.argv[1:]:
     code = run(["inspect", path])
-    if code != 3:
+    if code != (0 if path.endswith("optimizer.pt") else 3):  # next to that one lies what is skipped
         sys.exit(f"{path}: {code}")
     print(re.search(r"VmHWM:\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1])
 """
     done = subprocess.run([sys.executable, "-c", script, *files], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert max(map(int, done.stdout.split())) >> 10 < MEBIBYTES
+    peaks = [int(line) for line in done.stdout.splitlines() if line.isdecimal()]
+    assert len(peaks) == len(files)
+    assert max(peaks) >> 10 < MEBIBYTES

@@ -168,7 +168,7 @@ def test_a_source_that_changes_while_it_is_read(
         case "export":
             code = cli.run(["export", path, str(target), "--slot", "exp_avg", *options])
         case "rename":
-            code = cli.run(["rename", path, str(target), "--rule", "a", "e"])
+            code = cli.run(["rename", path, str(target), "--rename", "a", "e"])
         case _:
             code = cli.run(["convert", path, str(target), "--to", to, *options])
     assert done

@@ -19,7 +19,7 @@ from lora_state_format.format.reading import open_state
 from lora_state_format.format.writing import write
 from lora_state_format.io.plain import save
 from lora_state_format.mapping import apply
-from lora_state_format.mapping.maps import MAPS, Map, Rule, load
+from lora_state_format.mapping.maps import MAPS, Map, MapRule, load
 from lora_state_format.model.sources import Memory
 from lora_state_format.model.states import (
     Group,
@@ -323,12 +323,12 @@ REFUSED: dict[str, tuple[OptimizerState, str, type[StateFormatError], str]] = {
         ),
         "maxtext", ConversionError,
         ("'decoder.layers.mlp.wo.kernel_lora_a' holds stacked layers, and transformers.optimization.Adafactor "
-        "updates whole tensors, or is not known not to: apart they would be updated in another way"),
+        "updates whole tensors, or may do so: taken apart, the layers would be updated differently"),
     ),
     "an unknown rule": (
         state_of({"decoder.layers.mlp.wo.kernel_lora_a": filled(2, 2, 3)}, None), "maxtext", ConversionError,
-        ("'decoder.layers.mlp.wo.kernel_lora_a' holds stacked layers, and None updates whole tensors, or is not "
-        "known not to: apart they would be updated in another way"),
+        ("'decoder.layers.mlp.wo.kernel_lora_a' holds stacked layers, and its optimizer updates whole "
+        "tensors, or may do so: taken apart, the layers would be updated differently"),
     ),
     "an opaque slot": (
         replace(state_of({}), groups=(Group(0, (), 1),), parameters=(
@@ -348,7 +348,7 @@ REFUSED: dict[str, tuple[OptimizerState, str, type[StateFormatError], str]] = {
     ),
     "in no group": (
         replace(state_of({"q.lora_a": A}), groups=(Group(0, (), 0),)), "flax_nnx", ConversionError,
-        "'q.lora_a' has state and is in no group: no map says where to put it",
+        "'q.lora_a' has state and is in no group, so no map says where to put it",
     ),
     "one name for two": (
         state_of({"a.embed_tokens.lora_a": A, "b.lora_a": A}), "twice", ConversionError,
@@ -357,7 +357,7 @@ REFUSED: dict[str, tuple[OptimizerState, str, type[StateFormatError], str]] = {
 }  # fmt: skip
 
 
-TWICE = Map("twice", "", (Rule("{path}.lora_a", "w"),))
+TWICE = Map("twice", "", (MapRule("{path}.lora_a", "w"),))
 
 
 @pytest.mark.parametrize("case", REFUSED)
@@ -383,11 +383,11 @@ def test_what_does_not_go_back() -> None:
     fresh = replace(ours, parameters=(replace(ours.parameters[0], state=None), *ours.parameters[1:]))
     stack = "transformer.layers.stacked.self_attn.q_proj.lora.lora_A.weight"
     for state, name, message in (
-        (ours, "paddle", "there is no map 'paddle', nor a file of that name; maps: "),
+        (ours, "paddle", "'paddle' is neither a map nor a file; the maps are: "),
         (two, "levanter", f"'{stack}' is a stack of layers, of which only [0, 2] are there"),
         (steps, "levanter", f"'{stack}' is a stack of layers that differ in 'step'"),
         (slots, "levanter", f"'{stack}' is a stack of layers that differ in 'exp_avg'"),
-        (fresh, "levanter", f"'{stack}' is a stack of layers that have not the same slots"),
+        (fresh, "levanter", f"'{stack}' is a stack of layers that do not have the same slots"),
         (
             other, "flax_nnx",
             "'base_model.model.w.lora_A.one.weight' and 'base_model.model.w.lora_A.two.weight' are both 'w.lora_a'",
@@ -410,7 +410,7 @@ def test_what_does_not_go_back() -> None:
 
 
 def test_rules_that_do_not_lead_back_are_found() -> None:
-    crossed = Map("crossed", "", (Rule("w", "v"), Rule("{path}", "{path}", axes=(1, 0))))
+    crossed = Map("crossed", "", (MapRule("w", "v"), MapRule("{path}", "{path}", axes=(1, 0))))
     with pytest.raises(ConversionError) as caught:
         apply.invert(state_of({"w": A}), crossed)
     assert str(caught.value) == "'w' would become 'w', for which map 'crossed' has another rule"
@@ -459,15 +459,15 @@ def test_a_map_from_a_file(tmp_path: Path) -> None:
     [
         ("[]", "list indices must be integers or slices, not str"),
         ("{}", "'rules'"),
-        ('{"name": "x", "rules": [{"foreign": "a", "turn": 1}]}', "a rule has no member 'turn'"),
-        ('{"name": "x", "rules": [{"foreign": "{a}", "ours": "{b}"}]}', "'{a}' and '{b}' have not the same fields"),
+        ('{"name": "x", "rules": [{"foreign": "a", "turn": 1}]}', "a rule has the unknown member 'turn'"),
+        ('{"name": "x", "rules": [{"foreign": "{a}", "ours": "{b}"}]}', "'{a}' and '{b}' do not have the same fields"),
         (
             '{"name": "x", "rules": [{"foreign": "a", "ours": "a", "axes": [1]}]}',
-            "the rule of 'a' has no such merge or axes",
+            "the rule of 'a' has an unknown merge, or axes that are not a permutation",
         ),
         (
             '{"name": "x", "rules": [{"foreign": "a", "ours": "a", "merge": "all"}]}',
-            "the rule of 'a' has no such merge or axes",
+            "the rule of 'a' has an unknown merge, or axes that are not a permutation",
         ),
     ],
 )  # fmt: skip
@@ -476,7 +476,7 @@ def test_files_that_hold_no_map(tmp_path: Path, text: str, message: str) -> None
     path.write_text(text)
     with pytest.raises(FileError) as caught:
         load(path)
-    assert str(caught.value) == f"{path}: no map of names and layouts: {message}"
+    assert str(caught.value) == f"{path}: not a map of names and layouts: {message}"
     path.write_text("{")
     with pytest.raises(FileError, match=r"map\.json: not JSON: Expecting property name"):
         load(path)
@@ -486,7 +486,7 @@ def test_maps_are_listed_where_there_is_none() -> None:
     with pytest.raises(OptionError) as caught:
         load("nosuch")
     names = ", ".join(known.name for known in MAPS)
-    assert str(caught.value) == f"there is no map 'nosuch', nor a file of that name; maps: {names}"
+    assert str(caught.value) == f"'nosuch' is neither a map nor a file; the maps are: {names}"
 
 
 def test_on_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -538,7 +538,7 @@ def test_every_rule_moves_every_element_once_and_back(shape: list[int], merge: s
     count = 2 if merge else len(shape) - (unstack is not None)
     axes = tuple(data.draw(st.permutations(range(count))))
     layer = "{layer}." if unstack is not None else ""
-    layout = Map("drawn", "", (Rule("{path}.w", f"{{path}}.{layer}v", unstack, merge, axes),))
+    layout = Map("drawn", "", (MapRule("{path}.w", f"{{path}}.{layer}v", unstack, merge, axes),))
     array = np.arange(np.prod(shape), dtype=np.float32).reshape(shape)
     ours = apply.apply(state_of({"a.w": array}), layout)
     expected: list[Any] = [array]

@@ -259,7 +259,7 @@ def test_balances_inside_a_layer() -> None:
     weights = {name: tensor(p.detach().numpy()) for name, p in live.items()}
     units, balances, *_ = signals.units_of(state, weights, None, head_size(config.to_dict()))
     fits = table.Table(units, balances)
-    assert len(balances) == 4 * len(signals.RULES)
+    assert len(balances) == 4 * len(signals.CONSERVED)
     for _, *sides in balances:
         left, right = (sum(fits._sum(share.unit, share) for share in side) for side in sides)
         assert np.allclose(left, right, atol=1e-5 * np.abs(left).max())

@@ -289,7 +289,7 @@ def test_a_file_of_names(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"a\n\nb\na\n", "'a' stands on line 1 and on line 4"),
+        (b"a\n\nb\na\n", "'a' is on line 1 and on line 4"),
         (b"\n \n", "holds no name"),
         (b"\xff\xfe\n", "not UTF-8, so not a file of names"),
     ],

@@ -21,7 +21,7 @@ from lora_state_format.model.sources import File, Memory
 from lora_state_format.model.states import Group, Optimizer, Parameter, PositionalState, Role, Slot, Value
 from lora_state_format.model.tensors import contiguous
 from lora_state_format.naming.names import adapter_parameters
-from lora_state_format.naming.order import candidates, decide, interchangeable, side_by_side
+from lora_state_format.naming.order import candidates, decide, interchangeable
 from lora_state_format.naming.rules import RULES, Described
 
 if TYPE_CHECKING:
@@ -115,6 +115,7 @@ EA, EB, FROZEN, LA, LB, LBIAS, SAVED = (item.name for item in LORA)
         ("trainer-4.52", [[EMBED, Q, LAST, HEAD], [BIAS, NORM]]),
         ("trainer-4.48", [[EMBED, Q, NORM, LAST, HEAD], [BIAS]]),
         ("trainer-4.47", [[EMBED, Q, NORM, LAST, HEAD], [BIAS]]),
+        ("trainer-4.33", [[EMBED, Q, NORM, LAST, HEAD], [BIAS]]),
         ("trainer-4.0", [[EMBED, Q, NORM, LAST, HEAD], [BIAS]]),
         ("scripts", [[EMBED, Q, NORM, LAST, HEAD], [BIAS]]),
         ("nanogpt", [[EMBED, Q, HEAD], [BIAS, NORM, LAST]]),
@@ -152,11 +153,20 @@ def test_registered_norms_by_version() -> None:
     assert order("trainer-4.0", model, [2, 1])[1] == ["w2.weight"]
     assert order("trainer-4.47", model, [0, 3])[1] == ["w0.weight", "w1.weight", "w2.weight"]
     assert order("trainer-4.48", model, [1, 2])[1] == ["w0.weight", "w2.weight"]
+    assert order("trainer-4.33", model, [2, 1])[1] == ["w2.weight"]
+    assert order("trainer-4.33", [described("a", (4,), "T5LayerNorm"), described("b", (4,))], [1, 1]) == [["b"], ["a"]]
+    assert order("trainer-4.0", [described("a", (4,), "T5LayerNorm"), described("b", (4,))], [2, 0]) == [["a", "b"], []]
     assert order("trainer", model, [2, 1])[1] == ["w2.weight"]
     assert order("scripts", [described("a.LayerNorm.weight", (4,)), described("b.weight", (4,))], [1, 1]) == [
         ["b.weight"],
         ["a.LayerNorm.weight"],
     ]
+
+
+def test_frozen_parameters_are_in_the_groups_of_old_trainers() -> None:
+    frozen = [described("a.weight", (4, 4), trainable=False), described("a.bias", (4,)), described("b.weight", (4, 4))]
+    assert order("trainer-4.25", frozen, [2, 1]) == [["a.weight", "b.weight"], ["a.bias"]]
+    assert candidates(state([[item.parameter for item in FULL]]), FULL, rule="trainer-4.25") == []
 
 
 def test_muon_joins_its_lists() -> None:
@@ -190,7 +200,7 @@ def test_swift_multimodal() -> None:
 
 
 def test_every_rule_is_listed_once_with_what_it_is() -> None:
-    assert len({rule.name for rule in RULES}) == len(RULES) == 24
+    assert len({rule.name for rule in RULES}) == len(RULES) == 26
     assert [rule.name for rule in RULES if not rule.automatic] == ["sorted", "listed"]
     assert all(rule.summary for rule in RULES)
 
@@ -282,7 +292,8 @@ def test_unknown_rule() -> None:
         decide(state([]), [], rule="alphabetical", source="names")
     assert str(caught.value) == (
         "no grouping rule 'alphabetical'; there are: stated, flat, everything, trainer, trainer-4.52, trainer-4.48, "
-        "trainer-4.47, trainer-4.0, scripts, nanogpt, peft-loraplus, llamafactory-loraplus, llamafactory-badam, "
+        "trainer-4.47, trainer-4.33, trainer-4.0, trainer-4.25, scripts, nanogpt, peft-loraplus, "
+        "llamafactory-loraplus, llamafactory-badam, "
         "llamafactory-galore, muon, galore, axolotl, unsloth, swift-multimodal, swift-galore, one-per-parameter, "
         "whole-model, sorted, listed"
     )
@@ -299,13 +310,14 @@ def test_nothing_fits() -> None:
         "  flat, axolotl, swift-multimodal: 'a.lora_A.weight' has shape [4, 8], but id 0 has exp_avg of shape [2, 8] "
         "(half the rank: the adapter may be one that was converted from PiSSA or OLoRA when it was saved)\n"
         "  everything: makes groups of [3]\n"
-        "  trainer, trainer-4.52, trainer-4.48, trainer-4.47, trainer-4.0, scripts, nanogpt, unsloth: makes groups of "
-        "[2, 0]\n"
+        "  trainer, trainer-4.52, trainer-4.48, trainer-4.47, trainer-4.33, trainer-4.0, scripts, nanogpt, unsloth: "
+        "makes groups of [2, 0]\n"
+        "  trainer-4.25: makes groups of [3, 0]\n"
         "  peft-loraplus: makes groups of [1, 0, 1, 0]\n"
         "  llamafactory-loraplus: makes groups of [1, 1, 0, 0]\n"
         "  llamafactory-badam: makes groups of [0, 2]\n"
         "  one-per-parameter: makes groups of [1, 1]\n"
-        "hint: pass a file of names in optimizer order (--names), or the model that was trained"
+        "hint: pass names= with a file of names in optimizer order, or the model that was trained"
     )
 
 
@@ -339,22 +351,6 @@ def test_orders_that_disagree() -> None:
     )
     assert caught.value.candidates == ("flat", "flat, adapters second, default")
     assert list(decide(state([model]), model, source="model")) == [p.name for p in model]
-
-
-def test_adapters_side_by_side() -> None:
-    """PEFT puts the adapters of a module beside each other, in the order in which they were added."""
-
-    def adapter(name: str, *modules: str) -> list[Parameter]:
-        names = [f"model.layers.0.self_attn.{module}.lora_{side}.{name}.weight" for module in modules for side in "AB"]
-        return [parameter(each, 2, 2, adapter=name) for each in names]
-
-    both = {"second": adapter("second", "q_proj", "v_proj"), "first": adapter("first", "v_proj", "o_proj")}
-    assert [p.name.removeprefix("model.layers.0.self_attn.") for p in side_by_side(both)] == [
-        "q_proj.lora_A.second.weight", "q_proj.lora_B.second.weight",
-        "v_proj.lora_A.second.weight", "v_proj.lora_A.first.weight",
-        "v_proj.lora_B.second.weight", "v_proj.lora_B.first.weight",
-        "o_proj.lora_A.first.weight", "o_proj.lora_B.first.weight",
-    ]  # fmt: skip
 
 
 def test_interchangeable() -> None:
@@ -522,11 +518,14 @@ def test_two_adapters_in_either_order_of_creation(made: tuple[str, str], tmp_pat
     torch.save(optimizer.state_dict(), tmp_path / "optimizer.pt")
     weights = read_header(File(tmp_path / "weights.safetensors")).tensors
     positional = from_state_dict(pickles.load(File(tmp_path / "optimizer.pt")).value)
-    adapters = {
-        adapter: [parameter(n, *p.shape, adapter=adapter) for n, p in live.items() if f".{adapter}." in n]
+    places = dict.fromkeys(name.replace(".second.", ".default.") for name in live)
+    listed = [
+        parameter(name, *live[name].shape, adapter=adapter)
+        for place in places
         for adapter in ("default", "second")
-    }
-    named = decide(positional, side_by_side(adapters), weights=weights, source="adapter")
+        if (name := place.replace(".default.", f".{adapter}."))
+    ]
+    named = decide(positional, listed, weights=weights, source="adapter")
     assert list(named) == list(live)
     assert named.naming.rule == ("flat" if made[0] == "default" else "flat, adapters second, default")
     assert verdict(named) in {"confirmed", "partly"}

@@ -8,14 +8,16 @@ from typing import TYPE_CHECKING
 import pytest
 
 import lora_state_format as lsf
+from lora_state_format.cli import run
 from lora_state_format.errors import (
     ConversionError,
     DigestError,
-    FileError,
     MissingNamesError,
     OptionError,
     TargetExistsError,
+    UnrepresentableError,
 )
+from lora_state_format.format import writing
 from lora_state_format.model.states import Group, Naming, Optimizer, OptimizerState, Parameter
 from lora_state_format.operations.conversion import ConversionReport, belongs, convert, read
 from lora_state_format.operations.report import describe_evidence
@@ -107,9 +109,8 @@ def test_the_report_in_words(founding: Founding, tmp_path: Path) -> None:
         f"converted {founding.path} (torch_optimizer) to {target} (named)\n"
         "392 parameters in groups of [392, 0], step 3\n"
         f"slots: step x 392, exp_avg x 392, exp_avg_sq x 392; 784 tensors, {report.bytes:,} bytes\n"
-        f"names: from the adapter file, in the order of rule '{report.naming.rule}'; "
-        f"{report.naming.details['interchangeable']!r} of them share their shape with another\n"
-        f"{describe_evidence(report.to_json()['evidence'])}\n"
+        f"names: from the adapter file, in the order of rule '{report.naming.rule}'\n"
+        f"how sure: {describe_evidence(report.to_json()['evidence'])}\n"
         "weights: digests of 392 of 392 parameters kept with their state\n"
         f"digest: {report.digest}"
     )
@@ -158,9 +159,9 @@ def test_nothing_to_take_names_from(alone: Path, tmp_path: Path) -> None:
     with pytest.raises(MissingNamesError) as caught:
         convert(alone, tmp_path / "optimizer.safetensors")
     assert str(caught.value) == (
-        f"{alone}: the state of 392 parameters stands under positions, and nothing beside it says which parameter a "
-        "position means; pass --names (names=) with a file of names in optimizer order, the adapter file, or a folder "
-        "with config.json and adapter_config.json"
+        f"{alone}: stores 392 parameters by position and contains no names, and no neighbouring file names them; pass "
+        "names= with a file of names in optimizer order, the adapter file, or a folder with config.json and "
+        "adapter_config.json"
     )
     assert caught.value.exit_code == 4
     assert not (tmp_path / "optimizer.safetensors").exists()
@@ -262,20 +263,24 @@ def test_names_for_what_has_names(founding: Founding, tmp_path: Path) -> None:
     )
 
 
-def test_an_adapter_config_that_is_not_json(founding: Founding, tmp_path: Path) -> None:
+def test_an_adapter_config_that_is_not_json(
+    founding: Founding, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The adapter says the names by itself; a config that cannot be read is reported and skipped."""
     for name in ("optimizer.pt", "adapter_model.safetensors"):
         shutil.copy(founding.path / name, tmp_path)
     config = tmp_path / "adapter_config.json"
     config.write_text("{")
-    with pytest.raises(FileError) as caught:
-        read(tmp_path / "optimizer.pt")
-    assert str(caught.value) == (
-        f"{config}: not JSON: Expecting property name enclosed in double quotes: line 1 column 2 (char 1)"
-    )
+    with read(tmp_path / "optimizer.pt") as state:
+        assert list(state) == list(founding.slots)
     config.write_text("[]")
-    with pytest.raises(FileError) as caught:
-        read(tmp_path / "optimizer.pt")
-    assert str(caught.value) == f"{config}: not a JSON object"
+    with read(tmp_path / "optimizer.pt") as state:
+        assert list(state) == list(founding.slots)
+    reasons = (
+        "not JSON: Expecting property name enclosed in double quotes: line 1 column 2 (char 1)",
+        "not a JSON object",
+    )
+    assert caplog.messages == [f"{config}: {reason}; it was skipped" for reason in reasons]
 
 
 # --- weights ------------------------------------------------------------------------------------------------------
@@ -341,6 +346,42 @@ def test_a_folder_as_target(founding: Founding, tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.parametrize(("to", "name"), [("named", "optimizer.safetensors"), ("torch_optimizer", "optimizer.pt")])
+def test_a_slash_means_a_folder(founding: Founding, tmp_path: Path, to: str, name: str) -> None:
+    """Folders that are missing are made."""
+    target = f"{tmp_path}/run/training_state/"
+    report = convert(founding.path, target, target_format=to)
+    assert report.target == f"{target}{name}"
+    assert [path.name for path in (tmp_path / "run" / "training_state").iterdir()] == [name]
+    assert run(["convert", str(founding.path), f"{tmp_path}/two/", "--to", to]) == 0
+    assert (tmp_path / "two" / name).is_file()
+    with pytest.raises(OptionError) as caught:
+        convert(founding.path, tmp_path / "two", target_format=to, force=True)
+    assert (
+        str(caught.value) == f"{tmp_path / 'two'} is a folder; name the file to write, as in {tmp_path / 'two' / name}"
+    )
+
+
+def test_folders_that_were_made_for_nothing(tmp_path: Path) -> None:
+    parameters = (Parameter("a", (2,), {"step": 3}),)
+    state = OptimizerState((Optimizer(),) * 2, (Group(0, (), 1), Group(1, (), 0)), parameters, Naming("model"))
+    writing.write(state, tmp_path / "a.safetensors")
+    with pytest.raises(UnrepresentableError):
+        convert(tmp_path / "a.safetensors", tmp_path / "x" / "y" / "optimizer.pt", target_format="torch_optimizer")
+    assert [path.name for path in tmp_path.iterdir()] == ["a.safetensors"]
+
+
+def test_extra_has_no_place_in_other_formats(tmp_path: Path) -> None:
+    parameters = (Parameter("a", (2,), {"step": 3}),)
+    state = OptimizerState(
+        (Optimizer(),), (Group(0, (), 1),), parameters, Naming("model"), extra={"scheduler": {"last_epoch": 3}}
+    )
+    writing.write(state, tmp_path / "a.safetensors")
+    report = convert(tmp_path / "a.safetensors", tmp_path / "optimizer.pt", target_format="torch_optimizer")
+    assert report.notes == ("extra (scheduler) is not written: only the named format has a place for it",)
+    assert convert(tmp_path / "a.safetensors", tmp_path / "b.safetensors").notes == ()
+
+
 def test_a_target_beside_model_weights(founding: Founding, tmp_path: Path) -> None:
     shutil.copy(founding.path / "adapter_model.safetensors", tmp_path)
     target = tmp_path / "optimizer.safetensors"
@@ -353,6 +394,9 @@ def test_a_target_beside_model_weights(founding: Founding, tmp_path: Path) -> No
     safe.parent.mkdir()
     assert convert(founding.path, safe).warnings == ()
     assert convert(founding.path, safe.with_name("second.safetensors")).warnings == ()
+    # what no server would load
+    assert convert(founding.path, tmp_path / "optimizer.pt", target_format="torch_optimizer").warnings == ()
+    assert convert(founding.path, tmp_path / "dcp", target_format="dcp").warnings == ()
 
 
 def test_notes_on_parameters_that_are_special(tmp_path: Path) -> None:

@@ -245,7 +245,11 @@ def test_prune_a_pattern_that_matches_nothing(state: OptimizerState) -> None:
             ["edit", "--set", "lr=2", "--set", "betas=(0.5,0.9)", "--group", "slow"], None,
             lambda s: set_options(s, {"lr": 2.0}, "slow"),
         ),
-        (["rename", "--rule", r"\.default\.", ".a."], "renamed 5 parameters", lambda s: rename(s, [("default", "a")])),
+        (
+            ["rename", "--rename", r"\.default\.", ".a."],
+            "renamed 5 parameters",
+            lambda s: rename(s, [("default", "a")]),
+        ),
         (["reset", "--match", "lora_A"], "reset 2 parameters", lambda s: reset(s, "lora_A")),
         (["strip", "--slot", "exp_avg", "--slot", "step"], "dropped 10 slots", lambda s: strip(s, ["exp_avg", "step"])),
         (["prune", "--match", "score"], "removed 1 parameters", lambda s: prune(s, "score")),
@@ -289,7 +293,7 @@ def test_a_command_overwrites_only_by_force(
     assert {key: members[key] for key in ("schema_version", "source", "target", "changed")} == {
         "schema_version": 1, "source": str(path), "target": str(path), "changed": 2,
     }  # fmt: skip
-    assert err == "note: a learning-rate scheduler that is resumed beside this state sets lr again\n"
+    assert err == "note: a learning-rate scheduler that is resumed next to this state sets lr again\n"
 
 
 @pytest.mark.parametrize("text", ["lr", "lr=high", "lr=[", "lr=__import__('os')"])
@@ -299,4 +303,5 @@ def test_a_setting_that_is_none(
     lsf.write(state, tmp_path / "a.safetensors")
     assert run(["edit", str(tmp_path / "a.safetensors"), str(tmp_path / "b.safetensors"), "--set", text]) == 2
     expected = f"error: Invalid value: {text!r}: write OPTION=VALUE, the value as in Python (strings in quotes)\n"
+    expected += "  Try 'lora-state edit --help' for help.\n"
     assert capsys.readouterr().err == expected

@@ -250,7 +250,7 @@ def small(options: Mapping[str, Any], **slots: Any) -> OptimizerState:
     return OptimizerState((Optimizer(),), (Group(0, tuple(options.items()), 1),), (parameter,), Naming("model"))
 
 
-BIAS = "'w': the bias of 'exp_avg' is known from its step and its group's betas, which here are "
+BIAS = "'w': correcting the bias of 'exp_avg' takes its step and its group's betas, which here are "
 
 
 def floats(*values: float, dtype: str = "<f4") -> Slot:
@@ -262,7 +262,7 @@ def floats(*values: float, dtype: str = "<f4") -> Slot:
     [
         (
             {}, {"momentum_buffer": floats(1, 2)}, "momentum_buffer", {"unbiased": True},
-            "slot 'momentum_buffer' is no mean with a known decay; known are: exp_avg, exp_avg_sq, max_exp_avg_sq",
+            "slot 'momentum_buffer' is not a mean with a known decay; those are: exp_avg, exp_avg_sq, max_exp_avg_sq",
         ),
         (
             {"betas": (0.9, 0.99)}, {"exp_avg": floats(1, 2)}, "exp_avg", {"unbiased": True},
@@ -274,7 +274,10 @@ def floats(*values: float, dtype: str = "<f4") -> Slot:
         ),
         (
             {}, {"exp_avg": floats(1, 2)}, "exp_avg", {"inverse_root": True},
-            "slot 'exp_avg' holds no squares; known are: exp_avg_sq, max_exp_avg_sq, square_avg, sum, variance",
+            (
+                "slot 'exp_avg' does not hold squares; those that do: exp_avg_sq, max_exp_avg_sq, square_avg, sum, "
+                "variance"
+            ),
         ),
         (
             {}, {"exp_avg_sq": floats(1, 2)}, "exp_avg_sq", {"inverse_root": True},
@@ -318,7 +321,7 @@ def test_two_adapters_with_the_same_keys(tmp_path: Path) -> None:
 def test_a_negative_square(tmp_path: Path) -> None:
     with pytest.raises(FileError) as caught:
         export(small({"eps": 1.0}, exp_avg_sq=floats(1, -2)), tmp_path / "a", "exp_avg_sq", inverse_root=True)
-    assert str(caught.value) == "'w': slot 'exp_avg_sq' holds a negative number, which is no square"
+    assert str(caught.value) == "'w': slot 'exp_avg_sq' holds a negative number, which is not a square"
     assert not list(tmp_path.iterdir())
 
 

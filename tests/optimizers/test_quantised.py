@@ -17,7 +17,7 @@ from lora_state_format.format.reading import open_state
 from lora_state_format.format.writing import write
 from lora_state_format.model.states import Naming, OptimizerState, Parameter, PositionalState, Role
 from lora_state_format.operations.conversion import convert
-from lora_state_format.optimizers.quantised import _bound, _e4m3, dequantize
+from lora_state_format.optimizers.quantised import _e4m3, bound_of, dequantize
 
 pytestmark = [pytest.mark.frameworks, pytest.mark.filterwarnings("ignore")]
 
@@ -89,7 +89,7 @@ def test_the_bound_holds_and_is_nearly_reached(signed: bool) -> None:
     codes, how = bnb.quantize_blockwise(values, code=table, blocksize=256)
     largest = values.reshape(-1, 256).abs().amax(1).repeat_interleave(256)
     error = (bnb.dequantize_blockwise(codes, how) - values).abs() / largest
-    bound = _bound(table.numpy())
+    bound = bound_of(table.numpy())
     assert 0.9 * bound < error.max().item() <= bound
 
 
@@ -107,7 +107,7 @@ def test_the_bound_holds_for_torchao_too(kind: str, signed: bool) -> None:
     quantised.copy_(values)
     largest = values.reshape(-1, 256).abs().amax(1).repeat_interleave(256)
     error = (quantised.dequantize() - values).abs() / largest
-    bound = _bound(_e4m3() if kind == "Fp8" else quantised.qmap.numpy())
+    bound = bound_of(_e4m3() if kind == "Fp8" else quantised.qmap.numpy())
     assert 0.9 * bound < error.max().item() <= bound
 
 

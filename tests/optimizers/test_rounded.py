@@ -74,7 +74,7 @@ def test_convert_says_what_it_does_to_the_next_update(tmp_path: Path, capsys: py
     assert note == f"Adam's next update differs by {error:.2g} (relative, by norm) for what was rounded"
     assert 1e-3 < error < 3e-3
     assert run(["inspect", str(target)]) == 0
-    assert LOSSY in capsys.readouterr().out
+    assert LOSSY in " ".join(capsys.readouterr().out.split())
     again = tmp_path / "again.safetensors"
     assert run(["convert", str(source), str(again), "--store", "exp_avg=BF16", "--store", "exp_avg_sq=BF16"]) == 0
     assert again.read_bytes() == target.read_bytes()
@@ -85,11 +85,17 @@ def test_convert_says_what_it_does_to_the_next_update(tmp_path: Path, capsys: py
     [
         (
             {"exp_avg_sq": "F16"},
-            "store={'exp_avg_sq': 'F16'}: its range is too small for second moments, which would become zero",
+            (
+                "store={'exp_avg_sq': 'F16'}: its range is too small for second moments, which would become zero; "
+                "choose 'BF16' or leave the slot out"
+            ),
         ),
         (
             {"exp_avg": "U8"},
-            "store={'exp_avg': 'U8'}: only bfloat16 keeps moments well enough to go on with",
+            (
+                "store={'exp_avg': 'U8'}: only bfloat16 keeps moments well enough to go on with; choose 'BF16' or "
+                "leave the slot out"
+            ),
         ),
         ({"momentum": "BF16"}, "store: no parameter has a float32 tensor in a slot 'momentum'"),
     ],
@@ -98,6 +104,5 @@ def test_what_is_refused(tmp_path: Path, store: dict[str, str], message: str) ->
     model, optimizer = trained()
     with pytest.raises(OptionError) as raised:
         save_optimizer(optimizer, model, tmp_path / "state.safetensors", store=store)
-    advice = "; choose 'BF16' or leave the slot out" if store.get("momentum") is None else ""
-    assert str(raised.value) == message + advice
+    assert str(raised.value) == message
     assert list(tmp_path.iterdir()) == []

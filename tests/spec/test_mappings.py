@@ -12,13 +12,13 @@ import pytest
 
 from lora_state_format.converters import mlx, paddlenlp
 from lora_state_format.foreign import optax
-from lora_state_format.mapping.algorithms import REFUSED, Layout
-from lora_state_format.mapping.maps import MAPS, Rule
+from lora_state_format.mapping.algorithms import REFUSED, RuleLayout
+from lora_state_format.mapping.maps import MAPS, MapRule
 
 ROOT: Final = Path(__file__).parents[2]
 DOCUMENT: Final = ROOT / "spec" / "mappings.md"
 
-LAYOUTS: Final[Mapping[str, Iterable[Layout]]] = {
+LAYOUTS: Final[Mapping[str, Iterable[RuleLayout]]] = {
     "optax": optax.LAYOUTS,
     "MLX": mlx.LAYOUTS,
     "Paddle": paddlenlp.LAYOUTS,
@@ -118,11 +118,11 @@ def test_maps() -> None:
 COUNTS: Final = {1: "1 axis", 2: "2 axes"}
 
 
-def ours(rule: Rule) -> str:
+def ours(rule: MapRule) -> str:
     return f"refused: {rule.refuse}" if rule.refuse else f"`{rule.ours}`"
 
 
-def layout(rule: Rule) -> str:
+def layout(rule: MapRule) -> str:
     parts = [f"unstack {rule.unstack}"] if rule.unstack is not None else []
     parts += [f"merge {rule.merge}"] if rule.merge else []
     if rule.axes is not None:

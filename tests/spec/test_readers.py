@@ -1,13 +1,9 @@
-"""Readers for those without torch: NumPy, and the recipes of docs/readers.md for JAX, MLX and JavaScript."""
+"""Readers for those without torch: NumPy, and the recipes of docs/readers.md for JAX and MLX."""
 
 from __future__ import annotations
 
 import builtins
-import json
 import re
-import shutil
-import subprocess
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +22,6 @@ from lora_state_format.model.states import (
     Role,
     Scalar,
     Slot,
-    Value,
     walk,
 )
 from lora_state_format.model.tensors import contiguous
@@ -148,162 +143,6 @@ def test_numpy_without_ml_dtypes(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(MissingDependencyError) as caught:
         array(Scalar("BF16", b"\0\0"))
     assert str(caught.value) == "NumPy has no bfloat16: pip install ml_dtypes"
-
-
-# --- JavaScript ---------------------------------------------------------------------------------------------------
-
-NODE = shutil.which("node")
-needs_node = pytest.mark.skipif(NODE is None, reason="node is not installed")
-DUMP = """
-import { open as openFile } from "node:fs/promises";
-import { open } from "READER";
-
-const plain = value => typeof value === "bigint" ? {big: String(value)} : Object.is(value, -0) ? {zero: "-0"}
-  : typeof value === "number" && !Number.isFinite(value) ? {number: String(value)} : value;
-const hex = data => Buffer.from(data.buffer, data.byteOffset, data.byteLength).toString("hex");
-async function shown(value) {
-  if (value instanceof Map) return {map: await Promise.all([...value].map(async pair => Promise.all(pair.map(shown))))};
-  if (ArrayBuffer.isView(value)) return {bytes: hex(value)};
-  if (Array.isArray(value)) return Promise.all(value.map(shown));
-  if (typeof value?.data === "function") return {...value, data: hex(await value.data())};
-  if (value !== null && typeof value === "object") {
-    return {object: await Promise.all(Object.entries(value).map(async ([key, item]) => [key, await shown(item)]))};
-  }
-  return plain(value);
-}
-const results = {};
-for (const path of JSON.parse(process.argv[2])) {
-  const file = await openFile(path);
-  const read = async (start, end) => {
-    const bytes = new Uint8Array(end - start);
-    const {bytesRead} = await file.read(bytes, 0, bytes.length, start);
-    if (bytesRead < bytes.length) throw new Error("R1: the file is too short");
-    return bytes.buffer;
-  };
-  try {
-    const {parameters, groups, globals} = await open(read);
-    results[path] = await shown({parameters, groups, globals});
-  } catch (error) {
-    results[path] = {error: error.message};
-  }
-  await file.close();
-}
-console.log(JSON.stringify(results));
-"""
-
-
-def javascript(script: str, folder: Path, *arguments: str) -> str:
-    (folder / "script.mjs").write_text(script)
-    assert NODE is not None
-    return subprocess.run(
-        [NODE, "script.mjs", *arguments], cwd=folder, check=True, capture_output=True, text=True, timeout=120
-    ).stdout
-
-
-def dumped(paths: list[Path], folder: Path) -> dict[str, Any]:
-    script = DUMP.replace("READER", (ROOT / "spec" / "reader.mjs").as_uri())
-    found: dict[str, Any] = json.loads(javascript(script, folder, json.dumps(list(map(str, paths)))))
-    return found
-
-
-def shown(value: Value) -> Any:
-    """A value as ``DUMP`` shows it. JavaScript has one type of number, and one of list."""
-    if isinstance(value, Slot):
-        data = bytes(value.tensor.bytes())
-        if value.tensor.dtype == "BF16":
-            data = widened(data)
-        return {
-            "dtype": value.tensor.dtype,
-            "shape": list(value.tensor.shape),
-            "role": value.role.value,
-            "data": data.hex(),
-        }
-    if isinstance(value, Scalar):
-        return scalar(value)
-    if isinstance(value, bytes):
-        return {"bytes": value.hex()}
-    if isinstance(value, (list, tuple)):
-        return [shown(item) for item in value]
-    if isinstance(value, Mapping):
-        if all(isinstance(key, str) and not key.startswith("$") for key in value):
-            return {"object": sorted([key, shown(item)] for key, item in value.items())}
-        return {"map": [[shown(key), shown(item)] for key, item in value.items()]}
-    if isinstance(value, int) and abs(value) > 2**53 - 1:
-        return {"big": str(value)}
-    return number(value) if isinstance(value, float) else value
-
-
-def number(value: float) -> Any:
-    if value != value or value in (float("inf"), float("-inf")):
-        return {"number": {"nan": "NaN", "inf": "Infinity", "-inf": "-Infinity"}[str(value)]}
-    return {"zero": "-0"} if str(value) == "-0.0" else value
-
-
-def widened(data: bytes) -> bytes:
-    return (np.frombuffer(data, "<u2").astype("<u4") << 16).tobytes()
-
-
-def scalar(value: Scalar) -> Any:
-    tensor = contiguous(value.dtype, (), Memory(value.data))
-    if value.dtype in ("F16", "BOOL") or value.dtype.startswith("F8"):
-        return int.from_bytes(value.data, "little")  # its bits
-    if value.dtype in ("I64", "U64"):
-        return {"big": str(value.item())}
-    if value.dtype == "BF16":
-        return number(float(np.frombuffer(widened(value.data), "<f4")[0]))
-    if value.dtype == "C64":
-        return {"bytes": value.data.hex()}
-    return number(float(tensor.numpy())) if value.dtype[0] == "F" else int(tensor.numpy())
-
-
-def ordered(value: Any) -> Any:
-    """Objects' members by name, and mappings as objects where they may be written so."""
-    if isinstance(value, dict):
-        if all(isinstance(key, str) and not key.startswith("$") for key, _ in value.get("map", [(0, 0)])):
-            value = {"object": value["map"]}
-        items = {key: ordered(inner) for key, inner in value.items()}
-        return {"object": sorted(items["object"])} if "object" in items else items
-    return [ordered(item) for item in value] if isinstance(value, list) else value
-
-
-@needs_node
-def test_javascript_reads_the_valid_vectors(tmp_path: Path) -> None:
-    found = dumped(VALID, tmp_path)
-    assert len(found) > 15
-    for path in VALID:
-        with reading.open_state(path) as state:
-            members = dict(found[str(path)]["object"])
-            parameters = {name: dict(parameter["object"]) for name, parameter in members["parameters"]["map"]}
-            assert list(parameters) == list(state), path
-            for name, parameter in state.items():
-                assert ordered(parameters[name]["state"]) == ordered(shown(parameter.state)), (path, name)
-                assert parameters[name]["shape"] == list(parameter.shape)
-            for group, theirs in zip(state.groups, members["groups"], strict=True):
-                options = dict(theirs["object"])["options"]["map"]
-                assert [name for name, _ in options] == [name for name, _ in group.options]
-                assert ordered(options) == ordered([[name, shown(value)] for name, value in group.options])
-            assert ordered(members["globals"]) == ordered(shown(state.globals))
-
-
-@needs_node
-def test_javascript_refuses_what_is_damaged_or_not_understood(tmp_path: Path) -> None:
-    cases = {path.with_suffix(".safetensors"): json.loads(path.read_text(encoding="utf-8")) for path in INVALID}
-    cases = {path: case for path, case in cases.items() if path.is_file()}
-    found = dumped(list(cases), tmp_path)
-    refused = [case["rule"] for path, case in cases.items() if case["kind"] in ("digest", "unsupported")]
-    assert {"R9", "R11", "R13"} <= set(refused)
-    for path, case in cases.items():
-        if case["kind"] in ("digest", "unsupported") and case["rule"] != "R21":  # it compares no tensors
-            assert found[str(path)].get("error", "").startswith(f"{case['rule']}: "), path
-
-
-@needs_node
-def test_the_recipe_in_javascript(tmp_path: Path) -> None:
-    named(tmp_path / "optimizer.safetensors")
-    shutil.copy(ROOT / "spec" / "reader.mjs", tmp_path)
-    out = javascript(recipe("js", "JavaScript"), tmp_path)
-    assert out.splitlines() == [f"{name} 7 {values(1)[name].size}" for name in NAMES]
-    assert len((ROOT / "spec" / "reader.mjs").read_text(encoding="utf-8").splitlines()) <= 80
 
 
 # --- JAX and MLX --------------------------------------------------------------------------------------------------

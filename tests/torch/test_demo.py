@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -11,8 +12,9 @@ from lora_state_format import demo
 from lora_state_format.cli import run
 
 
-def test_the_demo_ends_with_its_verdict() -> None:
-    command = [sys.executable, "-m", "lora_state_format", "demo"]
+def test_the_demo_ends_with_its_verdict(tmp_path: Path) -> None:
+    out = tmp_path / "kept"
+    command = [sys.executable, "-m", "lora_state_format", "demo", "--out", str(out)]
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     assert (result.returncode, result.stderr) == (0, "")
     for words in (
@@ -27,11 +29,22 @@ def test_the_demo_ends_with_its_verdict() -> None:
         "cold start: 0/392 weights equal",
     ):
         assert words in result.stdout
-    assert result.stdout.endswith("\nVerdict: the resumed run equals the uninterrupted one\n")
+    *_, verdict, kept = result.stdout.splitlines()
+    assert verdict == "Verdict: the resumed run equals the uninterrupted one"
+    assert kept == f"Kept in {out}: look with `lora-state inspect {out}/checkpoint-4`"
+    assert run(["check", f"{out}/checkpoint-4", "--base", f"{out}/base"]) == 0
+
+
+def test_the_demo_overwrites_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "precious").touch()
+    assert run(["demo", "--out", str(tmp_path)]) == 2
+    assert capsys.readouterr().err == (
+        f"error: {tmp_path} exists and is not an empty folder; choose another one for the demo\n"
+    )
 
 
 def test_a_run_that_is_not_equal_is_a_finding(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(demo, "demonstrate", lambda say: False)
+    monkeypatch.setattr(demo, "demonstrate", lambda say, out: False)
     assert run(["demo"]) == 1
 
 
@@ -39,4 +52,4 @@ def test_what_the_demo_needs(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Cap
     monkeypatch.delitem(sys.modules, "lora_state_format.demo")
     monkeypatch.setitem(sys.modules, "peft", None)
     assert run(["demo"]) == 2
-    assert capsys.readouterr().err == "error: the demo needs 'peft': pip install 'lora_state_format[demo]'\n"
+    assert capsys.readouterr().err == "error: the demo needs 'peft': pip install torch transformers peft accelerate\n"

@@ -9,9 +9,11 @@ import pytest
 import torch
 
 from lora_state_format.optimizers.classes import CLASSES, known
-from lora_state_format.torch.capture import _stepping, describe
+from lora_state_format.torch.capture import lineage_of
+from lora_state_format.torch.live import describe
 
-EAGER = [path for path in CLASSES if path != "torch.optim.lbfgs.LBFGS"]
+HERE = ("torch.optim.", "transformers.optimization.Adafactor")
+EAGER = [path for path in CLASSES if path.startswith(HERE) and path != "torch.optim.lbfgs.LBFGS"]
 SHAPED: dict[str, set[str]] = {"torch.optim.Adafactor": {"row_var", "col_var", "variance"}}
 """Slots that a step needs or does without by the parameter's number of axes."""
 
@@ -98,6 +100,13 @@ def test_how_a_class_counts(path: str) -> None:
     assert isinstance(step, counts[CLASSES[path].counts])
 
 
+@pytest.mark.parametrize("path", EAGER)
+def test_a_class_makes_no_slot_that_its_row_does_not_have(path: str) -> None:
+    parameters, optimizer = made(path)
+    made_of = {slot for parameter in parameters for slot in optimizer.state[parameter]}
+    assert made_of <= CLASSES[path].slots
+
+
 def test_a_subclass_is_known_by_the_class_whose_step_it_has() -> None:
     class Mine(torch.optim.AdamW):
         """Another constructor, the same step."""
@@ -107,8 +116,8 @@ def test_a_subclass_is_known_by_the_class_whose_step_it_has() -> None:
             raise NotImplementedError
 
     model = torch.nn.Linear(2, 2)
-    assert known(_stepping(Mine)) is CLASSES["torch.optim.adamw.AdamW"]
-    assert _stepping(Other) == (f"{__name__}.{Other.__qualname__}",)
-    live = describe(Mine(model.parameters()), model)
+    assert known(lineage_of(Mine)) is CLASSES["torch.optim.adamw.AdamW"]
+    assert lineage_of(Other) == (f"{__name__}.{Other.__qualname__}",)
+    live = describe(Mine(model.parameters()), model).side
     assert live.known[0] is CLASSES["torch.optim.adamw.AdamW"]
     assert (live.title(0), live.optimizers[0].class_path) == (Mine.__qualname__.rpartition(".")[2], live.lineages[0][0])

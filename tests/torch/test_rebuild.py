@@ -192,12 +192,12 @@ def test_errors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
             rebuild(tmp_path)
         return str(caught.value)
 
-    assert message() == f"{tmp_path}: has no config.json; put that beside adapter_config.json"
+    assert message() == f"{tmp_path}: has no config.json; put that next to adapter_config.json"
     adapter = tmp_path / "adapter_config.json"
     adapter.write_text(json.dumps({"peft_type": "LORA", "base_model_name_or_path": "some/base"}))
     assert (
         message()
-        == f"{tmp_path}: has no config.json; put that of the base model, some/base, beside adapter_config.json"
+        == f"{tmp_path}: has no config.json; put that of the base model, some/base, next to adapter_config.json"
     )
     versions = f"transformers {transformers.__version__} and peft {__import__('peft').__version__}"
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama", "architectures": ["NoSuchModel"]}))
@@ -214,7 +214,7 @@ def test_errors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert message().startswith(failed)
     monkeypatch.setitem(sys.modules, "peft", None)
     assert message(MissingDependencyError) == (
-        "names from configs need transformers and peft: pip install 'lora_state_format[peft]'"
+        "names from configs need transformers and peft: pip install torch transformers peft"
     )
 
 

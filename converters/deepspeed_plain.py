@@ -1,0 +1,246 @@
+"""DeepSpeed checkpoints without ZeRO: ``mp_rank_NN_model_states.pt`` holds the optimizer, ``expp_rank_*`` with experts.
+
+Each model-parallel rank has the whole state of its own parameters under ids: of its pipeline stage, or of its slices.
+Stages follow each other; slices are joined by DeepSpeed's patterns (``foreign.deepspeed``). With experts, the state
+lies in one file per expert-parallel rank: all hold the dense parameters, and each its own experts. The optimizer's
+class and its groups are DeepSpeed's own state dict; names are those of the model's files, in their order, which is the
+order of ``parameters()``, where the optimizer has one group, or one and the experts'. Otherwise only sizes are known,
+and names have to be given.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Final, cast
+
+from lora_state_format.errors import FileError, RefusedError
+from lora_state_format.foreign import deepspeed, pickles
+from lora_state_format.foreign.deepspeed import EXPERT, MODEL, Slices
+from lora_state_format.foreign.masters import SAMPLE, elements
+from lora_state_format.foreign.state_dict import from_state_dict, is_state_dict
+from lora_state_format.io.files import Files, reading
+from lora_state_format.model.states import Checkpoint, Value
+from lora_state_format.model.tensors import Tensor
+from lora_state_format.registry import Match
+
+NAME: Final = "deepspeed_plain"
+DESCRIPTION: Final = "a DeepSpeed folder without ZeRO: mp_rank_*_model_states.pt, expp_rank_*_optim_states.pt"
+OPTIONS: Final = {"slices": deepspeed.SLICES_OPTION}
+
+_EXPERT_RANK: Final = re.compile(r"expp_rank_(\d+)_mp_rank_(\d+)_optim_states\.pt")
+
+
+def detect(path: Path) -> Match | None:
+    if path.is_file():
+        rank = _EXPERT_RANK.fullmatch(path.name) or (MODEL.fullmatch(path.name) and _others(path))
+        return Match("a DeepSpeed file of one rank", path) if rank else None
+    folder = deepspeed.tag_folder(path, _holds)
+    return Match("mp_rank_*_model_states.pt without ZeRO files", folder) if folder else None
+
+
+def _holds(folder: Path) -> bool:
+    names = [file.name for file in folder.iterdir()]
+    return any(map(MODEL.fullmatch, names)) and not any("zero" in name and name != "zero_to_fp32.py" for name in names)
+
+
+def _others(path: Path) -> bool:
+    """Whether files of other ranks, pipeline layers or experts lie next to a model's file."""
+    names = (file.name for file in path.parent.iterdir() if file != path)
+    return any(p.fullmatch(name) for name in names for p in (MODEL, deepspeed.LAYER, EXPERT, _EXPERT_RANK))
+
+
+def read(match: Match, options: Mapping[str, Any]) -> Checkpoint:
+    """Read the folder.
+
+    Raises:
+        FileError: files are missing, or not of one save.
+        RefusedError: one rank's file alone, or a layout that is not read.
+    """
+    folder = match.path
+    if folder.is_file():
+        raise RefusedError(
+            f"one rank's file of a DeepSpeed checkpoint: give the folder, {folder.parent.name}, which has those of all "
+            "ranks",
+            path=folder,
+        )
+    with reading() as files:
+        paths = {int(m[1]): file for file in sorted(folder.iterdir()) if (m := MODEL.fullmatch(file.name))}
+        models = {mp: pickles.load(files[path], path).value for mp, path in paths.items()}
+        for mp, model in models.items():
+            if not isinstance(model, dict):
+                raise FileError("is not the dict that DeepSpeed writes", path=paths[mp])
+        stages, tensor = deepspeed.degrees(models, folder)
+        slices = deepspeed.slices_of(tensor, models[min(models)], options.get("slices"), paths[min(paths)])
+        weights = deepspeed.weights(folder, models, slices, files)
+        if any(_EXPERT_RANK.fullmatch(file.name) for file in folder.iterdir()):
+            if stages * tensor > 1:
+                raise RefusedError(
+                    "experts together with pipeline stages or tensor parallelism: load it in DeepSpeed and save it "
+                    "with ZeRO stage 1",
+                    path=folder,
+                )
+            tree, names = _with_experts(folder, models[0], weights, files)
+        else:
+            trees = {mp: _optimizer(model, paths[mp]) for mp, model in models.items()}
+            tree, names = _stages(trees, weights, stages, slices, folder)
+        first = models[min(models)]
+        origin: dict[str, Value] = {"format": NAME}
+        if stages * tensor > 1:
+            origin |= {"pipeline_stages": stages, "tensor_parallel": tensor}
+        if isinstance(version := first.get("ds_version"), str):
+            origin["deepspeed"] = version
+        step = first.get("global_steps")
+        state = from_state_dict(
+            tree, origin=origin, global_step=step if isinstance(step, int) else None, resources=(files,)
+        )
+        return Checkpoint(state if names is None else replace(state, names=tuple(names)), weights)
+
+
+def _optimizer(model: Mapping[str, Any], path: Path) -> Mapping[str, Any]:
+    """Return the optimizer's state dict in a file."""
+    tree = model.get("optimizer")
+    if not is_state_dict(tree):
+        what = "an optimizer of DeepSpeed's fp16 wrapper" if isinstance(tree, dict) else "no optimizer's state dict"
+        raise RefusedError(
+            f"holds {what}, where 'state' and 'param_groups' are expected: save with ZeRO stage 1, which is read",
+            path=path,
+        )
+    return cast("Mapping[str, Any]", tree)
+
+
+def _stages(
+    trees: Mapping[int, Mapping[str, Any]], weights: Mapping[str, Tensor], stages: int, slices: Slices, folder: Path
+) -> tuple[dict[str, Any], list[str] | None]:
+    """Return the state dict of all ranks together, and its parameters' names where their order is known."""
+    groups = [{**group, "params": []} for group in trees[0]["param_groups"]]
+    state: dict[int, Any] = {}
+    names: list[str] | None = list(weights) if len(groups) == 1 else None
+    count = 0
+    _check_alike(trees, folder)
+    for number, group in enumerate(groups):
+        for stage in range(stages):
+            own = [trees[stage * slices.count + rank] for rank in range(slices.count)]
+            for ids in zip(*(tree["param_groups"][number]["params"] for tree in own), strict=True):
+                held = [tree["state"].get(identity) for tree, identity in zip(own, ids, strict=True)]
+                if slices.count > 1:
+                    held = [_joined(held, names, count, slices, folder)]
+                if held[0] is not None:
+                    state[count] = held[0]
+                group["params"].append(count)
+                count += 1
+    if names is not None and len(names) != count:
+        names = None
+    return {"state": state, "param_groups": groups}, names
+
+
+def _joined(held: Sequence[Any], names: Sequence[str] | None, number: int, slices: Slices, folder: Path) -> Any:
+    if names is None or number >= len(names):
+        raise RefusedError(
+            "slices of tensor-parallel ranks are joined by their names, and the optimizer has several groups, or other "
+            "parameters than the model: save with ZeRO stage 1, whose files have names",
+            path=folder,
+        )
+    if held[0] is None:
+        return None
+    return {
+        slot: slices.join(names[number], [slots[slot] for slots in held]) if isinstance(value, Tensor) else value
+        for slot, value in held[0].items()
+    }
+
+
+def _check_alike(trees: Mapping[int, Mapping[str, Any]], folder: Path) -> None:
+    """Raise ``FileError`` for ranks with other options or steps than the first has."""
+    first, *rest = (
+        (
+            [{k: v for k, v in group.items() if k != "params"} for group in tree["param_groups"]],
+            {bytes(step.bytes()) for slots in tree["state"].values() if isinstance(step := slots.get("step"), Tensor)},
+        )
+        for tree in trees.values()
+    )
+    for mp, (groups, steps) in zip(list(trees)[1:], rest, strict=True):
+        if groups != first[0] or steps != first[1]:
+            what = "options" if groups != first[0] else "steps"
+            raise FileError(
+                f"model-parallel rank {mp} has other {what} than rank 0: files of different saves", path=folder
+            )
+
+
+def _with_experts(
+    folder: Path, model: Mapping[str, Any], weights: Mapping[str, Tensor], files: Files
+) -> tuple[dict[str, Any], list[str] | None]:
+    """Return the state dict of all expert-parallel ranks together, and its parameters' names where they are known."""
+    paths = {int(m[1]): file for file in folder.iterdir() if (m := _EXPERT_RANK.fullmatch(file.name))}
+    trees: dict[int, Mapping[str, Any]] = {}
+    for rank in range(max(paths) + 1):
+        if rank not in paths:
+            raise FileError(
+                f"missing: there are files of expert-parallel ranks {sorted(paths)}",
+                path=folder / f"expp_rank_{rank}_mp_rank_00_optim_states.pt",
+            )
+        trees[rank] = _optimizer(pickles.load(files[paths[rank]], paths[rank]).value, paths[rank])
+    _check_alike(trees, folder)
+    of_experts = [name for name in weights if ".deepspeed_experts." in name]
+    experts = deepspeed.local_experts(of_experts)
+    trained = model.get("num_experts")
+    if isinstance(trained, list) and trained and experts != max(trained):
+        raise FileError(
+            f"there are files of {experts} experts, where {max(trained)} were trained: a file is missing", path=folder
+        )
+    for group in trees[0]["param_groups"]:
+        if group.get("moe") and group.get("name") not in (None, f"ep_size_{len(trees)}"):
+            raise FileError(
+                f"there are files of {len(trees)} expert-parallel ranks, where group '{group['name']}' had another "
+                "number: a file is missing",
+                path=folder,
+            )
+    local = experts // len(trees)
+    groups: list[dict[str, Any]] = []
+    state: dict[int, Any] = {}
+    count = 0
+    for number, group in enumerate(trees[0]["param_groups"]):
+        groups.append({**group, "params": []})
+        for rank, tree in trees.items():
+            ids = tree["param_groups"][number]["params"]
+            if rank and not group.get("moe"):
+                _check_same(trees[0], group["params"], tree, ids, paths[rank])
+                continue
+            for identity in ids:
+                if (slots := tree["state"].get(identity)) is not None:
+                    state[count] = slots
+                groups[-1]["params"].append(count)
+                count += 1
+    kinds = [bool(group.get("moe")) for group in groups]
+    named = None
+    if sorted(kinds) in ([False, True], [True]):
+        dense = [name for name in weights if name not in of_experts and name not in (model.get("buffer_names") or ())]
+        apart = [[name for name in of_experts if _rank_of(name, local) == rank] for rank in trees]
+        named = [name for moe in kinds for name in ([n for own in apart for n in own] if moe else dense)]
+        named = named if len(named) == count else None
+    return {"state": state, "param_groups": groups}, named
+
+
+def _rank_of(name: str, local: int) -> int:
+    """Return the expert-parallel rank that has an expert's parameter."""
+    return int(name.partition(".deepspeed_experts.")[2].partition(".")[0]) // local
+
+
+def _check_same(first: Mapping[str, Any], ids: Any, tree: Mapping[str, Any], others: Any, path: Path) -> None:
+    """Raise ``FileError`` where two ranks hold different states of dense parameters, by the first elements."""
+    for ours, theirs in zip(ids, others, strict=True):
+        for slot, value in first["state"].get(ours, {}).items():
+            other = tree["state"].get(theirs, {}).get(slot)
+            if not isinstance(value, Tensor):
+                continue
+            count = min(SAMPLE, value.count)
+            if (
+                not isinstance(other, Tensor)
+                or other.shape != value.shape
+                or elements(value, 0, count) != elements(other, 0, count)
+            ):
+                raise FileError(
+                    f"'{slot}' of parameter {theirs} is not what expert-parallel rank 0 has: files of different saves",
+                    path=path,
+                )

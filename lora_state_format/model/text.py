@@ -1,0 +1,12 @@
+"""Texts out of files, as they may be shown."""
+
+from __future__ import annotations
+
+__all__ = ["printable"]
+
+
+def printable(text: str) -> str:
+    """Return a text on one line, with nothing in it that a terminal would act on, marks of direction included."""
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)

@@ -1,0 +1,327 @@
+"""Statistics of a state's tensors, one block at a time on all cores, and what is odd about them."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Final
+
+from lora_state_format.model.dtypes import FLOATS, decoded, item_size
+from lora_state_format.model.sources import File
+from lora_state_format.model.states import OptimizerState, PositionalState, Scalar, Slot, Value, walk
+from lora_state_format.model.tensors import Tensor
+from lora_state_format.operations.entries import Entry, entries
+
+if TYPE_CHECKING:
+    import numpy as np
+
+__all__ = ["Finding", "Measure", "Statistics", "Update", "findings", "measure", "measure_tensor"]
+
+BLOCK: Final = 1 << 16
+"""Elements that are held at a time, for each tensor of a parameter and each core."""
+
+SQUARES: Final = frozenset(
+    {"exp_avg_sq", "max_exp_avg_sq", "square_avg", "nu", "v", "exp_avg_sq_row", "exp_avg_sq_col"}
+)
+"""Slots that hold means of squares, which are never negative."""
+
+PAIRS: Final = (("exp_avg", "exp_avg_sq"), ("m", "v"))
+"""First and second moments of Adam and its kin."""
+
+LOWEST: Final = -8.0
+HIGHEST: Final = 2.0
+"""The histogram of step sizes: its first and last power of ten."""
+
+BINS: Final = 40
+"""How many bins lie between them."""
+
+TOLERANCE: Final = 1.05
+"""How far a ratio of moments may be above Adam's bound by rounding."""
+
+TINY: Final = 1e-30
+"""Second moments below this lose digits in float32; their ratios are not judged."""
+
+
+@dataclass(slots=True)
+class Measure:
+    """Sums over the elements of tensors.
+
+    ``zeros`` counts elements equal to zero, ``broken`` NaN and infinities, ``negative`` those below zero. ``squares``
+    (the sum of squares) and ``largest`` (the largest magnitude) are over the finite elements.
+    """
+
+    elements: int = 0
+    zeros: int = 0
+    broken: int = 0
+    negative: int = 0
+    squares: float = 0.0
+    largest: float = 0.0
+
+    def add(self, values: np.ndarray[Any, Any]) -> None:
+        """Count the elements of an array of floats."""
+        import numpy as np
+
+        finite = np.isfinite(values)
+        if not finite.all():
+            self.broken += int(values.size - finite.sum())
+        known = values[finite] if self.broken else values
+        self.elements += int(values.size)
+        self.zeros += int(values.size - np.count_nonzero(values))
+        self.negative += int((known < 0).sum())
+        self.squares += float(known @ known)
+        self.largest = max(self.largest, float(np.abs(known).max(initial=0.0)))
+
+    def merge(self, other: Measure) -> None:
+        """Add the sums of other tensors."""
+        self.elements += other.elements
+        self.zeros += other.zeros
+        self.broken += other.broken
+        self.negative += other.negative
+        self.squares += other.squares
+        self.largest = max(self.largest, other.largest)
+
+    @property
+    def rms(self) -> float:
+        """The root of the mean square of the finite elements."""
+        return math.sqrt(self.squares / max(self.elements - self.broken, 1))
+
+    def to_json(self) -> dict[str, float]:
+        """Return the sums as JSON values."""
+        return {
+            "elements": self.elements, "zeros": self.zeros, "not_finite": self.broken, "negative": self.negative,
+            "rms": self.rms, "largest": self.largest,
+        }  # fmt: skip
+
+
+@dataclass(slots=True)
+class Update:
+    """The sizes of a parameter's next update before the learning rate: ``|m| / (sqrt(v) + eps)``.
+
+    The bias of the start is corrected where step and betas are known.
+
+    ``bins`` counts elements by the power of ten of their size, from ``LOWEST`` to ``HIGHEST``; ``still`` counts those
+    of size zero. ``beyond`` counts elements whose moments no run of Adam can reach together.
+    """
+
+    sizes: Measure = field(default_factory=Measure)
+    bins: list[int] = field(default_factory=lambda: [0] * BINS)
+    still: int = 0
+    beyond: int = 0
+
+    def add(self, m: np.ndarray[Any, Any], v: np.ndarray[Any, Any], rule: _Rule) -> None:
+        """Count the elements of a block of first and second moments."""
+        import numpy as np
+
+        good = np.isfinite(m) & np.isfinite(v) & (v >= 0)
+        m, root = np.abs(m[good]), np.sqrt(v[good])
+        if rule.bound is not None:
+            self.beyond += int(((m > rule.bound * TOLERANCE * root) & (v[good] > TINY)).sum())
+        with np.errstate(divide="ignore", invalid="ignore"):
+            sizes = np.nan_to_num((m / rule.first) / (root / math.sqrt(rule.second) + rule.eps), nan=0.0, posinf=0.0)
+        self.sizes.add(sizes)
+        moving = sizes[sizes > 0]
+        self.still += int(sizes.size - moving.size)
+        places = np.clip((np.log10(moving) - LOWEST) * BINS / (HIGHEST - LOWEST), 0, BINS - 1).astype(np.int64)
+        for place, count in enumerate(np.bincount(places, minlength=BINS)):
+            self.bins[place] += int(count)
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """What was measured: by a parameter's place in the state, of each slot and of the update."""
+
+    slots: tuple[Mapping[str, Measure], ...]
+    updates: tuple[Update | None, ...]
+
+    def by_slot(self) -> dict[str, Measure]:
+        """Return the sums over all parameters, by slot."""
+        found: dict[str, Measure] = {}
+        for own in self.slots:
+            for slot, measured in own.items():
+                found.setdefault(slot, Measure()).merge(measured)
+        return found
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """Something odd: what kind, in words, and the parameters that show it."""
+
+    kind: str
+    text: str
+    parameters: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        shown = ", ".join(self.parameters[:3])
+        more = f" and {len(self.parameters) - 3:,} more" if len(self.parameters) > 3 else ""
+        return f"{self.text}: {shown}{more}" if shown else self.text
+
+
+@dataclass(frozen=True, slots=True)
+class _Rule:
+    """How moments become an update: what they are divided by against their bias, eps, and Adam's bound of m/sqrt(v)."""
+
+    first: float
+    second: float
+    eps: float
+    bound: float | None
+
+
+def measure(state: OptimizerState | PositionalState, progress: Callable[[int, int], None] | None = None) -> Statistics:
+    """Read every tensor of a state once and measure it; integers, the codes of quantised moments, are left out.
+
+    Args:
+        state: The state. Blocks of ``BLOCK`` elements are held, whatever its size.
+        progress: Called with the bytes measured and their total.
+
+    Returns:
+        The statistics, parameter by parameter in the state's order.
+    """
+    found = list(entries(state))
+    options = [dict(group.options) for group in state.groups]
+    total = sum(leaf.tensor.size for entry in found for _, leaf in walk(entry.state or {}) if isinstance(leaf, Slot))
+    done = 0
+
+    def one(entry: Entry) -> tuple[dict[str, Measure], Update | None, int]:
+        return _measured(entry, {} if entry.group is None else options[entry.group])
+
+    readable_together = all(type(resource) is File for resource in state.resources)
+    with ThreadPoolExecutor(os.cpu_count() if readable_together else 1) as cores:
+        results = []
+        for slots, update, size in cores.map(one, found):
+            results.append((slots, update))
+            done += size
+            if progress:
+                progress(done, total)
+    return Statistics(tuple(slots for slots, _ in results), tuple(update for _, update in results))
+
+
+def measure_tensor(tensor: Tensor) -> Measure:
+    """Read a tensor and measure it; integers are not measured."""
+    found = Measure()
+    for block in _blocks(tensor) if tensor.dtype in FLOATS else ():
+        found.add(block)
+    return found
+
+
+def _measured(entry: Entry, options: Mapping[str, Value]) -> tuple[dict[str, Measure], Update | None, int]:
+    tensors = {
+        ".".join(map(str, path)): leaf.tensor for path, leaf in walk(entry.state or {}) if isinstance(leaf, Slot)
+    }
+    measures = {slot: Measure() for slot, tensor in tensors.items() if tensor.dtype in FLOATS}
+    pair = next((p for p in PAIRS if set(p) <= set(measures) and tensors[p[0]].shape == tensors[p[1]].shape), None)
+    update = Update() if pair else None
+    for slot, tensor in tensors.items():
+        if slot in measures and not (pair and slot in pair):
+            for block in _blocks(tensor):
+                measures[slot].add(block)
+    if pair and update:
+        rule = _rule(entry.state or {}, options)
+        for m, v in zip(_blocks(tensors[pair[0]]), _blocks(tensors[pair[1]]), strict=True):
+            measures[pair[0]].add(m)
+            measures[pair[1]].add(v)
+            update.add(m, v, rule)
+    return measures, update, sum(tensor.size for tensor in tensors.values())
+
+
+def _blocks(tensor: Tensor) -> Iterator[np.ndarray[Any, Any]]:
+    """Yield a tensor's elements as float64, a block at a time."""
+    width = item_size(tensor.dtype)
+    for first in range(0, tensor.count, BLOCK):
+        buffer = bytearray(min(BLOCK, tensor.count - first) * width)
+        tensor.readinto(first * width, memoryview(buffer))
+        yield decoded(buffer, tensor.dtype).astype("f8")
+
+
+def _rule(state: Mapping[str, Value], options: Mapping[str, Value]) -> _Rule:
+    """Return what is known of Adam's rule for a parameter.
+
+    By Cauchy and Schwarz, whatever the gradients were, after t steps ``|m| <= bound * sqrt(v)`` with
+    ``bound = (1 - b1) / sqrt(1 - b2) * sqrt(sum of (b1 * b1 / b2)**i, i < t)``.
+    """
+    betas, step, eps = options.get("betas"), _number(state.get("step")), _number(options.get("eps"))
+    if not isinstance(betas, (tuple, list)) or len(betas) != 2 or not step or step < 1:
+        return _Rule(1.0, 1.0, eps or 0.0, None)
+    b1, b2 = (_number(beta) for beta in betas)
+    if b1 is None or b2 is None or not (0 <= b1 < 1 and 0 < b2 < 1):
+        return _Rule(1.0, 1.0, eps or 0.0, None)
+    ratio = b1 * b1 / b2
+    series = step if ratio == 1 else (1 - ratio ** min(step, 1e4)) / (1 - ratio)
+    bound = (1 - b1) / math.sqrt(1 - b2) * math.sqrt(series) if "d" not in options else None
+    return _Rule(1 - b1**step, 1 - b2**step, eps or 0.0, bound)
+
+
+def _number(value: Value) -> float | None:
+    try:
+        number = value.item() if isinstance(value, Scalar) else value
+    except TypeError:
+        return None
+    return float(number) if isinstance(number, (int, float)) else None
+
+
+# --- findings -----------------------------------------------------------------------------------------------------
+
+
+def findings(state: OptimizerState | PositionalState, statistics: Statistics | None = None) -> tuple[Finding, ...]:
+    """Return what is odd about a state: with ``statistics``, about its numbers too."""
+    found = list(entries(state))
+    return (*_of_steps(state, found), *_of_groups(state), *(_of_numbers(found, statistics) if statistics else ()))
+
+
+def _of_steps(state: OptimizerState | PositionalState, found: list[Entry]) -> Iterator[Finding]:
+    idle = tuple(entry.label for entry in found if entry.state is None)
+    if idle and len(idle) < len(found):
+        yield Finding("never stepped", f"{len(idle):,} of {len(found):,} parameters never took a step", idle)
+    steps = Counter(number for e in found if (number := _number((e.state or {}).get("step"))) is not None)
+    if len(steps) > 1:
+        usual = steps.most_common(1)[0][0]
+        others = tuple(e.label for e in found if _number((e.state or {}).get("step")) not in (usual, None))
+        yield Finding("steps differ", f"most parameters are at step {usual:g}, {len(others):,} are not", others)
+
+
+def _of_groups(state: OptimizerState | PositionalState) -> Iterator[Finding]:
+    still = [
+        str(n) for n, group in enumerate(state.groups) if group.count and _number(dict(group.options).get("lr")) == 0
+    ]
+    if still:
+        yield Finding(
+            "lr 0", f"lr is 0 in group {', '.join(still)}: a step moves no weight until a scheduler or you set lr"
+        )
+
+
+def _of_numbers(found: list[Entry], statistics: Statistics) -> Iterator[Finding]:
+    rows = list(zip(found, statistics.slots, statistics.updates, strict=True))
+
+    def named(kind: str, text: str, which: Iterable[tuple[Entry, str]]) -> Iterator[Finding]:
+        shown = tuple(f"{entry.label} {slot}".rstrip() for entry, slot in which)
+        if shown:
+            yield Finding(kind, text.format(f"{len(shown):,}"), shown)
+
+    yield from named(
+        "not finite",
+        "{} tensors hold NaN or infinity; no optimizer step recovers from that",
+        ((e, slot) for e, slots, _ in rows for slot, m in slots.items() if m.broken),
+    )
+    yield from named(
+        "negative squares",
+        "{} second moments hold negative numbers, which no mean of squares is",
+        ((e, slot) for e, slots, _ in rows for slot, m in slots.items() if slot in SQUARES and m.negative),
+    )
+    yield from named(
+        "cold",
+        "{} parameters count steps, but their moments are all zero: no gradient reached them, or they start cold",
+        (
+            (e, "")
+            for e, slots, _ in rows
+            if slots and e.state and all(m.zeros == m.elements > 0 for m in slots.values())
+        ),
+    )
+    yield from named(
+        "beyond Adam",
+        "{} parameters have first moments larger than Adam allows next to their second moments, steps and betas: "
+        "another rule wrote them, or they are of different runs, or were changed",
+        ((e, "") for e, _, update in rows if update and update.beyond),
+    )

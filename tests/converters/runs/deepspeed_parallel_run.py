@@ -1,0 +1,138 @@
+"""One rank of DeepSpeed runs with parallel models on the CPU: ``deepspeed_parallel_run.py OUT RANK WORLD PORT CASES``.
+
+A case is what is parallel and the ZeRO stage: ``pipeline0``, ``pipeline1`` (two stages), ``tensor0``, ``tensor1``
+(AutoTP over two ranks), ``experts0``, ``experts1``, ``experts2`` (four experts over two ranks); the rest is
+data-parallel. OUT/CASE becomes the checkpoint; OUT/CASE.RANK.pt holds what the rank's optimizer held, by the rank's own
+names: moments, gathered over its data-parallel ranks, and, with ZeRO, fp32 masters.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+out, rank, world, port, cases = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), sys.argv[4], sys.argv[5]
+os.environ.update(
+    DS_ACCELERATOR="cpu", MASTER_ADDR="127.0.0.1", MASTER_PORT=port, RANK=str(rank), LOCAL_RANK=str(rank),
+    WORLD_SIZE=str(world), OMP_NUM_THREADS="1",
+)  # fmt: skip
+
+import deepspeed  # noqa: E402
+import torch  # noqa: E402
+import torch.distributed as dist  # noqa: E402
+from deepspeed.moe.layer import MoE  # noqa: E402
+from deepspeed.moe.utils import split_params_into_different_moe_groups_for_optimizer  # noqa: E402
+from deepspeed.pipe import LayerSpec, PipelineModule  # noqa: E402
+from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state  # noqa: E402
+
+STEPS = 3
+
+
+def config(stage: int, **more: Any) -> dict[str, Any]:
+    return {
+        "train_micro_batch_size_per_gpu": 2,
+        "optimizer": {"type": "AdamW", "params": {"lr": 1e-2, "torch_adam": True}},
+        "zero_optimization": {"stage": stage},
+        "bf16": {"enabled": stage > 0},
+        "steps_per_print": 1000,
+        **more,
+    }
+
+
+class Routed(torch.nn.Module):
+    """Linear layers around four experts."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        expert = torch.nn.Sequential(torch.nn.Linear(8, 6), torch.nn.ReLU(), torch.nn.Linear(6, 8))
+        self.before = torch.nn.Linear(8, 8)
+        self.moe = MoE(8, expert, num_experts=4, ep_size=2, k=1)
+        self.after = torch.nn.Linear(8, 4)
+
+    def forward(self, x: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        hidden, _, _ = self.moe(self.before(x))
+        return torch.nn.functional.cross_entropy(self.after(hidden).float(), target)
+
+
+def pipeline(stage: int, dtype: torch.dtype) -> Any:
+    layers = [LayerSpec(torch.nn.Linear, 8, 12), LayerSpec(torch.nn.ReLU), LayerSpec(torch.nn.Linear, 12, 8)]
+    layers += [LayerSpec(torch.nn.LayerNorm, 8), LayerSpec(torch.nn.Linear, 8, 4)]
+    model = PipelineModule(
+        layers, num_stages=2, loss_fn=torch.nn.functional.cross_entropy, partition_method="parameters"
+    )
+    engine, *_ = deepspeed.initialize(model=model, config=config(stage), model_parameters=list(model.parameters()))
+
+    def batches() -> Any:
+        generator = torch.Generator().manual_seed(rank % 2)
+        while True:
+            yield torch.randn(2, 8, generator=generator).to(dtype), torch.randint(0, 4, (2,), generator=generator)
+
+    data = batches()
+    for _ in range(STEPS):
+        engine.train_batch(data_iter=data)
+    return engine, model
+
+
+def experts(stage: int, dtype: torch.dtype) -> Any:
+    model = Routed()
+    groups = split_params_into_different_moe_groups_for_optimizer({"params": list(model.parameters()), "name": "all"})
+    engine, *_ = deepspeed.initialize(model=model, config=config(stage), model_parameters=groups)
+    for seed in range(STEPS):
+        torch.manual_seed(seed * 10 + rank)
+        engine.backward(engine(torch.randn(8, 8).to(dtype), torch.randint(0, 4, (8,))))
+        engine.step()
+    return engine, model
+
+
+def tensor(stage: int, _: torch.dtype) -> Any:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    model = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=32, hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=4,
+            num_key_value_heads=2, max_position_embeddings=16,
+        )
+    )  # fmt: skip
+    engine, *_ = deepspeed.initialize(model=model, config=config(stage, tensor_parallel={"autotp_size": 2}))
+    for seed in range(STEPS):
+        torch.manual_seed(seed * 10 + rank // 2)
+        rows = torch.randint(0, 32, (2, 8))
+        engine.backward(engine(input_ids=rows, labels=rows).loss)
+        engine.step()
+    return engine, model
+
+
+def held(engine: Any, model: torch.nn.Module, stage: int) -> dict[str, dict[str, torch.Tensor]]:
+    result: dict[str, dict[str, torch.Tensor]] = {}
+    if stage:  # DeepSpeed links the state after the first group's first step, when the other groups have none yet
+        engine.optimizer._hp_optimizer_states_linked = False
+        engine.optimizer._lazy_init_hp_params_optimizer_state()
+    for name, parameter in model.named_parameters():
+        if stage == 0:
+            slots = {k: v for k, v in engine.optimizer.state[parameter].items() if k != "step"}
+        else:
+            slots = {slot: safe_get_full_optimizer_state(parameter, slot) for slot in ("exp_avg", "exp_avg_sq")}
+            slots["master_param"] = safe_get_full_fp32_param(parameter)
+        result[name] = {slot: value.detach().clone() for slot, value in slots.items()}
+    return result
+
+
+def main() -> None:
+    deepspeed.init_distributed("gloo")
+    for case in cases.split(","):
+        kind, stage = case[:-1], int(case[-1])
+        torch.manual_seed(0)
+        build = {"pipeline": pipeline, "experts": experts, "tensor": tensor}[kind]
+        engine, model = build(stage, torch.bfloat16 if stage else torch.float32)
+        engine.save_checkpoint(str(out / case))
+        torch.save(held(engine, model, stage), out / f"{case}.{rank}.pt")
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+main()
+# Threads that the process group leaves sometimes abort the exit of the interpreter; everything is done by then.
+sys.stdout.flush()
+os._exit(0)

@@ -1,0 +1,180 @@
+"""Checkpoints that Megatron-Core wrote, against what its ranks held: tensor, pipeline, expert and data parallel."""
+
+from __future__ import annotations
+
+import json
+import re
+import tarfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from lora_state_format import registry
+from lora_state_format.errors import FileError, RefusedError
+from lora_state_format.foreign.dcp import write_folder
+from lora_state_format.model.sources import Memory
+from lora_state_format.model.tensors import contiguous
+from lora_state_format.operations.conversion import convert, read
+
+GOLDEN = Path(__file__).parents[1] / "golden" / "megatron" / "files"
+CASES = sorted(path.name.removesuffix(".tar.xz") for path in GOLDEN.iterdir())
+LIVE = ["full-tp2-gated", "bucket-tp2-gated"]
+
+
+@pytest.fixture
+def folder(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
+    """A folder out of ``tests/golden``, by its case; what the ranks held lies next to it."""
+    with tarfile.open(GOLDEN / f"{request.param}.tar.xz") as archive:
+        archive.extractall(tmp_path, filter="data")
+    return tmp_path / str(request.param)
+
+
+@pytest.mark.parametrize("folder", CASES, indirect=True)
+def test_the_state_is_what_the_ranks_held(folder: Path) -> None:
+    check(folder)
+
+
+@pytest.mark.frameworks
+def test_todays_megatron_writes_such_folders(tmp_path: Path, run_ranks: Any) -> None:
+    run_ranks("megatron_run", tmp_path, 2, ",".join(LIVE))
+    for case in LIVE:
+        check(tmp_path / case)
+
+
+def check(folder: Path) -> None:
+    words = folder.name.split("-")
+    with read(folder, options={"masters": True}) as state:
+        seen = set()
+        for described in folder.parent.glob(f"{folder.name}.*.json"):
+            where = json.loads(described.read_text())
+            held = load_file(described.with_suffix(".safetensors"))
+            assert len(held) > 10
+            for key, expected in held.items():
+                local, slot, start = key.rsplit("/", 2)
+                name = whole_name(local, where)
+                seen.add(name)
+                value = state[name]["master_param" if slot == "param" else slot].torch()
+                share = shard(
+                    value, where["parameters"][local]["axis"], where, gated="gated" in words and "fc1." in name
+                )
+                assert list(share.shape) == where["parameters"][local]["shape"]
+                assert torch.equal(share.flatten()[int(start) :][: expected.numel()], expected), (name, slot)
+        assert set(state) == seen
+        assert {number(parameter["step"]) for parameter in state.values()} == {3.0}
+        for group, members in zip(state.groups, state.members(), strict=True):
+            options = dict(group.options)
+            assert {p.name.endswith(".bias") or len(p.shape) == 1 for p in members} == {options["wd_mult"] == 0.0}
+            assert {".experts." in p.name for p in members} == {options["is_expert_parallel"]}
+            assert (options["betas"], options["weight_decay"]) == ((0.9, 0.999), 0.1)
+        assert state.origin["masters_compared"] == (0 if "fp32" in words else len(state))
+        assert bool(state.origin.get("told_apart_by_order")) == ("slow" in words)
+
+
+def number(step: Any) -> float:
+    return float(step.item() if hasattr(step, "item") else step)
+
+
+def whole_name(local: str, where: dict[str, Any]) -> str:
+    """A rank's name of a parameter as the whole model has it."""
+    name = re.sub(r"(?<=layers\.)\d+", lambda m: str(int(m[0]) + where["first_layer"]), local)
+    name = re.sub(r"(?<=local_experts\.)\d+", lambda m: str(int(m[0]) + 2 * where["ep"]), name)
+    name = name.replace("input_layernorm.", "self_attention.linear_qkv.layer_norm_")
+    name = name.replace("pre_mlp_layernorm.", "mlp.linear_fc1.layer_norm_")
+    return "embedding.word_embeddings.weight" if where["tied"] and name == "output_layer.weight" else name
+
+
+def shard(value: torch.Tensor, axis: int | None, where: dict[str, Any], *, gated: bool) -> torch.Tensor:
+    """A tensor-parallel rank's part of a parameter; of a gated unit's first matrix, that part of both halves."""
+    size = where["sizes"]["tp"]
+    if axis is None or size == 1:
+        return value
+    halves = value.chunk(2) if gated else (value,)
+    return torch.cat([half.chunk(size, axis)[where["tp"]] for half in halves])
+
+
+# --- layouts of other versions, and refusals --------------------------------------------------------------------
+
+STACKED, SINGLE = "decoder.layers.self_attention.linear_qkv.weight", "embedding.word_embeddings.weight"
+
+
+def f32(*shape: int) -> Any:
+    return contiguous("F32", shape, Memory(torch.randn(shape).numpy().tobytes()))
+
+
+def older(path: Path, *groups: dict[str, Any], master: str = "fp32_param") -> tuple[Path, dict[tuple[str, ...], Any]]:
+    """A folder as Megatron-Core 0.6 laid it out: weights of three stacked layers and an embedding, and their state."""
+    torch.manual_seed(0)
+    entries: dict[tuple[str, ...], Any] = {(STACKED,): f32(3, 4, 2), (SINGLE,): f32(5, 2)}
+    for slot in ("exp_avg", "exp_avg_sq", master):
+        entries[f"optimizer.state.{slot}.{STACKED}",] = entries[STACKED,] if slot == master else f32(3, 4, 2)
+        entries[f"optimizer.state.{slot}.{SINGLE}",] = entries[SINGLE,] if slot == master else f32(5, 2)
+    folder = path / "iter_0000003"
+    write_folder(entries, folder)
+    (folder / "metadata.json").write_text('{"sharded_backend": "torch_dist", "sharded_backend_version": 1}')
+    torch.save({"optimizer": {"optimizer": {"param_groups": list(groups)}}}, folder / "common.pt")
+    return folder, entries
+
+
+def test_groups_that_the_rule_does_not_tell_apart_become_one_on_request(tmp_path: Path) -> None:
+    groups = [{"lr": 1e-3, "betas": (0.9, 0.95), "weight_decay": decay, "step": 3} for decay in (0.1, 0.0)]
+    folder, entries = older(tmp_path, *groups)
+    with pytest.raises(RefusedError) as refused:
+        read(folder)
+    assert str(refused.value) == (
+        f"{folder}: groups 0 and 1 differ in more than decay and experts, and the file does not say which parameters "
+        "they had: --option groups=merge reads them as one group with the options that both share"
+    )
+    with read(folder, options={"masters": True, "groups": "merge"}) as state:
+        names = [f"decoder.layers.{layer}.self_attention.linear_qkv.weight" for layer in range(3)]
+        assert list(state) == [*names, SINGLE]
+        for layer, name in enumerate(names):
+            assert state[name].shape == (4, 2)
+            for slot, key in (("exp_avg", "exp_avg"), ("exp_avg_sq", "exp_avg_sq"), ("master_param", "fp32_param")):
+                whole = entries[f"optimizer.state.{key}.{STACKED}",].torch()
+                assert torch.equal(state[name][slot].torch(), whole[layer])
+            assert state[name]["step"] == 3
+        assert dict(state.groups[0].options) == {"lr": 1e-3, "betas": (0.9, 0.95)}
+        assert state.origin == {"format": "megatron", "masters_compared": 4}
+    report = convert(folder, tmp_path / "optimizer.safetensors", options={"groups": "merge"})
+    assert (report.parameters, report.paired) == (4, 4)
+
+
+def test_a_parameter_without_a_group_is_refused(tmp_path: Path) -> None:
+    folder, _ = older(tmp_path, {"lr": 1e-3, "wd_mult": 0.0, "step": 3})
+    with pytest.raises(RefusedError) as refused:
+        read(folder)
+    assert str(refused.value) == (
+        f"{folder}: 'decoder.layers.0.self_attention.linear_qkv.weight' belongs to no group by Megatron's rule, which "
+        "decays it; 1 groups are stated: --option groups=merge reads them as one group with the options that all share"
+    )
+    with read(folder, options={"groups": "merge"}) as state:
+        assert len(state) == 4
+
+
+def test_masters_that_are_not_the_weights_are_refused(tmp_path: Path) -> None:
+    folder, entries = older(tmp_path, {"wd_mult": 1.0, "step": 3})
+    entries[f"optimizer.state.fp32_param.{SINGLE}",] = f32(5, 2)
+    write_folder(entries, tmp_path / "other")
+    for file in ("metadata.json", "common.pt"):
+        (tmp_path / "other" / file).write_bytes((folder / file).read_bytes())
+    with pytest.raises(FileError) as error:
+        read(tmp_path / "other")
+    assert str(error.value) == (
+        f"{tmp_path / 'other'}: the fp32 master of '{SINGLE}', rounded to F32, is not the model's weight at element 0: "
+        "the optimizer's files and the model's are not of one save, or files of two ranks were exchanged; copy the "
+        "folder again from where it was written"
+    )
+
+
+def test_another_backend_is_refused(tmp_path: Path) -> None:
+    folder, _ = older(tmp_path, {"wd_mult": 1.0})
+    (folder / "metadata.json").write_text('{"sharded_backend": "zarr"}')
+    with pytest.raises(RefusedError) as refused:
+        registry.read(folder)
+    assert str(refused.value) == (
+        f"{folder / 'metadata.json'}: sharded_backend 'zarr', where torch_dist is read: load the checkpoint in "
+        "Megatron and save it with --ckpt-format torch_dist"
+    )

@@ -1,0 +1,324 @@
+"""Where names come from: tensors in the file, files next to it, several models; and what is said if none fits."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+import transformers
+from safetensors.torch import save_file
+from torch import nn
+
+import lora_state_format as lsf
+from lora_state_format.errors import AmbiguousOrderError, ConversionError, MissingNamesError
+from lora_state_format.naming.sources import NAME_IT
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),
+    pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`:UserWarning:peft"),
+]
+
+POINTER = (
+    "version https://git-lfs.github.com/spec/v1\n"
+    "oid sha256:4d7a214614ab2935c943f9e0ff69d22eadbb8f32b1258daaa5e2ca24d17e2393\nsize 842123456\n"
+)
+LFS = "a Git LFS pointer to 842 MB and not the file itself: run git lfs pull"
+
+
+class Net(nn.Module):
+    """Buffers of both kinds between parameters, a frozen layer, and one weight under two names."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("scale", torch.ones(7))
+        self.first = nn.Linear(3, 5)
+        self.norm = nn.BatchNorm1d(5)
+        self.second = nn.Linear(5, 4)
+        self.third = nn.Linear(4, 5, bias=False)
+        self.tied = nn.Linear(4, 5, bias=False)
+        self.tied.weight = self.third.weight
+
+
+def stepped(parameters: Any, seed: int = 0) -> torch.optim.Optimizer:
+    """An AdamW after a step with gradients that tell its parameters apart."""
+    optimizer = torch.optim.AdamW(parameters, lr=1e-3)
+    generator = torch.Generator().manual_seed(seed)
+    for group in optimizer.param_groups:
+        for p in group["params"]:
+            p.grad = torch.randn(p.shape, generator=generator)
+    optimizer.step()
+    return optimizer
+
+
+def holds(path: Path, live: Mapping[str, tuple[nn.Module, torch.optim.Optimizer]], **arguments: Any) -> Any:
+    """Whether the state names every live parameter's moments rightly; ``live`` maps a prefix to a model."""
+    expected = {
+        prefix + name: optimizer.state[p]
+        for prefix, (model, optimizer) in live.items()
+        for name, p in model.named_parameters()
+        if any(p is other for group in optimizer.param_groups for other in group["params"])
+    }
+    with lsf.read(path, **arguments) as state:
+        assert set(state) == set(expected)
+        for name, slots in expected.items():
+            for slot in ("exp_avg", "exp_avg_sq"):
+                assert state[name][slot].torch().equal(slots[slot]), (name, slot)
+        return state.naming
+
+
+KEYS = [
+    ("model", "optimizer"),
+    ("model_state", "optimizer_state"),
+    ("state_dict", "optimizer"),
+    ("net", "optim"),
+    ("policy", "optimizer"),
+    ("Policy", "opt"),
+]
+
+
+@pytest.mark.parametrize("keys", KEYS, ids="-".join)
+@pytest.mark.parametrize("frozen", [False, True])
+def test_a_state_dict_in_the_same_file(tmp_path: Path, keys: tuple[str, str], frozen: bool) -> None:
+    net = Net()
+    if frozen:
+        net.second.requires_grad_(False)
+    optimizer = stepped([p for p in net.parameters() if p.requires_grad])
+    torch.save({"epoch": 3, keys[0]: net.state_dict(), keys[1]: optimizer.state_dict()}, tmp_path / "last.pt")
+    naming = holds(tmp_path / "last.pt", {"": (net, optimizer)})
+    assert (naming.source, naming.details["place"]) == ("checkpoint", keys[0])
+    report = lsf.convert(tmp_path / "last.pt", tmp_path / "x.safetensors")
+    assert report.paired == report.parameters
+
+
+def test_frozen_ones_that_shapes_cannot_tell(tmp_path: Path) -> None:
+    """Two layers are alike, and one of them is frozen: which, nothing says."""
+    net = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3), nn.Linear(3, 2))
+    net[0].requires_grad_(False)
+    optimizer = stepped([p for p in net.parameters() if p.requires_grad])
+    torch.save({"model": net.state_dict(), "optimizer": optimizer.state_dict()}, tmp_path / "last.pt")
+    with pytest.raises(ConversionError) as caught:
+        lsf.read(tmp_path / "last.pt")
+    lines = str(caught.value).splitlines()
+    assert lines[0] == "no order of the 6 parameters fits the 4 of the optimizer, whose groups hold [4]:"
+    assert "  flat: leaves more than one way to choose the 4 of group 0 from 6 by their shapes" in lines
+    assert lines[-1] == "hint: pass names= with a file of names in optimizer order, or the model that was trained"
+    names = [name for name, p in net.named_parameters() if p.requires_grad]
+    holds(tmp_path / "last.pt", {"": (net, optimizer)}, names=names)
+
+
+# --- adapters -------------------------------------------------------------------------------------------------------
+
+
+def llama() -> transformers.PreTrainedModel:
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=16, hidden_size=8, intermediate_size=12, num_hidden_layers=2, num_attention_heads=2,
+        architectures=["LlamaForCausalLM"],
+    )  # fmt: skip
+    return transformers.LlamaForCausalLM(config)
+
+
+def tuned(**options: Any) -> peft.PeftModel:
+    config = peft.LoraConfig(r=2, target_modules=["q_proj", "v_proj", "up_proj"], task_type="CAUSAL_LM", **options)
+    return peft.get_peft_model(llama(), config)
+
+
+def trainable(model: nn.Module) -> list[nn.Parameter]:
+    return [p for p in model.parameters() if p.requires_grad]
+
+
+SAVED: dict[str, Callable[[Any], dict[str, torch.Tensor]]] = {
+    "the whole model": lambda model: model.state_dict(),
+    "what is trained": lambda model: {n: p for n, p in model.named_parameters() if p.requires_grad},
+    "the adapter": lambda model: dict(peft.get_peft_model_state_dict(model)),
+}
+
+
+@pytest.mark.parametrize("what", SAVED)
+@pytest.mark.parametrize("saved", [None, ["lm_head"], ["embed_tokens", "lm_head"]], ids=str)
+def test_a_bundle_with_an_adapter(tmp_path: Path, what: str, saved: list[str] | None) -> None:
+    model = tuned(modules_to_save=saved)
+    optimizer = stepped(trainable(model))
+    torch.save({"optimizer": optimizer.state_dict(), "adapter": SAVED[what](model)}, tmp_path / "optimizer.pt")
+    naming = holds(tmp_path / "optimizer.pt", {"": (model, optimizer)})
+    assert naming.source == ("adapter" if what == "the adapter" else "checkpoint")
+
+
+def test_an_optimizer_of_all_parameters_beside_the_whole_model(tmp_path: Path) -> None:
+    model = tuned()
+    model.requires_grad_(True)
+    optimizer = stepped(model.parameters())
+    torch.save({"optimizer": optimizer.state_dict(), "model": model.state_dict()}, tmp_path / "last.pt")
+    assert holds(tmp_path / "last.pt", {"": (model, optimizer)}).rule == "everything"
+
+
+def test_an_optimizer_of_all_parameters_beside_the_adapter(tmp_path: Path) -> None:
+    """The base's names are in no file next to it: one hint says what to pass, and that works."""
+    model = tuned()
+    model.save_pretrained(tmp_path / "run")
+    model.requires_grad_(True)
+    optimizer = stepped(model.parameters())
+    torch.save(optimizer.state_dict(), tmp_path / "run" / "optimizer.pt")
+    with pytest.raises(ConversionError) as caught:
+        lsf.read(tmp_path / "run")
+    assert str(caught.value).splitlines()[-1] == (
+        "hint: the optimizer holds more parameters than these; if it was made of all of a model's, frozen ones too, "
+        "pass the folder with the model's config.json (--names, names=)"
+    )
+    llama().config.save_pretrained(tmp_path / "base")
+    naming = holds(tmp_path / "run", {"": (model, optimizer)}, names=tmp_path / "base")
+    assert (naming.source, naming.rule) == ("configs", "everything")
+
+
+# --- several optimizers, several models -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("turned", [False, True])
+def test_two_optimizers_and_two_models_that_are_alike(tmp_path: Path, turned: bool) -> None:
+    """What a model is called says whose it is."""
+    actor, critic = nn.Linear(3, 3), nn.Linear(3, 3)
+    a, c = stepped(actor.parameters(), 1), stepped(critic.parameters(), 2)
+    models = [("actor_state_dict", actor.state_dict()), ("critic_state_dict", critic.state_dict())]
+    tree = {
+        **dict(models[::-1] if turned else models),
+        "actor_optimizer": a.state_dict(),
+        "critic_optimizer": c.state_dict(),
+    }
+    torch.save(tree, tmp_path / "agent.pt")
+    naming = holds(tmp_path / "agent.pt", {"actor.": (actor, a), "critic.": (critic, c)})
+    assert [part["place"] for part in naming.details["optimizers"]] == ["actor_state_dict", "critic_state_dict"]
+
+
+def test_two_optimizers_and_one_model_of_two_parts(tmp_path: Path) -> None:
+    """As a LightningModule with two optimizers has it, and stable-baselines3's policies."""
+    model = nn.ModuleDict({"actor": nn.Linear(3, 3), "critic": nn.Linear(3, 3), "critic_target": nn.Linear(3, 3)})
+    a, c = stepped(model["actor"].parameters(), 1), stepped(model["critic"].parameters(), 2)
+    torch.save(
+        {"policy": model.state_dict(), "actor.optimizer": a.state_dict(), "critic.optimizer": c.state_dict()},
+        tmp_path / "agent.pt",
+    )
+    holds(tmp_path / "agent.pt", {"actor.": (model["actor"], a), "critic.": (model["critic"], c)})
+
+
+def test_two_models_that_fit_one_optimizer(tmp_path: Path) -> None:
+    student, teacher = nn.Sequential(nn.Linear(3, 3)), nn.ModuleDict({"t": nn.Linear(3, 3)})
+    optimizer = stepped(student.parameters())
+    tree = {"teacher": teacher.state_dict(), "student": student.state_dict(), "optimizer": optimizer.state_dict()}
+    torch.save(tree, tmp_path / "x.pt")
+    with pytest.raises(AmbiguousOrderError) as caught:
+        lsf.read(tmp_path / "x.pt")
+    assert str(caught.value) == (
+        f"{tmp_path / 'x.pt'}: 2 models fit the 2 parameters of the optimizer, and give them different names:\n"
+        "  teacher: 't.weight', ...\n"
+        "  student: '0.weight', ...\n"
+        "hint: pass the names of the right one in optimizer order (--names)"
+    )
+    holds(tmp_path / "x.pt", {"": (student, optimizer)}, names=["0.weight", "0.bias"])
+
+
+def test_two_models_with_the_same_names_are_one_source(tmp_path: Path) -> None:
+    net = nn.Linear(3, 3)
+    optimizer = stepped(net.parameters())
+    ema = {name: torch.zeros_like(p) for name, p in net.state_dict().items()}
+    torch.save({"ema": ema, "model": net.state_dict(), "optimizer": optimizer.state_dict()}, tmp_path / "x.pt")
+    holds(tmp_path / "x.pt", {"": (net, optimizer)})
+
+
+def test_one_optimizer_of_an_encoder_and_a_decoder(tmp_path: Path) -> None:
+    encoder, decoder = nn.Linear(3, 4), nn.Linear(4, 2)
+    optimizer = stepped([*encoder.parameters(), *decoder.parameters()])
+    tree = {"decoder": decoder.state_dict(), "encoder": encoder.state_dict(), "optimizer": optimizer.state_dict()}
+    torch.save(tree, tmp_path / "x.pt")
+    naming = holds(tmp_path / "x.pt", {"encoder.": (encoder, optimizer), "decoder.": (decoder, optimizer)})
+    assert naming.details["place"] == "decoder, encoder"
+
+
+def test_one_optimizer_of_two_models_that_are_alike(tmp_path: Path) -> None:
+    left, right = nn.Linear(3, 3), nn.Linear(3, 3)
+    optimizer = stepped([*left.parameters(), *right.parameters()])
+    torch.save(
+        {"left": left.state_dict(), "right": right.state_dict(), "optimizer": optimizer.state_dict()}, tmp_path / "x.pt"
+    )
+    with pytest.raises(AmbiguousOrderError) as caught:
+        lsf.read(tmp_path / "x.pt")
+    assert str(caught.value).startswith(
+        "2 orders fit, and there are no weights to tell which it is; they differ for 4 of 4 parameters, from position "
+        "0 on:\n  flat: 'left.weight'\n  flat: 'right.weight'\n"
+    )
+
+
+# --- files next to it -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("optimizer_name", "model_name", "paired"),
+    [
+        ("optimizer.pt", "model.pt", 6),
+        ("optim_3.pth", "model_3.pth", 6),
+        ("optimizer.pt", "pytorch_model.bin", 6),
+        ("optimizer.pt", "best_model.pt", 0),
+        ("optimizer.pt", "weights.ckpt", 0),
+    ],
+)
+def test_a_model_next_to_it(tmp_path: Path, optimizer_name: str, model_name: str, paired: int) -> None:
+    """The values of a file that only lies there are not known to be of the state's moment: no digests of them."""
+    net = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2), nn.Linear(2, 2))
+    optimizer = stepped(net.parameters())
+    torch.save(optimizer.state_dict(), tmp_path / optimizer_name)
+    torch.save(net.state_dict(), tmp_path / model_name)
+    for other in ("scheduler.pt", "rng_state.pth", "training_args.bin"):
+        torch.save({"weight": torch.ones(3)}, tmp_path / other)
+    report = lsf.convert(tmp_path / optimizer_name, tmp_path / "x.safetensors")
+    holds(tmp_path / optimizer_name, {"": (net, optimizer)})
+    assert (report.paired, report.naming.details["place"]) == (paired, model_name)
+
+
+@pytest.mark.parametrize(
+    "name", ["adapter_model.safetensors", "pytorch_model.bin", "config.json", "adapter_config.json"]
+)
+@pytest.mark.parametrize("text", [POINTER, "broken"], ids=["pointer", "broken"])
+def test_a_source_that_cannot_be_read_is_skipped(tmp_path: Path, name: str, text: str) -> None:
+    net = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))
+    optimizer = stepped(net.parameters())
+    torch.save(optimizer.state_dict(), tmp_path / "optimizer.pt")
+    torch.save(net.state_dict(), tmp_path / "model.pt")
+    (tmp_path / name).write_text(text)
+    (tmp_path / "out").mkdir()
+    report = lsf.convert(tmp_path, tmp_path / "out" / "x.safetensors")
+    (warning,) = report.warnings
+    assert warning.startswith(f"{tmp_path / name}: {LFS if text == POINTER else ''}")
+    assert warning.endswith("; it was skipped")
+    holds(tmp_path, {"": (net, optimizer)})
+
+
+def test_a_config_of_something_else(tmp_path: Path) -> None:
+    """As stable-baselines3's zoo and others write one; the model next to it names the state all the same."""
+    net = nn.Linear(3, 4)
+    optimizer = stepped(net.parameters())
+    torch.save(optimizer.state_dict(), tmp_path / "optimizer.pt")
+    torch.save(net.state_dict(), tmp_path / "best_model.pt")
+    (tmp_path / "config.json").write_text(json.dumps({"algo": "ppo", "n_envs": 8}))
+    holds(tmp_path, {"": (net, optimizer)})
+
+
+def test_nothing_left_but_what_was_skipped(tmp_path: Path) -> None:
+    torch.save(stepped(nn.Linear(3, 4).parameters()).state_dict(), tmp_path / "optimizer.pt")
+    (tmp_path / "adapter_model.safetensors").write_text(POINTER)
+    with pytest.raises(MissingNamesError) as caught:
+        lsf.read(tmp_path)
+    assert NAME_IT.in_python() == (
+        "pass names= with a file of names in optimizer order, the adapter file, or a folder with config.json and "
+        "adapter_config.json"
+    )
+    assert str(caught.value).splitlines()[1:] == [
+        f"  {tmp_path / 'adapter_model.safetensors'}: {LFS}; it was skipped",
+        "hint: " + NAME_IT.in_python(),
+    ]
+    save_file({"a": torch.ones(4, 3), "b": torch.ones(4)}, tmp_path / "adapter_model.safetensors")
+    with pytest.raises(MissingNamesError):
+        lsf.read(tmp_path)

@@ -1,0 +1,380 @@
+"""What a newcomer runs into, from the message to a resumed run: with the README, the guides and the messages alone.
+
+Each starts from a real checkpoint of transformers' Trainer and ends in a run that goes on, compared with the run that
+was not interrupted wherever the two can be equal. The messages on the way are asserted whole.
+"""
+
+from __future__ import annotations
+
+import copy
+import io
+import shutil
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import redirect_stderr, redirect_stdout
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import Qwen2Config, Qwen2ForCausalLM, Trainer, TrainingArguments
+
+import lora_state_format as lsf
+from lora_state_format.cli import run
+from lora_state_format.errors import BindError
+from lora_state_format.torch import load_optimizer, resize_adapter
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+STEPS = 3
+LR = 1e-3
+TARGETS = ["q_proj", "v_proj"]
+PREFIX = "base_model.model.model.layers"
+
+
+def base() -> Any:
+    """The frozen model, of four layers; the same weights every time."""
+    torch.manual_seed(0)
+    return Qwen2ForCausalLM(
+        Qwen2Config(
+            vocab_size=64, hidden_size=16, intermediate_size=32, num_hidden_layers=4, num_attention_heads=2,
+            num_key_value_heads=1, max_position_embeddings=32, tie_word_embeddings=True,
+        )
+    )  # fmt: skip
+
+
+def rows() -> list[dict[str, torch.Tensor]]:
+    """What the Trainer trains on."""
+    tokens = torch.randint(0, 64, (4 * STEPS, 16), generator=torch.Generator().manual_seed(1))
+    return [{"input_ids": row, "labels": row} for row in tokens]
+
+
+def trained(model: Any, folder: Path, **options: Any) -> Any:
+    """Train with a plain Trainer; returns its optimizer."""
+    arguments = TrainingArguments(
+        output_dir=str(folder), per_device_train_batch_size=4, max_steps=STEPS, save_steps=STEPS, learning_rate=LR,
+        lr_scheduler_type="constant", max_grad_norm=0.0, weight_decay=0.0, optim="adamw_torch", use_cpu=True,
+        report_to=[], logging_strategy="no", disable_tqdm=True, **options,
+    )  # fmt: skip
+    trainer = Trainer(model=model, args=arguments, train_dataset=rows())
+    trainer.train()
+    return trainer.optimizer.optimizer  # accelerate wraps it
+
+
+class Run:
+    """A checkpoint folder, and the model and optimizer as they were when it was written."""
+
+    def __init__(self, model: Any, folder: Path) -> None:
+        self.optimizer = trained(model, folder)
+        self.model = model
+        self.folder = folder
+        self.path = folder / f"checkpoint-{STEPS}"
+
+    def uninterrupted(self, more: Callable[[Any, Any], None]) -> dict[str, torch.Tensor]:
+        """Train copies of model and optimizer on; returns the weights."""
+        model, optimizer = copy.deepcopy((self.model, self.optimizer))
+        more(model, optimizer)
+        return weights(model)
+
+
+@pytest.fixture(scope="module")
+def lora(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """LoRA of rank 8, as the plain Trainer leaves it."""
+    torch.manual_seed(1)
+    config = LoraConfig(r=8, lora_alpha=16, target_modules=TARGETS, task_type="CAUSAL_LM")
+    return Run(get_peft_model(base(), config), tmp_path_factory.mktemp("lora"))
+
+
+@pytest.fixture(scope="module")
+def full(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """A full fine-tune."""
+    return Run(base(), tmp_path_factory.mktemp("full"))
+
+
+def trainable(model: Any) -> list[torch.nn.Parameter]:
+    return [parameter for parameter in model.parameters() if parameter.requires_grad]
+
+
+def adamw(model: Any, lr: float = LR) -> torch.optim.AdamW:
+    return torch.optim.AdamW(trainable(model), lr=lr, weight_decay=0.0)
+
+
+def weights(model: Any) -> dict[str, torch.Tensor]:
+    return {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+
+
+def more(model: Any, optimizer: Any, lr: float | None = None) -> None:
+    """Train three more steps."""
+    model.train()
+    generator = torch.Generator().manual_seed(2)
+    for _ in range(3):
+        tokens = torch.randint(0, 64, (4, 16), generator=generator)
+        for group in optimizer.param_groups:
+            group["lr"] = group["lr"] if lr is None else lr
+        optimizer.zero_grad()
+        model(input_ids=tokens, labels=tokens).loss.backward()
+        optimizer.step()
+
+
+def equal(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(value, b[name]) for name, value in a.items())
+
+
+def command(*arguments: object) -> tuple[int, str]:
+    """Run a command; returns its exit code and all that it printed."""
+    with redirect_stdout(io.StringIO()) as out, redirect_stderr(out):
+        code = run([str(argument) for argument in arguments])
+    return code, out.getvalue()
+
+
+@pytest.fixture(autouse=True)
+def quiet() -> Iterator[None]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+# --- groups and adapters ------------------------------------------------------------------------------------------
+
+
+def test_other_groups(lora: Run) -> None:
+    """The founding error: two groups in the file, one in the optimizer."""
+    model = PeftModel.from_pretrained(base(), lora.path, is_trainable=True)
+    optimizer = adamw(model)
+    saved = torch.load(lora.path / "optimizer.pt", weights_only=True)
+    with pytest.raises(ValueError, match=r"^loaded state dict has a different number of parameter groups$"):
+        optimizer.load_state_dict(saved)
+    assert str(load_optimizer(optimizer, model, lora.path)) == (
+        "restored 16/16 parameters, 2 slots each, step 3; weights match 16/16"
+    )
+    more(model, optimizer)
+    assert equal(weights(model), lora.uninterrupted(more))
+
+
+def test_a_renamed_adapter(lora: Run) -> None:
+    model = PeftModel.from_pretrained(base(), lora.path, adapter_name="second", is_trainable=True)
+    optimizer = adamw(model)
+    assert str(load_optimizer(optimizer, model, lora.path)).splitlines()[0] == (
+        "restored 16/16 parameters, 2 slots each, step 3; weights match 16/16"
+    )
+    more(model, optimizer)
+    assert equal(
+        {name.replace(".second.", ".default."): value for name, value in weights(model).items()},
+        lora.uninterrupted(more),
+    )
+
+
+def test_frozen_by_mistake(lora: Run) -> None:
+    """``is_trainable=True`` was forgotten: the message says which are frozen and what to do."""
+    model = PeftModel.from_pretrained(base(), lora.path)
+    converted = lora.folder / "named.safetensors"
+    lsf.convert(lora.path, converted, force=True)
+    with pytest.raises(BindError) as caught:
+        load_optimizer(torch.optim.AdamW(model.parameters()), model, converted)
+    assert "requires_grad=False" in str(caught.value)
+    for parameter in trainable_names(model):
+        parameter.requires_grad_(True)
+    optimizer = adamw(model)
+    load_optimizer(optimizer, model, converted)
+    more(model, optimizer)
+    assert equal(weights(model), lora.uninterrupted(more))
+
+
+def trainable_names(model: Any) -> list[torch.nn.Parameter]:
+    return [parameter for name, parameter in model.named_parameters() if "lora_" in name]
+
+
+def test_an_optimizer_over_all_parameters(lora: Run, tmp_path: Path) -> None:
+    """``AdamW(model.parameters())``: refused with the count, and with the line that mends it."""
+    model = PeftModel.from_pretrained(base(), lora.path, is_trainable=True)
+    lsf.convert(lora.path, tmp_path / "named.safetensors")
+    with pytest.raises(BindError) as caught:
+        load_optimizer(torch.optim.AdamW(model.parameters(), lr=LR), model, tmp_path / "named.safetensors")
+    everything = sum(1 for _ in model.parameters())
+    first, *_, hint = str(caught.value).splitlines()
+    assert first == f"optimizer state does not fit: 16 parameters saved, {everything} in the optimizer"
+    assert hint == (
+        f"hint: the optimizer was built over {everything} parameters and holds {everything - 16} frozen parameters, "
+        "which the saved one did not; build it from [p for p in model.parameters() if p.requires_grad]"
+    )
+    optimizer = adamw(model)
+    load_optimizer(optimizer, model, tmp_path / "named.safetensors")
+    more(model, optimizer)
+    assert equal(weights(model), lora.uninterrupted(more))
+
+
+def test_another_rank(lora: Run, tmp_path: Path) -> None:
+    """Rank 8 to 16, alpha / r as before: torch loads the state, and its next step fails."""
+    torch.manual_seed(3)
+    config = LoraConfig(r=16, lora_alpha=32, target_modules=TARGETS, task_type="CAUSAL_LM")
+    wider = get_peft_model(base(), config)
+    code, printed = command("check", lora.path, "--model", model_folder(wider, tmp_path))
+    assert code == 1
+    assert printed.splitlines()[-1] == (
+        "hint: the rank is 16 in the model and 8 in the file; --mismatch resize cuts and pads the moments, for weights "
+        "that were cut and padded alike; --mismatch fresh lets these parameters start without state"
+    )
+    resize_adapter(wider, lora.path)
+    tokens = rows()[0]["input_ids"][None]
+    with torch.no_grad():
+        before = copy.deepcopy(lora.model).eval()(input_ids=tokens).logits
+        assert torch.allclose(wider.eval()(input_ids=tokens).logits, before, atol=1e-6)
+    optimizer = adamw(wider)
+    lsf.convert(lora.path, tmp_path / "named.safetensors")
+    report = load_optimizer(optimizer, wider, tmp_path / "named.safetensors", mismatch="resize")
+    assert report.restored == 16
+    own = {name: lora.optimizer.state[p] for name, p in lora.model.named_parameters() if p.requires_grad}
+    for name, parameter in wider.named_parameters():
+        if parameter.requires_grad:
+            slot, old = optimizer.state[parameter]["exp_avg"], own[name]["exp_avg"]
+            assert torch.equal(slot[tuple(map(slice, old.shape))], old)
+    more(wider, optimizer)
+    assert all(value.isfinite().all() for value in weights(wider).values())
+
+
+def model_folder(model: Any, folder: Path) -> Path:
+    """A folder with the model's two configs."""
+    model.config.save_pretrained(folder)
+    shutil.copy(config_of(model, folder), folder / "adapter_config.json")
+    config = folder / "config.json"
+    text = config.read_text().replace('"architectures": null', '"architectures": ["Qwen2ForCausalLM"]')
+    config.write_text(text)
+    return folder
+
+
+def config_of(model: Any, folder: Path) -> Path:
+    model.peft_config["default"].save_pretrained(folder / "adapter")
+    return folder / "adapter" / "adapter_config.json"
+
+
+def test_layers_dropped(lora: Run, tmp_path: Path) -> None:
+    """The last layer is cut off: what is gone is named, and left out on request."""
+    model = PeftModel.from_pretrained(base(), lora.path, is_trainable=True)
+    del model.base_model.model.model.layers[3]
+    lsf.convert(lora.path, tmp_path / "named.safetensors")
+    optimizer = adamw(model)
+    with pytest.raises(BindError) as caught:
+        load_optimizer(optimizer, model, tmp_path / "named.safetensors")
+    assert str(caught.value).splitlines()[:3] == [
+        "optimizer state does not fit: 16 parameters saved, 12 in the optimizer",
+        "  in the file, not in the optimizer (4):",
+        f"    {PREFIX}.3.self_attn.q_proj.lora_A.default.weight  [8, 16]",
+    ]
+    assert load_optimizer(optimizer, model, tmp_path / "named.safetensors", unexpected="ignore").restored == 12
+    assert len(optimizer.state) == 12
+
+
+def test_a_new_learning_rate(lora: Run) -> None:
+    model = PeftModel.from_pretrained(base(), lora.path, is_trainable=True)
+    optimizer = adamw(model, lr=5e-4)
+    load_optimizer(optimizer, model, lora.path, options={"lr": "current"})
+    assert [group["lr"] for group in optimizer.param_groups] == [5e-4]
+    more(model, optimizer)
+    assert equal(weights(model), lora.uninterrupted(lambda m, o: more(m, o, lr=5e-4)))
+
+
+# --- files --------------------------------------------------------------------------------------------------------
+
+
+def test_the_run_folder_instead_of_a_checkpoint(lora: Run, tmp_path: Path) -> None:
+    code, printed = command("convert", lora.folder, tmp_path / "a.safetensors")
+    assert code == 3
+    assert printed == (
+        f"error: {lora.folder}: no optimizer state in this folder itself; the newest folder in it that has one is "
+        f"{lora.path}\n"
+    )
+    assert command("convert", lora.path, tmp_path / "a.safetensors")[0] == 0
+
+
+def test_a_full_fine_tune_by_its_path_alone(full: Run, tmp_path: Path) -> None:
+    """Names come from config.json next to it; Trainer's two groups become one."""
+    target = tmp_path / "named.safetensors"
+    code, printed = command("convert", full.path, target)
+    assert code == 0, printed
+    assert "names: from a model rebuilt from its configs, in the order of rule 'trainer'\n" in printed
+    model = Qwen2ForCausalLM.from_pretrained(full.path)
+    optimizer = adamw(model)
+    assert load_optimizer(optimizer, model, target).restored == len(trainable(model))
+    more(model, optimizer)
+    assert equal(weights(model), full.uninterrupted(more))
+
+
+def test_a_model_that_was_partly_trained(tmp_path: Path) -> None:
+    """Freeze tuning: the configs do not say what trained; the message asks, ``--trainable`` answers."""
+    model = base()
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name.startswith(("model.layers.2.", "model.norm.")))
+    frozen = Run(model, tmp_path / "run")
+    target = tmp_path / "named.safetensors"
+    code, printed = command("convert", frozen.path, target)
+    assert code == 4
+    assert printed.splitlines()[-1] == (
+        "  hint: if only a part of the model was trained, say which: --trainable REGEX for each part, or --names with "
+        "a file of names in optimizer order"
+    )
+    patterns = ("--trainable", r"layers\.2\.", "--trainable", r"model\.norm\.")
+    code, printed = command("convert", frozen.path, target, *patterns)
+    assert code == 0, printed
+    names = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    with lsf.open_state(target) as state:
+        assert set(state) == names
+        for name, parameter in model.named_parameters():
+            if name in names:
+                own = torch.from_numpy(state[name]["exp_avg"].numpy().copy())
+                assert torch.equal(own, frozen.optimizer.state[parameter]["exp_avg"])
+    code, printed = command("check", frozen.path, "--model", frozen.path, *patterns)
+    assert (code, printed) == (0, f"fits: {len(names)}/{len(names)} parameters would be restored\n")
+    code, printed = command("convert", frozen.path, target, "--force", "--trainable", "nosuch")
+    assert code == 2
+    assert printed == (
+        f"error: 'nosuch' matches none of the model's {len(list(model.parameters()))} parameters; the first is "
+        "'model.embed_tokens.weight'\n"
+    )
+
+    rebuilt = Qwen2ForCausalLM.from_pretrained(frozen.path)
+    for name, parameter in rebuilt.named_parameters():
+        parameter.requires_grad_(name in names)
+    optimizer = adamw(rebuilt)
+    load_optimizer(optimizer, rebuilt, target)
+    more(rebuilt, optimizer)
+    assert equal(weights(rebuilt), frozen.uninterrupted(more))
+
+
+def test_trainable_where_it_does_not_apply(lora: Run, tmp_path: Path) -> None:
+    code, printed = command("convert", lora.path, tmp_path / "a.safetensors", "--trainable", "layers")
+    assert code == 2
+    assert printed == (
+        f"error: {lora.path}: which parameters were trained matters only for a model that is built from its configs, "
+        "and the names come from the adapter file; leave --trainable out, or pass --names with the folder of "
+        "config.json\n"
+    )
+
+
+def test_to_another_framework(lora: Run, tmp_path: Path) -> None:
+    """A Trainer folder does not say its optimizer's class: it is asked for once, and then written."""
+    target = tmp_path / "optimizer.safetensors"
+    code, printed = command("convert", lora.path, target, "--to", "mlx", "--map", "mlx_lm")
+    assert code != 0
+    assert printed == "error: the state does not name its optimizer's class; pass it as --optimizer\n"
+    assert command("convert", lora.path, target, "--to", "mlx", "--map", "mlx_lm", "--optimizer", "adamw")[0] == 0
+    flax = tmp_path / "flax" / "opt_state.msgpack"
+    flax.parent.mkdir()
+    code, printed = command(
+        "convert", lora.path, flax, "--to", "flax_msgpack", "--map", "flax_nnx", "--optimizer", "adamw"
+    )
+    assert code == 0, printed
+    back = tmp_path / "back.safetensors"
+    told = ["--map", "mlx_lm", "--optimizer", "adamw"]
+    code, printed = command("convert", target, back, *told)
+    assert code == 2
+    assert printed.splitlines()[-1] == (
+        f"error: {target}: the file does not say whether MLX's adamw corrected the bias of its moments; pass --option "
+        "bias_correction=True, or False, which is MLX's default"
+    )
+    assert command("convert", target, back, *told, "--option", "bias_correction=True")[0] == 0
+    own = {name: lora.optimizer.state[p]["exp_avg_sq"] for name, p in lora.model.named_parameters() if p.requires_grad}
+    with lsf.open_state(back) as state:
+        assert set(state) == set(own)
+        for name, value in own.items():
+            assert torch.equal(torch.from_numpy(state[name]["exp_avg_sq"].numpy().copy()), value)
