@@ -36,13 +36,16 @@ class NamedState(Callback):  # type: ignore[misc]
     the weights with the state. Resuming binds by name, with the ``policies`` of ``load_optimizer``; with
     ``options={"lr": "current"}`` the run goes on with the rate and the schedulers of its own ``configure_optimizers``.
 
-    The state is on the disk before the ``.ckpt`` is begun, and goes when that is removed. Raises ``OptionError`` for a
-    strategy that saves in its own way (FSDP, DeepSpeed).
+    The state is on the disk before the ``.ckpt`` is begun, and goes when that is removed. ``keep_last`` is that of
+    ``save_optimizer``. Raises ``OptionError`` for a strategy that saves in its own way (FSDP, DeepSpeed).
     """
 
-    def __init__(self, model: str | None = None, *, weights: bool = True, **policies: Any) -> None:
+    def __init__(
+        self, model: str | None = None, *, weights: bool = True, keep_last: int | None = None, **policies: Any
+    ) -> None:
         self._model = model
         self._weights = weights
+        self._keep_last = keep_last
         self._policies = policies
         self._resumed: tuple[Path, list[Any]] | None = None
 
@@ -66,7 +69,14 @@ class NamedState(Callback):  # type: ignore[misc]
     def save(self, trainer: Any, path: Path) -> None:
         """Save the optimizers' state next to a checkpoint."""
         step = trainer.global_step
-        save_optimizer(trainer.optimizers, self._named(trainer), path, weights=self._weights, global_step=step)
+        save_optimizer(
+            trainer.optimizers,
+            self._named(trainer),
+            path,
+            weights=self._weights,
+            global_step=step,
+            keep_last=self._keep_last,
+        )
 
     def resume(self, path: Path, schedulers: list[Any]) -> None:
         """Remember the checkpoint that the run resumes, and the states of its schedulers."""

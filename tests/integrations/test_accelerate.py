@@ -179,11 +179,17 @@ def test_a_sharded_accelerator() -> None:
     from accelerate.utils import DistributedType
 
     accelerator = Accelerator(cpu=True)
-    accelerator.state.distributed_type = DistributedType.DEEPSPEED
     try:
+        accelerator.state.distributed_type = DistributedType.MEGATRON_LM
         with pytest.raises(OptionError) as caught:
             with_named_state(accelerator)
-        assert str(caught.value) == "the optimizer is sharded by DEEPSPEED, which saves and loads it in its own way"
+        assert str(caught.value) == "the optimizer is sharded by MEGATRON_LM, which saves and loads it in its own way"
+        accelerator.state.distributed_type = DistributedType.DEEPSPEED
+        with pytest.raises(OptionError) as caught:
+            with_named_state(accelerator, drop_legacy=True)
+        assert str(caught.value) == (
+            "drop_legacy=True: DeepSpeed writes weights and optimizer by one method; leave it out"
+        )
     finally:
         accelerator.state._reset_state(reset_partial_state=True)
 
