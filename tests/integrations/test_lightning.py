@@ -123,7 +123,7 @@ def test_a_new_rate_goes_on_as_if_it_had_been_there_from_the_start(
     def rates(ckpt: Path | None = None, **policies: Any) -> list[float]:
         seen: list[float] = []
 
-        class Recorder(loop["pl"].Callback):  # type: ignore[misc, name-defined]
+        class Recorder(loop["pl"].Callback):  # type: ignore[misc]
             def on_before_optimizer_step(self, trainer: Any, module: Any, optimizer: Any) -> None:
                 seen.append(optimizer.param_groups[0]["lr"])
 
