@@ -19,7 +19,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
 
-from lora_state_format.errors import FileError, RefusedError
+from lora_state_format.errors import FileError, RefusedError, Remedy
 from lora_state_format.foreign import keyed, pickles
 from lora_state_format.foreign.dcp import METADATA, is_folder, open_folder
 from lora_state_format.foreign.flat_buckets import MASTER, Bucket, take_apart
@@ -40,6 +40,10 @@ OPTIONS: Final = {
     "huggingface": "attention heads and query groups, 32/8: names and parts as Hugging Face's Llama and Qwen have them",
     "groups": "'merge' makes one group of all, with the options that they share",
 }
+
+MERGE: Final = Remedy(
+    "pass {options} to read them as one group with the options that all share", {"options": {"groups": "merge"}}
+)
 
 _OPTIMIZER: Final = re.compile(r"(?:chained_(\d+)\.)?optimizer\.(.*)")
 _STATE: Final = re.compile(r"state\.([^.]+)\.(.+)")
@@ -251,9 +255,9 @@ def _by_rule(
         if kinds.setdefault(kind, number) != number:
             raise RefusedError(
                 f"groups {kinds[kind]} and {number} differ in more than decay and experts, and the file does not say "
-                "which parameters they had: --option groups=merge reads them as one group with the options that both "
-                "share",
+                "which parameters they had",
                 path=place,
+                remedy=MERGE,
             )
     several = any(expert for expert, _ in kinds)
     names: list[list[str]] = [[] for _ in groups]
@@ -263,9 +267,9 @@ def _by_rule(
         if kind not in kinds:
             raise RefusedError(
                 f"'{name}' belongs to no group by Megatron's rule, which decays {'it' if kind[1] else 'it not'}"
-                f"{', as an expert' if kind[0] else ''}; {len(groups)} groups are stated: --option groups=merge reads "
-                "them as one group with the options that all share",
+                f"{', as an expert' if kind[0] else ''}; {len(groups)} groups are stated",
                 path=place,
+                remedy=MERGE,
             )
         names[kinds[kind]].append(name)
     return names

@@ -99,13 +99,13 @@ def open_folder(path: Path) -> Folder:
     meta = path / METADATA
     if not meta.is_file():
         raise FileError("missing: without it nothing says what the other files hold", path=meta)
+    files = Files(path)
     root = pickles.load_plain(metadata(path), meta)
     described = _state(root, "state_dict_metadata", dict, meta)
     paths = _fields(root, meta).get("planner_data")
     if not isinstance(paths, (dict, NoneType)):
         raise FileError(f"has a {type(paths).__name__} for its paths, where a dict is expected", path=meta)
     paths = paths or {}
-    files = Files()
     try:
         chunks = _chunks(_state(root, "storage_data", dict, meta), files, meta)
         entries = {}

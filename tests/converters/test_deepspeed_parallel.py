@@ -154,7 +154,8 @@ def test_slices_that_nothing_describes(folder: Path, tmp_path: Path) -> None:
         read_any(folder)
     assert str(error.value) == (
         f"{folder / 'mp_rank_00_model_states.pt'}: written by 2 tensor-parallel ranks, and nothing says which axis "
-        "their slices were cut along: --option slices=megatron, or a JSON file with the patterns of "
+        "their slices were cut along; known are those of megatron; pass "
+        "options={'slices': ...}: the name of a model family, or a JSON file with the patterns of "
         "universal_checkpoint_info"
     )
     (tmp_path / "patterns.json").write_text(json.dumps(patterns))

@@ -131,7 +131,7 @@ def test_groups_that_the_rule_does_not_tell_apart_become_one_on_request(tmp_path
         read(folder)
     assert str(refused.value) == (
         f"{folder}: groups 0 and 1 differ in more than decay and experts, and the file does not say which parameters "
-        "they had: --option groups=merge reads them as one group with the options that both share"
+        "they had; pass options={'groups': 'merge'} to read them as one group with the options that all share"
     )
     with read(folder, options={"masters": True, "groups": "merge"}) as state:
         names = [f"decoder.layers.{layer}.self_attention.linear_qkv.weight" for layer in range(3)]
@@ -154,7 +154,8 @@ def test_a_parameter_without_a_group_is_refused(tmp_path: Path) -> None:
         read(folder)
     assert str(refused.value) == (
         f"{folder}: 'decoder.layers.0.self_attention.linear_qkv.weight' belongs to no group by Megatron's rule, which "
-        "decays it; 1 groups are stated: --option groups=merge reads them as one group with the options that all share"
+        "decays it; 1 groups are stated; pass options={'groups': 'merge'} to read them as one group with the "
+        "options that all share"
     )
     with read(folder, options={"groups": "merge"}) as state:
         assert len(state) == 4
