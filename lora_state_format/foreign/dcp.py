@@ -330,9 +330,10 @@ def _file(name: str, files: Files, metadata: Path) -> PooledFile:
     if not all(map(is_plain, name.split("/"))):
         raise RefusedError(f"points at a file outside the folder: {name!r}", path=metadata)
     path = metadata.parent / name
-    if not path.is_file():
-        raise FileError("missing: .metadata says that it holds a part of the state", path=path)
-    return files[path]
+    try:
+        return files[path]
+    except FileNotFoundError:
+        raise FileError("missing: .metadata says that it holds a part of the state", path=path) from None
 
 
 def _entry(key: str, described: Any, places: Mapping[tuple[int, ...] | None, _Place], path: object) -> Any:
