@@ -13,7 +13,7 @@ from math import prod
 from pathlib import Path
 from typing import Any, Final
 
-from lora_state_format.errors import FileError, RefusedError
+from lora_state_format.errors import FileError, RefusedError, Remedy
 from lora_state_format.foreign import pickles
 from lora_state_format.foreign.masters import SAMPLE, elements
 from lora_state_format.io.files import Files, is_plain
@@ -215,9 +215,14 @@ def slices_of(count: int, model: Mapping[str, Any], chosen: object, path: Path) 
         patterns = PATTERNS[chosen] if chosen in PATTERNS else read_json_object(Path(chosen))
     if count > 1 and not isinstance(patterns, Mapping):
         raise RefusedError(
-            f"written by {count} tensor-parallel ranks, and nothing says which axis their slices were cut along: "
-            f"--option slices={'|'.join(PATTERNS)}, or a JSON file with the patterns of universal_checkpoint_info",
+            f"written by {count} tensor-parallel ranks, and nothing says which axis their slices were cut along; "
+            f"known are those of {', '.join(PATTERNS)}",
             path=path,
+            remedy=Remedy(
+                "pass {options}: the name of a model family, or a JSON file with the patterns of "
+                "universal_checkpoint_info",
+                {"options": {"slices": ...}},
+            ),
         )
     return Slices(count, patterns if isinstance(patterns, Mapping) else {}, path)
 

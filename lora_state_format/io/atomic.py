@@ -28,6 +28,7 @@ __all__ = [
     "made_folders",
     "move_new",
     "refuse_existing",
+    "sweep_file",
     "sync",
     "sync_folder",
     "write_all",
@@ -150,7 +151,7 @@ class TemporaryFile:
         self._target = target
         with locked(target.parent):  # else another writer could sweep the file between its making and its locking
             if sweep:
-                _sweep(target)
+                sweep_file(target)
             self.path = target.with_name(f".{target.name}.{os.urandom(8).hex()}.tmp")
             # 0o666: the umask decides, as for any file that a program makes.
             self._descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
@@ -216,7 +217,7 @@ def _naming(target: Path) -> Iterator[None]:
         raise OSError(error.errno, error.strerror, os.fspath(target)) from None
 
 
-def _sweep(target: Path) -> None:
+def sweep_file(target: Path) -> None:
     """Remove the temporary files of writers of ``target`` that no longer live."""
     pattern = re.compile(re.escape(f".{target.name}.") + TOKEN + r"\.tmp")
     for path in target.parent.iterdir():

@@ -289,12 +289,13 @@ def _shard(slot: Slot, dtype: torch.dtype, place: _Place, where: str) -> torch.T
     if slot.role is not Role.PARAM or place.binding.resize:
         what = "it has another shape" if place.binding.resize else f"its role is {slot.role.value}, not param"
         raise BindError(f"{where} cannot follow a sharded parameter: {what}")
-    out = torch.empty_like(place.parameter, dtype=dtype, requires_grad=False)
     if place.part:
+        out = torch.empty(place.part.count, dtype=dtype, device=place.parameter.device)
         read_into(run_of(slot.tensor, place.part), out, where=where)
     else:
         from lora_state_format.torch.distributed import read_shard
 
+        out = torch.empty_like(place.parameter, dtype=dtype, requires_grad=False)
         read_shard(slot.tensor, out, where)  # type: ignore[arg-type]
     return out
 

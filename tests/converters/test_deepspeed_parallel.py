@@ -156,7 +156,8 @@ def test_slices_that_nothing_describes(folder: Path, tmp_path: Path) -> None:
         read_any(folder)
     assert str(error.value) == (
         f"{folder / 'mp_rank_00_model_states.pt'}: written by 2 tensor-parallel ranks, and nothing says which axis "
-        "their slices were cut along: --option slices=megatron, or a JSON file with the patterns of "
+        "their slices were cut along; known are those of megatron; pass "
+        "options={'slices': ...}: the name of a model family, or a JSON file with the patterns of "
         "universal_checkpoint_info"
     )
     (tmp_path / "patterns.json").write_text(json.dumps(patterns))
@@ -220,6 +221,6 @@ def test_addresses_that_overlap_or_are_exchanged(folder: Path) -> None:
         assert state.origin["layout"] == (
             "param_shapes, as the masters prove: param_slice_mappings are those of another order"
         )
-        held = torch.load(folder.parent.with_name("pipeline1.1.pt"))
+        held = torch.load(folder.parent.with_name("pipeline1.2.pt"))
         for name in ("2.bias", "2.weight"):
             assert torch.equal(state[name]["exp_avg"].torch(), held[name]["exp_avg"])
