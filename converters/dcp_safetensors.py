@@ -101,7 +101,8 @@ def _restore_steps(state: Mapping[str, dict[str, Any]], step: Any, folder: Path)
                 f"'step' of '{name}' is 0, as torch's consolidated files have it whatever it was",
                 path=folder,
                 remedy=Remedy(
-                    "give the folder with the shards ('sharded', next to this file when it was written), or pass {options}",
+                    "give the folder with the shards ('sharded', next to this file when it was written), or pass "
+                    "{options}",
                     {"options": {"step": ...}},
                 ),
             )
