@@ -250,11 +250,11 @@ def detect(path: str | os.PathLike[str]) -> tuple[Converter, Match]:
         others = [converter for converter in others if converter.NAME not in BUILT_IN]
     found: list[tuple[Converter, Match]] = []
     damaged: list[FileError] = []
-    for converter in others:  # a file that one cannot read is no reason not to ask the next
+    for converter in others:
         try:
             if match := _asked(converter, path):
                 found.append((converter, match))
-        except FileError as error:
+        except FileError as error:  # noqa: PERF203 # what one cannot read is no reason not to ask the next
             damaged.append(error)
     found = [(converter, match) for converter, match in found if not match.generic] or found
     if len(found) > 1:

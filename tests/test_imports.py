@@ -130,6 +130,21 @@ def targets(name: str) -> Iterator[str]:
             yield below if below in MODULES else below.rpartition(".")[0]
 
 
+def test_the_map_names_every_module() -> None:
+    """``ARCHITECTURE.md`` has a row for each package, in the order of the floors, with all of its modules."""
+    rows = {
+        row.split("`")[1].rstrip("/"): row
+        for row in (ROOT / "ARCHITECTURE.md").read_text(encoding="utf-8").splitlines()
+        if row.startswith("| `")
+    }
+    for name in MODULES:
+        package, _, module = name.partition(".")
+        if module and package != "converters":
+            assert f"`{module}`" in rows[package], name
+    listed = [name for name in rows if name in FLOOR]
+    assert listed == sorted(listed, key=lambda name: -FLOOR[name])
+
+
 @pytest.mark.parametrize("name", MODULES)
 def test_nobody_imports_a_converter(name: str) -> None:
     everything = set(imported(MODULES[name], late=True))
