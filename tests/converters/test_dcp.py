@@ -77,8 +77,9 @@ def test_consolidated_files_lose_the_step(fsdp: Callable[[str], Path], assert_ho
     with pytest.raises(FileError) as error:
         registry.read(folder)
     assert str(error.value) == (
-        f"{folder}: 'step' of 'lora_A.default.weight' is 0, as torch's consolidated files have it whatever it was: "
-        "give the folder with the shards ('sharded', next to this file when it was written), or --option step=N"
+        f"{folder}: 'step' of 'lora_A.default.weight' is 0, as torch's consolidated files have it whatever it was; "
+        "give the folder with the shards ('sharded', next to this file when it was written), or pass "
+        "options={'step': ...}"
     )
     with open_any(folder, options={"step": "3"}) as state:
         live = slots_of(live_of(fsdp("consolidated")))
