@@ -260,8 +260,8 @@ def _state_dict(
     """Return the state dict that one rank would have had, masters too, with names for ids.
 
     With ``ordered``, parameters of stages 1 and 2 stand end to end in the order of ``param_shapes``, whatever
-    ``param_slice_mappings`` says: with ``round_robin_gradients``, DeepSpeed (0.10 to 0.19) writes the mappings of the
-    order that it had before (``_link_all_hp_params`` in ``stage_1_and_2.py``).
+    ``param_slice_mappings`` says: with ``round_robin_gradients``, DeepSpeed (seen with 0.19.8) writes the mappings of
+    the order that it had before (``_link_all_hp_params`` in ``stage_1_and_2.py``).
     """
     first = ranks[0]
     entries: dict[str, dict[str, Any]] = {}
