@@ -3,7 +3,7 @@ PYTHON ?= python3
 PYTHONS ?= 3.10 3.12 3.13
 
 .DEFAULT_GOAL := help
-.PHONY: bench crashes demo docs escapes fuzz growth help lint readers test test-browser test-frameworks test-lowest test-pythons
+.PHONY: bench crashes demo docs escapes fuzz growth help lint readers test test-browser test-cuda test-frameworks test-lowest test-pythons
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*##  */\1@/p' $(MAKEFILE_LIST) | awk -F@ '{ printf "make %-16s %s\n", $$1, $$2 }'
@@ -22,6 +22,10 @@ lint: .venv/ready  ## ruff, mypy and pyright
 
 test-frameworks: .venv-frameworks/ready  ## the converters against every framework they read
 	OMP_NUM_THREADS=1 .venv-frameworks/bin/pytest -m frameworks
+
+# An environment of its own kind: torch with CUDA, deepspeed and bitsandbytes, as the machine with the device has them.
+test-cuda:  ## what needs a CUDA device: fused, capturable, bf16, pinned, NCCL, bitsandbytes, ZeRO; skipped without one
+	CUBLAS_WORKSPACE_CONFIG=:4096:8 $(PYTHON) -m pytest tests/cuda
 
 docs: .venv/docs  ## the documentation as a site, warnings are errors
 	.venv/bin/mkdocs build --strict

@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
 
-from lora_state_format.errors import FileError
+from lora_state_format.errors import FileError, Remedy
 from lora_state_format.foreign import keyed
 from lora_state_format.foreign.state_dict import from_state_dict
 from lora_state_format.io.files import Files, reading
@@ -98,9 +98,13 @@ def _restore_steps(state: Mapping[str, dict[str, Any]], step: Any, folder: Path)
             continue
         if not str(step).isdecimal():
             raise FileError(
-                f"'step' of '{name}' is 0, as torch's consolidated files have it whatever it was: give the folder with "
-                "the shards ('sharded', next to this file when it was written), or --option step=N",
+                f"'step' of '{name}' is 0, as torch's consolidated files have it whatever it was",
                 path=folder,
+                remedy=Remedy(
+                    "give the folder with the shards ('sharded', next to this file when it was written), or pass "
+                    "{options}",
+                    {"options": {"step": ...}},
+                ),
             )
         slots["step"] = contiguous("F32", (), Memory(Scalar.of("F32", float(step)).data))
 
@@ -121,10 +125,13 @@ def _parts(path: Path, files: Files) -> list[tuple[str, tuple[int, ...], Tensor]
     sharding = loads(text, path=path) if text is not None else {}
     found = []
     for key, tensor in header.tensors.items():
-        stated = sharding.get(key, {}) if isinstance(sharding, dict) else {}
+        stated = sharding.get(key, {}) if isinstance(sharding, dict) else None
         start = stated.get("saved_offsets", [0] * len(tensor.shape)) if isinstance(stated, dict) else None
-        plain = isinstance(start, list) and len(start) == len(tensor.shape)
-        if not plain or not all(type(n) is int and n >= 0 for n in start):
+        if (
+            not isinstance(start, list)
+            or [type(n) for n in start] != [int] * len(tensor.shape)
+            or min(start, default=0) < 0
+        ):
             raise FileError(f"{_SHARDING} says no place for '{key}'", path=path)
         pieces = tuple(Piece(files[path], piece.offset, piece.where) for piece in tensor.pieces)
         found.append((key, tuple(start), Tensor(tensor.dtype, tensor.shape, pieces)))

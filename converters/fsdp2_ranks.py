@@ -88,11 +88,11 @@ def read(match: Match, options: Mapping[str, Any]) -> Checkpoint:
             a in (None, b) for a, b in zip_longest(result.shapes(), shapes, fillvalue=())
         ):
             # One group over all of the model's parameters, which the model's files list in the same order.
-            named = dict(zip(result.ids, weights, strict=True))
+            name_of = dict(zip(result.ids, weights, strict=True))
             result = replace(
                 result,
-                ids=tuple(named.values()),
-                entries={named[identity]: entry for identity, entry in result.entries.items()},
+                ids=tuple(name_of.values()),
+                entries={name_of[identity]: entry for identity, entry in result.entries.items()},
             )
         return Checkpoint(keyed.named(result, weights=weights), weights)
 
@@ -152,10 +152,10 @@ def _placed(what: str, part: Any, path: Path) -> tuple[Tensor, tuple[int, ...], 
         part.state[1] if isinstance(part, Record) and isinstance(part.state, tuple) and len(part.state) == 2 else None
     )
     local = member(inner, "_local_tensor", Tensor, path)
-    spec = member(member(inner, "_spec", Record, path).state, "placements", tuple, path)
-    meta = member(inner["_spec"].state, "tensor_meta", Record, path)
-    mesh = member(inner["_spec"].state, "mesh", Record, path).state
-    shape = member(meta.args, 0, tuple, path)
+    stated = member(inner, "_spec", Record, path).state
+    spec = member(stated, "placements", tuple, path)
+    shape = member(member(stated, "tensor_meta", Record, path).args, 0, tuple, path)
+    mesh = member(stated, "mesh", Record, path).state
     sizes, place = _mesh(mesh, path)
     start, extent = [0] * len(shape), list(shape)
     for placement, size, coordinate in zip(spec, sizes, place, strict=True):

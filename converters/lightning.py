@@ -74,8 +74,8 @@ def _next_to(path: Path) -> OptimizerState:
     state = beside(path)
     if not is_state(state):
         raise FileError(
-            f"its optimizers were saved by name as {state.parent.name}/{state.name} next to it, which is not there; copy "
-            "that folder along",
+            f"its optimizers were saved by name as {state.parent.name}/{state.name} next to it, which is not there; "
+            "copy that folder along",
             path=path,
         )
     return open_state(state)

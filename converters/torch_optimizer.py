@@ -128,8 +128,8 @@ def _tree(file: Source, path: Path) -> Any:
         return {name: pickles.load(member, f"{path}:{name}").value for name, member in members.items()}
     if is_trainer(file):
         raise FileError(
-            "it only says that the optimizer was saved as training_state/optimizer.safetensors next to it, which is not "
-            "there",
+            "it only says that the optimizer was saved as training_state/optimizer.safetensors next to it, which is "
+            "not there",
             path=path,
         )
     tree = pickles.load(file, path).value

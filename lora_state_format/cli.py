@@ -14,7 +14,6 @@ import re
 import shutil
 import sys
 import threading
-import traceback
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -120,6 +119,8 @@ def run(arguments: Sequence[str]) -> int:
 def _fail(arguments: Sequence[str], error: BaseException, message: str, code: int) -> int:
     """Say what is wrong on one line; the lines of a list in the message follow, indented."""
     if "--traceback" in arguments:
+        import traceback
+
         traceback.print_exception(error)
     first, *rest = message.split("\n")
     click.echo(f"error: {printable(first)}", err=True)
@@ -463,8 +464,8 @@ def inspect(
     """Show what a checkpoint of any known format holds; no tensor is read without --stats."""
     from lora_state_format import registry
     from lora_state_format.operations import report, tables
-    from lora_state_format.operations.conversion import look
     from lora_state_format.operations.entries import matching
+    from lora_state_format.operations.look import look
 
     if recursive:
         _survey(path, as_json)

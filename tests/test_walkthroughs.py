@@ -461,7 +461,8 @@ def test_files_for_other_tools(lora: Run, tmp_path: Path) -> None:
     lsf.convert(lora.path, tmp_path / "named.safetensors")
     back = tmp_path / "optimizer.pt"
     assert command("convert", tmp_path / "named.safetensors", back, "--to", "torch_optimizer")[0] == 0
-    optimizer = torch.optim.AdamW([{"params": trainable(lora.model)}, {"params": []}])
+    groups: list[dict[str, Any]] = [{"params": trainable(lora.model)}, {"params": []}]
+    optimizer = torch.optim.AdamW(groups)
     optimizer.load_state_dict(torch.load(back, weights_only=True))
     for name, parameter in lora.model.named_parameters():
         if parameter.requires_grad:

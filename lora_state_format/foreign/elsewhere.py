@@ -40,5 +40,5 @@ def is_trainer(source: Source) -> bool:
 
 def beside(path: str | os.PathLike[str]) -> Path:
     """Return where the optimizers of a ``.ckpt`` are; a link to one (``save_last="link"``) has those of its target."""
-    name = os.path.realpath(path) if os.path.islink(path) else os.fspath(path)
+    name = os.path.realpath(path) if Path(path).is_symlink() else os.fspath(path)
     return Path(name.removesuffix(".ckpt") + ".training_state", "optimizer.safetensors")

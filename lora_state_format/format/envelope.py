@@ -14,9 +14,9 @@ from typing import Any, Final
 from lora_state_format.errors import FileError
 from lora_state_format.format.manifest import FORMAT, HEX
 from lora_state_format.io.files import is_plain
+from lora_state_format.io.remote import exists, is_file, open_file
 from lora_state_format.io.safetensors import ALIGNMENT, Header, Raw
 from lora_state_format.io.strict_json import dumps, loads
-from lora_state_format.model.sources import File
 
 __all__ = ["INDEX_SUFFIX", "is_state"]
 
@@ -60,9 +60,9 @@ def is_state(path: str | os.PathLike[str]) -> bool:
     path = Path(path)
     index = find_index(path)
     start, prefix = (8, PREFIX) if index is None else (0, INDEX_PREFIX)
-    if not (index or path).is_file():
+    if not is_file(index or path):
         return False
-    with File(index or path) as file:
+    with open_file(index or path) as file:
         return file.size >= start + len(prefix) and file.read(start, len(prefix)) == prefix
 
 
@@ -95,7 +95,7 @@ def index_of(path: Path) -> Path:
 def find_index(path: Path) -> Path | None:
     if path.name.endswith(INDEX_SUFFIX):
         return path
-    return index_of(path) if index_of(path).exists() else None
+    return index_of(path) if exists(index_of(path)) else None
 
 
 def set_id(contents: Iterable[str]) -> str:
@@ -109,7 +109,7 @@ def read_index(index: Path) -> dict[str, Any]:
     def fail(detail: str) -> FileError:
         return FileError(detail, path=index, rule="R25")
 
-    with File(index) as file:
+    with open_file(index) as file:
         if file.size > MAX_INDEX:
             raise fail(f"{file.size} bytes, more than {MAX_INDEX}")
         try:

@@ -28,11 +28,11 @@ from lora_state_format.format.envelope import (
 )
 from lora_state_format.format.manifest import NESTED, ShardOf, check_names, decode, decode_digests, encode
 from lora_state_format.format.stowing import unstowed
+from lora_state_format.io.remote import exists, open_file, version_of
 from lora_state_format.io.safetensors import Header, parse_header, raw_header
 from lora_state_format.io.strict_json import dumps
 from lora_state_format.model.digests import ALGORITHM, hash_tensor
 from lora_state_format.model.gc import paused
-from lora_state_format.model.sources import File
 from lora_state_format.model.states import Group, OptimizerState, Parameter
 from lora_state_format.model.tensors import CHUNK, Digest, Tensor
 
@@ -111,17 +111,9 @@ def _open(path: Path) -> tuple[OptimizerState, list[_Opened]]:
                 raise
 
 
-def _version(path: Path) -> list[tuple[int, int] | None]:
-    """Return inodes and times of a state's files: they change when a writer replaces it."""
-
-    def version(file: Path) -> tuple[int, int] | None:
-        try:
-            found = file.stat()
-        except FileNotFoundError:
-            return None
-        return found.st_ino, found.st_mtime_ns
-
-    return [version(path), version(index_of(path))]
+def _version(path: Path) -> list[tuple[Any, ...] | None]:
+    """Return what changes when a writer replaces the state at a path."""
+    return [version_of(path), version_of(index_of(path))]
 
 
 def _open_single(path: Path) -> tuple[OptimizerState, list[_Opened]]:
@@ -137,7 +129,7 @@ def _open_single(path: Path) -> tuple[OptimizerState, list[_Opened]]:
 
 
 def _open_file(path: Path) -> _Opened:
-    file = File(path)
+    file = open_file(path)
     try:
         raw = raw_header(file)
         if is_ours(raw) and header_digest(raw) != stated_digest(raw):
@@ -201,7 +193,7 @@ def _open_set(index: Path) -> tuple[OptimizerState, list[_Opened]]:
         parts = []
         for number, item in enumerate(shards, 1):
             name = item["file"]
-            if not index.with_name(name).exists():
+            if not exists(index.with_name(name)):
                 raise fail(f"shard {number} of {len(shards)} is missing: {name!r}", "R25")
             part = _open_file(index.with_name(name))
             stack.callback(part.state.close)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import shutil
+import contextlib
 from pathlib import Path
 from typing import Any, Final
 
 from lora_state_format.errors import OptionError
 from lora_state_format.foreign.elsewhere import LIGHTNING, beside, is_lightning
 from lora_state_format.format.envelope import is_state
+from lora_state_format.format.rotation import remove_states
 from lora_state_format.torch import load_optimizer, load_scheduler, save_optimizer
 from lora_state_format.torch.schedules import rate_of
 
@@ -35,13 +36,16 @@ class NamedState(Callback):  # type: ignore[misc]
     the weights with the state. Resuming binds by name, with the ``policies`` of ``load_optimizer``; with
     ``options={"lr": "current"}`` the run goes on with the rate and the schedulers of its own ``configure_optimizers``.
 
-    The state is on the disk before the ``.ckpt`` is begun, and goes when that is removed. Raises ``OptionError`` for a
-    strategy that saves in its own way (FSDP, DeepSpeed).
+    The state is on the disk before the ``.ckpt`` is begun, and goes when that is removed. ``keep_last`` is that of
+    ``save_optimizer``. Raises ``OptionError`` for a strategy that saves in its own way (FSDP, DeepSpeed).
     """
 
-    def __init__(self, model: str | None = None, *, weights: bool = True, **policies: Any) -> None:
+    def __init__(
+        self, model: str | None = None, *, weights: bool = True, keep_last: int | None = None, **policies: Any
+    ) -> None:
         self._model = model
         self._weights = weights
+        self._keep_last = keep_last
         self._policies = policies
         self._resumed: tuple[Path, list[Any]] | None = None
 
@@ -65,7 +69,14 @@ class NamedState(Callback):  # type: ignore[misc]
     def save(self, trainer: Any, path: Path) -> None:
         """Save the optimizers' state next to a checkpoint."""
         step = trainer.global_step
-        save_optimizer(trainer.optimizers, self._named(trainer), path, weights=self._weights, global_step=step)
+        save_optimizer(
+            trainer.optimizers,
+            self._named(trainer),
+            path,
+            weights=self._weights,
+            global_step=step,
+            keep_last=self._keep_last,
+        )
 
     def resume(self, path: Path, schedulers: list[Any]) -> None:
         """Remember the checkpoint that the run resumes, and the states of its schedulers."""
@@ -75,8 +86,8 @@ class NamedState(Callback):  # type: ignore[misc]
     def state_key(self) -> str:
         """What Lightning calls this callback where a run resumes without it."""
         return (
-            "lora_state_format.integrations.lightning.NamedState, which keeps the optimizers in NAME.training_state next "
-            "to NAME.ckpt"
+            "lora_state_format.integrations.lightning.NamedState, which keeps the optimizers in NAME.training_state "
+            "next to NAME.ckpt"
         )
 
     def state_dict(self) -> dict[str, Any]:
@@ -117,7 +128,11 @@ class _Beside(CheckpointIO):  # type: ignore[misc]
 
     def remove_checkpoint(self, path: Any) -> None:
         self.inner.remove_checkpoint(path)
-        shutil.rmtree(beside(path).parent, ignore_errors=True)
+        state = beside(path)
+        if state.parent.is_dir():
+            remove_states([state])
+            with contextlib.suppress(OSError):  # what is not ours stays, and so does its folder
+                state.parent.rmdir()
 
     def teardown(self) -> None:
         self.inner.teardown()

@@ -33,30 +33,43 @@ SCHEDULER: Final = "scheduler.pt"
 LEGACY: Final = "optimizer.pt"
 
 
-def with_named_state(trainer: T, *, drop_legacy: bool = False, weights: bool = True, **policies: Any) -> T:
+def with_named_state(
+    trainer: T, *, drop_legacy: bool = False, weights: bool = True, keep_last: int | None = None, **policies: Any
+) -> T:
     """Return the same trainer; from now on it saves its optimizer by name, and resumes by name.
 
     Each ``checkpoint-N`` gets ``training_state/optimizer.safetensors``, before older checkpoints are removed and before
     anything is pushed. ``drop_legacy`` keeps the state out of ``optimizer.pt``, so that it is stored once; such a
-    checkpoint can be resumed by a trainer that went through this function only, and a plain one stops and says so. ``weights`` keeps digests of the weights with it.
+    checkpoint can be resumed by a trainer that went through this function only, and a plain one stops and says so.
+    ``weights`` keeps digests of the weights with it.
 
     ``trainer.train(resume_from_checkpoint=...)`` binds by name, with the ``policies`` of ``load_optimizer``: after
     groups, target modules or the adapter's name have changed, too. A checkpoint without names is bound by order, with a
     warning. Where a plain Trainer starts cold without a word, since a file is missing, this raises. With
-    ``options={"lr": "current"}`` the run goes on with the rate and the schedule of its own arguments, from the step that
-    it had reached.
+    ``options={"lr": "current"}`` the run goes on with the rate and the schedule of its own arguments, from the step
+    that it had reached.
+
+    Under FSDP and DeepSpeed's ZeRO all processes save and load together, and a checkpoint goes into another number of
+    them as far as the Trainer loads its weights there: under DeepSpeed it loads that one's own folder first, which is
+    bound to the number of processes.
+
+    ``keep_last`` is that of ``save_optimizer``: older checkpoints keep their weights and lose their state.
 
     Raises ``OptionError`` for a Trainer whose methods take other arguments than the ones that are known here, and for
-    one whose optimizer is sharded (DeepSpeed, FSDP).
+    ``drop_legacy`` where the Trainer writes weights and optimizer by one method (FSDP, DeepSpeed).
     """
-    _check(trainer)
+    sharded = _check(trainer)
+    if sharded and drop_legacy:
+        raise OptionError(
+            f"drop_legacy=True: with {sharded} Trainer writes weights and optimizer by one method; leave it out"
+        )
     owner: Any = trainer
     save = getattr(owner, SAVE)
 
     def named_save(output_dir: str) -> None:
-        if owner.args.should_save:
-            step = owner.state.global_step
-            save_optimizer(owner.optimizer, owner.model, Path(output_dir, STATE), weights=weights, global_step=step)
+        if sharded or owner.args.should_save:
+            path, step = Path(output_dir, STATE), owner.state.global_step
+            save_optimizer(owner.optimizer, owner.model, path, weights=weights, global_step=step, keep_last=keep_last)
         if not drop_legacy:
             save(output_dir)
         elif owner.args.should_save:
@@ -91,7 +104,8 @@ def last_checkpoint(folder: str | Path) -> str | None:
 _NUMBER: Final = re.compile(r"checkpoint-(\d+)")
 
 
-def _check(trainer: Any) -> None:
+def _check(trainer: Any) -> str | None:
+    """Return what shards a Trainer's optimizer, if anything. Raises ``OptionError`` for an unknown Trainer."""
     for name, expected in METHODS.items():
         method = getattr(trainer, name, None)
         found = list(inspect.signature(method).parameters) if method else None
@@ -103,6 +117,4 @@ def _check(trainer: Any) -> None:
                 f"{type(trainer).__name__}.{name} {stated}, where ({', '.join(expected)}) was expected: transformers "
                 f"{transformers.__version__} is not known here; call save_optimizer and load_optimizer yourself"
             )
-    sharded = [kind for kind in ("deepspeed", "fsdp") if getattr(trainer, f"is_{kind}_enabled", False)]
-    if sharded:
-        raise OptionError(f"the optimizer is sharded by {sharded[0]}, which saves and loads it in its own way")
+    return next((kind for kind in ("deepspeed", "fsdp") if getattr(trainer, f"is_{kind}_enabled", False)), None)

@@ -51,8 +51,8 @@ CONFIG: Final = "config.json"
 
 Names: TypeAlias = "str | os.PathLike[str] | Sequence[str] | Sequence[os.PathLike[str]]"
 """Where names come from: the path of a file with one name a line in optimizer order, of a file of weights, or of a
-folder with ``config.json`` and, for an adapter, ``adapter_config.json``; several such paths; or the names themselves, in
-optimizer order."""
+folder with ``config.json`` and, for an adapter, ``adapter_config.json``; several such paths; or the names themselves,
+in optimizer order."""
 
 Rebuild: TypeAlias = "Callable[[Path, Path | None], Sequence[Described]]"
 """Describes the model of the configs in a folder, with the adapter of a config file if one is given."""

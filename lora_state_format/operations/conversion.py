@@ -26,6 +26,7 @@ from lora_state_format.naming.evidence import head_size
 from lora_state_format.naming.rules import Described
 from lora_state_format.naming.sources import ADAPTER_CONFIG, CONFIG, Named, Names, config_of, name_state, split_names
 from lora_state_format.operations.entries import tensors
+from lora_state_format.operations.look import Found
 from lora_state_format.operations.report import (
     NOTHING_HELD,
     SCHEMA_VERSION,
@@ -40,7 +41,7 @@ if TYPE_CHECKING:
     from lora_state_format.naming.evidence import Evidence, Pairing
     from lora_state_format.registry import Converter, Match, Writer
 
-__all__ = ["ConversionReport", "Found", "Names", "belongs", "convert", "look", "read", "read_either"]
+__all__ = ["ConversionReport", "Names", "belongs", "convert", "look_closer", "read", "read_either"]
 
 ASKED: Final = {"trainable": ..., "names": ...}
 
@@ -102,15 +103,6 @@ class ConversionReport:
 
 
 @dataclass(frozen=True)
-class Found:
-    """What a checkpoint holds: its state, named where that is cheap; its format; why it has no names, if so."""
-
-    state: OptimizerState | PositionalState
-    source_format: str
-    unnamed: str = ""
-
-
-@dataclass(frozen=True)
 class _Reading:
     """How to read a checkpoint: the arguments that ``read``, ``look`` and ``convert`` share."""
 
@@ -168,7 +160,7 @@ def read_either(path: str | os.PathLike[str], **reading: Any) -> OptimizerState:
         return read(path, **reading)
 
 
-def look(
+def look_closer(
     path: str | os.PathLike[str],
     *,
     source_format: str | None = None,
@@ -254,10 +246,7 @@ def convert(
     with named.state as state:
         if not dry_run and (dequantize or target_format != registry.NAMED):
             _check_digests(state)  # ``writing.write`` does so itself with what it copies
-        decoded = quantised.dequantize(state) if dequantize else None
-        state = _paired(decoded.state if decoded else state, named.weights)
-        narrowed = rounded.stored(state, store, measure=True) if store else None
-        state = narrowed.state if narrowed else state
+        state, notes = _prepared(state, named.weights, target_format, dequantize, store)
         sizes = [tensor.size for tensor in tensors(state)]
         digest = None
         if not dry_run:
@@ -279,9 +268,24 @@ def convert(
             naming=state.naming,
             paired=sum(parameter.weights is not None for parameter in state.parameters),
             digest=digest,
-            notes=(*([str(decoded)] if decoded else []), *_notes(state, target_format), *_error(narrowed)),
+            notes=notes,
             warnings=(*named.skipped, *beside_weights(target)),
         )
+
+
+def _prepared(
+    state: OptimizerState,
+    weights: Mapping[str, Tensor],
+    target_format: str,
+    dequantize: bool,
+    store: Mapping[str, str] | None,
+) -> tuple[OptimizerState, tuple[str, ...]]:
+    """Return the state as it is to be written, with the digests of its weights, and notes on it for the report."""
+    decoded = quantised.dequantize(state) if dequantize else None
+    state = _paired(decoded.state if decoded else state, weights)
+    narrowed = rounded.stored(state, store, measure=True) if store else None
+    state = narrowed.state if narrowed else state
+    return state, (*([str(decoded)] if decoded else []), *_notes(state, target_format), *_error(narrowed))
 
 
 def belongs(path: str | os.PathLike[str], weights: str | os.PathLike[str]) -> tuple[Pairing | None, Evidence | None]:

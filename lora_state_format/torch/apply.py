@@ -20,7 +20,7 @@ from lora_state_format.model.sources import File
 from lora_state_format.model.states import Parameter, Role, Scalar, Slot, Value
 from lora_state_format.optimizers.classes import Known, known
 from lora_state_format.torch import carried as carrying
-from lora_state_format.torch.capture import Models, Optimizers, lineage_of
+from lora_state_format.torch.capture import Models, Optimizers, lineage_of, stepper
 from lora_state_format.torch.codes import Coded, coded
 from lora_state_format.torch.fsdp1 import Part, run_of
 from lora_state_format.torch.live import Live, describe
@@ -236,7 +236,7 @@ def _built(
     slots: Mapping[str, Value], optimizer: torch.optim.Optimizer, place: _Place, path: tuple[Any, ...]
 ) -> dict[str, Any]:
     """Return the slots that an optimizer keeps of a parameter; those of optimizers inside it stand in them."""
-    held, lineage = inner(optimizer), lineage_of(type(optimizer))
+    held, lineage = inner(optimizer), lineage_of(type(stepper(optimizer)))
     row = known(lineage)
 
     def build(value: Value, path: tuple[Any, ...], top: bool) -> Any:
@@ -289,12 +289,13 @@ def _shard(slot: Slot, dtype: torch.dtype, place: _Place, where: str) -> torch.T
     if slot.role is not Role.PARAM or place.binding.resize:
         what = "it has another shape" if place.binding.resize else f"its role is {slot.role.value}, not param"
         raise BindError(f"{where} cannot follow a sharded parameter: {what}")
-    out = torch.empty_like(place.parameter, dtype=dtype, requires_grad=False)
     if place.part:
+        out = torch.empty(place.part.count, dtype=dtype, device=place.parameter.device)
         read_into(run_of(slot.tensor, place.part), out, where=where)
     else:
         from lora_state_format.torch.distributed import read_shard
 
+        out = torch.empty_like(place.parameter, dtype=dtype, requires_grad=False)
         read_shard(slot.tensor, out, where)  # type: ignore[arg-type]
     return out
 

@@ -66,10 +66,9 @@ def _say_last() -> None:
     try:
         last.wait()
     except BaseException as error:
-        print(
+        sys.stderr.write(
             f"lora_state_format: the last save in the background failed, and nothing waited for it: "
-            f"{type(error).__name__}: {error}",
-            file=sys.stderr,
+            f"{type(error).__name__}: {error}\n"
         )
 
 

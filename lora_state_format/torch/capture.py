@@ -46,6 +46,7 @@ from lora_state_format.torch.nested import beside, inner, outside, stepping, wra
 from lora_state_format.torch.objects import unpacked
 from lora_state_format.torch.tensors import dtype_name, from_torch, is_sharded, refusal, to_host
 from lora_state_format.torch.versions import Versions
+from lora_state_format.torch.zero import parts_of_zero, view_of
 
 __all__ = [
     "Models",
@@ -77,6 +78,7 @@ WRAPPERS: Final[Mapping[str, str]] = {
     "torch.nn.parallel.data_parallel.DataParallel": "module",
     "torch.distributed.fsdp.fully_sharded_data_parallel.FullyShardedDataParallel": "_fsdp_wrapped_module",
     "torch.distributed.algorithms._checkpoint.checkpoint_wrapper.ActivationWrapper": "_checkpoint_wrapped_module",
+    "deepspeed.runtime.engine.DeepSpeedEngine": "module",
 }
 """Class of a wrapper -> the segment that it puts into names."""
 
@@ -110,6 +112,11 @@ class Named:
         """Return the shape of the whole parameter."""
         return self.parts[name].shape if name in self.parts else tuple(self.tensors[name].shape)
 
+    def dtype(self, name: str) -> str:
+        """Return the dtype of what the optimizer steps, as safetensors spells it, or as torch does if that has none."""
+        part, own = self.parts.get(name), self.tensors[name].dtype
+        return (part.dtype if part else None) or dtype_name(own) or str(own)
+
 
 def named_tensors(model: Models) -> Named:
     """Return the parameters of a model, or of several, under their names. Raises ``CaptureError`` if two share one."""
@@ -131,7 +138,8 @@ def named_tensors(model: Models) -> Named:
         else:
             tied[first] = (*tied.get(first, ()), name)
     modules = model.values() if isinstance(model, Mapping) else [model]
-    parts = {names[key]: part for module in modules for key, part in parts_of(module).items() if key in names}
+    cut = (item for module in modules for found in (parts_of(module), parts_of_zero(module)) for item in found.items())
+    parts = {names[key]: part for key, part in cut if key in names}
     return Named(tensors, tied, names, owners, layers, parts)
 
 
@@ -176,6 +184,7 @@ def _joined(*parts: str) -> str:
 
 
 def class_path(kind: type) -> str:
+    """Return the import path of a class."""
     return f"{kind.__module__}.{kind.__qualname__}"
 
 
@@ -191,12 +200,12 @@ def optimizers_of(optimizer: Optimizers) -> tuple[torch.optim.Optimizer, ...]:
 
     Raises ``OptionError`` for something that is no optimizer.
     """
-    if isinstance(optimizer, torch.nn.Module):
+    if isinstance(optimizer, torch.nn.Module) and view_of(optimizer) is None:
         raise OptionError(
             f"the first argument is a {type(optimizer).__name__}, which is a model: pass the optimizer first, then the "
             "model, then the path"
         )
-    listed = [optimizer] if isinstance(optimizer, torch.optim.Optimizer) else optimizer
+    listed = optimizer if isinstance(optimizer, Sequence) else [optimizer]
     return tuple(map(_shelled, listed))
 
 
@@ -206,13 +215,18 @@ def sharding(optimizer: Optimizers, model: Models) -> Literal["DTensor", "FSDP1"
     if any(is_sharded(parameter) for group in groups for parameter in group["params"]):
         return "DTensor"
     modules = model.values() if isinstance(model, Mapping) else [model]
-    return "FSDP1" if any(map(parts_of, modules)) else None
+    return "FSDP1" if any(parts_of(module) or parts_of_zero(module) for module in modules) else None
 
 
 def _shelled(optimizer: Any) -> torch.optim.Optimizer:
     while inner := next((SHELLS[path] for path in _lineage(type(optimizer)) if path in SHELLS), None):
         optimizer = getattr(optimizer, inner)
-    return cast("torch.optim.Optimizer", optimizer)
+    return cast("torch.optim.Optimizer", view_of(optimizer) or optimizer)
+
+
+def stepper(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
+    """Return the optimizer whose class takes the steps: under ZeRO, DeepSpeed's inner one."""
+    return cast("torch.optim.Optimizer", getattr(optimizer, "base", optimizer))
 
 
 def digest_of(tensor: torch.Tensor) -> Digest:
@@ -243,8 +257,8 @@ def grouped(
                     raise CaptureError(f"parameter '{name}' is in optimizer {owners[name]} and in optimizer {number}")
                 if name in seen:
                     raise CaptureError(
-                        f"parameter '{name}' is in the optimizer twice, the second time at position {position} of group "
-                        f"{place}: torch takes its step twice then; build the optimizer with each parameter once"
+                        f"parameter '{name}' is in the optimizer twice, the second time at position {position} of "
+                        f"group {place}: torch takes its step twice then; build the optimizer with each parameter once"
                     )
                 seen.add(name)
                 names.append(name)
@@ -268,12 +282,13 @@ def lineage_of(kind: type) -> tuple[str, ...]:
 
 
 def group_name(group: Mapping[str, Any]) -> str | None:
+    """Return what a group is called, if it is called something."""
     name = group.get("name")
     return name if isinstance(name, str) else None
 
 
 def group_options(reader: Reader, group: Mapping[str, Any], where: str | None = None) -> Iterator[tuple[str, Value]]:
-    """A group's options; those that have no form in a file are left out, with a warning that says ``where``."""
+    """Yield a group's options; those without a form in a file are left out, with a warning that says ``where``."""
     for key, raw in group.items():
         if key in ("params", "param_names"):
             continue
@@ -342,8 +357,8 @@ def capture(
     and stays as it is. ``weights`` adds a digest of each parameter's own bytes, by which a load can tell whether state
     and weights belong together. ``extra`` are values of your own without tensors (a scheduler's ``state_dict()``, say).
 
-    Raises ``CaptureError`` if the optimizer holds parameters that the model does not have, or takes a step meanwhile, and
-    ``UnrepresentableError`` for a value that no file can hold, naming the parameter and the slot.
+    Raises ``CaptureError`` if the optimizer holds parameters that the model does not have, or takes a step meanwhile,
+    and ``UnrepresentableError`` for a value that no file can hold, naming the parameter and the slot.
     """
     named = named_tensors(model)
     if named.parts:
@@ -389,7 +404,7 @@ def capture_parts(
     if copy:
         versions.check_unchanged()
     return OptimizerState(
-        optimizers=tuple(Optimizer(class_path(type(found))) for found in optimizers),
+        optimizers=tuple(Optimizer(class_path(type(stepper(found)))) for found in optimizers),
         groups=tuple(groups),
         parameters=tuple(parameters.values()),
         naming=Naming("model"),
@@ -398,7 +413,7 @@ def capture_parts(
             "format": "torch",
             "torch": str(torch.__version__),
             **_scalings(parameters.values(), named),
-            **_origin(optimizers, parameters, named),
+            **_origin([*map(stepper, optimizers)], parameters, named),
         },
         extra=_extra(reader, extra or {}),
         global_step=global_step,
@@ -433,7 +448,6 @@ def _origin(
     optimizers: Sequence[torch.optim.Optimizer], parameters: Mapping[str, Parameter], named: Named
 ) -> Mapping[str, Value]:
     """Return what a load has to know of the optimizers besides their state; warn about what is not saved."""
-    found: dict[str, Value] = {}
     lineages = {class_path(kind): lineage_of(kind) for kind in map(type, optimizers)}
     ancestors: dict[str, Value] = {
         path: list(lineage[1:]) for path, lineage in lineages.items() if path not in CLASSES and len(lineage) > 1
@@ -457,16 +471,16 @@ def _origin(
                 kind,
                 path,
             )
-    for key, value in ((CLASSES_OF, ancestors), (INNER, classes), (TOKENS, tokens), (OUTSIDE, lost)):
-        if value:
-            found[key] = value
-    return found
+    every: dict[str, Value] = {CLASSES_OF: ancestors, INNER: classes, TOKENS: tokens, OUTSIDE: lost}
+    return {key: value for key, value in every.items() if value}
 
 
 def weights_of(named: Named, name: str, *, copy: bool = False) -> Tensor:
     """Return a parameter's own bytes, or a copy of them; of a sharded one they arrive inside ``gather``."""
     part, tensor = named.parts.get(name), named.tensors[name]
-    return _part_content(name, part, tensor, copy) if part and part.shape else _content(tensor, copy)
+    if part is None or part.own is None:
+        return _content(tensor, copy)
+    return _part_content(name, part, part.own, copy) if part.shape else _content(part.own.reshape(()), copy)
 
 
 def _parameter(
@@ -533,7 +547,7 @@ def _globals(reader: Reader, optimizers: Sequence[torch.optim.Optimizer]) -> Map
     for number, optimizer in enumerate(optimizers):
         own = {
             **_loose(reader, optimizer),
-            **{key: reader.value(raw, (key,)) for key, raw in beside(optimizer).items()},
+            **{key: reader.value(raw, (key,)) for key, raw in beside(stepper(optimizer)).items()},
         }
         if own:
             found |= {str(number): own} if len(optimizers) > 1 else own

@@ -31,7 +31,7 @@ T = TypeVar("T")
 Where: TypeAlias = "Box | Flat | None"
 """The elements of a tensor that a rank holds."""
 
-BUCKET: Final = 64 << 20
+BUCKET: Final = 16 << 20
 """Bytes that a rank sends, and receives, in one round. It holds four times as many: what it sends, what arrives, and
 two buckets of whole tensors, of which one is being read."""
 

@@ -24,6 +24,10 @@ class Part:
     shape: tuple[int, ...]
     start: int
     count: int
+    own: torch.Tensor | None
+    """The same elements of the parameter itself; ``None`` where this rank has the whole parameter."""
+    dtype: str | None = None
+    """Of the copy that the optimizer steps, where that is another one than the parameter."""
 
 
 def parts_of(model: torch.nn.Module) -> dict[int, Part]:
@@ -45,7 +49,9 @@ def parts_of(model: torch.nn.Module) -> dict[int, Part]:
         if handle.uses_sharded_strategy:
             flat = handle.flat_param
             for parameter, shape, info in zip(flat._params, flat._shapes, flat._shard_param_infos, strict=True):
-                found[id(parameter)] = Part(tuple(shape), info.intra_param_start_idx or 0, info.numel_in_shard or 0)
+                found[id(parameter)] = Part(
+                    tuple(shape), info.intra_param_start_idx or 0, info.numel_in_shard or 0, parameter
+                )
     return found
 
 

@@ -24,9 +24,10 @@ from lora_state_format.torch.capture import (
     lineage_of,
     named_tensors,
     optimizers_of,
+    stepper,
 )
 from lora_state_format.torch.nested import beside, wrapped
-from lora_state_format.torch.tensors import dtype_name, is_sharded
+from lora_state_format.torch.tensors import is_sharded
 
 __all__ = ["Live", "describe"]
 
@@ -48,14 +49,15 @@ def describe(optimizer: Optimizers, model: Models) -> Live:
         LiveGroup(number, tuple(group_options(reader, group)), tuple(names), group_name(group))
         for number, group, names in grouped(optimizers, named)
     ]
-    lineages = tuple(lineage_of(type(found)) for found in optimizers)
+    steppers = tuple(map(stepper, optimizers))
+    lineages = tuple(lineage_of(type(found)) for found in steppers)
     side = LiveOptimizer(
         tuple(Optimizer(kinds[0]) for kinds in lineages),
         tuple(groups),
         {name: _parameter(name, tensor, named) for name, tensor in named.tensors.items()},
         lineages,
-        tuple(frozenset(map(str, beside(found))) for found in optimizers),
-        tuple({name: class_path(type(held)) for name, held in wrapped(found).items()} for found in optimizers),
+        tuple(frozenset(map(str, beside(found))) for found in steppers),
+        tuple({name: class_path(type(held)) for name, held in wrapped(found).items()} for found in steppers),
     )
     return Live(named, optimizers, side)
 
@@ -65,7 +67,7 @@ def _parameter(name: str, tensor: torch.Tensor, named: Named) -> LiveParameter:
     return LiveParameter(
         name,
         named.shape(name),
-        dtype_name(tensor.dtype) or str(tensor.dtype),
+        named.dtype(name),
         tensor.requires_grad,
         named.tied.get(name, ()),
         (lambda: digest_of(tensor)) if whole else None,

@@ -28,7 +28,7 @@ from lora_state_format.errors import ConversionError
 from lora_state_format.format import envelope, reading
 from lora_state_format.model import digests
 from lora_state_format.model.digests import ALGORITHM
-from lora_state_format.model.states import OptimizerState, Parameter
+from lora_state_format.model.states import OptimizerState, Parameter, Scalar
 from lora_state_format.model.tensors import Digest, Tensor
 from lora_state_format.naming import order, rules
 from lora_state_format.naming.names import peft_key
@@ -44,6 +44,7 @@ from lora_state_format.torch.tensors import (
     is_sharded,
     refusal,
 )
+from lora_state_format.torch.zero import ZeroView
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -112,6 +113,9 @@ def _load_together(optimizer: Optimizers, model: Models, path: Path, policies: P
             if b.saved and b.name in spread
             for path, slot in b.saved.tensors()
         }
+        for view in live.optimizers:
+            if isinstance(view, ZeroView):
+                view.check({id(named.tensors[b.name]): _step(b.saved) for b in loading.bindings if b.name in spread})
         with ThreadPoolExecutor(1) as beside:
             verifying = beside.submit(verify_share, parts if verify else {})
 
@@ -120,6 +124,11 @@ def _load_together(optimizer: Optimizers, model: Models, path: Path, policies: P
                 agree(True)
 
             return carry_out(loading, live, settle)
+
+
+def _step(saved: Parameter | None) -> Any:
+    step = (saved.state or {}).get("step") if saved else None
+    return step.item() if isinstance(step, Scalar) else step
 
 
 def _with_digests(live: LiveOptimizer, hashes: Mapping[str, str]) -> LiveOptimizer:

@@ -21,7 +21,7 @@ class Basis(torch.optim.Optimizer):
     def __init__(self, parameters: Any) -> None:
         super().__init__(parameters, {"lr": 0.1})
 
-    def step(self, closure: Any = None) -> None:
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
         """Make what is kept."""
         generator = torch.Generator().manual_seed(0)
         for group in self.param_groups:
@@ -76,11 +76,13 @@ def test_an_extension_that_fits_nothing_is_left_out(tmp_path: Path) -> None:
     """A program that does not know it may have renamed what it speaks of."""
     model, optimizer = run()
     save_optimizer(optimizer, model, tmp_path / "o.safetensors")
-    axes = {"a": {"Q.1": [0, 1], "Q.0": "all"}, "gone": {"Q.0": [1, 0]}, "$globals": [1]}
+    axes: Any = {"a": {"Q.1": [0, 1], "Q.0": "all"}, "gone": {"Q.0": [1, 0]}, "$globals": [1]}
     with open_state(tmp_path / "o.safetensors") as state:
         bare = replace(
             state,
-            parameters=tuple(replace(p, state={"Q": [replace(slot, order=None) for slot in p["Q"]]}) for p in state.parameters),
+            parameters=tuple(
+                replace(p, state={"Q": [replace(slot, order=None) for slot in p["Q"]]}) for p in state.parameters
+            ),
             globals={},
             extensions={"layouts": {"must_understand": False, "axes": axes}},
         )

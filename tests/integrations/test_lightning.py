@@ -14,8 +14,6 @@ from typing import Any
 import pytest
 import torch
 
-pl = pytest.importorskip("lightning.pytorch")
-
 import lora_state_format as lsf
 from lora_state_format.errors import FileError, OptionError
 
@@ -75,7 +73,8 @@ def test_a_resumed_run_is_the_uninterrupted_one(
         weights = fit(loop, trainer, whole[0] / "step=2.ckpt", order=order)
     assert same(weights, whole[1])
     assert [record.getMessage() for record in caplog.records if record.name == "lora_state_format"] == [
-        "restored 8/8 parameters, 2 slots each, step 2; weights match 8/8"
+        "restored 8/8 parameters, 2 slots each, step 2; weights match 8/8",
+        "lr 0.01 -> 0.007 from the file",
     ]
 
 
@@ -124,7 +123,7 @@ def test_a_new_rate_goes_on_as_if_it_had_been_there_from_the_start(
     def rates(ckpt: Path | None = None, **policies: Any) -> list[float]:
         seen: list[float] = []
 
-        class Recorder(pl.Callback):  # type: ignore[misc]
+        class Recorder(loop["pl"].Callback):  # type: ignore[misc]
             def on_before_optimizer_step(self, trainer: Any, module: Any, optimizer: Any) -> None:
                 seen.append(optimizer.param_groups[0]["lr"])
 
@@ -172,6 +171,13 @@ def test_names_are_those_of_the_whole_module_unless_said(loop: dict[str, Any], t
 def test_a_checkpoint_that_is_removed_takes_its_state_along(loop: dict[str, Any], tmp_path: Path) -> None:
     fit(loop, loop["make"](tmp_path, loop["NamedState"]("model"), save_top_k=1))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step=6.ckpt", "step=6.training_state"]
+
+
+def test_what_lies_next_to_the_state_of_a_removed_checkpoint_stays(loop: dict[str, Any], tmp_path: Path) -> None:
+    (tmp_path / "step=2.training_state").mkdir()
+    (tmp_path / "step=2.training_state" / "notes.txt").write_text("precious")
+    fit(loop, loop["make"](tmp_path, loop["NamedState"]("model"), save_top_k=1))
+    assert [path.name for path in (tmp_path / "step=2.training_state").iterdir()] == ["notes.txt"]
 
 
 def test_weights_alone_have_no_state(loop: dict[str, Any], tmp_path: Path) -> None:

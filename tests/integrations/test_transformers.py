@@ -349,8 +349,17 @@ def test_a_sharded_trainer(loop: dict[str, Any], tmp_path: Path) -> None:
     trainer = loop["make"](tmp_path)
     trainer.is_fsdp_enabled = True
     with pytest.raises(OptionError) as caught:
-        with_named_state(trainer)
-    assert str(caught.value) == "the optimizer is sharded by fsdp, which saves and loads it in its own way"
+        with_named_state(trainer, drop_legacy=True)
+    assert str(caught.value) == (
+        "drop_legacy=True: with fsdp Trainer writes weights and optimizer by one method; leave it out"
+    )
+
+
+def test_the_last_checkpoints_keep_their_state(loop: dict[str, Any], tmp_path: Path) -> None:
+    with_named_state(loop["make"](tmp_path), drop_legacy=True, keep_last=2).train()
+    held = {path.parent.parent.name for path in tmp_path.glob("checkpoint-*/training_state/optimizer.safetensors")}
+    assert held == {"checkpoint-4", "checkpoint-6"}
+    assert (tmp_path / "checkpoint-2" / "adapter_model.safetensors").exists()
 
 
 # --- crashes ------------------------------------------------------------------------------------------------------

@@ -154,20 +154,20 @@ import torch
 from lora_state_format.torch import save_optimizer
 model = torch.nn.Linear(2, 2)
 save_optimizer(torch.optim.AdamW(model.parameters()), model, r"{tmp_path}/o.safetensors", force=False)
-save_optimizer(torch.optim.AdamW(model.parameters()), model, r"{tmp_path}/o.safetensors", force=False, background=True)
+optimizer = torch.optim.AdamW(model.parameters())
+save_optimizer(optimizer, model, r"{tmp_path}/o.safetensors", force=False, background=True)
 print("done")
 """
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert result.stdout == "done\n"
     assert result.stderr.splitlines()[-1] == (
         "lora_state_format: the last save in the background failed, and nothing waited for it: TargetExistsError: "
-        f"{tmp_path}/o.safetensors exists; pass force=True (--force) to replace it"
+        f"{tmp_path}/o.safetensors exists; pass force=True to replace it"
     )
 
 
 def test_a_step_while_the_state_is_saved_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A step in another thread, between reading the first tensor and the commit."""
-
     model = torch.nn.Linear(2, 2)
     optimizer = torch.optim.AdamW(model.parameters())
 
@@ -190,8 +190,8 @@ def test_a_step_while_the_state_is_saved_is_noticed(tmp_path: Path, monkeypatch:
     with pytest.raises(CaptureError) as caught:
         save_optimizer(optimizer, model, tmp_path / "o.safetensors")
     assert str(caught.value) == (
-        "6 of the optimizer's 6 tensors were written into while they were saved, by a step in another thread; nothing was "
-        "written: save between two steps"
+        "6 of the optimizer's 6 tensors were written into while they were saved, by a step in another thread; nothing "
+        "was written: save between two steps"
     )
     assert (tmp_path / "o.safetensors").read_bytes() == before
     assert [path.name for path in tmp_path.iterdir()] == ["o.safetensors"]

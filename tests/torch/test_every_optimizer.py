@@ -366,9 +366,7 @@ OTHERS: Final[Mapping[str, Case]] = {
     "transformers Adafactor": Case(
         simple("transformers.optimization.Adafactor", lr=1e-2, relative_step=False, beta1=0.9), ALL
     ),
-    "pytorch_optimizer SOAP": Case(
-        simple("pytorch_optimizer.SOAP", lr=1e-2, precondition_frequency=3), MATRICES
-    ),
+    "pytorch_optimizer SOAP": Case(simple("pytorch_optimizer.SOAP", lr=1e-2, precondition_frequency=3), MATRICES),
     "galore_torch GaLoreAdamW": Case(galore, ALL),
     "peft LoraFAOptimizer": Case(lora_fa, ADAPTERS),
 }
@@ -446,9 +444,7 @@ def test_an_object_in_a_slot_is_refused_by_its_path(tmp_path: Path) -> None:
     assert str(caught.value) == "gate.basis.left.0 is a value of type Holder, which has no form in a state"
 
 
-def test_state_outside_the_state_dict_is_said_by_its_path(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_state_outside_the_state_dict_is_said_by_its_path(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     model, optimizer = stepped()
     held: Any = optimizer
     held.cache = {"norms": [torch.zeros(2)], "own": list(model.parameters())}

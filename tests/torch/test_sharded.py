@@ -15,10 +15,11 @@ import pytest
 Said = dict[tuple[str, int], list[dict[str, Any]]]
 
 CASES = {
-    2: "save,background,columns,replicas,fsdp1,shards,shards-columns,refused-save,missing-file,damaged,disagree",
-    1: "load,shards",
+    2: "save,background,recipe,storage,columns,replicas,fsdp1,shards,shards-columns,refused-save,missing-file,damaged,"
+    "disagree",
+    1: "load,shards,recipe",
     3: "load,shards",
-    4: "load,hybrid,tensor-parallel,shards,shards-hybrid,shards-tensor-parallel",
+    4: "load,hybrid,tensor-parallel,shards,shards-hybrid,shards-tensor-parallel,recipe",
 }
 """Number of ranks -> what they do, one after the other; the first run saves what all load."""
 
@@ -150,6 +151,18 @@ def test_behind_the_run_the_state_is_saved_as_it_was(said: Said, folder: Path) -
     error = f"FileExistsError: [Errno 17] File exists: '{folder}/folder'"
     assert [rank["later"] for rank in ranks] == [error, f"RankError: rank 0 failed: {error}"]
     assert [rank["after"] for rank in ranks] == [True, True]
+
+
+@pytest.mark.parametrize("world", [1, 2, 4])
+def test_torch_reads_it_without_us(said: Said, world: int) -> None:
+    assert said["recipe", world] == [{"same": True, "tensors": 15, "lr": 0.01}] * world
+
+
+def test_dcp_writes_it(said: Said) -> None:
+    for rank in said["storage", 2]:
+        assert rank == {
+            "same": True, "files": 5, "report": "restored 5/5 parameters, 2 slots each, step 3", "async": True,
+        }  # fmt: skip
 
 
 def test_a_rank_that_cannot_write_stops_all(said: Said, folder: Path) -> None:

@@ -21,9 +21,9 @@ warnings.filterwarnings("ignore")
 
 import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
-from torch.distributed.checkpoint import FileSystemWriter, HuggingFaceStorageWriter  # noqa: E402
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner  # noqa: E402
-from torch.distributed.checkpoint.filesystem import SerializationFormat  # noqa: E402
+from torch.distributed.checkpoint.filesystem import FileSystemWriter, SerializationFormat  # noqa: E402
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter  # noqa: E402
 from torch.distributed.checkpoint.state_dict import (  # noqa: E402
     StateDictOptions,
     get_model_state_dict,
@@ -166,7 +166,7 @@ def save(case: str) -> None:
             dcp_save(state, storage_writer=FileSystemWriter(folder, **chosen))
         elif case in ("hugging", "consolidated"):
             options = StateDictOptions(flatten_optimizer_state_dict=True)
-            flat = get_optimizer_state_dict(model, optimizer, options=options)
+            flat: dict[str, Any] = dict(get_optimizer_state_dict(model, optimizer, options=options))
             tensors = {key: value for key, value in flat.items() if isinstance(value, torch.Tensor)}
             writer = HuggingFaceStorageWriter(
                 str(folder), save_distributed=True, enable_consolidation=case == "consolidated",
@@ -176,7 +176,8 @@ def save(case: str) -> None:
         elif case == "async":
             planner = DefaultSavePlanner(enable_plan_caching=True)
             for _ in range(2):  # the second save has the plans of the first
-                dcp_async_save(state, checkpoint_id=folder, planner=planner).result()
+                saving: Any = dcp_async_save(state, checkpoint_id=folder, planner=planner)
+                saving.result()
         elif state is not None:
             dcp_save(state, checkpoint_id=folder)
         live = whole(model, optimizer)

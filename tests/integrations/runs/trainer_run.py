@@ -55,10 +55,10 @@ def make(folder: Path, model: Any = None, optimizers: Any = (None, None), **opti
         "lr_scheduler_type": "linear",
         "weight_decay": 0.01,
         "seed": 3,
+        "use_cpu": True,
     }
     arguments = TrainingArguments(
         output_dir=str(folder),
-        use_cpu=True,
         report_to=[],
         logging_strategy="no",
         disable_tqdm=True,

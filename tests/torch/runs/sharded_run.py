@@ -24,6 +24,8 @@ warnings.filterwarnings("ignore")
 import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
 from torch import nn  # noqa: E402
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict  # noqa: E402
+from torch.distributed.checkpoint.state_dict_saver import async_save, save  # noqa: E402
 from torch.distributed.device_mesh import init_device_mesh  # noqa: E402
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard  # noqa: E402
 from torch.distributed.tensor import DTensor, Replicate, Shard  # noqa: E402
@@ -34,6 +36,7 @@ from lora_state_format.model.sources import File  # noqa: E402
 from lora_state_format.model.states import Slot  # noqa: E402
 from lora_state_format.model.tensors import Tensor  # noqa: E402
 from lora_state_format.torch import capture, load_optimizer, save_optimizer  # noqa: E402
+from lora_state_format.torch.storage import NamedStorageWriter  # noqa: E402
 
 
 class Net(nn.Module):
@@ -244,6 +247,41 @@ def run(case: str) -> dict[str, Any]:
     if case == "missing-file":
         name = path if rank == 0 else out / "elsewhere.safetensors"
         return {"error": failed(lambda: load_optimizer(optimizer, net, name)), "states": len(optimizer.state)}
+    if case == "recipe":
+        text = (
+            (Path(__file__).parents[3] / "docs" / "torch.md")
+            .read_text()
+            .partition("```python\n")[2]
+            .partition("```")[0]
+        )
+        other, theirs = build(case, torch.load(out / "weights.pt", weights_only=True))
+        folder = out / "recipe" / str(world)
+        load_optimizer(optimizer, net, path)
+        save_optimizer(optimizer, net, folder / "optimizer.safetensors", max_shard_size=300_000)
+        exec(text, {"model": other, "optimizer": theirs, "folder": str(folder)})
+        pairs = [
+            (optimizer.state[mine][slot], theirs.state[own][slot])
+            for mine, own in zip(net.parameters(), other.parameters(), strict=True)
+            for slot in optimizer.state[mine]
+        ]
+        same = all(torch.equal(whole(a), whole(b)) for a, b in pairs)
+        return {"same": same, "tensors": len(pairs), "lr": theirs.param_groups[0]["lr"]}
+    if case == "storage":
+        load_optimizer(optimizer, net, path)
+        state_dict = {"optimizer": get_optimizer_state_dict(net, optimizer)}
+        writer = NamedStorageWriter(out / f"dcp.{world}.safetensors", max_shard_size=300_000, global_step=3)
+        save(state_dict, storage_writer=writer)
+        behind = NamedStorageWriter(out / f"async.{world}.safetensors", max_shard_size=300_000, global_step=3)
+        pending: Any = async_save(state_dict, storage_writer=behind)
+        pending.result()
+        assert writer.written
+        assert behind.written
+        other, theirs = build(case, torch.load(out / "weights.pt", weights_only=True))
+        report = load_optimizer(theirs, other, writer.written.path)
+        return {
+            "same": equals_the_file(other, theirs), "files": len(writer.written.files), "report": report.line(),
+            "async": behind.written.digest == writer.written.digest,
+        }  # fmt: skip
     if case == "background":
         load_optimizer(optimizer, net, path)
         pending = save_optimizer(optimizer, net, out / "behind.safetensors", global_step=3, background=True)

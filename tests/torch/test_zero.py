@@ -1,0 +1,54 @@
+"""State under DeepSpeed's ZeRO, saved by name and loaded into live engines of other stages and numbers of ranks."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytestmark = pytest.mark.frameworks
+
+CASES = {2: "plain,1,2,3,2-offload,3-offload", 3: "1,3"}
+"""Number of ranks -> what they run; the first one's state, of a run without DeepSpeed, is what all resume from."""
+
+
+@pytest.fixture(scope="module")
+def said(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, int], list[dict[str, Any]]]:
+    folder = tmp_path_factory.mktemp("zero")
+    script = Path(__file__).parent / "runs" / "zero_run.py"
+    found: dict[tuple[str, int], list[dict[str, Any]]] = {}
+    for world, cases in CASES.items():
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        ranks = [
+            subprocess.Popen(
+                [sys.executable, str(script), str(folder), str(rank), str(world), str(port), cases],
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                env={**os.environ, "OMP_NUM_THREADS": "1"},
+                text=True,
+            )
+            for rank in range(world)
+        ]
+        outputs = [rank.communicate(timeout=600)[0] for rank in ranks]
+        assert [rank.returncode for rank in ranks] == [0] * world, "\n".join(outputs)[-3000:]
+        for case in cases.split(","):
+            texts = [(folder / f"{case}.{world}.{rank}.json").read_text() for rank in range(world)]
+            found[case, world] = [json.loads(text) for text in texts]
+    return found
+
+
+@pytest.mark.parametrize(("case", "world"), [(case, world) for world in CASES for case in CASES[world].split(",")])
+def test_a_state_goes_into_a_live_engine_and_out_again(said: Any, case: str, world: int) -> None:
+    for rank in said[case, world]:
+        assert rank["report"] == "restored 5/5 parameters, 2 slots each, step 3; weights match 5/5"
+        assert rank["same"]  # the file that is saved again, byte for byte
+        assert rank["off"] <= (0 if world == 2 else 1e-7)  # the mean over three ranks rounds
+        assert (rank["files"], rank["verified"]) == (4, True)
