@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
 
-from lora_state_format.errors import FileError
+from lora_state_format.errors import FileError, Remedy
 from lora_state_format.foreign import keyed
 from lora_state_format.foreign.state_dict import from_state_dict
 from lora_state_format.io.files import Files, reading
@@ -98,9 +98,13 @@ def _restore_steps(state: Mapping[str, dict[str, Any]], step: Any, folder: Path)
             continue
         if not str(step).isdecimal():
             raise FileError(
-                f"'step' of '{name}' is 0, as torch's consolidated files have it whatever it was: give the folder with "
-                "the shards ('sharded', next to this file when it was written), or --option step=N",
+                f"'step' of '{name}' is 0, as torch's consolidated files have it whatever it was",
                 path=folder,
+                remedy=Remedy(
+                    "give the folder with the shards ('sharded', next to this file when it was written), or pass "
+                    "{options}",
+                    {"options": {"step": ...}},
+                ),
             )
         slots["step"] = contiguous("F32", (), Memory(Scalar.of("F32", float(step)).data))
 

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple, Protocol, cast
 
 from lora_state_format.errors import (
     AmbiguousFormatError,
+    FileError,
     MissingDependencyError,
     OptionError,
     Remedy,
@@ -247,7 +248,14 @@ def detect(path: str | os.PathLike[str]) -> tuple[Converter, Match]:
     others = [converter for converter in available() if converter is not named]
     if certain_kind(path) is not None:  # an image is no msgpack, whatever it begins with
         others = [converter for converter in others if converter.NAME not in BUILT_IN]
-    found = [(converter, match) for converter in others if (match := _asked(converter, path))]
+    found: list[tuple[Converter, Match]] = []
+    damaged: list[FileError] = []
+    for converter in others:  # a file that one cannot read is no reason not to ask the next
+        try:
+            if match := _asked(converter, path):
+                found.append((converter, match))
+        except FileError as error:
+            damaged.append(error)
     found = [(converter, match) for converter, match in found if not match.generic] or found
     if len(found) > 1:
         claims = "; ".join(f"{converter.NAME} ({match.reason})" for converter, match in found)
@@ -256,6 +264,8 @@ def detect(path: str | os.PathLike[str]) -> tuple[Converter, Match]:
             tuple((converter.NAME, match) for converter, match in found),
             remedy=Remedy("pass the right one as {source_format}", {"source_format": ...}),
         )
+    if not found and damaged:
+        raise damaged[0]
     if not found:
         raise UnknownFormatError(_nothing_here(path, available()))
     return found[0]

@@ -98,7 +98,15 @@ def test_another_rank_and_a_loop_of_your_own(tmp_path: Path, monkeypatch: pytest
         load_optimizer(optimizer, model, folder / "optimizer.safetensors")
         return model, optimizer
 
+    model, optimizer = build()
+    train((model, optimizer), range(2))
+    save_optimizer(optimizer, model, "run.safetensors")
+    scheduler = torch.optim.lr_scheduler.ConstantLR(optimizer)
+    then = scheduler.state_dict()
+    model, optimizer = build()
     namespace = {
+        "optimizer": optimizer, "model": model, "path": "run.safetensors", "saved_scheduler_state": then,
+        "scheduler": torch.optim.lr_scheduler.ConstantLR(optimizer),
         "Trainer": loop["Trainer"], "wider": loop["build"](rank=8), "args": trainer.args, "dataset": loop["rows"](),
         "build": build, "train": train, "save": save, "resume": resume,
     }  # fmt: skip

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from math import prod
 from pathlib import Path
 from types import NoneType
@@ -282,6 +283,7 @@ def _chunks(storage: Mapping[Any, Any], files: Files, path: Path) -> dict[str, d
     opened: dict[str, _Data] = {}
     alike: dict[bytes, pickles.Pickled] = {}
     room: dict[PooledFile, int] = {}
+    spans: dict[PooledFile, list[tuple[int, int, str]]] = {}
     for index, info in storage.items():
         key = _state(index, "fqn", str, path)
         offsets = _fields(index, path).get("offset")
@@ -305,12 +307,22 @@ def _chunks(storage: Mapping[Any, Any], files: Files, path: Path) -> dict[str, d
         room[file] = room.get(file, file.size) - length
         if room[file] < 0:  # else a small file would unfold to any number of values
             raise FileError(f"places more in {file.path.name} than its {file.size} bytes", path=path)
+        spans.setdefault(file, []).append((start, length, key))
         where = None if offsets is None else _naturals(offsets, path)
         if where in found.setdefault(key, {}):
             raise FileError(f"has two chunks of '{key}' at {where}", path=path)
         if where is None:
             opened[name].archives = max(opened[name].archives, start + length)
         found[key][where] = _Place(key, opened[name], start, length, alike, bool(transforms))
+    for file, listed in spans.items():
+        for (start, length, key), (following, _, other) in pairwise(sorted(listed)):
+            # The places of safetensors items mean nothing: torch writes them before it knows where the items will be.
+            if start + length > following and pickles.container(Range(file, start, length)) is not None:
+                raise FileError(
+                    f"places '{other}' at byte {following} of {file.path.name}, inside '{key}' ({start} to "
+                    f"{start + length})",
+                    path=path,
+                )
     return found
 
 
@@ -318,9 +330,10 @@ def _file(name: str, files: Files, metadata: Path) -> PooledFile:
     if not all(map(is_plain, name.split("/"))):
         raise RefusedError(f"points at a file outside the folder: {name!r}", path=metadata)
     path = metadata.parent / name
-    if not path.is_file():
-        raise FileError("missing: .metadata says that it holds a part of the state", path=path)
-    return files[path]
+    try:
+        return files[path]
+    except FileNotFoundError:
+        raise FileError("missing: .metadata says that it holds a part of the state", path=path) from None
 
 
 def _entry(key: str, described: Any, places: Mapping[tuple[int, ...] | None, _Place], path: object) -> Any:

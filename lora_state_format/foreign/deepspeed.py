@@ -7,6 +7,7 @@ DeepSpeed's universal checkpoints, as patterns of names (``checkpoint/ds_to_univ
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from math import prod
@@ -71,8 +72,10 @@ def tag_folder(path: Path, holds: Callable[[Path], bool]) -> Path | None:
     if latest.is_file() and latest.stat().st_size < 1024:
         tag = latest.read_text(errors="replace").strip()
         inner = [path / tag] if is_plain(tag) else []
-    elif len(folders := [entry for entry in path.iterdir() if entry.is_dir() and holds(entry)]) == 1:
-        inner = folders
+    else:
+        with os.scandir(path) as entries:  # which knows folders without asking for each of ten thousand files
+            folders = [folder for entry in entries if entry.is_dir() and holds(folder := Path(entry.path))]
+        inner = folders if len(folders) == 1 else []
     return next((folder for folder in (path, *inner) if folder.is_dir() and holds(folder)), None)
 
 

@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Final
 
-from lora_state_format.errors import ConversionError, OptionError
+from lora_state_format.errors import ConversionError, OptionError, Remedy
 from lora_state_format.model.tensors import Box, Piece, Tensor
 
 __all__ = ["Heads", "heads_of", "renamed"]
@@ -36,6 +36,9 @@ _NAME: Final = re.compile(r"(?:module\.)*decoder\.layers\.(\d+)\.(.*)")
 _QKV: Final = re.compile(r"self_attention\.linear_qkv\.(weight|bias)")
 _GATED: Final = re.compile(r"mlp\.(experts\.)?(?:local_experts\.(\d+)\.)?linear_fc1\.weight")
 _DOWN: Final = re.compile(r"mlp\.experts\.local_experts\.(\d+)\.linear_fc2\.weight")
+
+OPTION: Final = {"options": {"huggingface": ...}}
+"""The argument that states the heads."""
 
 Heads = tuple[int, int]
 """Attention heads and query groups."""
@@ -90,7 +93,8 @@ def _parts(name: str, size: int, heads: Heads) -> Iterator[tuple[str, _Rows]]:
             yield f"{prefix}mlp.{inner}{part}.weight", [(first, size // 2)]
     else:
         raise ConversionError(
-            f"'{name}' has no name in Hugging Face's Llama and Qwen: read the checkpoint without --option huggingface"
+            f"'{name}' has no name in Hugging Face's Llama and Qwen",
+            remedy=Remedy("read the checkpoint without {options}", OPTION),
         )
 
 
@@ -99,8 +103,8 @@ def _qkv(name: str, size: int, heads: Heads) -> tuple[_Rows, _Rows, _Rows]:
     width, rest = divmod(size, count + 2 * groups)
     if rest:
         raise ConversionError(
-            f"'{name}' has {size} rows, which {count} heads of {groups} query groups do not divide: correct --option "
-            "huggingface=HEADS/GROUPS"
+            f"'{name}' has {size} rows, which {count} heads of {groups} query groups do not divide",
+            remedy=Remedy("correct {options}", OPTION),
         )
     own = count // groups
     block = (own + 2) * width

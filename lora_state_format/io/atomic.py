@@ -27,6 +27,7 @@ __all__ = [
     "locked",
     "made_folders",
     "move_new",
+    "naming",
     "refuse_existing",
     "sweep_file",
     "sync",
@@ -160,13 +161,13 @@ class TemporaryFile:
 
     def write(self, position: int, data: bytes | bytearray | memoryview) -> None:
         """Write bytes at a position."""
-        with _naming(self._target):
+        with naming(self._target):
             write_all(self._descriptor, data, position)
 
     def finish(self, header: bytes = b"") -> None:
         """Write the first bytes last, and wait until everything is on the disk."""
         self.write(0, header)
-        with _naming(self._target):
+        with naming(self._target):
             sync(self._descriptor)
 
     def commit(self, target: Path, *, force: bool) -> None:
@@ -209,7 +210,7 @@ def write_all(descriptor: int, data: bytes | bytearray | memoryview, position: i
 
 
 @contextlib.contextmanager
-def _naming(target: Path) -> Iterator[None]:
+def naming(target: Path) -> Iterator[None]:
     """Let an ``OSError`` name the target, which the user knows."""
     try:
         yield

@@ -414,7 +414,7 @@ def _of_weights(weights: Weights, checkpoint: Checkpoint, rebuild: Rebuild | Non
     tensors = _parameters(weights)
     if form == LIVE_NAMES:
         first, *others = _with_adapter(tensors, weights.ordered)
-        return _Source(first, "checkpoint", None, own, others, where=weights.where)
+        return _Source(first, "checkpoint" if weights.ordered else "adapter", None, own, others, where=weights.where)
     if not weights.ordered:
         if CONFIG in checkpoint.configs:
             raise MissingNamesError(f"{weights.where} does not keep the model's order; its config does")

@@ -246,10 +246,7 @@ def convert(
     with named.state as state:
         if not dry_run and (dequantize or target_format != registry.NAMED):
             _check_digests(state)  # ``writing.write`` does so itself with what it copies
-        decoded = quantised.dequantize(state) if dequantize else None
-        state = _paired(decoded.state if decoded else state, named.weights)
-        narrowed = rounded.stored(state, store, measure=True) if store else None
-        state = narrowed.state if narrowed else state
+        state, notes = _prepared(state, named.weights, target_format, dequantize, store)
         sizes = [tensor.size for tensor in tensors(state)]
         digest = None
         if not dry_run:
@@ -271,9 +268,24 @@ def convert(
             naming=state.naming,
             paired=sum(parameter.weights is not None for parameter in state.parameters),
             digest=digest,
-            notes=(*([str(decoded)] if decoded else []), *_notes(state, target_format), *_error(narrowed)),
+            notes=notes,
             warnings=(*named.skipped, *beside_weights(target)),
         )
+
+
+def _prepared(
+    state: OptimizerState,
+    weights: Mapping[str, Tensor],
+    target_format: str,
+    dequantize: bool,
+    store: Mapping[str, str] | None,
+) -> tuple[OptimizerState, tuple[str, ...]]:
+    """Return the state as it is to be written, with the digests of its weights, and notes on it for the report."""
+    decoded = quantised.dequantize(state) if dequantize else None
+    state = _paired(decoded.state if decoded else state, weights)
+    narrowed = rounded.stored(state, store, measure=True) if store else None
+    state = narrowed.state if narrowed else state
+    return state, (*([str(decoded)] if decoded else []), *_notes(state, target_format), *_error(narrowed))
 
 
 def belongs(path: str | os.PathLike[str], weights: str | os.PathLike[str]) -> tuple[Pairing | None, Evidence | None]:

@@ -20,7 +20,7 @@ from lora_state_format.model.sources import File
 from lora_state_format.model.states import Parameter, Role, Scalar, Slot, Value
 from lora_state_format.optimizers.classes import Known, known
 from lora_state_format.torch import carried as carrying
-from lora_state_format.torch.capture import Models, Optimizers, lineage_of
+from lora_state_format.torch.capture import Models, Optimizers, lineage_of, stepper
 from lora_state_format.torch.codes import Coded, coded
 from lora_state_format.torch.fsdp1 import Part, run_of
 from lora_state_format.torch.live import Live, describe
@@ -236,7 +236,7 @@ def _built(
     slots: Mapping[str, Value], optimizer: torch.optim.Optimizer, place: _Place, path: tuple[Any, ...]
 ) -> dict[str, Any]:
     """Return the slots that an optimizer keeps of a parameter; those of optimizers inside it stand in them."""
-    held, lineage = inner(optimizer), lineage_of(type(optimizer))
+    held, lineage = inner(optimizer), lineage_of(type(stepper(optimizer)))
     row = known(lineage)
 
     def build(value: Value, path: tuple[Any, ...], top: bool) -> Any:

@@ -547,7 +547,7 @@ def _globals(reader: Reader, optimizers: Sequence[torch.optim.Optimizer]) -> Map
     for number, optimizer in enumerate(optimizers):
         own = {
             **_loose(reader, optimizer),
-            **{key: reader.value(raw, (key,)) for key, raw in beside(optimizer).items()},
+            **{key: reader.value(raw, (key,)) for key, raw in beside(stepper(optimizer)).items()},
         }
         if own:
             found |= {str(number): own} if len(optimizers) > 1 else own

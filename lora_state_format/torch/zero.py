@@ -8,7 +8,7 @@ model's parameters, and for each the elements that this rank has. What is set th
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Mapping, MutableMapping
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -67,7 +67,7 @@ def _stage12(found: Any) -> ZeroView:
             else:
                 address = mapping.get_hp_fragment_address()
                 places[id(parameter)] = _Place(flat, address.start, address.numel)
-    return ZeroView(found.optimizer, [list(group) for group in found.bit16_groups], places)
+    return ZeroView(found, [list(group) for group in found.bit16_groups], places)
 
 
 def _stage3(found: Any) -> ZeroView:
@@ -83,7 +83,7 @@ def _stage3(found: Any) -> ZeroView:
             _, offset, _ = found.grad_position[found.get_param_id(parameter)]
             flat = found.fp32_partitioned_groups_flat[number]
             places[id(parameter)] = _Place(flat, offset, _run3(parameter)[1])
-    return ZeroView(found.optimizer, groups, places)
+    return ZeroView(found, groups, places)
 
 
 def _run3(parameter: Any) -> tuple[int, int]:
@@ -132,21 +132,26 @@ class _Group(MutableMapping[str, Any]):
         del self._options[key]
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._options)
+        return (key for key in self._options if key != "params")
 
     def __len__(self) -> int:
-        return len(self._options)
+        return sum(1 for _ in self)
 
 
 class _State(MutableMapping[Any, Mapping[str, Any]]):
     """Parameter -> its slots, of which tensors are this rank's elements; what is set goes into the partitions."""
 
     def __init__(
-        self, state: MutableMapping[Any, Any], parameters: list[torch.Tensor], places: dict[int, _Place]
+        self,
+        state: MutableMapping[Any, Any],
+        parameters: list[torch.Tensor],
+        places: dict[int, _Place],
+        forgotten: Callable[[], None],
     ) -> None:
         self._state = state
         self._parameters = parameters
         self._places = places
+        self._forgotten = forgotten
 
     def __getitem__(self, parameter: torch.Tensor) -> Mapping[str, Any]:
         place = self._places[id(parameter)]
@@ -167,10 +172,13 @@ class _State(MutableMapping[Any, Mapping[str, Any]]):
             place.of(live[key]).copy_(value)
 
     def __delitem__(self, parameter: torch.Tensor) -> None:
-        place = self._places[id(parameter)]
-        for value in (self._state.get(place.flat) or {}).values():
-            if _is_flat(value, place.flat):
-                place.of(value).zero_()
+        raise TypeError("DeepSpeed keeps one state for a whole partition: it is cleared, and set anew")
+
+    def clear(self) -> None:
+        """Forget the state of all partitions. Whoever holds its tensors still has its values."""
+        for place in self._places.values():
+            self._state.pop(place.flat, None)
+        self._forgotten()
 
     def __iter__(self) -> Iterator[torch.Tensor]:
         return (parameter for parameter in self._parameters if self._state.get(self._places[id(parameter)].flat))
@@ -189,15 +197,21 @@ class ZeroView:
     Attributes:
         base: DeepSpeed's inner optimizer, of the class that takes the steps.
         param_groups: Its groups, with the model's parameters.
+        defaults: The inner optimizer's.
         state: What this rank has of each parameter's state.
     """
 
-    def __init__(
-        self, base: torch.optim.Optimizer, groups: list[list[torch.Tensor]], places: dict[int, _Place]
-    ) -> None:
+    def __init__(self, found: Any, groups: list[list[torch.Tensor]], places: dict[int, _Place]) -> None:
+        base: torch.optim.Optimizer = found.optimizer
+
+        def forgotten() -> None:
+            if hasattr(found, "_hp_optimizer_states_linked"):  # by the next step to the new tensors
+                found._hp_optimizer_states_linked = False
+
         self.base = base
+        self.defaults = base.defaults
         self.param_groups = [_Group(o, g) for o, g in zip(base.param_groups, groups, strict=True)]
-        self.state = _State(base.state, [p for group in groups for p in group], places)
+        self.state = _State(base.state, [p for group in groups for p in group], places, forgotten)
         self._places = places
 
     def check(self, steps: Mapping[int, Any]) -> None:

@@ -77,8 +77,9 @@ def test_consolidated_files_lose_the_step(fsdp: Callable[[str], Path], assert_ho
     with pytest.raises(FileError) as error:
         registry.read(folder)
     assert str(error.value) == (
-        f"{folder}: 'step' of 'lora_A.default.weight' is 0, as torch's consolidated files have it whatever it was: "
-        "give the folder with the shards ('sharded', next to this file when it was written), or --option step=N"
+        f"{folder}: 'step' of 'lora_A.default.weight' is 0, as torch's consolidated files have it whatever it was; "
+        "give the folder with the shards ('sharded', next to this file when it was written), or pass "
+        "options={'step': ...}"
     )
     with open_any(folder, options={"step": "3"}) as state:
         live = slots_of(live_of(fsdp("consolidated")))
@@ -120,6 +121,30 @@ def test_megatron_fsdp_states_options_by_name(tmp_path: Path) -> None:
         assert [group.count for group in read_back.groups] == [2, 1]
         assert dict(read_back.groups[0].options) == {"lr": 1e-3, "betas": (0.9, 0.95), "wd_mult": 1.0}
         assert dict(read_back.groups[1].options)["wd_mult"] == 0.0
+
+
+def test_two_keys_in_one_place_are_refused(fsdp: Callable[[str], Path], tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(fsdp("nested"), tmp_path / "nested"))
+    places: dict[str, Any] = {}
+
+    def edit(metadata: Any) -> None:
+        for index, info in metadata.storage_data.items():
+            if index.index == 0 and index.fqn.endswith(
+                ("lora_A.default.weight.exp_avg", "lora_A.default.weight.exp_avg_sq")
+            ):
+                places[index.fqn.rpartition(".")[2]] = info
+        first, second = places["exp_avg"], places["exp_avg_sq"]
+        second.relative_path, second.offset, second.length = first.relative_path, first.offset, first.length
+
+    edit_metadata(folder, edit)
+    with pytest.raises(FileError) as error:
+        registry.read(folder)
+    place = places["exp_avg"]
+    key = "optim.state.lora_A.default.weight.exp_avg"
+    assert str(error.value) == (
+        f"{folder / '.metadata'}: places '{key}_sq' at byte {place.offset} of {place.relative_path}, inside '{key}' "
+        f"({place.offset} to {place.offset + place.length})"
+    )
 
 
 def test_compression_that_lies_about_its_size(fsdp: Callable[[str], Path], tmp_path: Path) -> None:

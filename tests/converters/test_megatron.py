@@ -19,6 +19,8 @@ from lora_state_format.model.sources import Memory
 from lora_state_format.model.tensors import contiguous
 from lora_state_format.operations.conversion import convert, read
 
+pytestmark = pytest.mark.filterwarnings("ignore")
+
 GOLDEN = Path(__file__).parents[1] / "golden" / "megatron" / "files"
 CASES = sorted(path.name.removesuffix(".tar.xz") for path in GOLDEN.iterdir())
 LIVE = ["full-tp2-gated", "bucket-tp2-gated"]
@@ -206,7 +208,7 @@ def test_hugging_faces_names_and_parts(tmp_path: Path) -> None:
     for wrong, message in {
         "5/2": "huggingface='5/2': attention heads and query groups are expected, as 32/8 or 32",
         "6/3": "'decoder.layers.0.self_attention.linear_qkv.weight' has 32 rows, which 6 heads of 3 query groups do "
-        "not divide: correct --option huggingface=HEADS/GROUPS",
+        "not divide; correct options={'huggingface': ...}",
     }.items():
         with pytest.raises((OptionError, ConversionError)) as error:
             read(folder, options={"huggingface": wrong})
@@ -218,8 +220,8 @@ def test_a_parameter_that_hugging_faces_models_lack(folder: Path) -> None:
     with pytest.raises(ConversionError) as error:
         read(folder, options={"huggingface": "4"})
     assert str(error.value) == (
-        "'decoder.layers.0.mlp.linear_fc2.bias' has no name in Hugging Face's Llama and Qwen: read the checkpoint "
-        "without --option huggingface"
+        "'decoder.layers.0.mlp.linear_fc2.bias' has no name in Hugging Face's Llama and Qwen; read the checkpoint "
+        "without options={'huggingface': ...}"
     )
 
 

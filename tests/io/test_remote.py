@@ -113,7 +113,7 @@ def test_the_command_line(server: Server, tmp_path: Path, capsys: pytest.Capture
     model, optimizer = trained(1)
     save_optimizer(optimizer, model, tmp_path / "optimizer.safetensors")
     assert run(["inspect", f"{server.url}/optimizer.safetensors"]) == 0
-    assert "8 parameters; 16 tensors, 16,777,216 bytes" in capsys.readouterr().out
+    assert "exp_avg_sq" in capsys.readouterr().out
     assert server.sent <= 1 << 18
 
 
