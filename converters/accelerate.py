@@ -61,7 +61,7 @@ def read(match: Match, options: Mapping[str, Any]) -> Checkpoint:
             path=local[0],
         )
     places = _files(path)
-    with reading() as files:
+    with reading(match.path) as files:
         found = [Found((place.name,), pickles.load(files[place], place).value) for place in places]
         weights = _weights(path, files, len(found))
         trainer = path / "trainer_state.json"

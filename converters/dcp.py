@@ -25,6 +25,9 @@ from lora_state_format.registry import Match
 
 NAME: Final = "dcp"
 DESCRIPTION: Final = "a torch.distributed.checkpoint folder (FSDP, torchtitan, ...): .metadata and *.distcp files"
+_PER_NAME: Final = b"param_to_group_meta"
+"""What the state dicts of Megatron-FSDP have in place of param_groups."""
+
 OPTIONS: Final = {
     "key": "where the optimizer stands in the tree that is written: 'optimizer' if not said, '' for the top",
     "flattened": "write torch's flattened layout (flatten_optimizer_state_dict=True)",
@@ -43,7 +46,7 @@ def _folders(path: Path) -> list[Path]:
     if not path.is_dir() or (path / "metadata.json").exists():  # metadata.json: Megatron
         return []
     candidates = [path] if is_folder(path) else sorted(folder for folder in path.iterdir() if is_folder(folder))
-    return [folder for folder in candidates if b"param_groups" in metadata(folder)]
+    return [folder for folder in candidates if any(word in metadata(folder) for word in (b"param_groups", _PER_NAME))]
 
 
 def read(match: Match, options: Mapping[str, Any]) -> Checkpoint:
@@ -85,6 +88,9 @@ def _optimizers(folder: Folder) -> Iterator[Found]:
         if "param_groups" in node:
             yield Found(path, _nested(node))
             return
+        if "param_to_group_meta" in node:
+            yield Found(path, _by_name(node))
+            return
         if any(str(key).startswith("param_groups.") for key in node):
             yield Found(path, _flattened(node))
         for key, inner in node.items():
@@ -101,6 +107,23 @@ def _nested(node: Mapping[Any, Any]) -> dict[str, Any]:
     listed = {identity for group in groups for identity in group["params"] if type(identity) is int}
     # The path of an entry is of strings, also where a state dict's ids are numbers.
     state = {int(key) if str(key).isdecimal() and int(key) in listed else key: slots for key, slots in state.items()}
+    return {"state": state, "param_groups": groups}
+
+
+def _by_name(node: Mapping[Any, Any]) -> dict[str, Any]:
+    """Return what Megatron-FSDP saves as a state dict: it states each parameter's options under its name."""
+    stated, state = node["param_to_group_meta"], _lists(node.get("state", {}))
+    if not isinstance(stated, dict) or not isinstance(state, dict):
+        raise FileError("holds a param_to_group_meta or a state that is no dict")
+    groups: list[dict[str, Any]] = []
+    for name, options in stated.items():
+        chosen = options if isinstance(options, dict) else {}
+        for group in groups:
+            if {key: value for key, value in group.items() if key != "params"} == chosen:
+                group["params"].append(name)
+                break
+        else:
+            groups.append({**chosen, "params": [name]})
     return {"state": state, "param_groups": groups}
 
 

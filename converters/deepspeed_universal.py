@@ -15,7 +15,7 @@ from math import prod
 from pathlib import Path
 from typing import Any, Final
 
-from lora_state_format.errors import FileError, OptionError, UnrepresentableError
+from lora_state_format.errors import FileError, OptionError, Remedy, UnrepresentableError
 from lora_state_format.foreign import keyed, pickles
 from lora_state_format.foreign.masters import check_masters
 from lora_state_format.foreign.pickles import Record
@@ -66,7 +66,7 @@ def _folder(path: Path) -> Path | None:
 
 
 def read(match: Match, options: Mapping[str, Any]) -> Checkpoint:
-    files = Files()
+    files = Files(match.path)
     try:
         return _read(match.path, files, bool(options.get("masters")))
     except BaseException:
@@ -217,7 +217,8 @@ def write(state: OptimizerState, path: Path, *, base: Path | None, force: bool, 
     """
     if base is None:
         raise OptionError(
-            f"{NAME} needs a DeepSpeed checkpoint of the same run (base=, --base): the model's files come from it"
+            f"{NAME} takes the model's files from a DeepSpeed checkpoint of the same run",
+            remedy=Remedy("pass it as {base}", {"base": ...}),
         )
     refuse_existing(path, force=force)
     tag = f"global_step{state.global_step}_universal" if state.global_step is not None else "universal"

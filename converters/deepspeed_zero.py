@@ -86,7 +86,7 @@ def read(match: Match, options: Mapping[str, Any]) -> Checkpoint:
             f"one rank's share of a ZeRO checkpoint: give the folder, {folder.parent.name}, which has all ranks' files",
             path=folder,
         )
-    with reading() as files:
+    with reading(folder) as files:
         ranks = {mp: [_rank(files[file]) for file in of] for mp, of in _rank_files(folder).items()}
         every = [rank for of in ranks.values() for rank in of]
         models = {mp: _model(folder, mp, ranks[mp], files) for mp in ranks}

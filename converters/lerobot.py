@@ -52,7 +52,9 @@ def _holds(folder: Path) -> bool:
 
 def read(match: Match, options: Mapping[str, Any]) -> Checkpoint:
     folders = _folders(match.path)
-    with reading() as files:
+    if not folders:  # since it was detected
+        raise FileError(f"no {STATE} with {GROUPS} next to it", path=match.path)
+    with reading(match.path) as files:
         trees = [Found((folder.name,), _tree(folder, files)) for folder in folders]
         model = folders[0].parent / "pretrained_model" / "model.safetensors"
         weights = read_weights(model, files) if model.is_file() and len(folders) == 1 else {}

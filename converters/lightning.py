@@ -11,11 +11,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
 
-from lora_state_format.errors import FileError, OptionError, UnrepresentableError
+from lora_state_format.errors import FileError, OptionError, Remedy, UnrepresentableError
 from lora_state_format.foreign import pickles
+from lora_state_format.foreign.elsewhere import beside, is_lightning
 from lora_state_format.foreign.state_dict import Found, from_state_dict, to_state_dict
 from lora_state_format.foreign.torch_save import save
 from lora_state_format.foreign.trees import member
+from lora_state_format.format.envelope import is_state
+from lora_state_format.format.reading import open_state
 from lora_state_format.io.atomic import check_target
 from lora_state_format.io.files import reading
 from lora_state_format.model.sources import File
@@ -51,6 +54,8 @@ def read(match: Match, options: Mapping[str, Any]) -> Checkpoint:
                 "optimizer_states is empty: saved with save_weights_only, or without an optimizer", path=path
             )
         weights = {k: v for k, v in (tree.get("state_dict") or {}).items() if isinstance(v, Tensor)}
+        if is_lightning(states):
+            return Checkpoint(_next_to(path), weights)
         step = tree.get("global_step")
         version = tree.get("pytorch-lightning_version")
         state = from_state_dict(
@@ -64,13 +69,28 @@ def read(match: Match, options: Mapping[str, Any]) -> Checkpoint:
         )
 
 
+def _next_to(path: Path) -> OptimizerState:
+    """Return the named state that ``integrations.lightning`` keeps next to a ``.ckpt``."""
+    state = beside(path)
+    if not is_state(state):
+        raise FileError(
+            f"its optimizers were saved by name as {state.parent.name}/{state.name} next to it, which is not there; "
+            "copy that folder along",
+            path=path,
+        )
+    return open_state(state)
+
+
 def write(state: OptimizerState, path: Path, *, base: Path | None, force: bool, options: Mapping[str, Any]) -> None:
     """Write ``base``, a ``.ckpt`` of the same run, with the state in place of its ``optimizer_states``.
 
     Raises ``UnrepresentableError`` where the number of optimizers differs, or for a value that torch could not load.
     """
     if base is None:
-        raise OptionError(f"{NAME} needs a .ckpt of the same run (base=, --base): all but the optimizers comes from it")
+        raise OptionError(
+            f"{NAME} takes all but the optimizers from a .ckpt of the same run",
+            remedy=Remedy("pass it as {base}", {"base": ...}),
+        )
     check_target(path, force=force)
     with reading() as files:
         tree = pickles.load(files[base], base).value

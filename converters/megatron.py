@@ -4,7 +4,7 @@ The optimizer's state has one of two forms. ``fully_reshardable``, and the state
 ``optimizer.state.<slot>.<parameter>``, whatever the number of tensor-, pipeline- and expert-parallel ranks was.
 ``dp_reshardable``: flat buckets, which ``foreign.flat_buckets`` takes apart. Layers are stacked along a first axis and
 experts along the next; both are split here, so that parameters have the names that the model has. Fused projections
-stay whole; a map (``--option map=megatron``) gives Hugging Face's names to what needs no splitting.
+stay whole, or are cut apart and get the names of Hugging Face's Llama and Qwen (``foreign.megatron_names``).
 
 Hyperparameters and steps stand in ``common.pt``, or with the buckets. Neither says which parameters a group had: they
 follow from Megatron's rule (``optimizer/__init__.py``), by which biases and tensors of one axis are not decayed and
@@ -19,11 +19,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
 
-from lora_state_format.errors import FileError, RefusedError
+from lora_state_format.errors import FileError, RefusedError, Remedy
 from lora_state_format.foreign import keyed, pickles
 from lora_state_format.foreign.dcp import METADATA, is_folder, open_folder
 from lora_state_format.foreign.flat_buckets import MASTER, Bucket, take_apart
 from lora_state_format.foreign.masters import check_masters
+from lora_state_format.foreign.megatron_names import Heads, heads_of, renamed
 from lora_state_format.foreign.state_dict import Found, from_state_dict
 from lora_state_format.foreign.trees import member
 from lora_state_format.io.json_files import read_json_object
@@ -36,8 +37,13 @@ NAME: Final = "megatron"
 DESCRIPTION: Final = "a Megatron-Core, NeMo or Bridge torch_dist checkpoint: metadata.json next to .metadata"
 OPTIONS: Final = {
     "masters": "keep the fp32 master weights as a slot 'master_param'",
+    "huggingface": "attention heads and query groups, 32/8: names and parts as Hugging Face's Llama and Qwen have them",
     "groups": "'merge' makes one group of all, with the options that they share",
 }
+
+MERGE: Final = Remedy(
+    "pass {options} to read them as one group with the options that all share", {"options": {"groups": "merge"}}
+)
 
 _OPTIMIZER: Final = re.compile(r"(?:chained_(\d+)\.)?optimizer\.(.*)")
 _STATE: Final = re.compile(r"state\.([^.]+)\.(.+)")
@@ -87,20 +93,23 @@ def read(match: Match, options: Mapping[str, Any]) -> Checkpoint:
             origin["groups"] = "by Megatron's rule: biases and tensors with one axis are not decayed"
         groups = _groups(place, entries)
         found = []
+        heads = heads_of(options["huggingface"]) if "huggingface" in options else None
         for number, state in sorted(states.items()):
             tree = _tree(state, groups.get(number), place, merge=options.get("groups") == "merge")
             if options.get("masters"):
                 for name in state.keys() & masters.keys():
                     tree["state"][name]["master_param"] = masters[name]
-            found.append(Found((number,) if len(states) > 1 else (), tree))
+            found.append(Found((number,) if len(states) > 1 else (), _renamed(tree, heads) if heads else tree))
+        held = [name for state in states.values() for name in state]
+        weights = {name: weights[name] for name in held if name in weights}
+        if heads:
+            weights = {
+                new: of["own"] for new, of in renamed({n: {"own": w} for n, w in weights.items()}, heads).items()
+            }
         result = keyed.named(from_state_dict(*found, origin=origin, resources=(folder,)), weights=weights)
         assert isinstance(result, OptimizerState)  # every parameter has slots, which show its shape
         details = {**result.naming.details, "order": "unknown"}
-        held = [name for state in states.values() for name in state]
-        return Checkpoint(
-            replace(result, naming=replace(result.naming, details=details)),
-            {name: weights[name] for name in held if name in weights},
-        )
+        return Checkpoint(replace(result, naming=replace(result.naming, details=details)), weights)
     except BaseException:
         folder.close()
         raise
@@ -227,6 +236,15 @@ def _tree(
     }
 
 
+def _renamed(tree: Mapping[str, Any], heads: Heads) -> dict[str, Any]:
+    """Return a state dict under Hugging Face's names."""
+    groups = []
+    for group in tree["param_groups"]:
+        names = [new for name in group["params"] for new in renamed({name: tree["state"][name]}, heads)]
+        groups.append({**group, "params": names})
+    return {"state": renamed(tree["state"], heads), "param_groups": groups}
+
+
 def _by_rule(
     state: Mapping[str, Mapping[str, Any]], groups: Sequence[Mapping[str, Any]], place: Path
 ) -> list[list[str]]:
@@ -237,9 +255,9 @@ def _by_rule(
         if kinds.setdefault(kind, number) != number:
             raise RefusedError(
                 f"groups {kinds[kind]} and {number} differ in more than decay and experts, and the file does not say "
-                "which parameters they had: --option groups=merge reads them as one group with the options that both "
-                "share",
+                "which parameters they had",
                 path=place,
+                remedy=MERGE,
             )
     several = any(expert for expert, _ in kinds)
     names: list[list[str]] = [[] for _ in groups]
@@ -249,9 +267,9 @@ def _by_rule(
         if kind not in kinds:
             raise RefusedError(
                 f"'{name}' belongs to no group by Megatron's rule, which decays {'it' if kind[1] else 'it not'}"
-                f"{', as an expert' if kind[0] else ''}; {len(groups)} groups are stated: --option groups=merge reads "
-                "them as one group with the options that all share",
+                f"{', as an expert' if kind[0] else ''}; {len(groups)} groups are stated",
                 path=place,
+                remedy=MERGE,
             )
         names[kinds[kind]].append(name)
     return names

@@ -69,7 +69,7 @@ def read(match: Match, options: Mapping[str, Any]) -> Checkpoint:
     Raises ``RefusedError`` for compressed and unmerged checkpoints, ``FileError`` where steps and powers disagree.
     """
     index = match.path
-    with reading() as files:
+    with reading(index.parent) as files:
         tensors = _indexed(index, files)
         slots: dict[str, dict[str, Tensor]] = {}
         for key, tensor in tensors.items():

@@ -7,13 +7,15 @@ stable-baselines3, a zip whose members are such files themselves. torch is not i
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Final
 
 from lora_state_format.errors import FileError, OptionError, UnrepresentableError
 from lora_state_format.foreign import pickles
 from lora_state_format.foreign.deepspeed import check_whole
+from lora_state_format.foreign.elsewhere import is_trainer
+from lora_state_format.foreign.pickles import Foreign
 from lora_state_format.foreign.state_dict import Found, find, from_state_dict, to_state_dict
 from lora_state_format.foreign.torch_save import save
 from lora_state_format.foreign.weights import in_tree, next_to
@@ -64,7 +66,11 @@ def read(match: Match, options: Mapping[str, Any]) -> Checkpoint:
         tree = _tree(files[path], path)
         found = find(tree)
         if not found:
-            raise FileError("no optimizer's state dict in it (a dict with state and param_groups)", path=path)
+            whole = next(_whole_optimizers(tree), None)
+            told = (
+                f"; '{whole[0]}' is a whole {whole[1].module}.{whole[1].name}: save its state_dict()" if whole else ""
+            )
+            raise FileError(f"no optimizer's state dict in it (a dict with state and param_groups){told}", path=path)
         check_whole(tree, [item.tree for item in found], path)
         inside = in_tree(tree)
         tiers, skipped = next_to(path, files)
@@ -99,6 +105,13 @@ def write(state: OptimizerState, path: Path, *, base: Path | None, force: bool, 
     save(to_state_dict(state), path, force=force)
 
 
+def _whole_optimizers(tree: Any) -> Iterator[tuple[str, Foreign]]:
+    """Yield the optimizers that were pickled as objects, by their keys."""
+    for key, value in tree.items() if isinstance(tree, Mapping) else [("the file", tree)]:
+        if isinstance(value, Foreign) and "optim" in f"{value.module}.{value.name}".lower():
+            yield str(key), value
+
+
 def _members(file: Source, path: Path) -> dict[str, Member]:
     """Return the members of a stable-baselines3 archive that torch wrote: nothing if the file is none."""
     if pickles.container(file) != "zip archive":
@@ -110,9 +123,15 @@ def _members(file: Source, path: Path) -> dict[str, Member]:
 
 
 def _tree(file: Source, path: Path) -> Any:
-    members = _members(file, path)
+    members = {} if is_trainer(file) else _members(file, path)
     if members:
         return {name: pickles.load(member, f"{path}:{name}").value for name, member in members.items()}
+    if is_trainer(file):
+        raise FileError(
+            "it only says that the optimizer was saved as training_state/optimizer.safetensors next to it, which is "
+            "not there",
+            path=path,
+        )
     tree = pickles.load(file, path).value
     if isinstance(tree, dict) and "ds_version" in tree:
         raise FileError("one rank's part of a DeepSpeed checkpoint: convert the folder that holds it", path=path)

@@ -12,6 +12,9 @@ ROOT: Final = Path(__file__).parent.parent
 ELSEWHERE: Final = {"format.md": "spec/format.md", "mappings.md": "spec/mappings.md", "security.md": "SECURITY.md"}
 """Page -> the file of the repository that it shows."""
 
+NO_PAGES: Final = "docs/upstream/"
+"""A folder of docs that is for other projects' maintainers."""
+
 LINK: Final = re.compile(r"\[([^\]]*)\]\((?!https?:|#)([^)#\s]+)(#[^)]*)?\)")
 
 
@@ -28,8 +31,8 @@ def on_page_markdown(markdown: str, *, page: Any, **_: Any) -> str:
         path = posixpath.normpath(posixpath.join(posixpath.dirname(source), target))
         if path in pages:
             return f"[{text}]({pages[path]}{anchor or ''})"
-        if path.startswith("docs/"):
-            return f"[{text}]({path.removeprefix('docs/')}{anchor or ''})"
+        if path.startswith("docs/") and not path.startswith(NO_PAGES):
+            return f"[{text}]({posixpath.relpath(path, f'docs/{posixpath.dirname(here)}')}{anchor or ''})"
         if not (ROOT / path).exists():
             raise FileNotFoundError(f"{source}: a link to {path}, which is not there")
         return f"{text} (`{path}` in the repository)" if text.strip("`") != path else f"`{path}`"

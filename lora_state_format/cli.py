@@ -14,7 +14,6 @@ import re
 import shutil
 import sys
 import threading
-import traceback
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -24,7 +23,13 @@ import click
 from click.shell_completion import CompletionItem, get_completion_class, shell_complete
 
 from lora_state_format import __version__
-from lora_state_format.errors import MissingDependencyError, StateFormatError
+from lora_state_format.errors import (
+    FileError,
+    MissingDependencyError,
+    OptionError,
+    StateFormatError,
+    UnknownFormatError,
+)
 from lora_state_format.model.text import printable
 
 if TYPE_CHECKING:
@@ -95,7 +100,8 @@ def run(arguments: Sequence[str]) -> int:
     except click.exceptions.Exit as done:
         return done.exit_code
     except StateFormatError as error:
-        return fail(error, _in_options(error.on_command_line()), error.exit_code)
+        message = error.on_command_line() if error.remedy else _in_options(str(error))
+        return fail(error, message, error.exit_code)
     except click.ClickException as error:
         return fail(error, error.format_message() + _try(error), USAGE)
     except KeyboardInterrupt as error:
@@ -113,6 +119,8 @@ def run(arguments: Sequence[str]) -> int:
 def _fail(arguments: Sequence[str], error: BaseException, message: str, code: int) -> int:
     """Say what is wrong on one line; the lines of a list in the message follow, indented."""
     if "--traceback" in arguments:
+        import traceback
+
         traceback.print_exception(error)
     first, *rest = message.split("\n")
     click.echo(f"error: {printable(first)}", err=True)
@@ -296,6 +304,7 @@ def _literal(text: str) -> Any:
 
 
 _json = click.option("--json", "as_json", is_flag=True, help="Print JSON, with a schema_version; errors too.")
+_latest = click.option("--latest", is_flag=True, help="Take the newest checkpoint in the folder of a run.")
 _force = click.option("--force", is_flag=True, help="Replace the target if it exists.")
 _match = click.option("--match", metavar="REGEX", help="Only parameters whose names this regular expression finds.")
 _rename = click.option(
@@ -309,8 +318,9 @@ READING: Final = (
         help="Format of the source; `lora-state formats` lists them.",
     ),
     click.option(
-        "--names", type=PATH,
-        help="Take names from: a file with one name a line in optimizer order, an adapter file, a folder with configs.",
+        "--names", type=PATH, multiple=True,
+        help="Take names from: a file with one name a line in optimizer order, a file of weights, a folder with "
+        "configs. May be given twice: names, and the weights that show their shapes.",
     ),
     click.option(
         "--rule", metavar="RULE", is_eager=True, callback=_list_rules, shell_complete=_complete_rules,
@@ -342,7 +352,7 @@ def _reading(command: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(command)
     def gathered(
         source_format: str | None,
-        names: Path | None,
+        names: tuple[Path, ...],
         rule: str | None,
         trainable: tuple[str, ...],
         optimizer: str | None,
@@ -352,7 +362,7 @@ def _reading(command: Callable[..., Any]) -> Callable[..., Any]:
     ) -> Any:
         told = {"map": layout, **options} if layout is not None else options
         reading = {
-            "source_format": source_format, "names": names, "rule": rule, "trainable": trainable,
+            "source_format": source_format, "names": names or None, "rule": rule, "trainable": trainable,
             "optimizer": optimizer, "options": told,
         }  # fmt: skip
         return command(reading=reading, **others)
@@ -385,11 +395,14 @@ def _reading(command: Callable[..., Any]) -> Callable[..., Any]:
 )
 @_force
 @click.option("--dry-run", is_flag=True, help="Do everything but write.")
+@_latest
 @_json
-def convert(source: Path, target: str, reading: dict[str, Any], as_json: bool, **options: Any) -> None:
+def convert(source: Path, target: str, reading: dict[str, Any], latest: bool, as_json: bool, **options: Any) -> None:
     """Convert the checkpoint SOURCE into the file TARGET, keyed by parameter name."""
+    from lora_state_format import registry
     from lora_state_format.operations.conversion import convert
 
+    source = registry.latest(source) if latest else source
     with _progress(f"converting {source.name}") as progress:
         report = convert(source, target, progress=progress, **reading, **options)
     _warn(report.warnings)
@@ -400,6 +413,19 @@ def convert(source: Path, target: str, reading: dict[str, Any], as_json: bool, *
 
 
 # --- looking ------------------------------------------------------------------------------------------------------
+
+
+def _survey(path: Path, as_json: bool) -> None:
+    """Print every checkpoint below a folder."""
+    from lora_state_format.operations.report import SCHEMA_VERSION
+    from lora_state_format.operations.survey import survey
+
+    if as_json:
+        found = [checkpoint.to_json() for checkpoint in survey(path)]
+        _say_json({"schema_version": SCHEMA_VERSION, "checkpoints": found})
+        return
+    for checkpoint in survey(path):
+        _say(str(checkpoint))
 
 
 @_command(
@@ -419,6 +445,8 @@ def convert(source: Path, target: str, reading: dict[str, Any], as_json: bool, *
 @click.option("--tree", "as_tree", is_flag=True, help="The modules as a tree.")
 @click.option("--stats", is_flag=True, help="Read every tensor: sizes, zeros, what is odd.")
 @click.option("--markdown", "as_markdown", is_flag=True, help="Print Markdown.")
+@click.option("--recursive", is_flag=True, help="List every checkpoint below PATH, with where its names come from.")
+@_latest
 @_json
 def inspect(
     path: Path,
@@ -429,13 +457,20 @@ def inspect(
     as_tree: bool,
     stats: bool,
     as_markdown: bool,
+    recursive: bool,
+    latest: bool,
     as_json: bool,
 ) -> None:
     """Show what a checkpoint of any known format holds; no tensor is read without --stats."""
+    from lora_state_format import registry
     from lora_state_format.operations import report, tables
-    from lora_state_format.operations.conversion import look
     from lora_state_format.operations.entries import matching
+    from lora_state_format.operations.look import look
 
+    if recursive:
+        _survey(path, as_json)
+        return
+    path = registry.latest(path) if latest else path
     if sort == "update" and not stats:
         raise click.UsageError("--sort update needs --stats", click.get_current_context())
     with contextlib.ExitStack() as stack:
@@ -502,6 +537,16 @@ def verify(path: Path, weights: Path | None, as_json: bool) -> int:
     members: dict[str, Any] = {"schema_version": SCHEMA_VERSION, "path": str(path)}
     lines: list[str] = []
     ok = True
+    if weights is None and not envelope.is_state(path):
+        from lora_state_format import registry
+
+        with contextlib.suppress(UnknownFormatError, FileError, OSError):  # what is damaged says so below
+            converter, _ = registry.find(path)
+            if converter.NAME != registry.NAMED:
+                raise OptionError(
+                    f"{path}: a checkpoint of format '{converter.NAME}' has no digests to verify; convert it, which "
+                    "checks what its container states, or pass --weights to ask whether it belongs to them"
+                )
     if weights is None or envelope.is_state(path):
         with _progress(f"verifying {path.name}"):
             found = reading.verify(path)
@@ -810,6 +855,26 @@ def prune(match: str | None, carried: bool, **options: Any) -> None:
     from lora_state_format.operations.edit import prune
 
     _rewrite(**options, done="removed {} parameters", change=lambda state: prune(state, match, carried=carried))
+
+
+@_command(
+    examples="lora-state names base-model --rule trainer > names.txt\n"
+    "lora-state convert optimizer.pt optimizer.safetensors --names names.txt"
+)
+@click.argument("folder", type=PATH)
+@click.option("--rule", metavar="RULE", default="flat", show_default=True, help="How the optimizer's groups were made.")
+@_json
+def names(folder: Path, rule: str, as_json: bool) -> None:
+    """Print the names of a model's parameters in optimizer order, from the configs in FOLDER."""
+    from lora_state_format.naming.order import grouped
+    from lora_state_format.operations.conversion import rebuild
+    from lora_state_format.operations.report import SCHEMA_VERSION
+
+    groups = grouped(rebuild(folder), rule)
+    if as_json:
+        _say_json({"schema_version": SCHEMA_VERSION, "folder": str(folder), "rule": rule, "groups": groups})
+    else:
+        _say(*(name for group in groups for name in group))
 
 
 # --- about the program --------------------------------------------------------------------------------------------

@@ -18,11 +18,13 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple, Protocol, cast
 
 from lora_state_format.errors import (
     AmbiguousFormatError,
+    FileError,
     MissingDependencyError,
     OptionError,
     Remedy,
     UnknownFormatError,
 )
+from lora_state_format.foreign.kinds import certain_kind, kind_of_file
 
 if TYPE_CHECKING:
     from lora_state_format.model.states import Checkpoint, OptimizerState
@@ -41,6 +43,7 @@ __all__ = [
     "detect",
     "find",
     "get",
+    "latest",
     "names",
     "options",
     "own_options",
@@ -59,11 +62,13 @@ BUILT_IN: Final[Mapping[str, str]] = {
     "accelerate": "lora_state_format.converters.accelerate",
     "composer": "lora_state_format.converters.composer",
     "dcp": "lora_state_format.converters.dcp",
+    "dcp_safetensors": "lora_state_format.converters.dcp_safetensors",
     "deepspeed_plain": "lora_state_format.converters.deepspeed_plain",
     "deepspeed_universal": "lora_state_format.converters.deepspeed_universal",
     "deepspeed_zero": "lora_state_format.converters.deepspeed_zero",
     "diffusers": "lora_state_format.converters.diffusers",
     "flax_msgpack": "lora_state_format.converters.flax_msgpack",
+    "fsdp2_ranks": "lora_state_format.converters.fsdp2_ranks",
     "kohya": "lora_state_format.converters.kohya",
     "lerobot": "lora_state_format.converters.lerobot",
     "lightning": "lora_state_format.converters.lightning",
@@ -134,7 +139,9 @@ def names() -> list[str]:
 def get(name: str) -> Converter:
     """Return the converter called ``name``.
 
-    Raises ``OptionError`` if there is none and ``MissingDependencyError`` if it cannot be imported.
+    Raises:
+        OptionError: There is none of that name.
+        MissingDependencyError: It cannot be imported.
     """
     if name in BUILT_IN:
         return cast("Converter", import_module(BUILT_IN[name]))
@@ -179,7 +186,9 @@ def check_options(options: Mapping[str, Any], *converters: Converter) -> None:
 def writer(name: str) -> Writer:
     """Return the converter called ``name``.
 
-    Raises ``OptionError`` if it cannot write, and what ``get`` raises.
+    Raises:
+        OptionError: There is none of that name, or it cannot write.
+        MissingDependencyError: It cannot be imported.
     """
     converter = get(name)
     if not hasattr(converter, "write"):
@@ -237,7 +246,16 @@ def detect(path: str | os.PathLike[str]) -> tuple[Converter, Match]:
     if not path.exists():
         raise FileNotFoundError(f"{path}: no such file or folder")
     others = [converter for converter in available() if converter is not named]
-    found = [(converter, match) for converter in others if (match := _asked(converter, path))]
+    if certain_kind(path) is not None:  # an image is no msgpack, whatever it begins with
+        others = [converter for converter in others if converter.NAME not in BUILT_IN]
+    found: list[tuple[Converter, Match]] = []
+    damaged: list[FileError] = []
+    for converter in others:  # a file that one cannot read is no reason not to ask the next
+        try:
+            if match := _asked(converter, path):
+                found.append((converter, match))
+        except FileError as error:
+            damaged.append(error)
     found = [(converter, match) for converter, match in found if not match.generic] or found
     if len(found) > 1:
         claims = "; ".join(f"{converter.NAME} ({match.reason})" for converter, match in found)
@@ -246,20 +264,46 @@ def detect(path: str | os.PathLike[str]) -> tuple[Converter, Match]:
             tuple((converter.NAME, match) for converter, match in found),
             remedy=Remedy("pass the right one as {source_format}", {"source_format": ...}),
         )
+    if not found and damaged:
+        raise damaged[0]
     if not found:
-        raise UnknownFormatError(_nothing_here(path, [named, *others]))
+        raise UnknownFormatError(_nothing_here(path, available()))
     return found[0]
+
+
+def latest(path: str | os.PathLike[str]) -> Path:
+    """Return the newest checkpoint of a run's folder: of its folders with a number, the highest that holds state.
+
+    Raises ``FileNotFoundError`` if there is no such folder, and ``UnknownFormatError`` if none in it holds state.
+    """
+    path = Path(path)
+    if not path.is_dir():
+        raise FileNotFoundError(f"{path}: no such folder")
+    newest = _newest(path, available())
+    if newest is None:
+        raise UnknownFormatError(_nothing_here(path, available()))
+    return newest
+
+
+def _newest(path: Path, asked: Sequence[Converter]) -> Path | None:
+    """Return the folder with the highest number in its name that holds state; only some are looked into."""
+    numbered = [(int(n[-1]), folder) for folder in path.iterdir() if (n := re.findall(r"\d+", folder.name))]
+    for _, folder in sorted(numbered, reverse=True)[:LOOKED_INTO]:
+        if folder.is_dir() and any(_asked(converter, folder) for converter in asked):
+            return folder
+    return None
 
 
 def _nothing_here(path: Path, asked: Sequence[Converter]) -> str:
     """Return what to say of a path without state: which folders in it have some, or else what was looked for."""
-    inner = sorted(path.iterdir()) if path.is_dir() else []
-    numbered = [(int(number[0]), folder) for folder in inner if (number := re.findall(r"\d+", folder.name))]
-    for _, folder in sorted(numbered, reverse=True)[:LOOKED_INTO]:
-        if folder.is_dir() and any(_asked(converter, folder) for converter in asked):
-            return f"{path}: no optimizer state in this folder itself; the newest folder in it that has one is {folder}"
-    known = ", ".join(converter.NAME for converter in asked)
-    return f"{path}: no optimizer state found here; looked for: {known} (`lora-state formats` says what these are)"
+    if path.is_dir() and (newest := _newest(path, asked)) is not None:
+        return f"{path}: no optimizer state in this folder itself; the newest folder in it that has one is {newest}"
+    kind = kind_of_file(path)
+    known = ", ".join(sorted((converter.NAME for converter in asked), key=lambda name: (name != NAMED, name)))
+    return (
+        f"{path}: no optimizer state found here{f': it is {kind}' if kind else ''}; looked for: {known} "
+        "(`lora-state formats` says what these are)"
+    )
 
 
 def _asked(converter: Converter, path: Path) -> Match | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,6 +16,11 @@ from hypothesis import settings
 
 if TYPE_CHECKING:
     import torch
+
+ROOT = Path(__file__).parents[1]
+
+# Processes that tests start find the package of this checkout wherever they run: it need not be installed.
+os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
 
 # A time limit for each example fails on a busy machine and says nothing.
 settings.register_profile("tests", deadline=None)

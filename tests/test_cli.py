@@ -653,3 +653,88 @@ def test_prune_does_not_take_all(lora_state: Output, converted: Path, tmp_path: 
     assert lora_state("prune", converted, tmp_path / "t.safetensors", "--match", ".") == 2
     assert lora_state.err == "error: prune: '.' matches all 392 parameters, and nothing would be left\n"
     assert not (tmp_path / "t.safetensors").exists()
+
+
+DRAW = ["report", "{path}", "-o", "{out}"]
+
+
+@pytest.mark.parametrize(
+    ("missing", "arguments", "needs", "install"),
+    [
+        ("torch", ["convert", "{full}", "{out}"], "names from configs need 'torch'", "torch transformers peft"),
+        (
+            "transformers",
+            ["check", "{full}"],
+            "names from configs need transformers and peft",
+            "torch transformers peft",
+        ),
+        (
+            "matplotlib",
+            ["report", "{path}", "-o", "{out}"],
+            "a report needs matplotlib and jinja2",
+            "matplotlib jinja2",
+        ),
+        ("jinja2", ["report", "{path}", "-o", "{out}"], "a report needs matplotlib and jinja2", "matplotlib jinja2"),
+        ("torch", ["demo"], "the demo needs 'torch'", "torch transformers peft accelerate"),
+    ],
+)
+def test_what_is_not_installed_is_said_in_one_line(
+    missing: str, arguments: list[str], needs: str, install: str, founding: Founding, tmp_path: Path
+) -> None:
+    full = tmp_path / "full"
+    full.mkdir()
+    shutil.copy(founding.path / "optimizer.pt", full)
+    founding.model.config.save_pretrained(full)
+    filled = [text.format(full=full, path=founding.path, out=tmp_path / "out") for text in arguments]
+    code = f"import sys; sys.modules[{missing!r}] = None; from lora_state_format.cli import main; main()"
+    result = subprocess.run([sys.executable, "-c", code, *filled], capture_output=True, text=True, check=False)
+    assert (result.returncode, result.stderr) == (2, f"error: {needs}: pip install {install}\n")
+
+
+def test_libraries_do_not_speak_first(founding: Founding, tmp_path: Path) -> None:
+    """What transformers and others say while they are imported stays off the terminal, warnings too."""
+    founding.model.config.save_pretrained(tmp_path / "base")
+    code = (
+        "import logging, sys, warnings\n"
+        "from lora_state_format import cli\n"
+        "def build(*arguments):\n"
+        "    logging.getLogger('torchao').warning('Skipping import of cpp extensions')\n"
+        "    warnings.warn('old kernels', FutureWarning)\n"
+        "    return real(*arguments)\n"
+        "from lora_state_format.torch import rebuild\n"
+        "real, rebuild.rebuild = rebuild.rebuild, build\n"
+        "cli.main()"
+    )
+    arguments = ["check", str(founding.path), "--base", str(tmp_path / "base")]
+    result = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=False)
+    assert result.stdout == "fits: 392/392 parameters would be restored\n"
+    assert result.stderr == ""
+
+
+@pytest.mark.parametrize("command", ["convert", "inspect"])
+def test_a_damaged_source_is_a_digest_that_does_not_match(
+    command: str, lora_state: Output, converted: Path, tmp_path: Path
+) -> None:
+    """Exit code 1 for changed bytes: in the header at once, in a tensor by whatever reads it."""
+    data = bytearray(converted.read_bytes())
+    data[200] ^= 1
+    (tmp_path / "a.safetensors").write_bytes(data)
+    assert lora_state(command, tmp_path / "a.safetensors", *([tmp_path / "b"] if command == "convert" else [])) == 1
+
+
+def test_a_flipped_bit_in_an_archive(lora_state: Output, founding: Founding, tmp_path: Path) -> None:
+    """An archive whose own checksum is broken is malformed: 3, as for every container."""
+    folder = shutil.copytree(founding.path, tmp_path / "checkpoint-3")
+    data = bytearray((folder / "optimizer.pt").read_bytes())
+    data[len(data) // 2] ^= 1
+    (folder / "optimizer.pt").write_bytes(data)
+    assert lora_state("convert", folder, tmp_path / "a.safetensors") == 3
+    assert lora_state.err.startswith(f"error: {folder}/optimizer.pt: optimizer/data/")
+    assert lora_state.err.endswith(" does not have the CRC-32 that the container states: the file is damaged\n")
+    assert not (tmp_path / "a.safetensors").exists()
+
+
+def test_an_optimizer_that_is_not_known(lora_state: Output, founding: Founding, tmp_path: Path) -> None:
+    arguments = ("convert", founding.path, tmp_path / "o.safetensors", "--to", "mlx", "--map", "mlx_lm")
+    assert lora_state(*arguments, "--optimizer", "nosuch") == 2, lora_state.err
+    assert "nosuch" in lora_state.err

@@ -98,13 +98,33 @@ def test_another_rank_and_a_loop_of_your_own(tmp_path: Path, monkeypatch: pytest
         load_optimizer(optimizer, model, folder / "optimizer.safetensors")
         return model, optimizer
 
+    model, optimizer = build()
+    train((model, optimizer), range(2))
+    save_optimizer(optimizer, model, "run.safetensors")
+    scheduler = torch.optim.lr_scheduler.ConstantLR(optimizer)
+    then = scheduler.state_dict()
+    model, optimizer = build()
     namespace = {
+        "optimizer": optimizer, "model": model, "path": "run.safetensors", "saved_scheduler_state": then,
+        "scheduler": torch.optim.lr_scheduler.ConstantLR(optimizer),
         "Trainer": loop["Trainer"], "wider": loop["build"](rank=8), "args": trainer.args, "dataset": loop["rows"](),
         "build": build, "train": train, "save": save, "resume": resume,
     }  # fmt: skip
     with contextlib.redirect_stdout(io.StringIO()):  # the trainer's own report
         carry_out("training.md", namespace)
     assert namespace["report"].restored == 8
+
+
+def test_the_table_of_cluster_formats_names_every_case() -> None:
+    """Each golden folder and each run of the tests stands in the table, and nothing else does."""
+    table = (DOCS / "cluster.md").read_text().partition("## What is read")[2].partition("From source only")[0]
+    listed = {case for row in table.splitlines() if row.startswith("| ") for case in row.split("|")[4].split("`")[1::2]}
+    golden = {
+        path.name.removesuffix(".tar.xz")
+        for kind in ("megatron", "deepspeed")
+        for path in (Path(__file__).parent / "golden" / kind / "files").iterdir()
+    }
+    assert listed == golden | {"items", "zstd", "async", "hugging", "consolidated", "ranks", "replicas"}
 
 
 # --- pages that a newcomer reads ----------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ import ast
 import copy
 import inspect
 import pickle
+import re
 from collections.abc import Callable
 from pathlib import Path
 from string import Formatter
@@ -18,6 +19,8 @@ import lora_state_format
 from lora_state_format import cli, errors
 from lora_state_format.errors import FileError, OptionError, Remedy, TargetExistsError
 from lora_state_format.operations import edit
+
+OPTION = re.compile(r"(^|[ (])--[a-z]")
 
 SOURCES = sorted(Path(lora_state_format.__file__).parent.rglob("*.py")) + sorted(
     Path(lora_state_format.__file__).parents[1].glob("converters/*.py")
@@ -101,3 +104,15 @@ def test_every_remedy_names_arguments_that_exist() -> None:
     for place, arguments in remedies:
         assert arguments <= keywords, place
         assert {errors.SHORT_OPTIONS.get(name, f"--{name.replace('_', '-')}") for name in arguments} <= options, place
+
+
+def test_no_message_mixes_the_words_of_python_and_of_the_command_line() -> None:
+    """Only a remedy names options of the command line: a message is read by those who call from Python, too."""
+    mixed = []
+    for path in SOURCES:
+        for call in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(call, ast.Call) and getattr(call.func, "id", "").endswith("Error"):
+                texts = [node.value for node in ast.walk(call) if isinstance(node, ast.Constant)]
+                found = [text for text in texts if isinstance(text, str) and OPTION.search(text)]
+                mixed += [f"{path.name}:{call.lineno}: {text}" for text in found]
+    assert [line for line in mixed if "Megatron" not in line] == []  # whose options are no affair of ours

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 import sys
@@ -55,7 +56,10 @@ def test_the_installed_wheel_works_and_takes_no_other_name(wheel: Path, tmp_path
         "print(*(registry.get(name).__file__ for name in registry.BUILT_IN), sep='\\n')\n"
         "try:\n    import converters\nexcept ModuleNotFoundError:\n    print('no converters')\n"
     )
-    result = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
+    alone = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    result = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, env=alone, capture_output=True, text=True, check=True
+    )
     *files, last = result.stdout.splitlines()
     assert last == "no converters"
     assert files

@@ -101,13 +101,17 @@ def test_commands_and_their_options() -> None:
             {*reading, "--base", "--dtype", "--mismatch", "--missing", "--model", "--rename", "--unexpected", "path"}
         ),
         "completion": ["--traceback", "shell"],
-        "convert": sorted({*rewriting, "--base", "--dequantize", "--dry-run", "--store", "--to"}),
+        "convert": sorted({*rewriting, "--base", "--dequantize", "--dry-run", "--latest", "--store", "--to"}),
         "demo": ["--out", "--traceback"],
         "diff": sorted({*reading, "--match", "first", "second"}),
         "edit": sorted({*rewriting, "--group", "--set"}),
         "export": sorted({*rewriting, "--eps", "--inverse-root", "--keys", "--match", "--slot", "--unbiased"}),
         "formats": ["--json", "--traceback"],
-        "inspect": sorted({*reading, "--markdown", "--match", "--parameters", "--sort", "--stats", "--tree", "path"}),
+        "inspect": sorted(
+            {*reading, "--latest", "--markdown", "--match", "--parameters", "--recursive", "--sort", "--stats"}
+            | {"--tree", "path"}
+        ),
+        "names": ["--json", "--rule", "--traceback", "folder"],
         "prune-checkpoints": ["--dry-run", "--json", "--keep", "--legacy", "--traceback", "folder"],
         "prune": sorted({*rewriting, "--carried", "--match"}),
         "report": sorted({*reading, "--compare", "--figures", "--force", "--output", "--weights", "-o", "path"}),

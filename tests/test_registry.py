@@ -192,7 +192,7 @@ def test_nothing_fits(tmp_path: Path) -> None:
     with pytest.raises(UnknownFormatError) as caught:
         registry.detect(path)
     assert str(caught.value) == (
-        f"{path}: no optimizer state found here; looked for: {', '.join(['named', *others()])} "
+        f"{path}: no optimizer state found here: it is a text file; looked for: {', '.join(['named', *others()])} "
         "(`lora-state formats` says what these are)"
     )
 

@@ -378,3 +378,92 @@ def test_to_another_framework(lora: Run, tmp_path: Path) -> None:
         assert set(state) == set(own)
         for name, value in own.items():
             assert torch.equal(torch.from_numpy(state[name]["exp_avg_sq"].numpy().copy()), value)
+
+
+# --- optimizers ---------------------------------------------------------------------------------------------------
+
+
+def test_another_optimizer_class(lora: Run, tmp_path: Path) -> None:
+    """From AdamW to Adam what both keep goes on; to SGD nothing does, and the message says why."""
+    named = tmp_path / "named.safetensors"
+    lsf.convert(lora.path, named, optimizer="torch.optim.adamw.AdamW")
+    model = PeftModel.from_pretrained(base(), lora.path, is_trainable=True)
+    with pytest.raises(BindError) as caught:
+        load_optimizer(torch.optim.SGD(trainable(model), lr=0.1, momentum=0.9), model, named)
+    assert str(caught.value) == (
+        "optimizer state does not fit: 16 parameters saved, 16 in the optimizer\n"
+        "  written by torch.optim.adamw.AdamW, and the optimizer is torch.optim.sgd.SGD:\n"
+        "    SGD never reads exp_avg, exp_avg_sq, step\n"
+        "    SGD keeps momentum_buffer, which the file does not have\n"
+        "    no translation from AdamW into SGD is known\n"
+        "hint: mismatch_class='fresh' lets the parameters whose state does not serve start without state"
+    )
+    sgd = torch.optim.SGD(trainable(model), lr=0.1, momentum=0.9)
+    assert load_optimizer(sgd, model, named, mismatch_class="fresh").restored == 0
+    adam = torch.optim.Adam(trainable(model), lr=LR)
+    assert load_optimizer(adam, model, named, mismatch_class="translate").restored == 16
+    more(model, adam)  # without weight decay both rules are one
+    assert equal(weights(model), lora.uninterrupted(more))
+
+
+@pytest.mark.parametrize("adapter_only", [False, True])
+def test_model_and_optimizer_in_one_file(adapter_only: bool, lora: Run, tmp_path: Path) -> None:
+    """``torch.save({"model": ..., "optimizer": ...})``: the weights in the file name its optimizer."""
+    held = {name: value for name, value in lora.model.state_dict().items() if "lora_" in name or not adapter_only}
+    torch.save({"model": held, "optimizer": lora.optimizer.state_dict()}, tmp_path / "last.pt")
+    code, printed = command("convert", tmp_path / "last.pt", tmp_path / "named.safetensors")
+    assert code == 0
+    assert "names: from the checkpoint itself, in the order of rule 'trainer'\n" in printed
+    model = PeftModel.from_pretrained(base(), lora.path, is_trainable=True)
+    optimizer = adamw(model)
+    load_optimizer(optimizer, model, tmp_path / "named.safetensors")
+    more(model, optimizer)
+    assert equal(weights(model), lora.uninterrupted(more))
+
+
+def test_layers_renumbered(lora: Run, tmp_path: Path) -> None:
+    """The first layer is cut off and the others move up: their bytes tell which is which."""
+    lsf.convert(lora.path, tmp_path / "named.safetensors")
+    model = PeftModel.from_pretrained(base(), lora.path, is_trainable=True)
+    del model.base_model.model.model.layers[0]
+    optimizer = adamw(model)
+    with pytest.raises(BindError) as caught:
+        load_optimizer(optimizer, model, tmp_path / "named.safetensors", unexpected="ignore")
+    assert "rename='weights'" in str(caught.value)
+    report = load_optimizer(optimizer, model, tmp_path / "named.safetensors", unexpected="ignore", rename="weights")
+    assert report.restored == 12
+    own = {name: lora.optimizer.state[p] for name, p in lora.model.named_parameters() if p.requires_grad}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            layer = int(name.split(".")[4])
+            before = name.replace(f"layers.{layer}.", f"layers.{layer + 1}.")
+            assert torch.equal(optimizer.state[parameter]["exp_avg"], own[before]["exp_avg"])
+
+
+# --- other tools --------------------------------------------------------------------------------------------------
+
+
+def test_files_for_other_tools(lora: Run, tmp_path: Path) -> None:
+    """The commands of docs/tools.md, and what a tool reads from what they write."""
+    from safetensors.torch import load_file
+
+    own = {name: lora.optimizer.state[p] for name, p in lora.model.named_parameters() if p.requires_grad}
+    assert command("convert", lora.path, tmp_path / "out", "--to", "accelerate", "--option", "fsdp")[0] == 0
+    (written,) = (tmp_path / "out").glob("*.bin") if (tmp_path / "out").is_dir() else [tmp_path / "out"]
+    state = torch.load(written, weights_only=True)["state"]
+    assert set(state) == set(own), "LESS looks moments up by the parameter's name"
+    assert all(torch.equal(state[name]["exp_avg_sq"], slots["exp_avg_sq"]) for name, slots in own.items())
+
+    assert command("export", lora.path, tmp_path / "v.safetensors", "--slot", "exp_avg_sq")[0] == 0
+    exported = load_file(tmp_path / "v.safetensors")
+    assert all(torch.equal(exported[name], slots["exp_avg_sq"]) for name, slots in own.items())
+
+    lsf.convert(lora.path, tmp_path / "named.safetensors")
+    back = tmp_path / "optimizer.pt"
+    assert command("convert", tmp_path / "named.safetensors", back, "--to", "torch_optimizer")[0] == 0
+    groups: list[dict[str, Any]] = [{"params": trainable(lora.model)}, {"params": []}]
+    optimizer = torch.optim.AdamW(groups)
+    optimizer.load_state_dict(torch.load(back, weights_only=True))
+    for name, parameter in lora.model.named_parameters():
+        if parameter.requires_grad:
+            assert torch.equal(optimizer.state[parameter]["exp_avg"], own[name]["exp_avg"])

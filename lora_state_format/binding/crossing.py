@@ -6,7 +6,7 @@ import struct
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import Enum
-from typing import Final, TypeAlias
+from typing import Final, NamedTuple, TypeAlias
 
 from lora_state_format.binding.live import LiveOptimizer
 from lora_state_format.model.states import OptimizerState, Parameter, Scalar, Value
@@ -78,6 +78,27 @@ def source_of(state: OptimizerState) -> dict[str, int | None]:
     return {p.name: homes.get(p.name, only) for p in state.parameters}
 
 
+class _Side(NamedTuple):
+    """A class on one side of a crossing: itself and its ancestors, what is known of it, and its groups' options."""
+
+    lineage: tuple[str, ...]
+    row: Known
+    groups: Sequence[Mapping[str, Value]]
+
+    @property
+    def title(self) -> str:
+        """Return the bare name of the class."""
+        return self.lineage[0].rpartition(".")[2]
+
+    @property
+    def decay(self) -> Decay | None:
+        """Return what ``weight_decay`` means in these groups."""
+        if self.row.decay is not Decay.OPTION:
+            return self.row.decay
+        decoupled = any(group.get("decoupled_weight_decay") for group in self.groups)
+        return Decay.DECOUPLED if decoupled else Decay.COUPLED
+
+
 def _crossing(
     state: OptimizerState, live: LiveOptimizer, source: int | None, target: int, parameters: Sequence[Parameter]
 ) -> Crossing:
@@ -85,35 +106,36 @@ def _crossing(
 
     ``source`` and ``target`` are their numbers; ``source`` is ``None`` for carried parameters of several optimizers.
     """
-    slots = frozenset(slot for p in parameters for slot in _unnested(p.state or {}))
-    options = [dict(group.options) for group in state.groups if source in (None, group.optimizer)]
-    own = [dict(group.options) for group in live.groups if group.optimizer == target]
-    lineage, here = _lineage(state, source), live.lineages[target] if live.lineages else ()
-    if not here:
+    if not live.lineages:
         return Crossing(None, live.title(target), Fit.SAME)
+    slots = frozenset(slot for p in parameters for slot in _unnested(p.state or {}))
+    groups = [dict(group.options) for group in live.groups if group.optimizer == target]
+    here = _Side(live.lineages[target], live.known[target], groups)
+    options = [dict(group.options) for group in state.groups if source in (None, group.optimizer)]
+    lineage = _lineage(state, source) or _inferred(slots, options, known_path(here.lineage))
     if not lineage:
-        lineage = _inferred(slots, options, known_path(here))
-    saved = lineage[0] if lineage else None
-    if saved is None:
-        reasons = tuple(_unstated(slots, options, own, live.known[target], live.title(target)))
-        return Crossing(None, here[0], Fit.OTHER if reasons else Fit.SAME, reasons)
-    there, row = known(lineage), live.known[target]
-    if reasons := tuple(_inside(state, live, source, target)):
-        return Crossing(saved, here[0], Fit.OTHER, reasons)
-    if same_class(lineage, here) and _decay(there, options) == _decay(row, own):
-        return Crossing(saved, here[0], Fit.SAME)
-    reasons = tuple(_differences(slots, there, row, _short(saved), live.title(target), options, own))
+        reasons = tuple(_unstated(slots, options, here))
+        return Crossing(None, here.lineage[0], Fit.OTHER if reasons else Fit.SAME, reasons)
+    there = _Side(lineage, known(lineage), options)
+    reasons = tuple(_inside(state, live, source, target))
+    if not reasons and same_class(lineage, here.lineage) and there.decay == here.decay:
+        return Crossing(lineage[0], here.lineage[0], Fit.SAME)
+    reasons = reasons or tuple(_differences(slots, there, here))
     if reasons:
-        return Crossing(saved, here[0], Fit.OTHER, reasons)
-    other_decay = _decay(there, options) != _decay(row, own)
-    as_it_is = there.form is row.form and _bits(saved) == _bits(here[0])
+        return Crossing(lineage[0], here.lineage[0], Fit.OTHER, reasons)
+    return _translation(there, here)
+
+
+def _translation(there: _Side, here: _Side) -> Crossing:
+    """Return the way between two classes that keep the same quantities."""
+    as_it_is = there.row.form is here.row.form and _bits(there.lineage[0]) == _bits(here.lineage[0])
     return Crossing(
-        saved,
-        here[0],
+        there.lineage[0],
+        here.lineage[0],
         Fit.TRANSLATED,
-        kept=frozenset({"weight_decay"}) if other_decay else frozenset(),
-        quantise=row.form is Form.BITSANDBYTES and not as_it_is,
-        decoded=there.form is not Form.PLAIN and not as_it_is,
+        kept=frozenset({"weight_decay"}) if there.decay != here.decay else frozenset(),
+        quantise=here.row.form is Form.BITSANDBYTES and not as_it_is,
+        decoded=there.row.form is not Form.PLAIN and not as_it_is,
     )
 
 
@@ -134,10 +156,6 @@ def translated(parameter: Parameter, crossing: Crossing, options: Mapping[str, V
     return replace(parameter, state=slots)
 
 
-def _short(path: str) -> str:
-    return path.rpartition(".")[2]
-
-
 def _bits(path: str) -> str:
     """Return what bitsandbytes' class names say about codes; paged ones have those of their namesakes."""
     return "8" if path.endswith("8bit") else "32"
@@ -152,10 +170,8 @@ def _unnested(slots: Mapping[str, Value]) -> Iterable[str]:
 def _lineage(state: OptimizerState, source: int | None) -> tuple[str, ...]:
     """Return the class of an optimizer of the file, and its ancestors if the file states them."""
     paths = {optimizer.class_path for optimizer in state.optimizers}
-    if source is None:
-        path = paths.pop() if len(paths) == 1 else None
-    else:
-        path = state.optimizers[source].class_path
+    shared = paths.pop() if len(paths) == 1 else None
+    path = shared if source is None else state.optimizers[source].class_path
     stated = state.origin.get(CLASSES_OF)
     if path is None:
         return ()
@@ -187,71 +203,45 @@ def _inferred(slots: frozenset[str], options: Sequence[Mapping[str, Value]], liv
     return (live,) if live in (adam, adamw) else (adamw,)
 
 
-def _unstated(
-    slots: frozenset[str],
-    saved: Sequence[Mapping[str, Value]],
-    live: Sequence[Mapping[str, Value]],
-    row: Known,
-    title: str,
-) -> Iterable[str]:
+def _unstated(slots: frozenset[str], saved: Sequence[Mapping[str, Value]], here: _Side) -> Iterable[str]:
     """Say why state of a class that the file does not name cannot be that of the live class."""
-    if row is not UNKNOWN:
-        if strange := list(_strange(slots, row, title)):
+    if here.row is not UNKNOWN:
+        if strange := list(_strange(slots, here)):
             yield from strange
-            yield from _lacking(slots, row.needs, title)
+            yield from _lacking(slots, here.row.needs, here)
         return
     stated = {key for options in saved for key in options}
-    own = {key for options in live for key in options if kind_of(key, options) is Kind.MATH}
+    own = {key for options in here.groups for key in options if kind_of(key, options) is Kind.MATH}
     if stated and (lacking := sorted(own - stated - _LATER)):
-        yield f"{title} has the options {', '.join(lacking)}, which the file's groups do not have"
+        yield f"{here.title} has the options {', '.join(lacking)}, which the file's groups do not have"
 
 
-def _lacking(slots: frozenset[str], needed: Iterable[str], title: str) -> Iterable[str]:
+def _lacking(slots: frozenset[str], needed: Iterable[str], here: _Side) -> Iterable[str]:
     if lacking := [slot for slot in needed if slot not in slots]:
-        yield f"{title} keeps {', '.join(lacking)}, which the file does not have"
+        yield f"{here.title} keeps {', '.join(lacking)}, which the file does not have"
 
 
-def _strange(slots: frozenset[str], row: Known, title: str) -> Iterable[str]:
-    if strange := sorted(slots - row.slots):
-        yield f"{title} never reads {', '.join(strange)}"
+def _strange(slots: frozenset[str], here: _Side) -> Iterable[str]:
+    if strange := sorted(slots - here.row.slots):
+        yield f"{here.title} never reads {', '.join(strange)}"
 
 
-def _decay(row: Known, options: Sequence[Mapping[str, Value]]) -> Decay | None:
-    """Return what ``weight_decay`` means in a class with these groups."""
-    if row.decay is not Decay.OPTION:
-        return row.decay
-    decoupled = any(group.get("decoupled_weight_decay") for group in options)
-    return Decay.DECOUPLED if decoupled else Decay.COUPLED
-
-
-def _differences(
-    slots: frozenset[str],
-    there: Known,
-    row: Known,
-    saved: str,
-    live: str,
-    options: Sequence[Mapping[str, Value]],
-    own: Sequence[Mapping[str, Value]],
-) -> Iterable[str]:
+def _differences(slots: frozenset[str], there: _Side, here: _Side) -> Iterable[str]:
     """Say what keeps the state of one class from serving another; nothing if it can be laid out anew."""
-    if there.rule is None or there.rule != row.rule:
-        yield from _strange(slots, row, live) if row is not UNKNOWN else ()
-        yield from _lacking(slots, row.needs or row.keeps, live)
-        yield f"no translation from {saved} into {live} is known"
+    if there.row.rule is None or there.row.rule != here.row.rule:
+        yield from _strange(slots, here) if here.row is not UNKNOWN else ()
+        yield from _lacking(slots, here.row.needs or here.row.keeps, here)
+        yield f"no translation from {there.title} into {here.title} is known"
         return
-    if strange := sorted(slots - there.slots):
-        yield f"the file has {', '.join(strange)}, which {saved} does not have elsewhere"
-    if row.form is Form.BITSANDBYTES and "max_exp_avg_sq" in slots:
-        yield f"{live} has no amsgrad, and the file has max_exp_avg_sq"
-    if row.form is Form.TORCHAO:
-        yield f"no way to quantise for {live} is known"
-    if there.form is not row.form and "unorm_vec" in slots:
-        yield f"{live} never reads unorm_vec"
-    before, now = _decay(there, options), _decay(row, own)
-    if before is not now:
-        coupled, groups = (saved, options) if before is Decay.COUPLED else (live, own)
-        if any(group.get("weight_decay") for group in groups):
-            yield (
-                f"weight_decay is L2 in {coupled}, whose moments contain it, and decoupled in "
-                f"{live if coupled == saved else saved}"
-            )
+    if strange := sorted(slots - there.row.slots):
+        yield f"the file has {', '.join(strange)}, which {there.title} does not have elsewhere"
+    if here.row.form is Form.BITSANDBYTES and "max_exp_avg_sq" in slots:
+        yield f"{here.title} has no amsgrad, and the file has max_exp_avg_sq"
+    if here.row.form is Form.TORCHAO:
+        yield f"no way to quantise for {here.title} is known"
+    if there.row.form is not here.row.form and "unorm_vec" in slots:
+        yield f"{here.title} never reads unorm_vec"
+    if there.decay is not here.decay:
+        coupled, other = (there, here) if there.decay is Decay.COUPLED else (here, there)
+        if any(group.get("weight_decay") for group in coupled.groups):
+            yield f"weight_decay is L2 in {coupled.title}, whose moments contain it, and decoupled in {other.title}"

@@ -18,8 +18,9 @@ class Layer:
     """What the layer around an adapter's parameter says of its axes.
 
     ``scaling`` is what LoRA multiplies the parameter's product with (alpha / r). ``fold`` is the parameter's shape with
-    -1 for its rank, where experts that share an axis with it have one of their own. ``masks`` means that the rank is cut
-    by a mask, as AdaLoRA does, and ``kept`` are the ranks that it kept. ``tokens`` are the ids that its rows belong to.
+    -1 for its rank, where experts that share an axis with it have one of their own. ``masks`` means that the rank is
+    cut by a mask, as AdaLoRA does, and ``kept`` are the ranks that it kept. ``tokens`` are the ids that its rows belong
+    to.
     """
 
     scaling: float | None = None

@@ -60,9 +60,7 @@ def _homeless(state: OptimizerState, source: int, own: Value) -> Problem:
         "globals",
         f"optimizer {source} of the file, {path}, keeps {keys}, which belongs to no parameter; its parameters are not "
         "those of one live optimizer",
-        hints=(
-            "build the optimizers over the parameters that the saved ones had, or pass missing='fresh' to go on without",
-        ),
+        hints=("build the optimizers over the parameters that the saved ones had; missing='fresh' goes on without it",),
     )
 
 

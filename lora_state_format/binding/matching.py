@@ -71,8 +71,8 @@ def match(state: OptimizerState, live: LiveOptimizer, rule: Renaming | None) -> 
         wanted |= dict(zip(absent, stripped, strict=True))
         if DATA_PARALLEL in segments:
             notes.append(
-                f"the names of {len(absent)} saved parameters begin with '{DATA_PARALLEL}.', as DistributedDataParallel "
-                "puts it there; they are matched without it"
+                f"the names of {len(absent)} saved parameters begin with '{DATA_PARALLEL}.', as "
+                "DistributedDataParallel puts it there; they are matched without it"
             )
     adapted, note = _other_adapter(state, live, wanted) if absent else ({}, ())
     wanted |= adapted
@@ -138,31 +138,33 @@ def compare(state: OptimizerState, live: LiveOptimizer, matching: Matching) -> W
     """
     sources = {target: state[name] for name, target in matching.found.items()}
     own = _digests(live, any(p.weights for p in state.parameters))
-    same = {name for name, digest in own.items() if name in sources and sources[name].weights == digest}
-    differing = [
+    same = tuple(name for name, digest in own.items() if name in sources and sources[name].weights == digest)
+    at_home = {sources[name].name for name in same}
+    moved = {
+        name: other
+        for name, other in _elsewhere(state, own, set(same)).items()
+        if other not in at_home and state[other].shape == live.parameters[name].shape and not _constant(live, name)
+    }
+    differing = tuple(
         name
-        for name, digest in own.items()
-        if name not in same and name in sources and _comparable(sources[name], live, name)
-        if sources[name].weights is not None and digest is not None
-    ]
+        for name in own
+        if name in sources and name not in same and name not in moved and _comparable(sources[name], live, name)
+    )
+    return Weights(same, differing, moved)
+
+
+def _elsewhere(state: OptimizerState, own: Mapping[str, Digest], same: set[str]) -> dict[str, str]:
+    """Return for live parameters with other bytes than before the saved name under which exactly theirs stand."""
     known: dict[Digest, str | None] = {}
     for parameter in state.parameters:
         if parameter.weights:
             known[parameter.weights] = None if parameter.weights in known else parameter.name
-    moved = {}
-    for name, digest in own.items():
-        other = known.get(digest)
-        if (
-            name in same
-            or other is None
-            or matching.found.get(other) in same
-            or state[other].shape != _shape(live, name)
-        ):
-            continue
-        constant = live.parameters[name].constant
-        if constant is None or not constant():
-            moved[name] = other
-    return Weights(tuple(name for name in own if name in same), tuple(n for n in differing if n not in moved), moved)
+    return {name: other for name, digest in own.items() if name not in same and (other := known.get(digest))}
+
+
+def _constant(live: LiveOptimizer, name: str) -> bool:
+    asked = live.parameters[name].constant
+    return asked is not None and asked()
 
 
 def _digests(live: LiveOptimizer, needed: bool) -> dict[str, Digest]:
@@ -179,10 +181,6 @@ def _comparable(parameter: Parameter, live: LiveOptimizer, name: str) -> bool:
         and (stated.algorithm, stated.dtype) == (ALGORITHM, own.dtype)
         and parameter.shape == own.shape
     )
-
-
-def _shape(live: LiveOptimizer, name: str) -> tuple[int, ...]:
-    return live.parameters[name].shape
 
 
 def _by_weights(state: OptimizerState, live: LiveOptimizer) -> Matching:
@@ -239,8 +237,8 @@ def suggestion(left: Sequence[Parameter], live: LiveOptimizer, matching: Matchin
     """Return the ``rename=`` that would put every saved parameter that found no place on a live one of its shape.
 
     One run of segments is replaced by another: the first parameter's possible partners propose it, all must fit, and no
-    name that has found its own may change. Where others have found their own, segments may only come or go, as where one
-    module was wrapped: another module in the place of one is another module.
+    name that has found its own may change. Where others have found their own, segments may only come or go, as where
+    one module was wrapped: another module in the place of one is another module.
     """
     for pairs in _KNOWN:
         if left and _all_fit(pairs, left, live, matching):

@@ -187,9 +187,8 @@ def _settable(live: Options, saved: Sequence[Options], ways: Sequence[Crossing |
     kept = {key for way in crossed for key in way.kept}
     for key in live:
         kind = kind_of(key, live)
-        if kind in _HYPERPARAMETERS or (kind is Kind.STATE and not crossed):
-            if key not in kept:
-                yield key
+        if key not in kept and (kind in _HYPERPARAMETERS or (kind is Kind.STATE and not crossed)):
+            yield key
     found = {key: None for options in saved for key in options if kind_of(key, options) is Kind.STATE}
     yield from (key for key in found if key not in live and not crossed)
 
@@ -197,9 +196,13 @@ def _settable(live: Options, saved: Sequence[Options], ways: Sequence[Crossing |
 def _splits(
     saved: Sequence[Options], live: LiveOptimizer, sources: Sequence[Sequence[int]], given: Mapping[str, Any]
 ) -> Iterator[Problem]:
-    """Yield a problem where live groups that differ on purpose would become alike because one saved group feeds them."""
-    for source, options in enumerate(saved):
-        fed = [number for number, feeding in enumerate(sources) if source in feeding]
+    """Yield a problem where live groups that differ on purpose would become alike, since one saved group feeds them."""
+    fed_by: dict[int, list[int]] = {}
+    for number, feeding in enumerate(sources):
+        for source in feeding:
+            fed_by.setdefault(source, []).append(number)
+    for source, fed in sorted(fed_by.items()):
+        options = saved[source]
         for key, value in options.items():
             values = {number: live.options[number][key] for number in fed if key in live.options[number]}
             decided = key in given or _is_current(_policy(key, given)) or kind_of(key, options) not in _HYPERPARAMETERS
@@ -269,8 +272,8 @@ def _driven(live: LiveOptimizer, given: Mapping[str, Any]) -> Iterator[str]:
     driven = [str(n) for n, options in enumerate(live.options) if "initial_lr" in options]
     if driven and not (isinstance(value, str) and value in _POLICIES) and "initial_lr" not in given:
         yield (
-            f"a scheduler drives lr in group {', '.join(driven)}, and replaces the {_text(value)} of options= at its next "
-            "step: build optimizer and scheduler with the new rate and pass options={'lr': 'current'} to go on with it"
+            f"a scheduler drives lr in group {', '.join(driven)}, and replaces the {_text(value)} of options= at its "
+            "next step: build optimizer and scheduler with the new rate and pass options={'lr': 'current'} to go on so"
         )
 
 

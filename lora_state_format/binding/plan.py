@@ -175,8 +175,8 @@ def _frozen(live: LiveOptimizer, bindings: Iterable[Binding]) -> Iterator[str]:
     frozen = [b.name for b in bindings if b.saved and b.saved.state and not live.parameters[b.name].requires_grad]
     if frozen:
         yield (
-            f"{count(len(frozen), 'restored parameter is', 'restored parameters are')} frozen (requires_grad=False; the "
-            f"first is '{frozen[0]}'): training will not change them. PeftModel.from_pretrained freezes an adapter "
+            f"{count(len(frozen), 'restored parameter is', 'restored parameters are')} frozen (requires_grad=False; "
+            f"the first is '{frozen[0]}'): training will not change them. PeftModel.from_pretrained freezes an adapter "
             "unless it is called with is_trainable=True"
         )
 

@@ -120,8 +120,8 @@ def _missing_hint(state: OptimizerState, live: LiveOptimizer, absent: Sequence[L
     adapters_only = bool(state) and all(split_adapter(name) for name in state)
     if adapters_only and not any(split_adapter(parameter.name) for parameter in absent):
         return (
-            f"the saved run trained an adapter, and {len(absent)} parameters of its base model are trainable here: call "
-            "requires_grad_(False) on them and build the optimizer from what is left"
+            f"the saved run trained an adapter, and {len(absent)} parameters of its base model are trainable here: "
+            "call requires_grad_(False) on them and build the optimizer from what is left"
         )
     return "missing='fresh' lets the parameters that are not in the file start without state"
 
@@ -150,8 +150,8 @@ def _unexpected_hints(
             yield "PeftModel.from_pretrained freezes an adapter unless it is called with is_trainable=True"
     if any(name.startswith(TWICE) for name in live.parameters) and not any(p.name.startswith(TWICE) for p in left):
         yield (
-            "the model is a PeftModel inside a PeftModel, whose inner adapter is frozen and whose outer one is new: call "
-            "get_peft_model or PeftModel.from_pretrained once, on the base model"
+            "the model is a PeftModel inside a PeftModel, whose inner adapter is frozen and whose outer one is new: "
+            "call get_peft_model or PeftModel.from_pretrained once, on the base model"
         )
     elif found := suggestion(left, live, matching):
         yield f"if these are the same parameters under other names, pass {found}"
@@ -286,7 +286,7 @@ def dtypes(live: LiveOptimizer, bindings: Iterable[Binding], groups: Chosen, pol
 
 
 def orders(state: OptimizerState, live: LiveOptimizer, bindings: Sequence[Binding]) -> Iterator[Problem]:
-    """Yield a problem for optimizers whose one state belongs to all their parameters, in another order or another run."""
+    """Yield a problem for optimizers whose one state belongs to the run of all their parameters, if that is another."""
     sources = {binding.name: binding.saved.name for binding in bindings if binding.saved}
     origins = source_of(state)
     for number, optimizer in enumerate(live.optimizers):

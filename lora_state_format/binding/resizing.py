@@ -10,7 +10,17 @@ from typing import Final
 from lora_state_format.binding.live import LiveParameter
 from lora_state_format.model.states import OptimizerState, Parameter, Role, Value
 
-__all__ = ["RESIZABLE", "SCALING", "TOKENS", "Resize", "differs", "resize", "scaling", "unresizable"]
+__all__ = [
+    "RESIZABLE",
+    "SCALING",
+    "TOKENS",
+    "Resize",
+    "differs",
+    "fold",
+    "resize",
+    "scaling",
+    "unresizable",
+]
 
 RESIZABLE: Final[Mapping[str, tuple[int, bool]]] = {
     **dict.fromkeys(("exp_avg", "momentum_buffer", "grad_avg"), (1, False)),
@@ -41,6 +51,19 @@ class Resize:
     old: tuple[Sequence[int], ...]
     new: tuple[Sequence[int], ...]
     proven: bool
+
+
+def fold(kind: str, shape: tuple[int, ...], experts: int = 1) -> tuple[int, ...] | None:
+    """Return a LoRA factor's shape with -1 for the rank; ``None`` for what has no rank.
+
+    The experts of a stacked parameter share an axis with it: in A rank by rank within each expert, in B expert by
+    expert within each rank (PEFT 0.21, ``ParamWrapper.get_delta_weight``).
+    """
+    if kind in ("lora_A", "lora_embedding_A", "lora_E") and shape:
+        return (experts, -1, *shape[1:]) if experts > 1 else (-1, *shape[1:])
+    if kind in ("lora_B", "lora_embedding_B") and len(shape) > 1:
+        return (shape[0], -1, experts, *shape[2:]) if experts > 1 else (shape[0], -1, *shape[2:])
+    return None
 
 
 def differs(state: OptimizerState, saved: Parameter, own: LiveParameter) -> bool:

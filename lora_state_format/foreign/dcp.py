@@ -11,12 +11,13 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from math import prod
 from pathlib import Path
 from types import NoneType
 from typing import Any, Final
 
-from lora_state_format.errors import FileError, RefusedError, UnrepresentableError
+from lora_state_format.errors import FileError, MissingDependencyError, RefusedError, UnrepresentableError
 from lora_state_format.foreign import pickles
 from lora_state_format.foreign.pickles import Global, Record
 from lora_state_format.foreign.torch_save import archive, dumps
@@ -24,8 +25,9 @@ from lora_state_format.foreign.trees import member
 from lora_state_format.io.files import Files, PooledFile, is_plain
 from lora_state_format.io.folders import new_folder
 from lora_state_format.io.ledger import Ledger
+from lora_state_format.io.safetensors import Header, read_header
 from lora_state_format.model.dtypes import item_size
-from lora_state_format.model.sources import File, Range, Source
+from lora_state_format.model.sources import File, Memory, Range, Source
 from lora_state_format.model.states import Scalar
 from lora_state_format.model.tensors import Box, Piece, Tensor, is_tiling
 
@@ -33,6 +35,12 @@ __all__ = ["METADATA", "Folder", "is_folder", "metadata", "open_folder", "write_
 
 METADATA: Final = ".metadata"
 MAX_DIMENSIONS: Final = 64
+
+ZSTD: Final = "stream.zstd/1"
+"""How ``torch.distributed.checkpoint._extension`` calls its compression."""
+
+ARCHIVE: Final = 1 << 16
+"""Bytes that an archive may have beside its tensor's own."""
 
 
 @dataclass(frozen=True)
@@ -91,13 +99,13 @@ def open_folder(path: Path) -> Folder:
     meta = path / METADATA
     if not meta.is_file():
         raise FileError("missing: without it nothing says what the other files hold", path=meta)
+    files = Files(path)
     root = pickles.load_plain(metadata(path), meta)
     described = _state(root, "state_dict_metadata", dict, meta)
     paths = _fields(root, meta).get("planner_data")
     if not isinstance(paths, (dict, NoneType)):
         raise FileError(f"has a {type(paths).__name__} for its paths, where a dict is expected", path=meta)
     paths = paths or {}
-    files = Files()
     try:
         chunks = _chunks(_state(root, "storage_data", dict, meta), files, meta)
         entries = {}
@@ -114,25 +122,85 @@ def open_folder(path: Path) -> Folder:
     return Folder(entries, files)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass
+class _Data:
+    """A data file: its safetensors part, where it has one, and the item that was decompressed last."""
+
+    file: PooledFile
+    archives: int = 0
+    inflated: tuple[Any, Any] = (None, None)
+    header: Header | None = None
+
+    def tensor(self, key: str) -> Tensor | None:
+        """Return a tensor of the safetensors part, which stands behind the archives of the values."""
+        if self.header is None:
+            self.header = read_header(_Part(self.file, self.archives, self.file.size - self.archives))
+        return self.header.tensor(key) if key in self.header.entries else None
+
+
+class _Part(Range):
+    """A part of a file, which is a file of its own."""
+
+    def __init__(self, file: PooledFile, start: int, size: int) -> None:
+        super().__init__(file, start, size)
+        self.path = file.path
+
+    def read(self, offset: int, size: int) -> bytearray:
+        buffer = bytearray(size)
+        self.readinto(offset, memoryview(buffer))
+        return buffer
+
+
+@dataclass(frozen=True, slots=True, eq=False)
 class _Place:
-    """Where an item's archive lies."""
+    """Where an item's archive lies, and how it was transformed."""
 
     key: str
-    file: PooledFile
+    data: _Data
     offset: int
     length: int
     alike: dict[bytes, pickles.Pickled]
+    compressed: bool
 
-    def value(self) -> Any:
+    @property
+    def file(self) -> PooledFile:
+        return self.data.file
+
+    def value(self, most: int) -> Any:
+        """Return the value; ``most`` is how many bytes its archive may have, uncompressed."""
+        source: Source = Range(self.file, self.offset, self.length)
         try:
-            return pickles.load(Range(self.file, self.offset, self.length), self.file.path, alike=self.alike).value
+            if self.compressed:
+                source = Memory(_inflated(source, most))
+            elif pickles.container(source) is None and (tensor := self.data.tensor(self.key)) is not None:
+                return tensor
+            return pickles.load(source, self.file.path, alike=None if self.compressed else self.alike).value
         except RefusedError:
             raise
         except FileError as error:
             raise FileError(
                 f"the item '{self.key}' at byte {self.offset}: {error.detail}", path=self.file.path
             ) from None
+
+
+def _inflated(source: Source, most: int) -> bytes:
+    """Return what was compressed with Zstandard; more than ``most`` bytes are an error, not read."""
+    try:
+        import zstandard
+    except ImportError as error:
+        raise MissingDependencyError(
+            "the checkpoint is compressed with Zstandard: pip install 'lora_state_format[zstd]'"
+        ) from error
+    data = bytearray(source.size)
+    source.readinto(0, memoryview(data))
+    try:
+        with zstandard.ZstdDecompressor(max_window_size=1 << 27).stream_reader(bytes(data)) as reader:
+            result: bytes = reader.read(most + 1)
+    except zstandard.ZstdError as error:
+        raise FileError(f"is not a Zstandard stream: {error}") from None
+    if len(result) > most:
+        raise FileError(f"unfolds to more than the {most} bytes that it can have")
+    return result
 
 
 class _Item:
@@ -161,19 +229,34 @@ class _Item:
         self.place.file.check_unchanged()
 
     def _source(self) -> Source:
-        """Return the archive's member, which states a CRC, if it is exactly the tensor in C order; else the tensor."""
-        if self._opened is None:
-            tensor = self.place.value()
-            if not isinstance(tensor, Tensor) or (tensor.dtype, tensor.shape) != (self.dtype, self.shape):
-                held = f"{tensor.dtype} {list(tensor.shape)}" if isinstance(tensor, Tensor) else type(tensor).__name__
-                raise FileError(
-                    f"{self.name} is {held}, where .metadata says {self.dtype} {list(self.shape)}",
-                    path=self.place.file.path,
-                )
-            run = tensor.runs[0] if tensor.runs and len(tensor.runs) == 1 else None
-            whole = run is not None and run.offset == 0 and run.source.size == self.size
-            self._opened = run.source if run is not None and whole else tensor
-        return self._opened
+        """Return the archive's member, which states a CRC, if it is exactly the tensor in C order; else the tensor.
+
+        Of what was compressed only one item is kept in memory.
+        """
+        if self._opened is not None:
+            return self._opened
+        data = self.place.data
+        if data.inflated[0] is self:
+            kept: Source = data.inflated[1]
+            return kept
+        opened = self._open()
+        if self.place.compressed:
+            data.inflated = self, opened
+        else:
+            self._opened = opened
+        return opened
+
+    def _open(self) -> Source:
+        tensor = self.place.value(self.size + ARCHIVE)
+        if not isinstance(tensor, Tensor) or (tensor.dtype, tensor.shape) != (self.dtype, self.shape):
+            held = f"{tensor.dtype} {list(tensor.shape)}" if isinstance(tensor, Tensor) else type(tensor).__name__
+            raise FileError(
+                f"{self.name} is {held}, where .metadata says {self.dtype} {list(self.shape)}",
+                path=self.place.file.path,
+            )
+        run = tensor.runs[0] if tensor.runs and len(tensor.runs) == 1 else None
+        whole = run is not None and run.offset == 0 and run.source.size == self.size
+        return run.source if run is not None and whole else tensor
 
 
 def _fields(record: Any, path: object) -> Mapping[str, Any]:
@@ -197,21 +280,25 @@ def _state(record: Any, key: str, kind: Any, path: object) -> Any:
 def _chunks(storage: Mapping[Any, Any], files: Files, path: Path) -> dict[str, dict[tuple[int, ...] | None, _Place]]:
     """Return every chunk's place by the entry's key and the chunk's offsets."""
     found: dict[str, dict[tuple[int, ...] | None, _Place]] = {}
-    opened: dict[str, PooledFile] = {}
+    opened: dict[str, _Data] = {}
     alike: dict[bytes, pickles.Pickled] = {}
     room: dict[PooledFile, int] = {}
+    spans: dict[PooledFile, list[tuple[int, int, str]]] = {}
     for index, info in storage.items():
         key = _state(index, "fqn", str, path)
         offsets = _fields(index, path).get("offset")
-        if _fields(info, path).get("transform_descriptors"):
+        transforms = _fields(info, path).get("transform_descriptors") or []
+        if transforms not in ([], [ZSTD]):
             raise RefusedError(
-                f"'{key}' is stored transformed ({_fields(info, path)['transform_descriptors']})", path=path
+                f"'{key}' is stored transformed ({transforms}), where '{ZSTD}' alone is read: load it with torch and "
+                "save it without the extension",
+                path=path,
             )
         start, length = _state(info, "offset", int, path), _state(info, "length", int, path)
         name = _state(info, "relative_path", str, path)
         if name not in opened:
-            opened[name] = _file(name, files, path)
-        file = opened[name]
+            opened[name] = _Data(_file(name, files, path))
+        file = opened[name].file
         if start < 0 or length < 0 or start + length > file.size:
             raise FileError(
                 f"is cut short: {file.size} bytes, where .metadata places '{key}' at {start} to {start + length}",
@@ -220,10 +307,22 @@ def _chunks(storage: Mapping[Any, Any], files: Files, path: Path) -> dict[str, d
         room[file] = room.get(file, file.size) - length
         if room[file] < 0:  # else a small file would unfold to any number of values
             raise FileError(f"places more in {file.path.name} than its {file.size} bytes", path=path)
+        spans.setdefault(file, []).append((start, length, key))
         where = None if offsets is None else _naturals(offsets, path)
         if where in found.setdefault(key, {}):
             raise FileError(f"has two chunks of '{key}' at {where}", path=path)
-        found[key][where] = _Place(key, file, start, length, alike)
+        if where is None:
+            opened[name].archives = max(opened[name].archives, start + length)
+        found[key][where] = _Place(key, opened[name], start, length, alike, bool(transforms))
+    for file, listed in spans.items():
+        for (start, length, key), (following, _, other) in pairwise(sorted(listed)):
+            # The places of safetensors items mean nothing: torch writes them before it knows where the items will be.
+            if start + length > following and pickles.container(Range(file, start, length)) is not None:
+                raise FileError(
+                    f"places '{other}' at byte {following} of {file.path.name}, inside '{key}' ({start} to "
+                    f"{start + length})",
+                    path=path,
+                )
     return found
 
 
@@ -231,9 +330,10 @@ def _file(name: str, files: Files, metadata: Path) -> PooledFile:
     if not all(map(is_plain, name.split("/"))):
         raise RefusedError(f"points at a file outside the folder: {name!r}", path=metadata)
     path = metadata.parent / name
-    if not path.is_file():
-        raise FileError("missing: .metadata says that it holds a part of the state", path=path)
-    return files[path]
+    try:
+        return files[path]
+    except FileNotFoundError:
+        raise FileError("missing: .metadata says that it holds a part of the state", path=path) from None
 
 
 def _entry(key: str, described: Any, places: Mapping[tuple[int, ...] | None, _Place], path: object) -> Any:
@@ -242,7 +342,7 @@ def _entry(key: str, described: Any, places: Mapping[tuple[int, ...] | None, _Pl
     if described.name == "BytesStorageMetadata":
         if list(places) != [None]:
             raise FileError(f"has {len(places)} places for '{key}', which is one value", path=path)
-        return places[None].value()
+        return places[None].value(pickles.MAX_PICKLE)
     dtype = _dtype(_state(described, "properties", Record, path), path)
     shape = _naturals(_state(described, "size", (list, tuple), path), path)
     pieces = []

@@ -7,13 +7,14 @@ DeepSpeed's universal checkpoints, as patterns of names (``checkpoint/ds_to_univ
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from math import prod
 from pathlib import Path
 from typing import Any, Final
 
-from lora_state_format.errors import FileError, RefusedError
+from lora_state_format.errors import FileError, RefusedError, Remedy
 from lora_state_format.foreign import pickles
 from lora_state_format.foreign.masters import SAMPLE, elements
 from lora_state_format.io.files import Files, is_plain
@@ -71,8 +72,10 @@ def tag_folder(path: Path, holds: Callable[[Path], bool]) -> Path | None:
     if latest.is_file() and latest.stat().st_size < 1024:
         tag = latest.read_text(errors="replace").strip()
         inner = [path / tag] if is_plain(tag) else []
-    elif len(folders := [entry for entry in path.iterdir() if entry.is_dir() and holds(entry)]) == 1:
-        inner = folders
+    else:
+        with os.scandir(path) as entries:  # which knows folders without asking for each of ten thousand files
+            folders = [folder for entry in entries if entry.is_dir() and holds(folder := Path(entry.path))]
+        inner = folders if len(folders) == 1 else []
     return next((folder for folder in (path, *inner) if folder.is_dir() and holds(folder)), None)
 
 
@@ -215,9 +218,14 @@ def slices_of(count: int, model: Mapping[str, Any], chosen: object, path: Path) 
         patterns = PATTERNS[chosen] if chosen in PATTERNS else read_json_object(Path(chosen))
     if count > 1 and not isinstance(patterns, Mapping):
         raise RefusedError(
-            f"written by {count} tensor-parallel ranks, and nothing says which axis their slices were cut along: "
-            f"--option slices={'|'.join(PATTERNS)}, or a JSON file with the patterns of universal_checkpoint_info",
+            f"written by {count} tensor-parallel ranks, and nothing says which axis their slices were cut along; "
+            f"known are those of {', '.join(PATTERNS)}",
             path=path,
+            remedy=Remedy(
+                "pass {options}: the name of a model family, or a JSON file with the patterns of "
+                "universal_checkpoint_info",
+                {"options": {"slices": ...}},
+            ),
         )
     return Slices(count, patterns if isinstance(patterns, Mapping) else {}, path)
 

@@ -18,7 +18,7 @@ from lora_state_format.model.sources import File
 from lora_state_format.model.states import Weights
 from lora_state_format.model.tensors import Tensor
 
-__all__ = ["in_tree", "next_to", "read_weights"]
+__all__ = ["in_tree", "next_to", "read_weights", "weights_at"]
 
 STANDARD: Final = (
     "adapter_model.safetensors",
@@ -59,12 +59,12 @@ def _tensors(tree: Any) -> dict[str, Tensor]:
     return {key: value for key, value in tree.items() if isinstance(key, str) and isinstance(value, Tensor)}
 
 
-def in_tree(tree: Any, where: str = "", *, own: bool = True) -> tuple[Weights, ...]:
+def in_tree(tree: Any, where: str = "") -> tuple[Weights, ...]:
     """Return every mapping of names to tensors in a checkpoint's tree, but for the optimizers' state dicts.
 
     ``where`` is what the tree itself is called.
     """
-    return tuple(replace(found, own=own) for found in _search(tree, (where,) if where else (), {}))
+    return tuple(_search(tree, (where,) if where else (), {}))
 
 
 def _search(node: Any, path: tuple[str, ...], seen: dict[int, Any]) -> Iterator[Weights]:
@@ -104,19 +104,36 @@ def next_to(path: Path, files: Files) -> tuple[list[tuple[Weights, ...]], list[s
     return tiers, skipped
 
 
+def weights_at(path: Path, files: Files) -> tuple[Weights, ...]:
+    """Return what may be a model in a file of weights, or in the first such file of a folder.
+
+    Raises ``FileError`` for a file that cannot be read or holds none, and ``FileNotFoundError`` for such a folder.
+    """
+    if path.is_dir():
+        path = next((path / name for name in STANDARD if (path / name).is_file()), path / STANDARD[0])
+    found = _opened(path, files)
+    if not found:
+        raise FileError("holds no tensors under names", path=path)
+    return found
+
+
 def _read(path: Path, files: Files, skipped: list[str], *, own: bool = True) -> tuple[Weights, ...]:
     """Return what may be a model in a file; where it cannot be read, say so in ``skipped`` and return nothing."""
     try:
-        if path.suffix == ".json":
-            parts = _parts(path)
-            tensors = {key: tensor for part in parts for key, tensor in read_weights(part, files).items()}
-            return (Weights(path.name, tensors, ordered=all(part.suffix != ".safetensors" for part in parts)),)
-        if path.suffix == ".safetensors":
-            return (Weights(path.name, read_weights(path, files), own=own),)
-        return in_tree(pickles.load(files[path], path).value, path.name, own=own)
+        return tuple(replace(found, own=own) for found in _opened(path, files))
     except (FileError, OSError) as error:
         skipped.append(f"{error}; it was skipped")
         return ()
+
+
+def _opened(path: Path, files: Files) -> tuple[Weights, ...]:
+    if path.suffix == ".json":
+        parts = _parts(path)
+        tensors = {key: tensor for part in parts for key, tensor in read_weights(part, files).items()}
+        return (Weights(path.name, tensors, ordered=all(part.suffix != ".safetensors" for part in parts)),)
+    if path.suffix == ".safetensors":
+        return (Weights(path.name, read_weights(path, files)),)
+    return in_tree(pickles.load(files[path], path).value, path.name)
 
 
 def _parts(path: Path) -> list[Path]:

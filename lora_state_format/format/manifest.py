@@ -46,7 +46,7 @@ __all__ = [
 
 FORMAT: Final = "named-optimizer-state"
 
-VERSION: Final = (1, 1)
+VERSION: Final = (1, 0)
 
 GLOBALS: Final = "$globals"
 
@@ -54,15 +54,11 @@ HEX: Final = re.compile(r"[0-9a-f]{32}")
 
 _NULL: Final = type(None)
 
-LAYOUTS: Final = "layouts"
-"""The member that version 1.1 added: how opaque tensors lie in memory, by tensor key."""
-
 MEMBERS: Final[Mapping[str, Mapping[str, tuple[type, ...]]]] = {
     "manifest": {
         "format": (str,), "version": (str,), "optimizers": (list,), "groups": (list,), "parameters": (list,),
         "states": (list,), "naming": (dict,), "digests": (dict,), "globals": (dict,), "origin": (dict,),
         "extra": (dict,), "extensions": (dict,), "global_step": (int,), "weights": (dict,), "set": (dict,),
-        LAYOUTS: (dict,),
     },
     "optimizers": {"class": (str, _NULL), "id": (str,)},
     "groups": {"optimizer": (int,), "count": (int,), "options": (list,), "name": (str,)},
@@ -157,7 +153,7 @@ def encode(state: OptimizerState, shard: ShardOf | None = None) -> Manifest:
             entry["state"] = numbers.setdefault(text, len(numbers))
         parameters.append(entry)
     members: dict[str, Any] = {
-        "version": "1.0",
+        "version": "{}.{}".format(*VERSION),
         **state.unknown,
         "format": FORMAT,
         "optimizers": [{"class": o.class_path, **_given(id=o.id)} for o in state.optimizers],
@@ -172,10 +168,6 @@ def encode(state: OptimizerState, shard: ShardOf | None = None) -> Manifest:
     }
     if state.globals:
         members["globals"] = tree_of(GLOBALS, state.globals, "the global state")
-    layouts = {key: list(slot.order) for key, slot in tensors.items() if slot.order is not None}
-    if layouts:
-        members[LAYOUTS] = layouts
-        members["version"] = state.unknown.get("version", "1.1")
     for name, value in (("origin", state.origin), ("extra", state.extra), ("extensions", state.extensions)):
         if value:
             members[name] = encode_value(value, name, None)
@@ -250,25 +242,17 @@ class _Tree(NamedTuple):
 class SlotTree(Mapping[str, Value]):
     """A parameter's slots: those of the shared tree, each made for this parameter when it is first asked for."""
 
-    __slots__ = ("_layouts", "_made", "_owner", "_shared", "_tensor")
+    __slots__ = ("_made", "_owner", "_shared", "_tensor")
 
-    def __init__(
-        self,
-        owner: str,
-        shared: dict[str, Value],
-        tensor: Callable[[str], Tensor],
-        layouts: Mapping[str, tuple[int, ...]],
-    ) -> None:
+    def __init__(self, owner: str, shared: dict[str, Value], tensor: Callable[[str], Tensor]) -> None:
         self._owner = owner
         self._shared = shared
         self._tensor = tensor
-        self._layouts = layouts
         self._made: dict[str, Value] = {}
 
     def _own(self, value: Value) -> Value:
         if isinstance(value, _Blank):
-            key = tensor_key(self._owner, value.label)
-            return Slot(self._tensor(key), value.role, self._layouts.get(key))
+            return Slot(self._tensor(tensor_key(self._owner, value.label)), value.role)
         if isinstance(value, dict):
             return {key: self._own(item) for key, item in value.items()}
         if isinstance(value, (list, tuple)):
@@ -320,14 +304,13 @@ def decode(
     unknown = reader.members(members, strict=minor <= VERSION[1])
     naming = members["naming"]
     shared = _tree(reader, "manifest.globals", members.get("globals", {}))
-    layouts = _decode_layouts(reader, members, minor)
-    parameters = _decode_parameters(reader, members, shared.labels, stored, tensor, layouts)
+    parameters = _decode_parameters(reader, members, shared.labels, stored, tensor)
     state = OptimizerState(
         optimizers=tuple(Optimizer(item["class"], item.get("id")) for item in members["optimizers"]),
         groups=_decode_groups(reader, members, len(parameters)),
         parameters=parameters,
         naming=Naming(naming["source"], naming.get("rule"), reader.mapping(naming, "details", "naming")),
-        globals=SlotTree(GLOBALS, shared.value, tensor, layouts),
+        globals=SlotTree(GLOBALS, shared.value, tensor),
         origin=reader.mapping(members, "origin"),
         extra=reader.mapping(members, "extra"),
         extensions=_decode_extensions(reader, members),
@@ -488,7 +471,6 @@ def _decode_parameters(
     shared: list[tuple[str, Role]],
     stored: Mapping[str, Shaped],
     tensor: Callable[[str], Tensor],
-    layouts: Mapping[str, tuple[int, ...]],
 ) -> tuple[Parameter, ...]:
     trees = [_tree(reader, f"states[{index}]", tree) for index, tree in enumerate(members["states"])]
     weights = _decode_weights(reader, members)
@@ -509,7 +491,7 @@ def _decode_parameters(
                 raise reader.fail(f"parameters[{index}].state is {number}, the table holds {len(trees)}", "R16")
             owners.append((name, trees[number].labels))
             _check_tensors(reader, *owners[-1], shape, stored)
-            state = SlotTree(name, trees[number].value, tensor, layouts)
+            state = SlotTree(name, trees[number].value, tensor)
         parameters.append(
             Parameter(
                 name,
@@ -524,8 +506,6 @@ def _decode_parameters(
             )
         )
     _check_tensors(reader, GLOBALS, shared, None, stored)
-    if layouts:
-        _check_layouts(reader, layouts, owners, stored)
     check_names(parameters, path=reader.path)
     # Names and labels differ, so no tensor was found twice, and a count tells whether all were found.
     if sum(len(labels) for _, labels in owners) != len(stored):
@@ -533,34 +513,6 @@ def _decode_parameters(
         key = next(key for key in stored if key not in named)
         raise reader.fail(f"tensor {key!r} is in the header, not in the manifest", "R17")
     return tuple(parameters)
-
-
-def _decode_layouts(reader: _ManifestReader, members: dict[str, Any], minor: int) -> dict[str, tuple[int, ...]]:
-    """Return the order of axes in memory by tensor key, as the member that version 1.1 added states it (R27)."""
-    found = members.get(LAYOUTS, {})
-    if found and not minor:
-        raise reader.fail(f"manifest has the member {LAYOUTS!r}, which version 1.0 does not have", "R12")
-    for key, axes in found.items():
-        if not isinstance(axes, list) or not {*map(type, axes)} <= {int} or sorted(axes) != [*range(len(axes))]:
-            raise reader.fail(f"layouts of {key!r} is {show(axes)}, expected each axis once", "R27")
-        if axes == sorted(axes):
-            raise reader.fail(f"layouts of {key!r} is the order that tensors without one have", "R27")
-    return {key: tuple(axes) for key, axes in found.items()}
-
-
-def _check_layouts(
-    reader: _ManifestReader,
-    layouts: Mapping[str, tuple[int, ...]],
-    owners: list[tuple[str, list[tuple[str, Role]]]],
-    stored: Mapping[str, Shaped],
-) -> None:
-    """Check that layouts are of opaque tensors of the file, and have an axis for each of theirs (R27)."""
-    opaque = {tensor_key(owner, label) for owner, labels in owners for label, role in labels if role is Role.OPAQUE}
-    for key, axes in layouts.items():
-        if key not in opaque:
-            raise reader.fail(f"layouts names {key!r}, which is not an opaque tensor of the file", "R27")
-        if len(axes) != len(stored[key].shape):
-            raise reader.fail(f"layouts of {key!r} has {len(axes)} axes, the tensor {len(stored[key].shape)}", "R27")
 
 
 def _check_parameter(reader: _ManifestReader, item: dict[str, Any], index: int) -> None:

@@ -26,8 +26,8 @@ from lora_state_format.format.envelope import (
     set_id,
     stated_digest,
 )
-from lora_state_format.format.group_tensors import unstowed
 from lora_state_format.format.manifest import NESTED, ShardOf, check_names, decode, decode_digests, encode
+from lora_state_format.format.stowing import unstowed
 from lora_state_format.io.remote import exists, open_file, version_of
 from lora_state_format.io.safetensors import Header, parse_header, raw_header
 from lora_state_format.io.strict_json import dumps
@@ -85,8 +85,12 @@ def open_state(path: str | os.PathLike[str]) -> OptimizerState:
     """Return the state in a file, or in the set whose index is next to the path. Tensors are read on request.
 
     The header's digest is checked, every rule of the format too; the tensors' digests are checked by ``verify`` and by
-    whatever copies or loads them. Raises ``FileError`` for a broken rule, ``DigestError`` for a header that was
-    changed, ``FileNotFoundError``.
+    whatever copies or loads them.
+
+    Raises:
+        FileError: A rule of the format is broken; its ``rule`` says which.
+        DigestError: The header was changed after it was written.
+        FileNotFoundError: There is no such file.
     """
     return unstowed(_open(Path(path))[0])
 

@@ -28,8 +28,8 @@ from lora_state_format.format.envelope import (
     set_id,
     stated_digest,
 )
-from lora_state_format.format.group_tensors import stowed
 from lora_state_format.format.manifest import FORMAT, Manifest, ShardOf, check_names, encode
+from lora_state_format.format.stowing import stowed
 from lora_state_format.io import plain
 from lora_state_format.io.atomic import TemporaryFile, check_target, locked, sync_folder
 from lora_state_format.io.ledger import Ledger
@@ -89,10 +89,21 @@ def write(
     """Write a state as one file, or as a set of shards where it would not fit into one.
 
     The target appears whole or not at all: bytes go to a temporary file in the same folder, are synced, and renamed.
-    Equal states give equal bytes. ``max_shard_size`` is in bytes of tensors; a new shard also starts at 16 MiB of
-    header. ``progress`` is told the bytes written since it was last called. Raises ``TargetExistsError`` unless
-    ``force``, ``UnrepresentableError`` for a value that the format cannot hold, ``FileError`` for a damaged or changing
-    source, ``DigestError`` for a tensor that no longer matches its file's digest, ``OSError``.
+    Equal states give equal bytes.
+
+    Args:
+        state: The state; its tensors are read once, in chunks.
+        path: The file to write. A set is written as shards next to it, with an index.
+        force: Replace a state that is there.
+        max_shard_size: Bytes of tensors in a shard at most; a new shard also starts at 16 MiB of header.
+        progress: Called with the bytes written since its last call.
+
+    Raises:
+        TargetExistsError: Something is at the path, and ``force`` is false.
+        UnrepresentableError: The format cannot hold a value.
+        FileError: A source is damaged, or changed while it was read.
+        DigestError: A tensor no longer matches the digest in the file that it comes from.
+        OSError: The system refused.
     """
     path = Path(path)
     check_path(path, force)

@@ -40,8 +40,8 @@ def with_named_state(
     the weights with the state; ``keep_last`` is that of ``save_optimizer``.
 
     ``load_state`` binds by name, with the ``policies`` of ``load_optimizer``, after it has loaded everything else. A
-    folder without named state is loaded as accelerate does it, with a warning. With ``options={"lr": "current"}`` the run
-    goes on with the rate and the schedulers that were prepared, from the step that it had reached.
+    folder without named state is loaded as accelerate does it, with a warning. With ``options={"lr": "current"}`` the
+    run goes on with the rate and the schedulers that were prepared, from the step that it had reached.
 
     Optimizers that FSDP or DeepSpeed's ZeRO shards are saved and loaded by all processes together, and go into another
     number of processes. DeepSpeed keeps weights and optimizer in one checkpoint of its own, which it goes on writing;

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import os
-import shutil
+import contextlib
 from pathlib import Path
 from typing import Any, Final
 
 from lora_state_format.errors import OptionError
+from lora_state_format.foreign.elsewhere import LIGHTNING, beside, is_lightning
 from lora_state_format.format.envelope import is_state
+from lora_state_format.format.rotation import remove_states
 from lora_state_format.torch import load_optimizer, load_scheduler, save_optimizer
 from lora_state_format.torch.schedules import rate_of
 
@@ -25,8 +26,6 @@ __all__ = ["NamedState"]
 
 STATES: Final = "optimizer_states"
 SCHEDULERS: Final = "lr_schedulers"
-ELSEWHERE: Final = [{"state": {}, "param_groups": [], "named_state": "beside this file"}]
-"""What a ``.ckpt`` has in place of its optimizers. Loading it without the callback is an error, not a cold start."""
 
 
 class NamedState(Callback):  # type: ignore[misc]
@@ -83,9 +82,17 @@ class NamedState(Callback):  # type: ignore[misc]
         """Remember the checkpoint that the run resumes, and the states of its schedulers."""
         self._resumed = path, schedulers
 
+    @property
+    def state_key(self) -> str:
+        """What Lightning calls this callback where a run resumes without it."""
+        return (
+            "lora_state_format.integrations.lightning.NamedState, which keeps the optimizers in NAME.training_state "
+            "next to NAME.ckpt"
+        )
+
     def state_dict(self) -> dict[str, Any]:
-        """Return something, so that Lightning names this callback where a run resumes without it."""
-        return {"optimizers": "in the folder NAME.training_state next to NAME.ckpt"}
+        """Return something, so that Lightning looks for this callback when a run resumes."""
+        return {"optimizers": "by name"}
 
     def _named(self, trainer: Any) -> Any:
         module = trainer.lightning_module
@@ -102,14 +109,14 @@ class _Beside(CheckpointIO):  # type: ignore[misc]
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
         if STATES in checkpoint:
-            self._callback.save(self._trainer, _beside(path))
-            checkpoint = {**checkpoint, STATES: ELSEWHERE}
+            self._callback.save(self._trainer, beside(path))
+            checkpoint = {**checkpoint, STATES: LIGHTNING}
         self.inner.save_checkpoint(checkpoint, path, storage_options=storage_options)
 
     def load_checkpoint(self, path: Any, *arguments: Any, **options: Any) -> dict[str, Any]:
         checkpoint: dict[str, Any] = self.inner.load_checkpoint(path, *arguments, **options)
-        if checkpoint.get(STATES) == ELSEWHERE:
-            state = _beside(path)
+        if is_lightning(checkpoint.get(STATES)):
+            state = beside(path)
             if not is_state(state):
                 raise FileNotFoundError(
                     f"{state}: no such file; the optimizers of {path} were saved there. Copy or rename the folder "
@@ -121,13 +128,11 @@ class _Beside(CheckpointIO):  # type: ignore[misc]
 
     def remove_checkpoint(self, path: Any) -> None:
         self.inner.remove_checkpoint(path)
-        shutil.rmtree(_beside(path).parent, ignore_errors=True)
+        state = beside(path)
+        if state.parent.is_dir():
+            remove_states([state])
+            with contextlib.suppress(OSError):  # what is not ours stays, and so does its folder
+                state.parent.rmdir()
 
     def teardown(self) -> None:
         self.inner.teardown()
-
-
-def _beside(path: str | os.PathLike[str]) -> Path:
-    """Return where the optimizers of a checkpoint are; a link to one (``save_last="link"``) has those of its target."""
-    name = os.path.realpath(path) if os.path.islink(path) else os.fspath(path)
-    return Path(name.removesuffix(".ckpt") + ".training_state", "optimizer.safetensors")

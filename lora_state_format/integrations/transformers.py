@@ -12,6 +12,7 @@ from typing import Any, Final, TypeVar
 import torch
 
 from lora_state_format.errors import OptionError
+from lora_state_format.foreign.elsewhere import TRAINER
 from lora_state_format.format.envelope import is_state
 from lora_state_format.integrations import STATE
 from lora_state_format.torch import load_optimizer, load_scheduler, save_optimizer
@@ -31,16 +32,6 @@ METHODS: Final[Mapping[str, list[str]]] = {SAVE: ["output_dir"], LOAD: ["checkpo
 SCHEDULER: Final = "scheduler.pt"
 LEGACY: Final = "optimizer.pt"
 
-ELSEWHERE: Final = (
-    b"c this checkpoint keeps its optimizer in training_state/optimizer\n"
-    b"safetensors: resume it with lora_state_format.integrations.transformers.with_named_state(trainer)\n."
-)
-"""What ``drop_legacy`` leaves in place of ``optimizer.pt``: a pickle of nothing but a name.
-
-A plain Trainer would start cold without a word if there were no such file. torch refuses this one, and its error shows
-the name, which says where the optimizer is.
-"""
-
 
 def with_named_state(
     trainer: T, *, drop_legacy: bool = False, weights: bool = True, keep_last: int | None = None, **policies: Any
@@ -49,13 +40,14 @@ def with_named_state(
 
     Each ``checkpoint-N`` gets ``training_state/optimizer.safetensors``, before older checkpoints are removed and before
     anything is pushed. ``drop_legacy`` keeps the state out of ``optimizer.pt``, so that it is stored once; such a
-    checkpoint can be resumed by a trainer that went through this function only, and a plain one stops and says so. ``weights`` keeps digests of the weights with it.
+    checkpoint can be resumed by a trainer that went through this function only, and a plain one stops and says so.
+    ``weights`` keeps digests of the weights with it.
 
     ``trainer.train(resume_from_checkpoint=...)`` binds by name, with the ``policies`` of ``load_optimizer``: after
     groups, target modules or the adapter's name have changed, too. A checkpoint without names is bound by order, with a
     warning. Where a plain Trainer starts cold without a word, since a file is missing, this raises. With
-    ``options={"lr": "current"}`` the run goes on with the rate and the schedule of its own arguments, from the step that
-    it had reached.
+    ``options={"lr": "current"}`` the run goes on with the rate and the schedule of its own arguments, from the step
+    that it had reached.
 
     Under FSDP and DeepSpeed's ZeRO all processes save and load together, and a checkpoint goes into another number of
     them as far as the Trainer loads its weights there: under DeepSpeed it loads that one's own folder first, which is
@@ -82,7 +74,7 @@ def with_named_state(
             save(output_dir)
         elif owner.args.should_save:
             torch.save(owner.lr_scheduler.state_dict(), Path(output_dir, SCHEDULER))
-            Path(output_dir, LEGACY).write_bytes(ELSEWHERE)
+            Path(output_dir, LEGACY).write_bytes(TRAINER)
 
     def named_load(checkpoint: str | None) -> None:
         if checkpoint is None:

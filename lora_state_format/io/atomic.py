@@ -27,7 +27,9 @@ __all__ = [
     "locked",
     "made_folders",
     "move_new",
+    "naming",
     "refuse_existing",
+    "sweep_file",
     "sync",
     "sync_folder",
     "write_all",
@@ -150,7 +152,7 @@ class TemporaryFile:
         self._target = target
         with locked(target.parent):  # else another writer could sweep the file between its making and its locking
             if sweep:
-                _sweep(target)
+                sweep_file(target)
             self.path = target.with_name(f".{target.name}.{os.urandom(8).hex()}.tmp")
             # 0o666: the umask decides, as for any file that a program makes.
             self._descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
@@ -159,13 +161,13 @@ class TemporaryFile:
 
     def write(self, position: int, data: bytes | bytearray | memoryview) -> None:
         """Write bytes at a position."""
-        with _naming(self._target):
+        with naming(self._target):
             write_all(self._descriptor, data, position)
 
     def finish(self, header: bytes = b"") -> None:
         """Write the first bytes last, and wait until everything is on the disk."""
         self.write(0, header)
-        with _naming(self._target):
+        with naming(self._target):
             sync(self._descriptor)
 
     def commit(self, target: Path, *, force: bool) -> None:
@@ -208,7 +210,7 @@ def write_all(descriptor: int, data: bytes | bytearray | memoryview, position: i
 
 
 @contextlib.contextmanager
-def _naming(target: Path) -> Iterator[None]:
+def naming(target: Path) -> Iterator[None]:
     """Let an ``OSError`` name the target, which the user knows."""
     try:
         yield
@@ -216,7 +218,7 @@ def _naming(target: Path) -> Iterator[None]:
         raise OSError(error.errno, error.strerror, os.fspath(target)) from None
 
 
-def _sweep(target: Path) -> None:
+def sweep_file(target: Path) -> None:
     """Remove the temporary files of writers of ``target`` that no longer live."""
     pattern = re.compile(re.escape(f".{target.name}.") + TOKEN + r"\.tmp")
     for path in target.parent.iterdir():

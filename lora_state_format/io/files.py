@@ -41,16 +41,22 @@ def inside(folder: Path, name: object, source: object) -> Path:
 
 
 class Files:
-    """Files to read by position, of which only the ones used last are open."""
+    """Files to read by position, of which only the ones used last are open.
 
-    def __init__(self) -> None:
+    All that is read below each of ``folders`` has to be of the folder that is there now: a writer may put another one
+    in its place at any time, and files of two checkpoints would not be told apart by their names.
+    """
+
+    def __init__(self, *folders: Path) -> None:
         self._files: dict[Path, PooledFile] = {}
         self._open: OrderedDict[Path, File] = OrderedDict()
+        self._folders = {folder: _identity(folder) for folder in folders}
 
     def __getitem__(self, path: Path) -> PooledFile:
         """Return the file at a path. Raises ``FileNotFoundError``, and ``FileError`` for what is no regular file."""
         if path not in self._files:
             self._files[path] = PooledFile(path, self)
+            self._check_folders()
         return self._files[path]
 
     def opened(self, path: Path) -> File:
@@ -60,15 +66,22 @@ class Files:
             file = self._open[path] = File(path)
             if path in self._files:
                 self._files[path].check_unchanged()
+                self._check_folders()
             if len(self._open) > MAX_OPEN:
                 self._open.popitem(last=False)[1].close()
         self._open.move_to_end(path)
         return file
 
     def check_unchanged(self) -> None:
-        """Raise ``FileError`` if a file's size or modification time is no longer what it was at first."""
+        """Raise ``FileError`` if a file's size or modification time, or what a folder is, is not as it was at first."""
+        self._check_folders()
         for file in self._files.values():
             file.check_unchanged()
+
+    def _check_folders(self) -> None:
+        for folder, identity in self._folders.items():
+            if _identity(folder) != identity:
+                raise FileError("was replaced while it was read: read it again", path=folder)
 
     def close(self) -> None:
         """Close the files; they open again when they are read."""
@@ -83,10 +96,19 @@ class Files:
         self.close()
 
 
+def _identity(folder: Path) -> tuple[int, int] | None:
+    """Return what tells a folder from another one of its name."""
+    try:
+        status = folder.stat()
+    except FileNotFoundError:
+        return None
+    return status.st_dev, status.st_ino
+
+
 @contextlib.contextmanager
-def reading() -> Iterator[Files]:
+def reading(*folders: Path) -> Iterator[Files]:
     """Files that are closed if the block raises, and else left open for the tensors that read from them."""
-    files = Files()
+    files = Files(*folders)
     try:
         yield files
     except BaseException:

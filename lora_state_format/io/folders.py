@@ -28,6 +28,7 @@ from lora_state_format.io.atomic import (
     gathered,
     locked,
     move_new,
+    naming,
     refuse_existing,
     sync,
     sync_folder,
@@ -44,7 +45,8 @@ HEAD: Final = b"lora_state_format: files that a writer may have left behind\n"
 class NewFolder:
     """A folder that is being written, next to its target."""
 
-    def __init__(self, journal: _Journal) -> None:
+    def __init__(self, target: Path, journal: _Journal) -> None:
+        self._target = target
         self.path = journal.folder
         self.path.mkdir()
         self._journal = journal
@@ -75,9 +77,11 @@ class NewFolder:
         try:
             position = 0
             for chunk in gathered(chunks):
-                write_all(descriptor, chunk, position)
+                with naming(self._target):
+                    write_all(descriptor, chunk, position)
                 position += len(chunk)
-            sync(descriptor)
+            with naming(self._target):
+                sync(descriptor)
         finally:
             os.close(descriptor)
 
@@ -110,7 +114,7 @@ def new_folder(target: Path, *, force: bool, replaces: Collection[str] = ()) -> 
         _sweep(target)
         journal = _Journal(target)
     with journal:
-        folder = NewFolder(journal)
+        folder = NewFolder(target, journal)
         yield folder
         folder.sync()
         with locked(target.parent):

@@ -6,13 +6,13 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Final, NamedTuple, TypeAlias, cast
+from typing import Any, Final, NamedTuple, Protocol, TypeAlias, cast
 
 from lora_state_format.errors import FileError
 from lora_state_format.io.strict_json import dumps, loads
 from lora_state_format.model.dtypes import BITS
 from lora_state_format.model.gc import paused
-from lora_state_format.model.sources import File
+from lora_state_format.model.sources import Source
 from lora_state_format.model.tensors import Digest, Tensor, contiguous
 
 __all__ = ["MAX_DIMENSIONS", "Entry", "Header", "read_header"]
@@ -30,6 +30,17 @@ MAX_ELEMENTS: Final = 2**53 - 1
 
 Raw: TypeAlias = "bytes | bytearray"
 """The length and the header."""
+
+
+class Readable(Source, Protocol):
+    """A file, or a part of one that is a safetensors file of its own."""
+
+    @property
+    def path(self) -> object:
+        """What messages call it."""
+
+    def read(self, offset: int, size: int) -> bytearray:
+        """Return ``size`` bytes from ``offset`` on."""
 
 
 class Entry(NamedTuple):
@@ -57,7 +68,7 @@ class Header:
     metadata: Mapping[str, str]
     entries: Mapping[str, Entry]
     size: int
-    file: File
+    file: Readable
 
     @cached_property
     def tensors(self) -> dict[str, Tensor]:
@@ -73,7 +84,7 @@ class Header:
 # --- a header -----------------------------------------------------------------------------------------------------
 
 
-def read_header(file: File, *, foreign: bool = False) -> Header:
+def read_header(file: Readable, *, foreign: bool = False) -> Header:
     """Return the header of any safetensors file, strictly read. Raises ``FileError`` with the broken rule.
 
     ``foreign`` takes ``"__metadata__":null`` too, as MLX writes it.
@@ -81,7 +92,7 @@ def read_header(file: File, *, foreign: bool = False) -> Header:
     return parse_header(raw_header(file), file, foreign=foreign)
 
 
-def raw_header(file: File) -> Raw:
+def raw_header(file: Readable) -> Raw:
     """Return the length and the header (R1)."""
 
     def fail(detail: str) -> FileError:
@@ -97,7 +108,7 @@ def raw_header(file: File) -> Raw:
     return file.read(0, 8 + length)
 
 
-def parse_header(raw: Raw, file: File, *, foreign: bool = False) -> Header:
+def parse_header(raw: Raw, file: Readable, *, foreign: bool = False) -> Header:
     def fail(detail: str, rule: str) -> FileError:
         return FileError(detail, path=file.path, rule=rule)
 

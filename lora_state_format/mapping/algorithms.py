@@ -34,6 +34,7 @@ __all__ = [
     "RuleLayout",
     "check_alike",
     "choose",
+    "find",
     "group_options",
     "is_zero",
     "layout_of",
@@ -174,7 +175,7 @@ def choose(
             f"{where} holds {_listed(held)}, and the file does not name its optimizer; it fits {fit}",
             remedy=Remedy("pass the right one as {optimizer}", {"optimizer": ...}),
         )
-    algorithm = _find(name)
+    algorithm = find(name)
     layout = next((layout for layout in fitting if layout.rule == algorithm.name), None)
     if layout is None:
         raise OptionError(f"{where} holds {_listed(held)}, which is not the state of {algorithm.name}; it fits {fit}")
@@ -196,14 +197,15 @@ def of_state(state: OptimizerState, name: str | None) -> Algorithm:
                 "the state does not name its optimizer's class",
                 remedy=Remedy("pass it as {optimizer}", {"optimizer": ...}),
             )
-        return _find(name)
+        return find(name)
     try:
-        return _find(class_path)
+        return find(class_path)
     except OptionError as error:
         raise UnrepresentableError(str(error)) from None
 
 
-def _find(name: str) -> Algorithm:
+def find(name: str) -> Algorithm:
+    """Return the rule called ``name``, or of the class of that path. Raises ``OptionError`` for any other."""
     for algorithm in ALGORITHMS:
         if name == algorithm.name or _ends(name) == _ends(algorithm.class_path):
             return algorithm

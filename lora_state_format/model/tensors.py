@@ -348,9 +348,9 @@ def c_strides(shape: Sequence[int]) -> tuple[int, ...]:
 
 
 def memory_order(tensor: Tensor) -> tuple[int, ...] | None:
-    """Return the axes of a tensor from the slowest to the fastest in its source; ``None`` for C order, or with gaps.
+    """Return the axes of a tensor from the slowest to the fastest in its source; ``None`` for C order.
 
-    Axes of one element come first.
+    Axes of one element come first. Gaps between elements, as where it is a part of a larger tensor, do not count.
     """
     strides = tensor.pieces[0].strides if len(tensor.pieces) == 1 else None
     if strides is None or 0 in tensor.shape:
@@ -358,10 +358,7 @@ def memory_order(tensor: Tensor) -> tuple[int, ...] | None:
     sized = [axis for axis, size in enumerate(tensor.shape) if size > 1]
     units = [axis for axis, size in enumerate(tensor.shape) if size == 1]
     moving = sorted(sized, key=lambda axis: -strides[axis])
-    dense = c_strides([tensor.shape[axis] for axis in moving])
-    if moving == sized or dense != tuple(strides[axis] for axis in moving):
-        return None
-    return (*units, *moving)
+    return None if moving == sized else (*units, *moving)
 
 
 def _drop_units(shape: Sequence[int], strides: Sequence[int]) -> list[int]:

@@ -107,10 +107,15 @@ def weigh(
 ) -> Evidence:
     """Weigh the state's order against every exchange of two modules of equal shapes, and against whole other orders.
 
-    ``orders`` give the names as another order would have them, position by position; layers reversed, shifted by one
-    or sorted as text, and twins exchanged in every layer, are always tried. ``before`` are weights of an earlier step,
-    which give a full fine-tune a history; ``head_dim`` is the size of an attention head, without which nothing is
-    known of o where its heads share those of v. Other methods than LoRA are silent.
+    Layers reversed, shifted by one or sorted as text, and twins exchanged in every layer, are always tried. There is no
+    evidence about other adapters than LoRA's.
+
+    Args:
+        state: A named state.
+        weights: The parameters' values, by a name or a foreign name of theirs.
+        before: Their values at an earlier step, which give a full fine-tune a history.
+        orders: Label -> the names as another order would have them, position by position.
+        head_dim: The size of an attention head. It is needed for o where several of its heads share one of v.
     """
     units, balances, silent, notes = units_of(state, weights, before, head_dim)
     return judge(Table(units, balances), tuple(_orders(state, units, orders or {})), silent, notes)

@@ -26,7 +26,7 @@ from dataclasses import replace
 from itertools import chain, permutations
 from typing import Final, NamedTuple
 
-from lora_state_format.errors import AmbiguousOrderError, ConversionError, OptionError
+from lora_state_format.errors import AmbiguousOrderError, ConversionError, OptionError, Remedy
 from lora_state_format.model.states import Naming, OptimizerState, Parameter, PositionalState, Role, Slot, Value, walk
 from lora_state_format.model.tensors import Tensor
 from lora_state_format.naming.evidence import Evidence, weigh
@@ -43,6 +43,13 @@ SURE: Final = ("stated", "whole-model")
 
 INFERRED: Final = ("adapter", "configs", "checkpoint")
 """Sources of names that the weights overrule; a live model, a file of names and a forced rule they do not."""
+
+
+FORCE: Final = Remedy("force one with {rule}", {"rule": ...})
+
+FORCE_OR_WEIGH: Final = Remedy(
+    "force one with {rule}, or pass the weights that were saved with the state", {"rule": ...}
+)
 
 
 class ContradictedError(ConversionError):
@@ -103,13 +110,38 @@ def decide(
 
     chosen, state, evidence = _settled(found, first, weighed, has_weights=bool(weights))
     if evidence and evidence.verdict == "contradicted" and rule in {None, "listed"} and source in INFERRED:
-        raise ContradictedError(_contradicted(evidence))
+        raise ContradictedError(
+            _contradicted(evidence),
+            remedy=Remedy(
+                "pass {names} in the optimizer's order, or force the order with {rule}", {"names": ..., "rule": ...}
+            ),
+        )
     details: dict[str, Value] = {
         "rules": list(chosen.rules),
         "interchangeable": interchangeable(chosen.parameters),
         **({"evidence": evidence.to_json()} if evidence else {}),
     }
     return replace(state, naming=Naming(source, chosen.rules[0], details))
+
+
+def grouped(parameters: Sequence[Parameter | Described], rule: str = "flat") -> list[list[str]]:
+    """Return the names of a model's parameters in each group that a rule makes, in optimizer order.
+
+    Args:
+        parameters: Those of the model in ``named_parameters()`` order.
+        rule: One of ``rules.RULES``.
+
+    Raises:
+        OptionError: There is no such rule, or what it makes depends on the optimizer's state.
+    """
+    row = next((row for row in RULES if row.name == rule), None)
+    if row is None:
+        raise OptionError(f"no grouping rule '{rule}'; there are: {', '.join(r.name for r in RULES)}")
+    blank = PositionalState((), (), (), {})
+    splits = next(iter(row.splits([_described(p) for p in parameters], blank)), None)
+    if splits is None:
+        raise OptionError(f"what the rule '{rule}' makes depends on the optimizer's state")
+    return [[item.name for item in split.members] for split in splits]
 
 
 class _Weighed(NamedTuple):
@@ -153,7 +185,9 @@ def _settled(
     judged = chain([best], map(weighed, found[1:] if has_weights else ()))
     settled = next((other for other in judged if other.evidence and other.evidence.rules_out(labels)), None)
     if settled is None and first is None:
-        raise AmbiguousOrderError(_several_fit(found, has_weights), labels)
+        raise AmbiguousOrderError(
+            _several_fit(found, has_weights), labels, remedy=FORCE if has_weights else FORCE_OR_WEIGH
+        )
     return settled or best
 
 
@@ -398,8 +432,7 @@ def _several_fit(found: Sequence[Candidate], weighed: bool) -> str:
     lines = [head, *(f"  {', '.join(c.rules)}: '{c.names[parting]}'" for c in found)]
     lines.append(
         f"{interchangeable(found[0].parameters)} parameters share their shape with another, so shapes cannot tell "
-        "either\nhint: force one with --rule (rule=)"
-        + ("" if weighed else ", or pass the weights that were saved with the state")
+        "either"
     )
     return "\n".join(lines)
 
@@ -410,5 +443,4 @@ def _contradicted(evidence: Evidence) -> str:
     lines += [f"  {label}" for label in (*rivals, *evidence.against)[:5]]
     if len(rivals) + len(evidence.against) > 5:
         lines.append(f"  and {len(rivals) + len(evidence.against) - 5} more")
-    lines.append("hint: pass names in the optimizer's order (--names), or force the order with --rule (rule=)")
     return "\n".join(lines)

@@ -7,7 +7,7 @@ from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, compress
-from typing import Final, NamedTuple, TypeAlias
+from typing import Any, Final, NamedTuple, TypeAlias
 
 from lora_state_format.model.states import Parameter, PositionalState
 from lora_state_format.naming.names import plain_name
@@ -20,12 +20,14 @@ class Described:
     """A parameter, and what only a model can tell of it.
 
     ``classes`` are the names of the class of the module that owns it and of that class's bases, the nearest first
-    (``("Qwen2RMSNorm",)``, ``("Embedding",)``); empty where there is no model to ask.
+    (``("Qwen2RMSNorm",)``, ``("Embedding",)``); empty where there is no model to ask. ``layer`` is what an adapter's
+    layer says of the parameter's axes, a ``binding.live.Layer``.
     """
 
     parameter: Parameter
     trainable: bool = True
     classes: tuple[str, ...] = ()
+    layer: Any = None
 
     @property
     def name(self) -> str:

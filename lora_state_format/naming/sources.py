@@ -26,8 +26,6 @@ from lora_state_format.errors import (
     Remedy,
 )
 from lora_state_format.io.json_files import read_json_object
-from lora_state_format.io.safetensors import read_header
-from lora_state_format.model.sources import File
 from lora_state_format.model.states import Checkpoint, OptimizerState, Parameter, PositionalState, Value, Weights
 from lora_state_format.model.tensors import Tensor
 from lora_state_format.naming import order
@@ -45,18 +43,16 @@ __all__ = [
     "Rebuild",
     "config_of",
     "name_state",
-    "resolve",
-    "with_weights",
+    "split_names",
 ]
 
-ADAPTER: Final = "adapter_model.safetensors"
-MODEL: Final = "model.safetensors"
 ADAPTER_CONFIG: Final = "adapter_config.json"
 CONFIG: Final = "config.json"
 
-Names: TypeAlias = "str | os.PathLike[str] | Sequence[str]"
-"""Where names come from: the path of a file with one name a line in optimizer order, of an adapter file, or of a folder
-with ``config.json`` and, for an adapter, ``adapter_config.json``; or the names themselves, in optimizer order."""
+Names: TypeAlias = "str | os.PathLike[str] | Sequence[str] | Sequence[os.PathLike[str]]"
+"""Where names come from: the path of a file with one name a line in optimizer order, of a file of weights, or of a
+folder with ``config.json`` and, for an adapter, ``adapter_config.json``; several such paths; or the names themselves,
+in optimizer order."""
 
 Rebuild: TypeAlias = "Callable[[Path, Path | None], Sequence[Described]]"
 """Describes the model of the configs in a folder, with the adapter of a config file if one is given."""
@@ -111,9 +107,9 @@ def name_state(
     """Return the state of a checkpoint under names; state that has names already is returned as it is.
 
     Args:
-        checkpoint: What a converter read, after ``resolve``.
+        checkpoint: What a converter read, with the weights that the caller gave.
         path: Where it was read, for messages.
-        names: What the caller says about names.
+        names: What the caller says about names, without weights: see ``split_names``.
         rule: The grouping rule to force, one of ``rules.RULES``.
         live: The live model to take names from; it goes before everything in the checkpoint.
         rebuild: Describes the model of a folder with configs; called only where the weights do not say their order.
@@ -139,13 +135,15 @@ def _named(
     state, weights = checkpoint.state, checkpoint.weights
     if isinstance(state, OptimizerState):
         if names is not None or rule is not None:
-            raise OptionError(f"{path}: its parameters have names; --names and --rule (names=, rule=) do not apply")
+            raise OptionError(
+                f"{path}: its parameters have names", remedy=Remedy("leave {names} and {rule} out", BY_POSITION)
+            )
         return Named(state, weights)
     decided = partial(_decided, head_dim=head_size(config_of(checkpoint, CONFIG) or {}), rule=rule, weigh=weigh)
     if live is not None:
         source = _Source(live.parameters, "model", None, weights or live.weights)
         return Named(decided(state, source, live=live.groups).state, weights)
-    if names is not None and not (isinstance(names, (str, os.PathLike)) and _is_weights(Path(names))):
+    if names is not None:
         return decided(state, _given(state, names, checkpoint, rebuild))
     parts = _parts(state)
     if len(parts) == 1:
@@ -322,6 +320,9 @@ def _nothing_known(path: Path, state: PositionalState) -> str:
     )
 
 
+BY_POSITION: Final = {"names": ..., "rule": ...}
+"""The arguments that name positional state."""
+
 NAME_IT: Final = Remedy(
     "pass {names} with a file of names in optimizer order, the adapter file, or a folder with config.json and "
     "adapter_config.json",
@@ -344,9 +345,9 @@ def _nearest(fitting: Mapping[tuple[str, ...], Sequence[Named]], optimizer: str,
     lines = [f"\n  {_place(same[0])}: '{names[0]}', ..." for names, same in fitting.items()]
     raise AmbiguousOrderError(
         f"{path}: {len(fitting)} models fit the {len(every[0].state)} parameters of the optimizer"
-        f"{f' {optimizer!r}' if optimizer else ''}, and give them different names:{''.join(lines)}\n"
-        "hint: pass the names of the right one in optimizer order (--names)",
+        f"{f' {optimizer!r}' if optimizer else ''}, and give them different names:{''.join(lines)}",
         tuple(places),
+        remedy=Remedy("pass the names of the right one in optimizer order as {names}", {"names": ...}),
     )
 
 
@@ -413,7 +414,7 @@ def _of_weights(weights: Weights, checkpoint: Checkpoint, rebuild: Rebuild | Non
     tensors = _parameters(weights)
     if form == LIVE_NAMES:
         first, *others = _with_adapter(tensors, weights.ordered)
-        return _Source(first, "checkpoint", None, own, others, where=weights.where)
+        return _Source(first, "checkpoint" if weights.ordered else "adapter", None, own, others, where=weights.where)
     if not weights.ordered:
         if CONFIG in checkpoint.configs:
             raise MissingNamesError(f"{weights.where} does not keep the model's order; its config does")
@@ -502,23 +503,28 @@ def _classes(names: Sequence[str], checkpoint: Checkpoint, rebuild: Rebuild | No
 # --- what the caller gives ------------------------------------------------------------------------------------------
 
 
-def resolve(checkpoint: Checkpoint, names: Names | None) -> Checkpoint:
-    """Return the checkpoint as if an adapter file that the caller names for names lay next to it."""
-    if not isinstance(names, (str, os.PathLike)) or isinstance(checkpoint.state, OptimizerState):
-        return checkpoint
-    path = Path(names)
-    if not path.exists():
-        raise FileNotFoundError(f"{path}: no such file or folder to take names from")
-    return with_weights(checkpoint, path) if _is_weights(path) else checkpoint
+def split_names(names: Names | Sequence[os.PathLike[str]] | None) -> tuple[Names | None, list[Path]]:
+    """Return what the caller says about names apart from the weights among it: names, configs or nothing, and paths.
 
+    Several paths may be given: of weights, and one more that says the names. A path is that of weights unless it is a
+    folder with ``config.json``, or a file of text.
 
-def with_weights(checkpoint: Checkpoint, path: Path) -> Checkpoint:
-    """Return the checkpoint as if these weights, a file or in a folder, lay next to it."""
-    if path.is_dir():
-        path = next((path / name for name in (ADAPTER, MODEL) if (path / name).exists()), path / ADAPTER)
-    weights = read_header(File(path)).tensors
-    configs = {name: path.with_name(name) for name in (ADAPTER_CONFIG, CONFIG) if path.with_name(name).exists()}
-    return replace(checkpoint, weights=weights, configs=configs, candidates=())
+    Raises:
+        FileNotFoundError: A path leads nowhere.
+        OptionError: Two of the paths say names.
+    """
+    given: Sequence[Any] = [names] if isinstance(names, (str, os.PathLike)) else names or ()
+    if not isinstance(names, str) and not all(isinstance(path, os.PathLike) for path in given):
+        return [str(name) for name in given], []
+    weights: list[Path] = []
+    others: list[Path] = []
+    for path in map(Path, given):
+        if not path.exists():
+            raise FileNotFoundError(f"{path}: no such file or folder to take names from")
+        (weights if _is_weights(path) else others).append(path)
+    if len(others) > 1:
+        raise OptionError(f"{others[0]} and {others[1]} both say the names: pass one of them, and weights next to it")
+    return (others[0] if others else None), weights
 
 
 def config_of(checkpoint: Checkpoint, name: str = ADAPTER_CONFIG) -> Mapping[str, Any] | None:
@@ -528,7 +534,11 @@ def config_of(checkpoint: Checkpoint, name: str = ADAPTER_CONFIG) -> Mapping[str
 
 
 def _is_weights(path: Path) -> bool:
-    return not (path / CONFIG).exists() and (path.is_dir() or path.suffix == ".safetensors")
+    """Return whether a path is one of weights: a folder without ``config.json``, or a file that is not text."""
+    if path.is_dir():
+        return not (path / CONFIG).exists()
+    with path.open("rb") as file:
+        return path.suffix in (".safetensors", ".json") or file.read(2) in (b"PK", b"\x80\x02")
 
 
 def _given(state: PositionalState, names: Names, checkpoint: Checkpoint, rebuild: Rebuild) -> _Source:
@@ -536,8 +546,10 @@ def _given(state: PositionalState, names: Names, checkpoint: Checkpoint, rebuild
     if isinstance(names, (str, os.PathLike)):
         if (Path(names) / CONFIG).exists():
             return _Source(_rebuilt(Path(names), checkpoint, rebuild), "configs", None, checkpoint.weights)
-        names = read_names(names)
-    return _Source(_listed(state, names, checkpoint), "names", "listed", _covering(names, checkpoint))
+        listed = read_names(names)
+    else:
+        listed = [str(name) for name in names]
+    return _Source(_listed(state, listed, checkpoint), "names", "listed", _covering(listed, checkpoint))
 
 
 def _covering(names: Sequence[str], checkpoint: Checkpoint) -> Mapping[str, Tensor]:
@@ -558,10 +570,11 @@ def _listed(state: PositionalState, names: Sequence[str], checkpoint: Checkpoint
         raise ConversionError(f"{len(names)} names for the state of {len(state.ids)} parameters")
     weights, config = _covering(names, checkpoint), config_of(checkpoint)
     adapter_file = _form(Weights("", weights), checkpoint) != PLAIN
+    shown = {key: tensor for tier in checkpoint.tiers()[::-1] for w in tier for key, tensor in w.tensors.items()}
     parameters = []
     for name, identity, shape in zip(names, state.ids, state.shapes(), strict=True):
         key, adapter = (name, "default") if name in weights else peft_key(name) or (name, "")
-        tensor = weights.get(key)
+        tensor = weights.get(key, shown.get(name, shown.get(key)))
         if tensor is not None and adapter_file:
             parameters += adapter_orders({key: tensor}, adapter, config)[0]
         elif tensor is not None:
@@ -570,8 +583,8 @@ def _listed(state: PositionalState, names: Sequence[str], checkpoint: Checkpoint
             parameters.append(Parameter(name, shape, None))
         else:
             raise MissingNamesError(
-                f"'{name}' (id {identity}) has no slot that shows its shape; pass --names (names=) with the adapter "
-                "file or a folder with configs"
+                f"'{name}' (id {identity}) has no slot that shows its shape",
+                remedy=Remedy("pass {names} a second time, with the model's or the adapter's weights", {"names": ...}),
             )
     return parameters
 

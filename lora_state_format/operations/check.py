@@ -86,6 +86,6 @@ def _live(described: Sequence[Described], state: OptimizerState) -> LiveOptimize
     for known in described:
         own = known.parameter
         dtype = (state[own.name].dtype if own.name in state else None) or own.dtype or "F32"
-        parameters[own.name] = LiveParameter(own.name, own.shape, dtype, known.trainable, own.tied)
+        parameters[own.name] = LiveParameter(own.name, own.shape, dtype, known.trainable, own.tied, layer=known.layer)
     trainable = tuple(name for name, parameter in parameters.items() if parameter.requires_grad)
     return LiveOptimizer((Optimizer(),), (LiveGroup(0, (), trainable),), parameters)

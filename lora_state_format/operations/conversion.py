@@ -12,17 +12,21 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
 from lora_state_format import registry
-from lora_state_format.errors import ConversionError, MissingNamesError, OptionError, Remedy
+from lora_state_format.errors import ConversionError, MissingDependencyError, MissingNamesError, OptionError, Remedy
+from lora_state_format.foreign.weights import weights_at
 from lora_state_format.format import envelope, writing
 from lora_state_format.io.atomic import made_folders, refuse_existing
+from lora_state_format.io.files import reading as opened_files
+from lora_state_format.mapping.algorithms import find
 from lora_state_format.model import digests, notebook
 from lora_state_format.model.digests import ALGORITHM
 from lora_state_format.model.states import Checkpoint, Naming, OptimizerState, PositionalState, Slot, walk
 from lora_state_format.model.tensors import Digest, Tensor
 from lora_state_format.naming.evidence import head_size
 from lora_state_format.naming.rules import Described
-from lora_state_format.naming.sources import CONFIG, Named, Names, config_of, name_state, resolve, with_weights
+from lora_state_format.naming.sources import ADAPTER_CONFIG, CONFIG, Named, Names, config_of, name_state, split_names
 from lora_state_format.operations.entries import tensors
+from lora_state_format.operations.look import Found
 from lora_state_format.operations.report import (
     NOTHING_HELD,
     SCHEMA_VERSION,
@@ -37,7 +41,7 @@ if TYPE_CHECKING:
     from lora_state_format.naming.evidence import Evidence, Pairing
     from lora_state_format.registry import Converter, Match, Writer
 
-__all__ = ["ConversionReport", "Found", "Names", "belongs", "convert", "look", "read", "read_either"]
+__all__ = ["ConversionReport", "Names", "belongs", "convert", "look_closer", "read", "read_either"]
 
 ASKED: Final = {"trainable": ..., "names": ...}
 
@@ -99,15 +103,6 @@ class ConversionReport:
 
 
 @dataclass(frozen=True)
-class Found:
-    """What a checkpoint holds: its state, named where that is cheap; its format; why it has no names, if so."""
-
-    state: OptimizerState | PositionalState
-    source_format: str
-    unnamed: str = ""
-
-
-@dataclass(frozen=True)
 class _Reading:
     """How to read a checkpoint: the arguments that ``read``, ``look`` and ``convert`` share."""
 
@@ -165,7 +160,7 @@ def read_either(path: str | os.PathLike[str], **reading: Any) -> OptimizerState:
         return read(path, **reading)
 
 
-def look(
+def look_closer(
     path: str | os.PathLike[str],
     *,
     source_format: str | None = None,
@@ -194,7 +189,7 @@ def look(
         raise MissingNamesError(f"stored by position; `convert` names them by building the model of {folder}")
 
     try:
-        named = name_state(checkpoint, path, names=names, rule=rule, rebuild=build, weigh=False)
+        named = name_state(checkpoint, path, names=_names(checkpoint, names), rule=rule, rebuild=build, weigh=False)
     except ConversionError as error:
         if asked:
             raise
@@ -242,6 +237,8 @@ def convert(
     converter, match = registry.find(source, source_format)
     options = options or {}
     registry.check_options(options, converter, writer)
+    if optimizer is not None and "optimizer" in registry.options(writer):
+        find(optimizer)
     if base is not None and not Path(base).exists():
         raise FileNotFoundError(f"{base}: no such file or folder to take the rest from")
     reading = _Reading(source_format, names, rule, optimizer, options, trainable)
@@ -249,10 +246,7 @@ def convert(
     with named.state as state:
         if not dry_run and (dequantize or target_format != registry.NAMED):
             _check_digests(state)  # ``writing.write`` does so itself with what it copies
-        decoded = quantised.dequantize(state) if dequantize else None
-        state = _paired(decoded.state if decoded else state, named.weights)
-        narrowed = rounded.stored(state, store, measure=True) if store else None
-        state = narrowed.state if narrowed else state
+        state, notes = _prepared(state, named.weights, target_format, dequantize, store)
         sizes = [tensor.size for tensor in tensors(state)]
         digest = None
         if not dry_run:
@@ -274,9 +268,24 @@ def convert(
             naming=state.naming,
             paired=sum(parameter.weights is not None for parameter in state.parameters),
             digest=digest,
-            notes=(*([str(decoded)] if decoded else []), *_notes(state, target_format), *_error(narrowed)),
+            notes=notes,
             warnings=(*named.skipped, *beside_weights(target)),
         )
+
+
+def _prepared(
+    state: OptimizerState,
+    weights: Mapping[str, Tensor],
+    target_format: str,
+    dequantize: bool,
+    store: Mapping[str, str] | None,
+) -> tuple[OptimizerState, tuple[str, ...]]:
+    """Return the state as it is to be written, with the digests of its weights, and notes on it for the report."""
+    decoded = quantised.dequantize(state) if dequantize else None
+    state = _paired(decoded.state if decoded else state, weights)
+    narrowed = rounded.stored(state, store, measure=True) if store else None
+    state = narrowed.state if narrowed else state
+    return state, (*([str(decoded)] if decoded else []), *_notes(state, target_format), *_error(narrowed))
 
 
 def belongs(path: str | os.PathLike[str], weights: str | os.PathLike[str]) -> tuple[Pairing | None, Evidence | None]:
@@ -289,7 +298,7 @@ def belongs(path: str | os.PathLike[str], weights: str | os.PathLike[str]) -> tu
     from lora_state_format.naming.evidence import paired, weigh
 
     path = Path(path)
-    checkpoint = with_weights(registry.read(path), Path(weights))
+    checkpoint = _with_weights(registry.read(path), [Path(weights)])
     named = name_state(checkpoint, path, rebuild=rebuild)
     with named.state as state:
         pairing = paired(state, named.weights)
@@ -303,7 +312,8 @@ def belongs(path: str | os.PathLike[str], weights: str | os.PathLike[str]) -> tu
 def _read(converter: Converter, match: Match, path: Path, reading: _Reading) -> Named:
     """Return the named state, and the parameters' own weights as far as they were found."""
     checkpoint = _checkpoint(converter, match, path, reading)
-    named = name_state(checkpoint, path, names=reading.names, rule=reading.rule, rebuild=_builder(reading.trainable))
+    names = _names(checkpoint, reading.names)
+    named = name_state(checkpoint, path, names=names, rule=reading.rule, rebuild=_builder(reading.trainable))
     _check_trainable(named.state, reading.trainable, path)
     return named
 
@@ -317,13 +327,41 @@ def _checkpoint(converter: Converter, match: Match, path: Path, reading: _Readin
     checkpoint = converter.read(match, registry.own_options(options, converter))
     if optimizer is not None and not asks:
         checkpoint = replace(checkpoint, state=_classed(checkpoint.state, optimizer, path))
-    return resolve(checkpoint, reading.names)
+    named = isinstance(checkpoint.state, OptimizerState)
+    return checkpoint if named else _with_weights(checkpoint, split_names(reading.names)[1])
+
+
+def _names(checkpoint: Checkpoint, names: Names | None) -> Names | None:
+    """Return the caller's names without weights among them; of a state that has names all, so that they are refused."""
+    return names if isinstance(checkpoint.state, OptimizerState) else split_names(names)[0]
+
+
+def _with_weights(checkpoint: Checkpoint, paths: Sequence[Path]) -> Checkpoint:
+    """Return the checkpoint as if these weights, in files or folders, lay next to it instead of what does."""
+    if not paths:
+        return checkpoint
+    with opened_files() as files:
+        tiers = tuple(weights_at(path, files) for path in paths)
+    folders = [path if path.is_dir() else path.parent for path in paths]
+    configs = {n: folder / n for folder in folders[::-1] for n in (ADAPTER_CONFIG, CONFIG) if (folder / n).is_file()}
+    return replace(
+        checkpoint,
+        state=replace(checkpoint.state, resources=(*checkpoint.state.resources, files)),
+        weights=tiers[0][0].tensors if len(tiers[0]) == 1 else {},
+        configs=configs,
+        candidates=tiers,
+        skipped=(),
+    )
 
 
 def rebuild(folder: Path, adapter: Path | None = None) -> Sequence[Described]:
     """Return the parameters of the model that the configs in a folder describe."""
-    from lora_state_format.torch.rebuild import rebuild
-
+    try:
+        from lora_state_format.torch.rebuild import rebuild
+    except ImportError as error:
+        raise MissingDependencyError(
+            f"names from configs need '{error.name}': pip install torch transformers peft"
+        ) from error
     return rebuild(folder, adapter)
 
 
@@ -447,6 +485,30 @@ def _naming_lines(naming: Naming) -> list[str]:
     return [f"names: {head}", *(f"how sure: {line}" for line in rest)]
 
 
+MOMENTS_ALIKE: Final = (
+    "exp_avg and exp_avg_sq are the same bytes in every parameter that was looked at, which Adam does not do: torch's "
+    "FSDP1 writes such a full state dict when it gathers on a CPU (one buffer for both); this state is not worth "
+    "resuming from"
+)
+"""What there is to say of a state whose two moments are one."""
+
+LOOKED_AT: Final = 8
+"""Parameters whose moments are compared."""
+
+MAX_COMPARED: Final = 1 << 24
+"""Bytes of a moment that is compared."""
+
+
+def _moments_alike(state: OptimizerState) -> bool:
+    """Return whether the first and the second moments of the first parameters are the same bytes, and not all zero."""
+    pairs = []
+    for parameter in state.parameters[:LOOKED_AT]:
+        first, second = ((parameter.state or {}).get(slot) for slot in ("exp_avg", "exp_avg_sq"))
+        if isinstance(first, Slot) and isinstance(second, Slot) and first.tensor.size <= MAX_COMPARED:
+            pairs.append((bytes(first.tensor.bytes()), bytes(second.tensor.bytes())))
+    return any(any(first) for first, _ in pairs) and all(first == second for first, second in pairs)
+
+
 def _notes(state: OptimizerState, target_format: str) -> list[str]:
     notes = []
     if target_format != registry.NAMED and state.extra:
@@ -458,6 +520,8 @@ def _notes(state: OptimizerState, target_format: str) -> list[str]:
         notes.append(f"{len(state.carried)} parameters with state are in no group; they stand behind the groups")
     if not any(parameter.state for parameter in state.parameters):
         notes.append(NOTHING_HELD)
+    if _moments_alike(state):
+        notes.append(MOMENTS_ALIKE)
     return [*notes, *describe_support(state.origin)]
 
 

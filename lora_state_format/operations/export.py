@@ -60,14 +60,24 @@ def export(
 ) -> Exported:
     """Write one slot of every parameter that has it, each in the parameter's shape or the slot's own, under its name.
 
-    ``keys="peft"`` takes the keys that the parameters have in ``adapter_model.safetensors``. ``unbiased`` divides a
-    moment by ``1 - beta**step``, with the parameter's own ``step`` and its group's ``betas``; ``inverse_root`` gives
-    ``1 / (sqrt(value) + eps)``, with the group's own ``eps`` unless one is given; with both, an Adam's ``exp_avg_sq``
-    becomes exactly what it multiplies the unbiased ``exp_avg`` by. Computed tensors are F32 (F64 stays F64), others
-    keep their bytes.
+    With ``unbiased`` and ``inverse_root`` Adam's ``exp_avg_sq`` becomes exactly the factor of its unbiased ``exp_avg``.
+    Computed tensors are F32 (F64 stays F64), others keep their bytes. On an error nothing is left behind.
 
-    Raises ``OptionError`` for a missing slot, key or number, ``TargetExistsError`` unless ``force``,
-    ``DigestError`` and ``FileError`` for damaged bytes; nothing is left behind then.
+    Args:
+        state: The state.
+        path: The file to write.
+        slot: Name of the slot: ``exp_avg_sq``, for example.
+        keys: ``"model"`` for the parameters' names, ``"peft"`` for their keys in ``adapter_model.safetensors``.
+        unbiased: Divide a moment by ``1 - beta**step``, with the parameter's ``step`` and its group's ``betas``.
+        inverse_root: Write ``1 / (sqrt(value) + eps)``.
+        eps: In place of the ``eps`` of each parameter's group.
+        force: Replace a file that is there.
+
+    Raises:
+        OptionError: The slot, a key or a number is missing.
+        TargetExistsError: Something is at the path, and ``force`` is false.
+        DigestError: A tensor does not match its digest.
+        FileError: The source is damaged.
     """
     path = Path(path)
     check_target(path, force=force)

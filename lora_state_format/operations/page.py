@@ -18,10 +18,11 @@ from lora_state_format.model.states import OptimizerState, PositionalState, Scal
 from lora_state_format.model.tensors import Tensor
 from lora_state_format.model.text import printable
 from lora_state_format.naming.names import peft_key
-from lora_state_format.operations.conversion import look, read
+from lora_state_format.operations.conversion import read
 from lora_state_format.operations.diff import diff
 from lora_state_format.operations.entries import Entry, entries
 from lora_state_format.operations.figures import Cells, Figure, heat_map, histogram, rms_by_place
+from lora_state_format.operations.look import look
 from lora_state_format.operations.report import parameter_rows, summary
 from lora_state_format.operations.statistics import SQUARES, Measure, Statistics, measure, measure_tensor
 from lora_state_format.operations.tables import Table

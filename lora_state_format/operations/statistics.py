@@ -6,7 +6,6 @@ import math
 import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final
 
@@ -180,6 +179,8 @@ def measure(state: OptimizerState | PositionalState, progress: Callable[[int, in
     Returns:
         The statistics, parameter by parameter in the state's order.
     """
+    from concurrent.futures import ThreadPoolExecutor
+
     found = list(entries(state))
     options = [dict(group.options) for group in state.groups]
     total = sum(leaf.tensor.size for entry in found for _, leaf in walk(entry.state or {}) if isinstance(leaf, Slot))

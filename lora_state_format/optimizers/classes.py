@@ -1,8 +1,8 @@
 """Optimizer classes, as data.
 
 Each row of ``CLASSES`` was found by running the class: which slots its step cannot do without, which others it may
-have, which of them it takes only in the parameter's own dtype, how it counts steps. Of a class that is not
-here nothing is demanded. Of two classes of the same ``rule`` one goes on with the state of the other, once it is laid out anew.
+have, which of them it takes only in the parameter's own dtype, how it counts steps. Of a class that is not here nothing
+is demanded. Of two classes of the same ``rule`` one goes on with the state of the other, once it is laid out anew.
 """
 
 from __future__ import annotations

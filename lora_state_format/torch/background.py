@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import atexit
 import logging
+import sys
 import threading
 from collections.abc import Callable
 
@@ -19,7 +21,8 @@ _last: BackgroundSave | None = None
 class BackgroundSave:
     """A save whose bytes are being written. There is one at a time, and the program does not end before it is done.
 
-    A failure is logged at once, and raised by ``wait`` and by the next ``save_optimizer``, whichever comes first.
+    A failure is logged at once, and raised by ``wait`` and by the next ``save_optimizer``, whichever comes first. If
+    neither comes, it is the last that the program says.
     """
 
     def __init__(self, write: Callable[[], Written]) -> None:
@@ -52,6 +55,21 @@ class BackgroundSave:
             raise self._error
         assert self._written is not None
         return self._written
+
+
+@atexit.register
+def _say_last() -> None:
+    """Say at the end of the program that the last save failed, if nobody has been told."""
+    last = _last
+    if last is None or last.seen:
+        return
+    try:
+        last.wait()
+    except BaseException as error:
+        sys.stderr.write(
+            f"lora_state_format: the last save in the background failed, and nothing waited for it: "
+            f"{type(error).__name__}: {error}\n"
+        )
 
 
 def settle() -> None:

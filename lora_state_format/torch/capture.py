@@ -45,6 +45,7 @@ from lora_state_format.torch.layers import layer_of
 from lora_state_format.torch.nested import beside, inner, outside, stepping, wrapped
 from lora_state_format.torch.objects import unpacked
 from lora_state_format.torch.tensors import dtype_name, from_torch, is_sharded, refusal, to_host
+from lora_state_format.torch.versions import Versions
 from lora_state_format.torch.zero import parts_of_zero, view_of
 
 __all__ = [
@@ -183,6 +184,7 @@ def _joined(*parts: str) -> str:
 
 
 def class_path(kind: type) -> str:
+    """Return the import path of a class."""
     return f"{kind.__module__}.{kind.__qualname__}"
 
 
@@ -255,8 +257,8 @@ def grouped(
                     raise CaptureError(f"parameter '{name}' is in optimizer {owners[name]} and in optimizer {number}")
                 if name in seen:
                     raise CaptureError(
-                        f"parameter '{name}' is in the optimizer twice, the second time at position {position} of group "
-                        f"{place}: torch takes its step twice then; build the optimizer with each parameter once"
+                        f"parameter '{name}' is in the optimizer twice, the second time at position {position} of "
+                        f"group {place}: torch takes its step twice then; build the optimizer with each parameter once"
                     )
                 seen.add(name)
                 names.append(name)
@@ -280,12 +282,13 @@ def lineage_of(kind: type) -> tuple[str, ...]:
 
 
 def group_name(group: Mapping[str, Any]) -> str | None:
+    """Return what a group is called, if it is called something."""
     name = group.get("name")
     return name if isinstance(name, str) else None
 
 
 def group_options(reader: Reader, group: Mapping[str, Any], where: str | None = None) -> Iterator[tuple[str, Value]]:
-    """A group's options; those that have no form in a file are left out, with a warning that says ``where``."""
+    """Yield a group's options; those without a form in a file are left out, with a warning that says ``where``."""
     for key, raw in group.items():
         if key in ("params", "param_names"):
             continue
@@ -354,8 +357,8 @@ def capture(
     and stays as it is. ``weights`` adds a digest of each parameter's own bytes, by which a load can tell whether state
     and weights belong together. ``extra`` are values of your own without tensors (a scheduler's ``state_dict()``, say).
 
-    Raises ``CaptureError`` if the optimizer holds parameters that the model does not have, and
-    ``UnrepresentableError`` for a value that no file can hold, naming the parameter and the slot.
+    Raises ``CaptureError`` if the optimizer holds parameters that the model does not have, or takes a step meanwhile,
+    and ``UnrepresentableError`` for a value that no file can hold, naming the parameter and the slot.
     """
     named = named_tensors(model)
     if named.parts:
@@ -380,6 +383,7 @@ def capture_parts(
     A parameter of which this rank has no elements has no state here.
     """
     optimizers = optimizers_of(optimizer)
+    versions = Versions(optimizers)
     reader = Reader(cast("Leaf", partial(as_leaf, copy=copy)))
     groups: list[Group] = []
     parameters: dict[str, Parameter] = {}
@@ -397,6 +401,8 @@ def capture_parts(
         own = parameters.setdefault(carried.name, carried)
         if own.state is None:  # its parameter came back, and has not taken a step since
             parameters[carried.name] = replace(own, state=carried.state)
+    if copy:
+        versions.check_unchanged()
     return OptimizerState(
         optimizers=tuple(Optimizer(class_path(type(stepper(found)))) for found in optimizers),
         groups=tuple(groups),
@@ -411,6 +417,7 @@ def capture_parts(
         },
         extra=_extra(reader, extra or {}),
         global_step=global_step,
+        resources=() if copy else (versions,),
     )
 
 
@@ -441,7 +448,6 @@ def _origin(
     optimizers: Sequence[torch.optim.Optimizer], parameters: Mapping[str, Parameter], named: Named
 ) -> Mapping[str, Value]:
     """Return what a load has to know of the optimizers besides their state; warn about what is not saved."""
-    found: dict[str, Value] = {}
     lineages = {class_path(kind): lineage_of(kind) for kind in map(type, optimizers)}
     ancestors: dict[str, Value] = {
         path: list(lineage[1:]) for path, lineage in lineages.items() if path not in CLASSES and len(lineage) > 1
@@ -465,10 +471,8 @@ def _origin(
                 kind,
                 path,
             )
-    for key, value in ((CLASSES_OF, ancestors), (INNER, classes), (TOKENS, tokens), (OUTSIDE, lost)):
-        if value:
-            found[key] = value
-    return found
+    every: dict[str, Value] = {CLASSES_OF: ancestors, INNER: classes, TOKENS: tokens, OUTSIDE: lost}
+    return {key: value for key, value in every.items() if value}
 
 
 def weights_of(named: Named, name: str, *, copy: bool = False) -> Tensor:

@@ -57,7 +57,8 @@ def follow_names(
     One line, before a framework saves or loads, makes its checkpoints independent of the order of parameters and of
     their grouping; the files keep their form, with ``param_names`` in each group, which torch 2.6 and newer knows.
     A load follows the policies of ``binding.policies.Policies``, is exact (no cast to the parameters' dtype), and is
-    refused with a ``BindError`` before anything changed; whatever is raised on the way, the optimizer is then as it was. A state dict without names is left to torch, with a warning.
+    refused with a ``BindError`` before anything changed; whatever is raised on the way, the optimizer is as it was. A
+    state dict without names is left to torch, with a warning.
 
     torch's hooks do it, so they go where those go: ``copy.deepcopy`` and ``pickle`` of an optimizer lose them, and
     inside ``torch.distributed.checkpoint.state_dict``, which goes by names of its own, they do nothing. Raises

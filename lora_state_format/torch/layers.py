@@ -8,13 +8,10 @@ from typing import Any, Final
 import torch
 
 from lora_state_format.binding.live import Layer
+from lora_state_format.binding.resizing import fold
 from lora_state_format.naming.names import split_adapter
 
 __all__ = ["layer_of"]
-
-_RANK_FIRST: Final = ("lora_A", "lora_embedding_A", "lora_E")
-_RANK_SECOND: Final = ("lora_B", "lora_embedding_B")
-"""The parameters of LoRA that have their rank on the first axis, or on the second."""
 
 TOKENS: Final = "trainable_tokens_delta"
 
@@ -42,20 +39,7 @@ def layer_of(name: str, shape: tuple[int, ...], module: Any, path: str, configs:
     scale = float(scales[adapter]) if isinstance(scales, dict) and adapter in scales else None
     masks = hasattr(module, "ranknum")
     kept = _kept(path, adapter, configs.get(adapter)) if masks else None
-    return Layer(scale, _fold(kind, shape, int(getattr(module, "num_experts", 1))), masks, kept)
-
-
-def _fold(kind: str, shape: tuple[int, ...], experts: int) -> tuple[int, ...] | None:
-    """Return the shape with -1 for the rank.
-
-    The experts of a stacked parameter share an axis with it: in A rank by rank within each expert, in B expert by
-    expert within each rank (PEFT 0.21, ``ParamWrapper.get_delta_weight``).
-    """
-    if kind in _RANK_FIRST and shape:
-        return (experts, -1, *shape[1:]) if experts > 1 else (-1, *shape[1:])
-    if kind in _RANK_SECOND and len(shape) > 1:
-        return (shape[0], -1, experts, *shape[2:]) if experts > 1 else (shape[0], -1, *shape[2:])
-    return None
+    return Layer(scale, fold(kind, shape, int(getattr(module, "num_experts", 1))), masks, kept)
 
 
 def _kept(path: str, adapter: str, config: Any) -> tuple[int, ...] | None:

@@ -131,6 +131,7 @@ def describe(model: Models) -> list[Described]:
                 ),
                 tensor.requires_grad,
                 tuple(kind.__name__ for kind in found.owners[name].__mro__[:-1]),
+                found.layers.get(name),
             )
         )
     return result

@@ -90,8 +90,8 @@ def _values(key: str, current: torch.Tensor, value: Any) -> torch.Tensor:
     new = plain(value) if isinstance(value, (Scalar, Slot)) else torch.as_tensor(value)
     if new.numel() != current.numel():
         raise BindError(
-            f"the option {key} is a tensor of shape {list(current.shape)} in the optimizer and {list(new.shape)} in the "
-            f"file: options={{{key!r}: 'current'}} keeps the live one"
+            f"the option {key} is a tensor of shape {list(current.shape)} in the optimizer and {list(new.shape)} in "
+            f"the file: options={{{key!r}: 'current'}} keeps the live one"
         )
     return new.detach().reshape(current.shape).to(device=current.device, dtype=current.dtype, copy=True)
 

@@ -90,7 +90,7 @@ def digest_of_zeros(count: int) -> str:
 
 
 def leave_holes(layout: Any, target: Any, ledger: object, progress: object) -> None:
-    """In place of ``writing._stream``, where every byte is zero: room for the bytes, and their digests."""
+    """In place of ``writing.stream``, where every byte is zero: room for the bytes, and their digests."""
     os.truncate(target.path, layout.header_size + layout.data_size)
     layout.digests[:] = [digest_of_zeros(tensor.count) for _, tensor in layout.tensors]
 
@@ -99,7 +99,7 @@ def write_sparse(state: Any, path: Path, max_shard_size: int | None = None) -> A
     """What ``writing.write`` writes of a state of zeros, with holes for all tensors."""
     from lora_state_format.format import writing
 
-    with mock.patch.object(writing, "_stream", leave_holes):
+    with mock.patch.object(writing, "stream", leave_holes):
         return writing.write(state, path, max_shard_size=max_shard_size)
 
 

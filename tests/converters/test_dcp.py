@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 
 from lora_state_format import registry
 from lora_state_format.converters import dcp
@@ -21,6 +22,7 @@ from lora_state_format.model.sources import Memory
 from lora_state_format.model.states import OptimizerState, PositionalState, Role
 from lora_state_format.model.tensors import contiguous
 from lora_state_format.operations.conversion import convert
+from lora_state_format.operations.conversion import read as open_any
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -41,7 +43,7 @@ def read(path: Path) -> OptimizerState:
     return state
 
 
-@pytest.mark.parametrize("case", ["nested", "flattened", "rows"])
+@pytest.mark.parametrize("case", ["nested", "flattened", "rows", "items", "zstd", "async"])
 def test_it_holds_what_the_ranks_held(fsdp: Callable[[str], Path], assert_holds: Any, case: str) -> None:
     path = fsdp(case)
     converter, match = registry.detect(path)
@@ -56,6 +58,135 @@ def test_it_holds_what_the_ranks_held(fsdp: Callable[[str], Path], assert_holds:
             {**dict(group.options), "params": [parameter.name for parameter in members]}
             for group, members in zip(state.groups, state.members(), strict=True)
         ] == live["param_groups"]
+
+
+@pytest.mark.parametrize("case", ["hugging", "consolidated"])
+def test_what_the_hugging_face_writer_makes(fsdp: Callable[[str], Path], assert_holds: Any, case: str) -> None:
+    converter, match = registry.detect(fsdp(case))
+    assert converter.NAME == "dcp_safetensors"
+    assert match.reason == "safetensors files with tensors called state.<parameter>.<slot>"
+    with open_any(fsdp(case)) as state:
+        assert_holds(state, {name: slots for name, slots in slots_of(live_of(fsdp(case))).items() if slots})
+        assert [(group.options, group.count) for group in state.groups] == [((), 5)]
+        assert state.origin == {"format": "dcp_safetensors", "files": 2}
+
+
+def test_consolidated_files_lose_the_step(fsdp: Callable[[str], Path], assert_holds: Any, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(fsdp("consolidated"), tmp_path / "alone"))
+    shutil.rmtree(folder / "sharded")
+    with pytest.raises(FileError) as error:
+        registry.read(folder)
+    assert str(error.value) == (
+        f"{folder}: 'step' of 'lora_A.default.weight' is 0, as torch's consolidated files have it whatever it was; "
+        "give the folder with the shards ('sharded', next to this file when it was written), or pass "
+        "options={'step': ...}"
+    )
+    with open_any(folder, options={"step": "3"}) as state:
+        live = slots_of(live_of(fsdp("consolidated")))
+        assert_holds(state, {name: slots for name, slots in live.items() if slots})
+
+
+def test_a_shard_of_the_hugging_face_writer_is_missing(fsdp: Callable[[str], Path], tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(fsdp("hugging"), tmp_path / "last"))
+    (folder / "shard-00002-model-00001-of-00001.safetensors").unlink()
+    with pytest.raises(FileError) as last:
+        registry.read(folder)
+    assert str(last.value) == (
+        f"{folder}: has no 'step' of 'lora_B.default.bias', where 'lora_A.default.weight' has one: a shard is missing; "
+        "copy the folder again from where it was written"
+    )
+    folder = Path(shutil.copytree(fsdp("hugging"), tmp_path / "first"))
+    (folder / "shard-00001-model-00001-of-00001.safetensors").unlink()
+    with pytest.raises(FileError) as first:
+        registry.read(folder)
+    assert str(first.value) == f"{folder}: has no shard 1, and has shard 2"
+
+
+def test_megatron_fsdp_states_options_by_name(tmp_path: Path) -> None:
+    """Laid out as ``DistributedOptimizer.sharded_param_state_fsdp_dtensor`` does; its wrapper needs a GPU."""
+    torch.manual_seed(0)
+    names = ["module.a.weight", "module.a.bias", "module.b.weight"]
+    state = {
+        n: {"exp_avg": torch.randn(4, 3), "exp_avg_sq": torch.rand(4, 3), "step": torch.tensor(3.0)} for n in names
+    }
+    metas = {n: {"lr": 1e-3, "betas": (0.9, 0.95), "wd_mult": float("weight" in n)} for n in names}
+    tree = {"optimizer": {"state": state, "param_to_group_meta": metas}}
+    dcp_save(tree, checkpoint_id=tmp_path / "folder", no_dist=True)
+    assert registry.detect(tmp_path / "folder")[0].NAME == "dcp"
+    with read(tmp_path / "folder") as read_back:
+        for name in names:
+            own = read_back[name.removeprefix("module.")]
+            assert torch.equal(own["exp_avg"].torch(), state[name]["exp_avg"])
+            assert own["step"].item() == 3.0
+        assert [group.count for group in read_back.groups] == [2, 1]
+        assert dict(read_back.groups[0].options) == {"lr": 1e-3, "betas": (0.9, 0.95), "wd_mult": 1.0}
+        assert dict(read_back.groups[1].options)["wd_mult"] == 0.0
+
+
+def test_two_keys_in_one_place_are_refused(fsdp: Callable[[str], Path], tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(fsdp("nested"), tmp_path / "nested"))
+    places: dict[str, Any] = {}
+
+    def edit(metadata: Any) -> None:
+        for index, info in metadata.storage_data.items():
+            if index.index == 0 and index.fqn.endswith(
+                ("lora_A.default.weight.exp_avg", "lora_A.default.weight.exp_avg_sq")
+            ):
+                places[index.fqn.rpartition(".")[2]] = info
+        first, second = places["exp_avg"], places["exp_avg_sq"]
+        second.relative_path, second.offset, second.length = first.relative_path, first.offset, first.length
+
+    edit_metadata(folder, edit)
+    with pytest.raises(FileError) as error:
+        registry.read(folder)
+    place = places["exp_avg"]
+    key = "optim.state.lora_A.default.weight.exp_avg"
+    assert str(error.value) == (
+        f"{folder / '.metadata'}: places '{key}_sq' at byte {place.offset} of {place.relative_path}, inside '{key}' "
+        f"({place.offset} to {place.offset + place.length})"
+    )
+
+
+def test_compression_that_lies_about_its_size(fsdp: Callable[[str], Path], tmp_path: Path) -> None:
+    """A stream that unfolds to more than its tensor is cut off, not held in memory."""
+    import zstandard
+
+    folder = Path(shutil.copytree(fsdp("zstd"), tmp_path / "zstd"))
+    bomb = zstandard.compress(bytes(64 << 20), 19)
+    (folder / "bomb.distcp").write_bytes(bomb * 2)  # both ranks' chunks
+
+    def edit(metadata: Any) -> None:
+        for index, info in metadata.storage_data.items():
+            if index.fqn.endswith("lora_A.default.weight.exp_avg"):
+                place = 0 if index.index == 0 else len(bomb)
+                info.relative_path, info.offset, info.length = "bomb.distcp", place, len(bomb)
+
+    edit_metadata(folder, edit)
+    with read(folder) as state, pytest.raises(FileError) as error:
+        state["lora_A.default.weight"]["exp_avg"].bytes()
+    assert str(error.value).endswith("unfolds to more than the 65640 bytes that it can have")
+
+
+def test_another_transform_is_refused(fsdp: Callable[[str], Path], tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(fsdp("zstd"), tmp_path / "zstd"))
+
+    def edit(metadata: Any) -> None:
+        for info in metadata.storage_data.values():
+            info.transform_descriptors = ["stream.lz4/1"]
+
+    edit_metadata(folder, edit)
+    with pytest.raises(RefusedError) as error:
+        registry.read(folder)
+    assert str(error.value) == (
+        f"{folder / '.metadata'}: 'model.idle' is stored transformed (['stream.lz4/1']), where "
+        "'stream.zstd/1' alone is read: load it with torch and save it without the extension"
+    )
+
+
+def edit_metadata(folder: Path, edit: Callable[[Any], None]) -> None:
+    metadata = pickle.loads((folder / ".metadata").read_bytes())
+    edit(metadata)
+    (folder / ".metadata").write_bytes(pickle.dumps(metadata))
 
 
 def test_chunks_along_another_axis_come_together(fsdp: Callable[[str], Path]) -> None:

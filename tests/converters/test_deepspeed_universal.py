@@ -113,8 +113,7 @@ def test_what_cannot_be_written_is_refused(zero: Callable[[int, str], Path], tmp
         with pytest.raises(OptionError) as needs_base:
             deepspeed_universal.write(state, tmp_path / "x", base=None, force=False, options={})
         assert str(needs_base.value) == (
-            "deepspeed_universal needs a DeepSpeed checkpoint of the same run (base=, --base): the model's files come "
-            "from it"
+            "deepspeed_universal takes the model's files from a DeepSpeed checkpoint of the same run; pass it as base="
         )
         other = zero(2, "1-bf16-accum-flat") / "global_step3"
         with pytest.raises(UnrepresentableError) as differs:

@@ -61,7 +61,7 @@ def test_an_unknown_folder_lists_what_was_looked_for(tmp_path: Path) -> None:
         registry.detect(tmp_path)
     assert str(error.value).startswith(f"{tmp_path}: no optimizer state found here; looked for: ")
     for name in registry.BUILT_IN:
-        assert f"{name} ({registry.get(name).DESCRIPTION})" in str(error.value)
+        assert name in str(error.value)
 
 
 def test_a_tag_that_leads_elsewhere_is_not_followed(tmp_path: Path) -> None:

@@ -161,7 +161,7 @@ def test_it_needs_a_base_with_as_many_optimizers(run: Any, tmp_path: Path) -> No
         with pytest.raises(OptionError) as base:
             lightning.write(state, tmp_path / "x.ckpt", base=None, force=False, options={})
         assert str(base.value) == (
-            "lightning needs a .ckpt of the same run (base=, --base): all but the optimizers comes from it"
+            "lightning takes all but the optimizers from a .ckpt of the same run; pass it as base="
         )
         torch.save({"optimizer_states": [{}] * 3}, tmp_path / "three.ckpt")
         with pytest.raises(UnrepresentableError) as three:

@@ -13,11 +13,13 @@ import torch
 from safetensors.torch import load_file
 
 from lora_state_format import registry
-from lora_state_format.errors import FileError, RefusedError
+from lora_state_format.errors import ConversionError, FileError, OptionError, RefusedError
 from lora_state_format.foreign.dcp import write_folder
 from lora_state_format.model.sources import Memory
 from lora_state_format.model.tensors import contiguous
 from lora_state_format.operations.conversion import convert, read
+
+pytestmark = pytest.mark.filterwarnings("ignore")
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "megatron" / "files"
 CASES = sorted(path.name.removesuffix(".tar.xz") for path in GOLDEN.iterdir())
@@ -104,6 +106,10 @@ def f32(*shape: int) -> Any:
     return contiguous("F32", shape, Memory(torch.randn(shape).numpy().tobytes()))
 
 
+def stored(tensor: torch.Tensor) -> Any:
+    return contiguous("F32", tuple(tensor.shape), Memory(tensor.detach().contiguous().numpy().tobytes()))
+
+
 def older(path: Path, *groups: dict[str, Any], master: str = "fp32_param") -> tuple[Path, dict[tuple[str, ...], Any]]:
     """A folder as Megatron-Core 0.6 laid it out: weights of three stacked layers and an embedding, and their state."""
     torch.manual_seed(0)
@@ -125,7 +131,7 @@ def test_groups_that_the_rule_does_not_tell_apart_become_one_on_request(tmp_path
         read(folder)
     assert str(refused.value) == (
         f"{folder}: groups 0 and 1 differ in more than decay and experts, and the file does not say which parameters "
-        "they had: --option groups=merge reads them as one group with the options that both share"
+        "they had; pass options={'groups': 'merge'} to read them as one group with the options that all share"
     )
     with read(folder, options={"masters": True, "groups": "merge"}) as state:
         names = [f"decoder.layers.{layer}.self_attention.linear_qkv.weight" for layer in range(3)]
@@ -148,10 +154,75 @@ def test_a_parameter_without_a_group_is_refused(tmp_path: Path) -> None:
         read(folder)
     assert str(refused.value) == (
         f"{folder}: 'decoder.layers.0.self_attention.linear_qkv.weight' belongs to no group by Megatron's rule, which "
-        "decays it; 1 groups are stated: --option groups=merge reads them as one group with the options that all share"
+        "decays it; 1 groups are stated; pass options={'groups': 'merge'} to read them as one group with the "
+        "options that all share"
     )
     with read(folder, options={"groups": "merge"}) as state:
         assert len(state) == 4
+
+
+def test_hugging_faces_names_and_parts(tmp_path: Path) -> None:
+    """A Llama's parameters, fused as Megatron's converter does (``tools/checkpoint/loader_llama_mistral.py``)."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    heads, groups, width = 4, 2, 4
+    model = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=32, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=heads,
+            num_key_value_heads=groups, max_position_embeddings=16,
+        )
+    )  # fmt: skip
+    live = {name: torch.randn_like(p) for name, p in model.named_parameters()}
+
+    def grouped(name: str) -> torch.Tensor:
+        return live[name].reshape(groups, -1, width, 16)
+
+    fused: dict[str, list[torch.Tensor]] = {}
+    for layer in range(2):
+        own = f"model.layers.{layer}."
+        qkv = torch.cat([grouped(f"{own}self_attn.{kind}_proj.weight") for kind in "qkv"], dim=1).reshape(-1, 16)
+        gate = torch.cat([live[f"{own}mlp.{kind}_proj.weight"] for kind in ("gate", "up")])
+        for key, value in {
+            "self_attention.linear_qkv.weight": qkv, "mlp.linear_fc1.weight": gate,
+            "self_attention.linear_proj.weight": live[f"{own}self_attn.o_proj.weight"],
+            "mlp.linear_fc2.weight": live[f"{own}mlp.down_proj.weight"],
+            "self_attention.linear_qkv.layer_norm_weight": live[f"{own}input_layernorm.weight"],
+            "mlp.linear_fc1.layer_norm_weight": live[f"{own}post_attention_layernorm.weight"],
+        }.items():  # fmt: skip
+            fused.setdefault(f"decoder.layers.{key}", []).append(value)
+    whole = {key: torch.stack(values) for key, values in fused.items()}
+    whole["embedding.word_embeddings.weight"] = live["model.embed_tokens.weight"]
+    whole["decoder.final_layernorm.weight"] = live["model.norm.weight"]
+    whole["output_layer.weight"] = live["lm_head.weight"]
+    folder = tmp_path / "iter_0000003"
+    write_folder({(f"optimizer.state.exp_avg.{key}",): stored(value) for key, value in whole.items()}, folder)
+    (folder / "metadata.json").write_text('{"sharded_backend": "torch_dist"}')
+    groups_of = [{"wd_mult": 1.0, "step": 3}, {"wd_mult": 0.0, "step": 3}]
+    torch.save({"optimizer": {"param_groups": groups_of}}, folder / "common.pt")
+    with read(folder, options={"huggingface": "4/2"}) as state:
+        assert set(state) == set(live)
+        for name, expected in live.items():
+            assert torch.equal(state[name]["exp_avg"].torch(), expected), name
+        assert [group.count for group in state.groups] == [16, 5]
+    for wrong, message in {
+        "5/2": "huggingface='5/2': attention heads and query groups are expected, as 32/8 or 32",
+        "6/3": "'decoder.layers.0.self_attention.linear_qkv.weight' has 32 rows, which 6 heads of 3 query groups do "
+        "not divide; correct options={'huggingface': ...}",
+    }.items():
+        with pytest.raises((OptionError, ConversionError)) as error:
+            read(folder, options={"huggingface": wrong})
+        assert str(error.value) == message
+
+
+@pytest.mark.parametrize("folder", ["full-tp2-pp2"], indirect=True)
+def test_a_parameter_that_hugging_faces_models_lack(folder: Path) -> None:
+    with pytest.raises(ConversionError) as error:
+        read(folder, options={"huggingface": "4"})
+    assert str(error.value) == (
+        "'decoder.layers.0.mlp.linear_fc2.bias' has no name in Hugging Face's Llama and Qwen; read the checkpoint "
+        "without options={'huggingface': ...}"
+    )
 
 
 def test_masters_that_are_not_the_weights_are_refused(tmp_path: Path) -> None:

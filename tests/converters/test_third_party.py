@@ -27,7 +27,7 @@ def test_an_installed_package_adds_a_format(tmp_path: Path) -> None:
 
     def run(*arguments: str) -> str:
         command = [sys.executable, "-m", "lora_state_format", *arguments]
-        environment = {**os.environ, "PYTHONPATH": str(tmp_path / "site")}
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path / "site"), os.environ["PYTHONPATH"]])}
         return subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=True).stdout
 
     assert "json_moments" in run("formats")

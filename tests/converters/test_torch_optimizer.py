@@ -3,6 +3,7 @@ from __future__ import annotations
 import io
 import json
 import math
+import os
 import shutil
 import zipfile
 from pathlib import Path
@@ -121,6 +122,17 @@ def test_a_file_without_an_optimizer_says_so(tmp_path: Path, model: torch.nn.Mod
     with pytest.raises(FileError) as caught:
         registry.read(path, converter.NAME)
     assert str(caught.value) == f"{path}: no optimizer's state dict in it (a dict with state and param_groups)"
+
+
+def test_an_optimizer_that_was_saved_whole_says_so(tmp_path: Path, model: torch.nn.Module) -> None:
+    path = tmp_path / "last.pt"
+    torch.save({"optimizer": trained(model), "model": model.state_dict()}, path)
+    with pytest.raises(FileError) as caught:
+        lsf.read(path)
+    assert str(caught.value) == (
+        f"{path}: no optimizer's state dict in it (a dict with state and param_groups); 'optimizer' is a whole "
+        "torch.optim.adamw.AdamW: save its state_dict()"
+    )
 
 
 def test_an_interrupted_save_is_claimed_to_say_so(tmp_path: Path) -> None:
@@ -245,23 +257,27 @@ def test_an_archive_of_stable_baselines(tmp_path: Path, model: torch.nn.Module) 
 
 
 @pytest.mark.frameworks
-def test_stable_baselines_itself(tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", ["SAC", "PPO"])
+def test_stable_baselines_itself(tmp_path: Path, kind: str) -> None:
+    """Each of its optimizers has a part of the policy, whose names are in the same archive."""
     sb3 = pytest.importorskip("stable_baselines3")
-    agent = sb3.SAC("MlpPolicy", "Pendulum-v1", learning_starts=2, buffer_size=100, device="cpu")
-    agent.learn(6)
-    agent.save(tmp_path / "sac")
-    checkpoint = registry.read(tmp_path / "sac.zip", converter.NAME)
-    state = positional(checkpoint)
-    found = {optimizer.id: number for number, optimizer in enumerate(state.optimizers)}
-    for key, live in (
-        ("actor.optimizer.pth", agent.actor.optimizer),
-        ("critic.optimizer.pth", agent.critic.optimizer),
-        ("ent_coef_optimizer.pth", agent.ent_coef_optimizer),
-    ):
-        prefix = f"{found[key]}:"
-        entries = {int(str(i)[len(prefix) :]): e for i, e in state.entries.items() if str(i).startswith(prefix)}
-        assert entries
-        assert_holds(entries, live.state_dict()["state"])
+    options = {"learning_starts": 2, "buffer_size": 100} if kind == "SAC" else {"n_steps": 8, "batch_size": 4}
+    agent = getattr(sb3, kind)("MlpPolicy", "Pendulum-v1", device="cpu", **options)
+    agent.learn(16)
+    agent.save(tmp_path / "agent")
+    live = {"": agent.policy.optimizer} if kind == "PPO" else {"a": agent.actor.optimizer, "c": agent.critic.optimizer}
+    expected = {}
+    for optimizer in live.values():
+        for name, p in agent.policy.named_parameters():
+            if p in optimizer.state:
+                expected[name] = optimizer.state[p]
+    if kind == "SAC":
+        expected = {f"policy.{name}": slots for name, slots in expected.items()}
+        expected["pytorch_variables.log_ent_coef"] = agent.ent_coef_optimizer.state[agent.log_ent_coef]
+    with lsf.read(tmp_path / "agent.zip") as state:
+        assert {name for name, p in state.items() if p.state} == set(expected)
+        for name, slots in expected.items():
+            assert state[name]["exp_avg"].torch().equal(slots["exp_avg"]), name
 
 
 def test_one_rank_of_deepspeed_is_not_taken_for_a_whole(tmp_path: Path, model: torch.nn.Module) -> None:
@@ -276,11 +292,26 @@ class Custom:
     pass
 
 
-def test_a_pickle_that_needs_code_is_refused(tmp_path: Path, model: torch.nn.Module) -> None:
-    torch.save({"optimizer": trained(model).state_dict(), "callback": Custom()}, tmp_path / "x.pt")
+def test_an_object_of_ones_own_class_next_to_the_state_is_read_past(tmp_path: Path, model: torch.nn.Module) -> None:
+    optimizer = trained(model)
+    torch.save(
+        {"optimizer": optimizer.state_dict(), "net": model.state_dict(), "callback": Custom()}, tmp_path / "x.pt"
+    )
+    with lsf.read(tmp_path / "x.pt") as state:
+        assert list(state) == NAMES
+        assert_holds({0: state[NAMES[0]].state}, {0: optimizer.state_dict()["state"][0]})
+
+
+class Shell:
+    def __reduce__(self) -> tuple[Any, tuple[str]]:
+        return os.system, ("touch ran",)
+
+
+def test_a_pickle_that_runs_code_is_refused(tmp_path: Path, model: torch.nn.Module) -> None:
+    torch.save({"optimizer": trained(model).state_dict(), "callback": Shell()}, tmp_path / "x.pt")
     with pytest.raises(RefusedError) as caught:
         lsf.convert(tmp_path / "x.pt", tmp_path / "x.safetensors")
-    assert f"pickle global '{Custom.__module__}.Custom' refused, at byte " in str(caught.value)
+    assert "pickle global 'posix.system' refused, at byte " in str(caught.value)
     assert str(caught.value).endswith(" of x/data.pkl; nothing was run")
     assert not (tmp_path / "x.safetensors").exists()
 

@@ -86,3 +86,21 @@ def test_a_dcp_folder_of_torch_2_1() -> None:
             name, slot = key.split("/")
             ours = state[name][slot]
             assert (ours.torch() if tensor.shape else torch.tensor(ours.item())).equal(tensor), key
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled:UserWarning")
+def test_a_dcp_folder_of_a_positional_state_is_named_by_the_model_in_it(tmp_path: Path) -> None:
+    """As torchtune's asynchronous saves are, and whoever saves ``optimizer.state_dict()`` itself."""
+    from torch.distributed.checkpoint.state_dict_saver import save
+
+    model = torch.nn.Sequential(
+        torch.nn.Linear(3, 4), torch.nn.BatchNorm1d(4), torch.nn.Linear(4, 4), torch.nn.Linear(4, 4)
+    )
+    optimizer = torch.optim.AdamW(model.parameters())
+    model(torch.randn(5, 3)).sum().backward()
+    optimizer.step()
+    save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, checkpoint_id=tmp_path, no_dist=True)
+    with lsf.read(tmp_path) as state:
+        assert list(state) == [name for name, _ in model.named_parameters()]
+        for name, parameter in model.named_parameters():
+            assert state[name]["exp_avg"].torch().equal(optimizer.state[parameter]["exp_avg"])

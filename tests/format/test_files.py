@@ -637,3 +637,18 @@ def test_messages_of_sets(name: str) -> None:
     with pytest.raises(FileError) as caught:
         open_state(path)
     assert str(caught.value) == f"{path}.index.json: {SET_MESSAGES[name]}"
+
+
+def test_replacing_a_state_removes_nothing_else(tmp_path: Path) -> None:
+    """No shards that a renamed index names, nor what only looks like a shard."""
+    path = tmp_path / "optimizer.safetensors"
+    (tmp_path / "optimizer-01234567-00001-of-00002.safetensors").write_bytes(b"precious")
+    write(make(), path, max_shard_size=100)
+    renamed = tmp_path / "backup.safetensors.index.json"
+    envelope.index_of(path).rename(renamed)
+    kept = {found.name for found in tmp_path.iterdir()}
+    assert len(kept) > 3
+    write(make(step=2.0), path)
+    write(make(step=3.0), path, force=True)
+    assert {found.name for found in tmp_path.iterdir()} == kept | {path.name}
+    open_state(renamed).close()

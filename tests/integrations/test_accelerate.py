@@ -53,10 +53,25 @@ def test_a_resumed_run_is_the_uninterrupted_one(
     with caplog.at_level(logging.INFO, "lora_state_format"):
         resumed = loop["start"](tmp_path / "step-4", order=order)
     assert [record.getMessage() for record in caplog.records if record.name == "lora_state_format"] == [
-        "restored 8/8 parameters, 2 slots each, step 4; weights match 8/8"
+        "restored 8/8 parameters, 2 slots each, step 4; weights match 8/8",
+        "lr 0.01 -> 0.004 from the file",
     ]
     assert same(loop["train"](resumed, range(4, 6)), whole)
     assert not same(loop["train"](loop["start"](), range(4, 6)), whole)
+
+
+def test_a_new_rate_goes_on_as_if_it_had_been_there_from_the_start(loop: dict[str, Any], tmp_path: Path) -> None:
+    def rates(run: Any, steps: range) -> list[float]:
+        seen = []
+        for step in steps:
+            seen.append(run[2].param_groups[0]["lr"])
+            loop["train"](run, range(step, step + 1))
+        return seen
+
+    loop["train"](loop["start"](), range(4), tmp_path)
+    built = rates(loop["start"](lr=3e-3), range(6))
+    resumed = loop["start"](tmp_path / "step-4", lr=3e-3, options={"lr": "current"})
+    assert rates(resumed, range(4, 6)) == built[4:]
 
 
 def test_beside_the_legacy_file(loop: dict[str, Any], whole: dict[str, torch.Tensor], tmp_path: Path) -> None:
@@ -79,7 +94,7 @@ def test_policies_and_what_does_not_fit(loop: dict[str, Any], tmp_path: Path) ->
     accelerator, *_ = run = loop["start"]()
     loop["train"](run, range(2), tmp_path)
     _, _, optimizer, _ = loop["start"](tmp_path / "step-2", lr=0.5, options={"lr": "current"})
-    assert optimizer.param_groups[0]["lr"] == 0.5
+    assert optimizer.param_groups[0]["lr"] == pytest.approx(0.5 * (1 - 0.9 * 2 / 6))  # its own schedule, two steps on
     _, _, optimizer, _ = loop["start"](tmp_path / "step-2", lr=0.5)
     assert optimizer.param_groups[0]["lr"] == pytest.approx(1e-2 * (1 - 0.9 * 2 / 6))
 

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 import lora_state_format as lsf
-from lora_state_format.errors import OptionError
+from lora_state_format.errors import FileError, OptionError
 
 pytestmark = [pytest.mark.frameworks, pytest.mark.filterwarnings("ignore")]
 
@@ -73,13 +73,68 @@ def test_a_resumed_run_is_the_uninterrupted_one(
         weights = fit(loop, trainer, whole[0] / "step=2.ckpt", order=order)
     assert same(weights, whole[1])
     assert [record.getMessage() for record in caplog.records if record.name == "lora_state_format"] == [
-        "restored 8/8 parameters, 2 slots each, step 2; weights match 8/8"
+        "restored 8/8 parameters, 2 slots each, step 2; weights match 8/8",
+        "lr 0.01 -> 0.007 from the file",
     ]
 
 
 def test_without_the_callback_it_is_an_error(loop: dict[str, Any], whole: Any, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="different number of parameter groups"):
+    with (
+        pytest.warns(UserWarning, match="NAME.training_state next to NAME.ckpt") as warned,
+        pytest.raises(ValueError, match="different number of parameter groups"),
+    ):
         fit(loop, loop["make"](tmp_path), whole[0] / "step=2.ckpt")
+    assert any("lora_state_format.integrations.lightning.NamedState" in str(warning.message) for warning in warned)
+
+
+def test_what_is_next_to_a_checkpoint_is_read_through_it(whole: Any, tmp_path: Path) -> None:
+    ckpt = whole[0] / "step=4.ckpt"
+    with lsf.read(ckpt) as state, lsf.open_state(whole[0] / "step=4.training_state" / "optimizer.safetensors") as own:
+        assert list(state) == list(own)
+        assert len(state) == 8
+    lsf.convert(ckpt, tmp_path / "o.safetensors")
+    own = whole[0] / "step=4.training_state" / "optimizer.safetensors"
+    with lsf.open_state(tmp_path / "o.safetensors") as converted, lsf.open_state(own) as original:
+        assert all(
+            converted[name][slot].bytes() == original[name][slot].bytes()
+            for name in original
+            for slot in ("exp_avg", "exp_avg_sq")
+        )
+    alone = tmp_path / "best.ckpt"
+    alone.write_bytes(ckpt.read_bytes())
+    with pytest.raises(FileError) as caught:
+        lsf.read(alone)
+    assert str(caught.value) == (
+        f"{alone}: its optimizers were saved by name as best.training_state/optimizer.safetensors next to it, which is "
+        "not there; copy that folder along"
+    )
+
+
+def test_a_link_to_the_last_checkpoint(loop: dict[str, Any], whole: Any, tmp_path: Path) -> None:
+    fit(loop, loop["make"](tmp_path, loop["NamedState"]("model"), steps=4, save_last="link", save_top_k=1))
+    assert (tmp_path / "last.ckpt").is_symlink()
+    weights = fit(loop, loop["make"](tmp_path, loop["NamedState"]("model")), tmp_path / "last.ckpt")
+    assert same(weights, whole[1])
+
+
+def test_a_new_rate_goes_on_as_if_it_had_been_there_from_the_start(
+    loop: dict[str, Any], whole: Any, tmp_path: Path
+) -> None:
+    def rates(ckpt: Path | None = None, **policies: Any) -> list[float]:
+        seen: list[float] = []
+
+        class Recorder(loop["pl"].Callback):  # type: ignore[misc]
+            def on_before_optimizer_step(self, trainer: Any, module: Any, optimizer: Any) -> None:
+                seen.append(optimizer.param_groups[0]["lr"])
+
+        trainer = loop["make"](tmp_path, loop["NamedState"]("model", **policies), Recorder())
+        fit(loop, trainer, ckpt, lr=3e-3)
+        return seen
+
+    built = rates()
+    resumed = rates(whole[0] / "step=4.ckpt", options={"lr": "current"})
+    assert (len(built), len(resumed)) == (6, 2)
+    assert resumed == built[4:]
 
 
 def test_without_the_state_it_is_an_error(loop: dict[str, Any], whole: Any, tmp_path: Path) -> None:
@@ -88,7 +143,10 @@ def test_without_the_state_it_is_an_error(loop: dict[str, Any], whole: Any, tmp_
     with pytest.raises(FileNotFoundError) as caught:
         fit(loop, loop["make"](tmp_path, loop["NamedState"]("model")), alone)
     state = tmp_path / "step=2.training_state" / "optimizer.safetensors"
-    assert str(caught.value) == f"{state}: no such file or folder"
+    assert str(caught.value) == (
+        f"{state}: no such file; the optimizers of {alone} were saved there. Copy or rename the folder "
+        "step=2.training_state together with the .ckpt"
+    )
 
 
 def test_a_checkpoint_with_its_own_optimizers_is_lightnings(loop: dict[str, Any], plain: Any, tmp_path: Path) -> None:
@@ -113,6 +171,13 @@ def test_names_are_those_of_the_whole_module_unless_said(loop: dict[str, Any], t
 def test_a_checkpoint_that_is_removed_takes_its_state_along(loop: dict[str, Any], tmp_path: Path) -> None:
     fit(loop, loop["make"](tmp_path, loop["NamedState"]("model"), save_top_k=1))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step=6.ckpt", "step=6.training_state"]
+
+
+def test_what_lies_next_to_the_state_of_a_removed_checkpoint_stays(loop: dict[str, Any], tmp_path: Path) -> None:
+    (tmp_path / "step=2.training_state").mkdir()
+    (tmp_path / "step=2.training_state" / "notes.txt").write_text("precious")
+    fit(loop, loop["make"](tmp_path, loop["NamedState"]("model"), save_top_k=1))
+    assert [path.name for path in (tmp_path / "step=2.training_state").iterdir()] == ["notes.txt"]
 
 
 def test_weights_alone_have_no_state(loop: dict[str, Any], tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import pickle
 import runpy
 import shutil
 import signal
@@ -16,9 +17,10 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import TrainerCallback
 
 import lora_state_format as lsf
-from lora_state_format.errors import BindError, OptionError, UnknownFormatError
+from lora_state_format.errors import BindError, FileError, OptionError, UnknownFormatError
 from lora_state_format.integrations.transformers import last_checkpoint, with_named_state
 from lora_state_format.torch import load_optimizer
 
@@ -69,13 +71,56 @@ def test_a_checkpoint_holds_the_state_once(named: Path, plain: Path) -> None:
     assert same_end(named, plain)
     for step in (2, 4, 6):
         folder = named / f"checkpoint-{step}"
-        assert not (folder / "optimizer.pt").exists()
-        assert {path.name for path in (plain / folder.name).iterdir()} - {path.name for path in folder.iterdir()} == {
-            "optimizer.pt"
+        assert (folder / "optimizer.pt").stat().st_size < 200
+        assert {path.name for path in folder.iterdir()} - {path.name for path in (plain / folder.name).iterdir()} == {
+            "training_state"
         }
         with lsf.open_state(folder / STATE) as state:
             assert (len(state), state.global_step, [group.count for group in state.groups]) == (8, step, [8, 0])
     assert lsf.verify(named / "checkpoint-6" / STATE).ok
+
+
+def test_a_plain_trainer_stops_and_says_where_the_optimizer_is(
+    loop: dict[str, Any], named: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(pickle.UnpicklingError) as caught:
+        loop["make"](tmp_path).train(resume_from_checkpoint=str(named / "checkpoint-4"))
+    assert (
+        "this checkpoint keeps its optimizer in training_state/optimizer.safetensors: resume it with "
+        "lora_state_format.integrations.transformers.with_named_state(trainer)"
+    ) in str(caught.value)
+
+
+class Rates(TrainerCallback):  # type: ignore[misc]
+    """The rate of every step."""
+
+    def __init__(self) -> None:
+        self.seen: list[float] = []
+
+    def on_pre_optimizer_step(self, *arguments: Any, **options: Any) -> None:
+        self.seen.append(options["optimizer"].param_groups[0]["lr"])
+
+
+@pytest.mark.parametrize(
+    ("schedule", "warmup"),
+    [("constant", 0), ("linear", 0), ("cosine", 0), ("linear", 5), ("cosine", 3), ("constant_with_warmup", 5)],
+)
+def test_a_new_rate_goes_on_as_if_it_had_been_there_from_the_start(
+    schedule: str, warmup: int, loop: dict[str, Any], tmp_path: Path
+) -> None:
+    def run(folder: Path, lr: float, resume: Path | None = None, **policies: Any) -> list[float]:
+        options = {"learning_rate": lr, "lr_scheduler_type": schedule, "warmup_steps": warmup}
+        trainer = with_named_state(loop["make"](folder, **options), **policies)
+        rates = Rates()
+        trainer.add_callback(rates)
+        trainer.train(resume_from_checkpoint=str(resume) if resume else None)
+        return rates.seen
+
+    run(tmp_path / "old", 1e-2)
+    built = run(tmp_path / "built", 3e-3)
+    resumed = run(tmp_path / "new", 3e-3, tmp_path / "old" / "checkpoint-4", options={"lr": "current"})
+    assert (len(built), len(resumed)) == (6, 2)
+    assert resumed == built[4:]
 
 
 def test_beside_the_legacy_file_it_says_the_same(loop: dict[str, Any], tmp_path: Path) -> None:
@@ -132,7 +177,8 @@ def test_a_resumed_run_is_the_uninterrupted_one(
     assert same_end(tmp_path, named)
     assert same_end(tmp_path, plain)
     assert [r.getMessage() for r in caplog.records if r.name == "lora_state_format"] == [
-        "restored 8/8 parameters, 2 slots each, step 2; weights match 8/8"
+        "restored 8/8 parameters, 2 slots each, step 2; weights match 8/8",
+        "lr 0.01 -> 0.006666666666666666 from the file",
     ]
 
 
@@ -140,7 +186,9 @@ def test_without_it_trainer_starts_cold_in_silence(
     loop: dict[str, Any], plain: Path, named: Path, tmp_path: Path
 ) -> None:
     """What this is for: a plain Trainer resumes from a folder without optimizer.pt, and says nothing."""
-    loop["make"](tmp_path).train(resume_from_checkpoint=str(named / "checkpoint-2"))
+    checkpoint = shutil.copytree(named / "checkpoint-2", tmp_path / "checkpoint-2")
+    (checkpoint / "optimizer.pt").unlink()
+    loop["make"](tmp_path).train(resume_from_checkpoint=str(checkpoint))
     assert not same_end(tmp_path, plain)
 
 
@@ -216,6 +264,13 @@ def test_what_is_missing_is_an_error(loop: dict[str, Any], named: Path, tmp_path
     (checkpoint / drop).unlink()
     trainer = with_named_state(loop["make"](tmp_path))
     if drop == STATE:
+        with pytest.raises(FileError) as damaged:
+            trainer.train(resume_from_checkpoint=str(checkpoint))
+        assert str(damaged.value) == (
+            f"{checkpoint}/optimizer.pt: it only says that the optimizer was saved as {STATE} next to it, which is not "
+            "there"
+        )
+        (checkpoint / "optimizer.pt").unlink()
         with pytest.raises(UnknownFormatError, match=r"checkpoint-2: no optimizer state found here; looked for: named"):
             trainer.train(resume_from_checkpoint=str(checkpoint))
     else:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
 
-from lora_state_format.errors import FileError
-from lora_state_format.io.files import MAX_OPEN, Files
+from lora_state_format.errors import FileError, RefusedError
+from lora_state_format.io.files import MAX_OPEN, Files, inside, is_plain
+from lora_state_format.io.folders import new_folder
 
 
 def test_more_files_than_may_be_open(tmp_path: Path) -> None:
@@ -40,3 +42,51 @@ def test_a_file_that_changes_is_noticed(tmp_path: Path) -> None:
     files.close()
     with pytest.raises(FileError):  # and when it is opened again
         files[changed].readinto(0, out)
+
+
+def test_a_folder_that_is_replaced_is_noticed(tmp_path: Path) -> None:
+    """Whether its files are open already, are opened again, or for the first time."""
+    folder = tmp_path / "folder"
+
+    def made(data: bytes) -> None:
+        with new_folder(folder, force=True, replaces=("x", "y")) as new:
+            new.write(("x",), [data])
+            new.write(("y",), [data])
+
+    made(b"one")
+    files = Files(folder)
+    out = memoryview(bytearray(3))
+    files[folder / "x"].readinto(0, out)
+    made(b"two")
+    message = f"{folder}: was replaced while it was read: read it again"
+    with pytest.raises(FileError) as first:
+        files[folder / "y"]
+    with pytest.raises(FileError) as at_the_end:
+        files.check_unchanged()
+    assert str(first.value) == str(at_the_end.value) == message
+    files[folder / "x"].readinto(0, out)
+    assert bytes(out) == b"one"  # what is open can be read to its end
+    files.close()
+    with pytest.raises(FileError):
+        files[folder / "x"].readinto(0, out)
+    files = Files(folder)
+    shutil.rmtree(folder)
+    with pytest.raises(FileError):
+        files.check_unchanged()
+
+
+@pytest.mark.parametrize("name", ["", ".", "..", "a/b", "/a", "a\\b", "a\0b", "a" * 256, "é" * 128, 3, None, ["a"]])
+def test_names_that_could_lead_out_of_their_folder(name: object, tmp_path: Path) -> None:
+    assert not is_plain(name)
+    with pytest.raises(RefusedError) as caught:
+        inside(tmp_path, name, tmp_path / "index.json")
+    shown = str(name)[:100]
+    assert str(caught.value) == (
+        f"{tmp_path / 'index.json'}: names {shown!r}, which is not the name of a file in its folder"
+    )
+
+
+@pytest.mark.parametrize("name", ["a", ".metadata", "a b", "layers.0.weight", "..a", "é" * 127, "-rf"])
+def test_names_of_files(name: str, tmp_path: Path) -> None:
+    assert is_plain(name)
+    assert inside(tmp_path, name, "index") == tmp_path / name

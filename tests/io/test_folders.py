@@ -31,9 +31,9 @@ def twice(target: Path) -> None:
         folder.write(("a", "x"), [b"2"])
 
 
-def one(target: Path, place: tuple[str, ...]) -> None:
+def one(target: Path, place: tuple[str, ...], data: bytes = b"1") -> None:
     with new_folder(target, force=False) as folder:
-        folder.write(place, [b"1"])
+        folder.write(place, [data])
 
 
 def overtaken(target: Path, force: bool) -> None:
@@ -289,3 +289,19 @@ def test_modes_follow_the_umask(tmp_path: Path) -> None:
         os.umask(old)
     assert (tmp_path / "target").stat().st_mode & 0o777 == 0o750
     assert (tmp_path / "target" / "x").stat().st_mode & 0o777 == 0o640
+
+
+def test_an_error_of_the_disk_names_the_target(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not the name that a file has for now; and an error of the source names the source."""
+    written = os.pwrite
+
+    def full(descriptor: int, data: bytes, position: int) -> int:
+        if bytes(data) == b"new":
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return written(descriptor, data, position)
+
+    monkeypatch.setattr(os, "pwrite", full)
+    with pytest.raises(OSError, match="No space left on device") as caught:
+        one(tmp_path / "target", ("a", "x"), b"new")
+    assert caught.value.filename == str(tmp_path / "target")
+    assert not list(tmp_path.iterdir())

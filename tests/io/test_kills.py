@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 import shutil
 import subprocess
@@ -14,6 +15,8 @@ from typing import Final
 import pytest
 
 from lora_state_format import registry
+from lora_state_format.errors import FileError
+from lora_state_format.model.states import OptimizerState, PositionalState, Slot
 
 SCRIPT: Final = Path(__file__).with_name("kill_writer.py")
 WAYS: Final = ("write", "write, 2 shards", "accelerate, 2 optimizers", "dcp", "deepspeed_universal", "lerobot")
@@ -41,3 +44,44 @@ def test_a_writer_that_is_stopped(way: str) -> None:
     assert found is not None
     killed, full, broken, unknown, old, new = map(int, found.groups())
     assert min(killed, full, broken, unknown, old, new) > 0
+
+
+FOLDERS: Final = ("dcp", "deepspeed_universal", "lerobot, 2 optimizers", "paddlenlp")
+TOLD: Final = {"masters": True, "optimizer": "adamw", "betas": (0.9, 0.999), "map": "none"}
+
+
+@pytest.mark.parametrize("way", FOLDERS)
+def test_a_reader_meanwhile(way: str, tmp_path: Path, load_module: Callable[[Path], ModuleType]) -> None:
+    """A reader finds the old folder or the new one, or is told that it was replaced; never a part of both."""
+    writers = load_module(SCRIPT)
+    base, target = tmp_path / "base", tmp_path / "target"
+    writers.make_base(base)
+    writers.WRITERS[way](target, 0, base)
+    code = (
+        "import sys; sys.path.insert(0, sys.argv[1])\n"
+        "import kill_writer, pathlib\n"
+        "for n in range(40):\n"
+        "    kill_writer.WRITERS[sys.argv[2]](pathlib.Path(sys.argv[3]), n % 2, pathlib.Path(sys.argv[4]))\n"
+    )
+    command = [sys.executable, "-c", code, str(SCRIPT.parent), way, str(target), str(base)]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+        found = []
+        while process.poll() is None:
+            with contextlib.suppress(FileError, FileNotFoundError):
+                found.append(_numbers(registry.read(target, way.partition(",")[0], TOLD).state))
+        assert process.returncode == 0, process.communicate()[1]
+    assert found
+    wanted = [{number + 1, 0.5 + number} for number in (0, 1)]
+    wanted += [{number + 1} for number in (0, 1)]  # Paddle's files hold no options
+    assert all(numbers in wanted for numbers in found)
+
+
+def _numbers(state: OptimizerState | PositionalState) -> set[float]:
+    """The bytes that the moments are made of, and the learning rates."""
+    trees = [p.state or {} for p in state.parameters] if isinstance(state, OptimizerState) else state.entries.values()
+    moments = [slot.tensor for tree in trees for slot in tree.values() if isinstance(slot, Slot)]
+    rates = [dict(group.options).get("lr") for group in state.groups]
+    return {
+        *(byte for tensor in moments for byte in tensor.bytes()),
+        *(rate for rate in rates if isinstance(rate, float)),
+    }

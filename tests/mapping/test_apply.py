@@ -310,7 +310,7 @@ REFUSED: dict[str, tuple[OptimizerState, str, type[StateFormatError], str]] = {
     "a scaled factor": (
         state_of({"decoder.layers.self_attention.query.kernel_lora_b": filled(2, 2, 3)}), "maxtext", ConversionError,
         ("'decoder.layers.self_attention.query.kernel_lora_b' does not convert (map 'maxtext'): it is scaled by the "
-        "root of the head's size, and its moments with it: that is no permutation"),
+        "root of the head's size, and its moments with it, which is not a permutation"),
     ),
     "interleaved outputs": (
         state_of({"decoder.layers.self_attention.key.kernel_lora_b": filled(2, 2, 3)}), "maxtext", ConversionError,
@@ -399,7 +399,7 @@ def test_what_does_not_go_back() -> None:
         (
             replace(state_of({Q.format(0, "B"): B.T.copy()}), origin={"map": "maxtext"}), "maxtext",
             ("'decoder.layers.self_attention.query.kernel_lora_b' does not convert (map 'maxtext'): it is scaled by "
-            "the root of the head's size, and its moments with it: that is no permutation"),
+            "the root of the head's size, and its moments with it, which is not a permutation"),
         ),
     ):  # fmt: skip
         with pytest.raises(StateFormatError) as caught:
@@ -499,7 +499,7 @@ def test_on_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     save(tensors, source)
     own = ["--map", str(tmp_path / "own.json")]
     told = ["--optimizer", "adam", "--option", "bias_correction=True", *own]
-    assert run(["inspect", str(source), *told]) == 0
+    assert run(["inspect", str(source), "--parameters", *told]) == 0
     assert "base_model.model.h.0.fc.lora_A.default.weight" in capsys.readouterr().out
     assert run(["convert", str(source), str(named), *told]) == 0
     assert run(["convert", str(named), str(back), "--to", "mlx", *own]) == 0

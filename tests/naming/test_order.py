@@ -347,7 +347,7 @@ def test_orders_that_disagree() -> None:
         "  flat, adapters second, default, axolotl, adapters second, default, swift-multimodal, adapters second, "
         "default: 'base_model.model.layers.0.up.lora_A.second.weight'\n"
         "8 parameters share their shape with another, so shapes cannot tell either\n"
-        "hint: force one with --rule (rule=), or pass the weights that were saved with the state"
+        "hint: force one with rule=, or pass the weights that were saved with the state"
     )
     assert caught.value.candidates == ("flat", "flat, adapters second, default")
     assert list(decide(state([model]), model, source="model")) == [p.name for p in model]
@@ -630,7 +630,7 @@ def test_what_is_said_of_a_contradicted_order(founding: Any, tmp_path: Path) -> 
         "the order of the parameters does not fit their weights, which say that these belong together instead:"
     )
     assert second == "  layers reversed"
-    assert hint == "hint: pass names in the optimizer's order (--names), or force the order with --rule (rule=)"
+    assert hint == "hint: pass names= in the optimizer's order, or force the order with rule="
 
 
 # --- other people's checkpoints -------------------------------------------------------------------------------------

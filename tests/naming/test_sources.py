@@ -168,7 +168,7 @@ def test_an_optimizer_of_all_parameters_beside_the_adapter(tmp_path: Path) -> No
         lsf.read(tmp_path / "run")
     assert str(caught.value).splitlines()[-1] == (
         "hint: the optimizer holds more parameters than these; if it was made of all of a model's, frozen ones too, "
-        "pass the folder with the model's config.json (--names, names=)"
+        "pass names= with the folder of the model's config.json"
     )
     llama().config.save_pretrained(tmp_path / "base")
     naming = holds(tmp_path / "run", {"": (model, optimizer)}, names=tmp_path / "base")
@@ -216,7 +216,7 @@ def test_two_models_that_fit_one_optimizer(tmp_path: Path) -> None:
         f"{tmp_path / 'x.pt'}: 2 models fit the 2 parameters of the optimizer, and give them different names:\n"
         "  teacher: 't.weight', ...\n"
         "  student: '0.weight', ...\n"
-        "hint: pass the names of the right one in optimizer order (--names)"
+        "hint: pass the names of the right one in optimizer order as names="
     )
     holds(tmp_path / "x.pt", {"": (student, optimizer)}, names=["0.weight", "0.bias"])
 

@@ -95,7 +95,7 @@ def test_stated_names_go_before_the_order_of_the_config(tmp_path: Path, place: s
 def test_a_live_optimizer_in_another_order_takes_the_stated_names(tmp_path: Path) -> None:
     model, optimizer, names = trained(tmp_path)
     tree = optimizer.state_dict()
-    in_entries("param_name")(tree, names)
+    in_groups("param_names")(tree, names)
     torch.save(tree, tmp_path / "optimizer.pt")
     saved = {name: optimizer.state[p]["exp_avg"].clone() for name, p in model.named_parameters()}
     straight = torch.optim.AdamW(model.parameters(), lr=1e-3)

@@ -242,9 +242,39 @@ def test_a_name_without_a_shape(tmp_path: Path) -> None:
     with pytest.raises(MissingNamesError) as caught:
         read(tmp_path / "optimizer.pt", names=["bias"])
     assert str(caught.value) == (
-        "'bias' (id 0) has no slot that shows its shape; pass --names (names=) with the adapter file or a folder with "
-        "configs"
+        "'bias' (id 0) has no slot that shows its shape; pass names= a second time, with the model's or the adapter's "
+        "weights"
     )
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".bin"])
+def test_names_and_the_weights_that_show_their_shapes(tmp_path: Path, suffix: str) -> None:
+    """SGD without momentum has no slots, 8-bit moments are flat: one file has the order, and another the shapes."""
+    import torch
+    from safetensors.torch import save_file
+
+    model = torch.nn.Linear(3, 2)
+    optimizer = torch.optim.SGD([model.bias, model.weight], lr=0.1)
+    torch.save(optimizer.state_dict(), tmp_path / "optimizer.pt")
+    (tmp_path / "names.txt").write_text("bias\nweight\n")
+    elsewhere = tmp_path / "elsewhere" / f"weights{suffix}"
+    elsewhere.parent.mkdir()
+    if suffix == ".bin":
+        torch.save(model.state_dict(), elsewhere)
+    else:
+        save_file(model.state_dict(), elsewhere)
+    for given in ([tmp_path / "names.txt", elsewhere], [elsewhere, tmp_path / "names.txt"]):
+        with read(tmp_path / "optimizer.pt", names=given) as state:
+            assert {name: p.shape for name, p in state.items()} == {"bias": (2,), "weight": (2, 3)}
+    arguments = ["--names", str(tmp_path / "names.txt"), "--names", str(elsewhere)]
+    assert run(["convert", str(tmp_path / "optimizer.pt"), str(tmp_path / "x.safetensors"), *arguments]) == 0
+
+
+def test_two_files_that_both_say_names(tmp_path: Path, alone: Path, names: Path) -> None:
+    other = Path(shutil.copy(names, tmp_path / "other.txt"))
+    with pytest.raises(OptionError) as caught:
+        read(alone, names=[names, other])
+    assert str(caught.value) == f"{names} and {other} both say the names: pass one of them, and weights next to it"
 
 
 def test_names_that_are_not_there(alone: Path, tmp_path: Path) -> None:
@@ -258,9 +288,7 @@ def test_names_for_what_has_names(founding: Founding, tmp_path: Path) -> None:
     convert(founding.path, target)
     with pytest.raises(OptionError) as caught:
         read(target, names=["a"])
-    assert str(caught.value) == (
-        f"{target}: its parameters have names; --names and --rule (names=, rule=) do not apply"
-    )
+    assert str(caught.value) == (f"{target}: its parameters have names; leave names= and rule= out")
 
 
 def test_an_adapter_config_that_is_not_json(
@@ -470,3 +498,25 @@ def test_damage_is_not_carried_on(target: str, tmp_path: Path) -> None:
         "digest in the file that it comes from [R21]"
     )
     assert [found.name for found in tmp_path.iterdir()] == ["a.safetensors"]
+
+
+def test_moments_that_are_alike_are_pointed_out(tmp_path: Path) -> None:
+    """As torch's FSDP1 writes its full state dict when it gathers it on a CPU."""
+    import torch
+
+    model = torch.nn.Linear(3, 2)
+    optimizer = torch.optim.AdamW(model.parameters())
+    model(torch.ones(1, 3)).sum().backward()
+    optimizer.step()
+    tree = optimizer.state_dict()
+    torch.save({"optimizer": tree, "model": model.state_dict()}, tmp_path / "right.pt")
+    assert convert(tmp_path / "right.pt", tmp_path / "right.safetensors").notes == ()
+    for slots in tree["state"].values():
+        slots["exp_avg_sq"] = slots["exp_avg"].clone()
+    torch.save({"optimizer": tree, "model": model.state_dict()}, tmp_path / "wrong.pt")
+    (note,) = convert(tmp_path / "wrong.pt", tmp_path / "wrong.safetensors").notes
+    assert note == (
+        "exp_avg and exp_avg_sq are the same bytes in every parameter that was looked at, which Adam does not do: "
+        "torch's FSDP1 writes such a full state dict when it gathers on a CPU (one buffer for both); this state is not "
+        "worth resuming from"
+    )

@@ -146,3 +146,52 @@ def test_the_program_ends_when_it_is_written(tmp_path: Path) -> None:
     )
     subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env={**os.environ, "OMP_NUM_THREADS": "1"}, check=True)
     assert lsf.verify(tmp_path / "a.safetensors").ok
+
+
+def test_a_failure_that_nobody_waited_for_is_the_last_that_is_said(tmp_path: Path) -> None:
+    code = f"""
+import torch
+from lora_state_format.torch import save_optimizer
+model = torch.nn.Linear(2, 2)
+save_optimizer(torch.optim.AdamW(model.parameters()), model, r"{tmp_path}/o.safetensors", force=False)
+optimizer = torch.optim.AdamW(model.parameters())
+save_optimizer(optimizer, model, r"{tmp_path}/o.safetensors", force=False, background=True)
+print("done")
+"""
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert result.stdout == "done\n"
+    assert result.stderr.splitlines()[-1] == (
+        "lora_state_format: the last save in the background failed, and nothing waited for it: TargetExistsError: "
+        f"{tmp_path}/o.safetensors exists; pass force=True to replace it"
+    )
+
+
+def test_a_step_while_the_state_is_saved_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A step in another thread, between reading the first tensor and the commit."""
+    model = torch.nn.Linear(2, 2)
+    optimizer = torch.optim.AdamW(model.parameters())
+
+    def step() -> None:
+        model(torch.ones(1, 2)).sum().backward()
+        optimizer.step()
+
+    step()
+    save_optimizer(optimizer, model, tmp_path / "o.safetensors")
+    before = (tmp_path / "o.safetensors").read_bytes()
+    stream = writing.stream
+
+    def stepped(*arguments: Any) -> None:
+        other = threading.Thread(target=step)
+        other.start()
+        other.join()
+        stream(*arguments)
+
+    monkeypatch.setattr(writing, "stream", stepped)
+    with pytest.raises(CaptureError) as caught:
+        save_optimizer(optimizer, model, tmp_path / "o.safetensors")
+    assert str(caught.value) == (
+        "6 of the optimizer's 6 tensors were written into while they were saved, by a step in another thread; nothing "
+        "was written: save between two steps"
+    )
+    assert (tmp_path / "o.safetensors").read_bytes() == before
+    assert [path.name for path in tmp_path.iterdir()] == ["o.safetensors"]

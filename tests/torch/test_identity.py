@@ -37,7 +37,7 @@ def run(model: Any, layers: Callable[[Any], Any] = lambda model: model.layers) -
             parameter.grad = torch.zeros_like(parameter)
     optimizer.param_groups[0]["weight_decay"] = 0.0
     optimizer.step()
-    for number, (name, parameter) in enumerate(model.named_parameters()):
+    for number, parameter in enumerate(model.parameters()):
         optimizer.state[parameter]["exp_avg"].fill_(float(number))
     return optimizer
 
@@ -67,7 +67,7 @@ def test_a_dropped_layer_is_noticed_and_the_others_are_found(saved: tuple[Any, P
     for policies in ({}, {"unexpected": "ignore"}):
         with pytest.raises(BindError) as caught:
             load_optimizer(optimizer, shorter, path, **policies)  # type: ignore[arg-type]
-        assert "weights" in [problem.kind for problem in caught.value.plan.problems]  # type: ignore[union-attr]
+        assert "weights" in [problem.kind for problem in caught.value.plan.problems]
     assert str(caught.value) == (
         "optimizer state does not fit: 16 parameters saved, 12 in the optimizer\n"
         "  the weights say that these are other parameters (4):\n"
@@ -124,7 +124,7 @@ def test_a_legacy_file_is_held_against_the_weights_next_to_it(tmp_path: Path) ->
     other = torch.optim.AdamW(turned.parameters())
     with pytest.raises(BindError) as caught:
         load_optimizer(other, turned, tmp_path)
-    assert [problem.kind for problem in caught.value.plan.problems] == ["weights"]  # type: ignore[union-attr]
+    assert [problem.kind for problem in caught.value.plan.problems] == ["weights"]
     load_optimizer(other, turned, tmp_path, rename="weights")
     assert list(firsts(turned, other).values()) == [*range(12, 16), *range(8, 12), *range(4, 8), *range(4)]
 
@@ -297,8 +297,10 @@ def test_a_base_that_is_trainable_by_mistake(adapted: Path) -> None:
     for parameter in model.parameters():
         parameter.requires_grad_(True)
     assert hints(model, torch.optim.AdamW(model.parameters()), adapted) == [
-        "the saved run trained an adapter, and 4 parameters of its base model are trainable here: call "
-        "requires_grad_(False) on them and build the optimizer from what is left"
+        (
+            "the saved run trained an adapter, and 4 parameters of its base model are trainable here: call "
+            "requires_grad_(False) on them and build the optimizer from what is left"
+        )
     ]
 
 
@@ -398,8 +400,10 @@ def test_a_leading_module_that_is_dropped_is_said(tmp_path: Path) -> None:
     save_optimizer(optimizer, old, tmp_path / "o.safetensors", weights=False)
     report = load_optimizer(torch.optim.AdamW(old["module"].parameters()), old["module"], tmp_path / "o.safetensors")
     assert report.notes == (
-        "the names of 2 saved parameters begin with 'module.', as DistributedDataParallel puts it there; they are "
-        "matched without it",
+        (
+            "the names of 2 saved parameters begin with 'module.', as DistributedDataParallel puts it there; they are "
+            "matched without it"
+        ),
     )
 
 
@@ -543,7 +547,7 @@ def keyed(parameters: list[Any], value: float | None = None) -> Any:
         for parameter in parameters:
             parameter.grad = torch.ones_like(parameter)
         optimizer.step()
-        optimizer.state["k"] = torch.tensor([value])  # type: ignore[index, assignment]
+        optimizer.state["k"] = torch.tensor([value])  # type: ignore[index]
     return optimizer
 
 
@@ -561,13 +565,13 @@ def test_what_belongs_to_no_parameter_goes_where_the_parameters_go(tmp_path: Pat
         load_optimizer(one, model, path)
     sgd = "torch.optim.sgd.SGD"
     stated = [
-        f"  optimizer {n} of the file, {sgd}, keeps k, which belongs to no parameter; its parameters are not those of one "
-        "live optimizer"
+        f"  optimizer {n} of the file, {sgd}, keeps k, which belongs to no parameter; its parameters are not those of "
+        "one live optimizer"
         for n in (0, 1)
     ]
     assert str(caught.value).splitlines()[1:] == [
         *stated,
-        "hint: build the optimizers over the parameters that the saved ones had, or pass missing='fresh' to go on without",
+        "hint: build the optimizers over the parameters that the saved ones had; missing='fresh' goes on without it",
     ]
     load_optimizer(one, model, path, missing="fresh")
     assert "k" not in one.state

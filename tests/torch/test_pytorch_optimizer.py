@@ -1,4 +1,4 @@
-"""Every optimizer of pytorch_optimizer: where torch's own state dict resumes it, a file does too, or refuses in words."""
+"""Every optimizer of pytorch_optimizer: where torch's own state dict resumes it, a file does too, or says why not."""
 
 from __future__ import annotations
 

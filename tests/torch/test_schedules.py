@@ -145,7 +145,9 @@ def test_a_rate_that_a_scheduler_will_replace_is_pointed_out(tmp_path: Path) -> 
     report = load_optimizer(optimizer, model, tmp_path / "o.safetensors", options={"lr": 0.5})
     assert report.replaced == ("lr 0.01 -> 0.5 as options= says",)
     assert report.notes == (
-        "a scheduler drives lr in group 0, and replaces the 0.5 of options= at its next step: build optimizer and "
-        "scheduler with the new rate and pass options={'lr': 'current'} to go on with it",
+        (
+            "a scheduler drives lr in group 0, and replaces the 0.5 of options= at its next step: build optimizer and "
+            "scheduler with the new rate and pass options={'lr': 'current'} to go on so"
+        ),
     )
     assert math.isclose(optimizer.param_groups[0]["lr"], 0.5)

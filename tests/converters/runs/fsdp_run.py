@@ -21,7 +21,9 @@ warnings.filterwarnings("ignore")
 
 import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
-from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner  # noqa: E402
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner  # noqa: E402
+from torch.distributed.checkpoint.filesystem import FileSystemWriter, SerializationFormat  # noqa: E402
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter  # noqa: E402
 from torch.distributed.checkpoint.state_dict import (  # noqa: E402
     StateDictOptions,
     get_model_state_dict,
@@ -29,7 +31,9 @@ from torch.distributed.checkpoint.state_dict import (  # noqa: E402
     set_optimizer_state_dict,
 )
 from torch.distributed.checkpoint.state_dict_loader import load as dcp_load  # noqa: E402
+from torch.distributed.checkpoint.state_dict_saver import async_save as dcp_async_save  # noqa: E402
 from torch.distributed.checkpoint.state_dict_saver import save as dcp_save  # noqa: E402
+from torch.distributed.device_mesh import init_device_mesh  # noqa: E402
 from torch.distributed.fsdp import (  # noqa: E402
     FullyShardedDataParallel,
     OptimStateKeyType,
@@ -79,6 +83,11 @@ def sharded(case: str) -> tuple[torch.nn.Module, torch.optim.Optimizer]:
     def rows(parameter: torch.nn.Parameter) -> Shard | None:
         return Shard(1) if case == "rows" and parameter.shape == (3, 14) else None
 
+    if case in ("ranks", "replicas"):  # as verl has it: an optimizer over all parameters, in one group
+        model.requires_grad_(True)
+        shape = (world,) if case == "ranks" else (2, world // 2)
+        fully_shard(model, mesh=init_device_mesh("cpu", shape, mesh_dim_names=("copy", "cut")[-len(shape) :]))
+        return model, torch.optim.AdamW(model.parameters(), lr=1e-3)
     fully_shard(model, shard_placement_fn=rows)
     return model, optimizer_of(model, named=case == "positional")
 
@@ -137,13 +146,39 @@ def save(case: str) -> None:
         elif case == "flattened":
             options = StateDictOptions(flatten_optimizer_state_dict=True)
             state = {**get_model_state_dict(model), **get_optimizer_state_dict(model, optimizer, options=options)}
+        elif case in ("ranks", "replicas"):
+            folder.mkdir(parents=True, exist_ok=True)
+            torch.save(model.state_dict(), folder / f"model_world_size_{world}_rank_{rank}.pt")
+            torch.save(optimizer.state_dict(), folder / f"optim_world_size_{world}_rank_{rank}.pt")
+            state = None
         elif case == "local":
             folder.mkdir(parents=True, exist_ok=True)
             torch.save(optimizer.state_dict(), folder / f"optimizer_0_rank{rank}.bin")
             state = None
         else:
             state = {"model": get_model_state_dict(model), "optim": get_optimizer_state_dict(model, optimizer)}
-        if state is not None:
+        if case in ("items", "zstd"):
+            chosen: Any = {"serialization_format": SerializationFormat.SAFETENSORS}
+            if case == "zstd":
+                from torch.distributed.checkpoint._extension import ZStandard
+
+                chosen = {"_extensions": [ZStandard()]}
+            dcp_save(state, storage_writer=FileSystemWriter(folder, **chosen))
+        elif case in ("hugging", "consolidated"):
+            options = StateDictOptions(flatten_optimizer_state_dict=True)
+            flat: dict[str, Any] = dict(get_optimizer_state_dict(model, optimizer, options=options))
+            tensors = {key: value for key, value in flat.items() if isinstance(value, torch.Tensor)}
+            writer = HuggingFaceStorageWriter(
+                str(folder), save_distributed=True, enable_consolidation=case == "consolidated",
+                fqn_to_index_mapping=dict.fromkeys(tensors, 1),
+            )  # fmt: skip
+            dcp_save(tensors, storage_writer=writer)
+        elif case == "async":
+            planner = DefaultSavePlanner(enable_plan_caching=True)
+            for _ in range(2):  # the second save has the plans of the first
+                saving: Any = dcp_async_save(state, checkpoint_id=folder, planner=planner)
+                saving.result()
+        elif state is not None:
             dcp_save(state, checkpoint_id=folder)
         live = whole(model, optimizer)
     if rank == 0:

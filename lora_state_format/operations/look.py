@@ -1,0 +1,43 @@
+"""A first look at a checkpoint: its state, and names for it where they cost nothing."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from typing import Any
+
+from lora_state_format import registry
+from lora_state_format.model.states import OptimizerState, PositionalState
+
+__all__ = ["Found", "look"]
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a checkpoint holds: its state, named where that is cheap; its format; why it has no names, if so."""
+
+    state: OptimizerState | PositionalState
+    source_format: str
+    unnamed: str = ""
+
+
+def look(path: str | os.PathLike[str], **reading: Any) -> Found:
+    """Return the state in a checkpoint, named where that is cheap.
+
+    A state that has its names already is opened without the modules that find names: half of the time of ``inspect``.
+
+    Args:
+        path: The checkpoint.
+        reading: The arguments of ``conversion.read``.
+
+    Raises:
+        StateFormatError: What ``conversion.read`` raises; state that cannot be named stays without names, unless names
+            were asked for.
+    """
+    source_format = reading.get("source_format")
+    converter, match = registry.find(path, source_format)
+    if converter.NAME == registry.NAMED and not any(value for key, value in reading.items() if key != "source_format"):
+        return Found(converter.read(match, {}).state, converter.NAME)
+    from lora_state_format.operations.conversion import look_closer
+
+    return look_closer(path, **reading)
