@@ -201,8 +201,9 @@ def main() -> None:
         "`python tests/bench/proof.py` made this page: one run that goes on, by name, in another way of training every "
         f"{chosen.steps} steps,\nand its losses next to those of a run in one process that never moved. Each leg loads "
         "the weights and the optimizer's\nstate that the leg before saved, on the CPU with gloo; the script stops if a "
-        "loss is off by more than 1e-5. Where a sum\nor a mean is taken in another order (three ranks, tensor parallel), "
-        "losses differ by rounding from there on. MLX is not\namong the legs."
+        "loss is off by more than 1e-5. Where a sum\nor a mean is taken in another order (three ranks, tensor "
+        "parallel), losses "
+        "differ by rounding from there on. MLX is not\namong the legs."
     )
     for lora in (True, False):
         with tempfile.TemporaryDirectory(dir=chosen.folder) as folder:
