@@ -164,7 +164,8 @@ def table(lora: bool, steps: int, folder: Path) -> None:
     """Print the legs of one run."""
     title = "LoRA: two matrices trained, the rest frozen" if lora else "A full fine-tune"
     print(
-        f"\n## {title}\n\n| leg | steps | last loss | the run that never moved | largest relative difference | bit-equal |"
+        f"\n## {title}\n\n| leg | steps | last loss | the run that never moved | largest relative difference "
+        "| bit-equal |"
     )
     print("|---|---|---|---|---|---|", flush=True)
     expected = start("one", 1, lora, 0, steps * len(LEGS), None, folder / "still")
@@ -178,7 +179,9 @@ def table(lora: bool, steps: int, folder: Path) -> None:
         equal = sum(a == b for a, b in pairs)
         name = TITLES[kind] + (f" on {world} ranks" if world > 1 else "")
         print(
-            f"| {name} | {first + 1} to {last} | {losses[-1]:.9g} | {pairs[-1][1]:.9g} | {off:.1e} | {equal} of {steps} |"
+            f"| {name} | {first + 1} to {last} | {losses[-1]:.9g} | {pairs[-1][1]:.9g} | {off:.1e} "
+            f"| {equal} of {steps} |",
+            flush=True,
         )
         assert off <= 1e-5, (kind, off)
         before = after
@@ -196,10 +199,11 @@ def main() -> None:
     print("# A run that moved\n")
     print(
         "`python tests/bench/proof.py` made this page: one run that goes on, by name, in another way of training every "
-        f"{chosen.steps} steps,\nand its losses beside those of a run in one process that never moved. Each leg loads the "
-        "weights and the optimizer's state that\nthe leg before saved, on the CPU with gloo; the script stops if a loss is "
-        "off by more than 1e-5. Where a sum or a mean is taken in\nanother order (three ranks, tensor parallel), losses "
-        "differ by rounding from there on."
+        f"{chosen.steps} steps,\nand its losses next to those of a run in one process that never moved. Each leg loads "
+        "the weights and the optimizer's\nstate that the leg before saved, on the CPU with gloo; the script stops if a "
+        "loss is off by more than 1e-5. Where a sum\nor a mean is taken in another order (three ranks, tensor "
+        "parallel), losses "
+        "differ by rounding from there on. MLX is not\namong the legs."
     )
     for lora in (True, False):
         with tempfile.TemporaryDirectory(dir=chosen.folder) as folder:
