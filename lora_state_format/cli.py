@@ -544,8 +544,12 @@ def verify(path: Path, weights: Path | None, as_json: bool) -> int:
             converter, _ = registry.find(path)
             if converter.NAME != registry.NAMED:
                 raise OptionError(
-                    f"{path}: a checkpoint of format '{converter.NAME}' has no digests to verify; convert it, which "
-                    "checks what its container states, or pass --weights to ask whether it belongs to them"
+                    f"{path}: a checkpoint of format '{converter.NAME}' has no digests to verify",
+                    remedy=Remedy(
+                        "convert it, which checks what its container states, or pass {weights} to ask whether it belongs "
+                        "to them",
+                        {"weights": ...},
+                    ),
                 )
     if weights is None or envelope.is_state(path):
         with _progress(f"verifying {path.name}"):
