@@ -254,7 +254,7 @@ def detect(path: str | os.PathLike[str]) -> tuple[Converter, Match]:
         try:
             if match := _asked(converter, path):
                 found.append((converter, match))
-        except FileError as error:
+        except FileError as error:  # noqa: PERF203
             damaged.append(error)
     found = [(converter, match) for converter, match in found if not match.generic] or found
     if len(found) > 1:
