@@ -27,6 +27,7 @@ from lora_state_format.errors import (
     FileError,
     MissingDependencyError,
     OptionError,
+    Remedy,
     StateFormatError,
     UnknownFormatError,
 )
