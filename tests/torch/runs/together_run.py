@@ -33,6 +33,7 @@ from torch.distributed.device_mesh import init_device_mesh  # noqa: E402
 from torch.distributed.fsdp import fully_shard  # noqa: E402
 
 from lora_state_format import open_state, verify  # noqa: E402
+from lora_state_format.io import atomic  # noqa: E402
 from lora_state_format.torch import save_optimizer  # noqa: E402
 
 WORLD = 4
@@ -41,19 +42,23 @@ SHARD = 14_500  # bytes of tensors in a file: 6 files, of which ranks 0 and 2 wr
 
 def armed(call: str, count: int, what: str) -> None:
     """Let the count-th call of a function of ``os`` from now on be the end of this rank, or fail."""
-    real: Callable[..., Any] = getattr(os, call)
     left = count
 
-    def counted(*arguments: Any, **options: Any) -> Any:
-        nonlocal left
-        left -= 1
-        if left == 0 and what == "kill":
-            os.kill(os.getpid(), signal.SIGKILL)
-        if left == 0:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        return real(*arguments, **options)
+    def counted(real: Callable[..., Any]) -> Callable[..., Any]:
+        def call_or_end(*arguments: Any, **options: Any) -> Any:
+            nonlocal left
+            left -= 1
+            if left == 0 and what == "kill":
+                os.kill(os.getpid(), signal.SIGKILL)
+            if left == 0:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            return real(*arguments, **options)
 
-    setattr(os, call, counted)
+        return call_or_end
+
+    setattr(os, call, counted(getattr(os, call)))
+    if call == "replace":  # what has a free name is renamed by the C library's renameat2
+        atomic.move_new = counted(atomic.move_new)
 
 
 def rank_main(rank: int, folder: Path, step: int, point: list[Any] | None) -> None:
