@@ -547,8 +547,8 @@ def verify(path: Path, weights: Path | None, as_json: bool) -> int:
                 raise OptionError(
                     f"{path}: a checkpoint of format '{converter.NAME}' has no digests to verify",
                     remedy=Remedy(
-                        "convert it, which checks what its container states, or pass {weights} to ask whether it belongs "
-                        "to them",
+                        "convert it, which checks what its container states, or pass {weights} to ask whether it "
+                        "belongs to them",
                         {"weights": ...},
                     ),
                 )

@@ -38,9 +38,11 @@ class Readable(Source, Protocol):
     @property
     def path(self) -> object:
         """What messages call it."""
+        ...
 
     def read(self, offset: int, size: int) -> bytearray:
         """Return ``size`` bytes from ``offset`` on."""
+        ...
 
 
 class Entry(NamedTuple):

@@ -16,6 +16,7 @@ from lora_state_format.operations.statistics import BINS, HIGHEST, LOWEST, Measu
 
 try:
     import matplotlib as mpl
+    from matplotlib.cm import ScalarMappable
     from matplotlib.colors import Normalize
     from matplotlib.figure import Figure as Canvas
     from matplotlib.patches import Rectangle
@@ -135,7 +136,7 @@ def heat_map(name: str, title: str, text: str, cells: Cells, unit: str, *, aroun
     ticks = range(0, len(layers), every)
     axes.set_xticks([n + 0.5 for n in ticks], ["none" if layers[n] == NO_LAYER else str(layers[n]) for n in ticks])
     axes.set_xlabel("layer", color=INK)
-    bar = canvas.colorbar(mpl.cm.ScalarMappable(scale, colours), ax=axes, fraction=0.05, pad=0.02)
+    bar = canvas.colorbar(ScalarMappable(scale, colours), ax=axes, fraction=0.05, pad=0.02)
     bar.set_label(f"{unit}, power of ten", color=INK)
     for part in (axes, bar.ax):
         _inked(part)
