@@ -26,6 +26,7 @@ from lora_state_format.errors import (
     Remedy,
 )
 from lora_state_format.io.json_files import read_json_object
+from lora_state_format.model.sources import File
 from lora_state_format.model.states import Checkpoint, OptimizerState, Parameter, PositionalState, Value, Weights
 from lora_state_format.model.tensors import Tensor
 from lora_state_format.naming import order
@@ -537,8 +538,8 @@ def _is_weights(path: Path) -> bool:
     """Return whether a path is one of weights: a folder without ``config.json``, or a file that is not text."""
     if path.is_dir():
         return not (path / CONFIG).exists()
-    with path.open("rb") as file:
-        return path.suffix in (".safetensors", ".json") or file.read(2) in (b"PK", b"\x80\x02")
+    with File(path) as file:  # refuses a pipe, which would be waited for
+        return path.suffix in (".safetensors", ".json") or file.read(0, min(file.size, 2)) in (b"PK", b"\x80\x02")
 
 
 def _given(state: PositionalState, names: Names, checkpoint: Checkpoint, rebuild: Rebuild) -> _Source:
