@@ -538,7 +538,7 @@ def verify(path: Path, weights: Path | None, as_json: bool) -> int:
     members: dict[str, Any] = {"schema_version": SCHEMA_VERSION, "path": str(path)}
     lines: list[str] = []
     ok = True
-    if weights is None and not envelope.is_state(path):
+    if weights is None and path.suffix != ".safetensors" and not envelope.is_state(path):
         from lora_state_format import registry
 
         with contextlib.suppress(UnknownFormatError, FileError, OSError):  # what is damaged says so below

@@ -539,7 +539,10 @@ def _is_weights(path: Path) -> bool:
     if path.is_dir():
         return not (path / CONFIG).exists()
     with File(path) as file:  # refuses a pipe, which would be waited for
-        return path.suffix in (".safetensors", ".json") or file.read(0, min(file.size, 2)) in (b"PK", b"\x80\x02")
+        return path.suffix in (".safetensors", ".json") or bytes(file.read(0, min(file.size, 2))) in (
+            b"PK",
+            b"\x80\x02",
+        )
 
 
 def _given(state: PositionalState, names: Names, checkpoint: Checkpoint, rebuild: Rebuild) -> _Source:
