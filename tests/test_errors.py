@@ -19,6 +19,7 @@ import lora_state_format
 from lora_state_format import cli, errors
 from lora_state_format.errors import FileError, OptionError, Remedy, TargetExistsError
 from lora_state_format.operations import edit
+from lora_state_format.operations.conversion import belongs
 
 OPTION = re.compile(r"(^|[ (])--[a-z]")
 
@@ -90,7 +91,7 @@ def _remedies() -> list[tuple[str, set[str]]]:
 
 def test_every_remedy_names_arguments_that_exist() -> None:
     lsf = lora_state_format
-    functions: list[Callable[..., Any]] = [lsf.check, lsf.convert, lsf.export, edit.prune]
+    functions: list[Callable[..., Any]] = [lsf.check, lsf.convert, lsf.export, belongs, edit.prune]
     keywords = {name for function in functions for name in inspect.signature(function).parameters}
     options = {
         option

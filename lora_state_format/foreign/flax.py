@@ -293,7 +293,8 @@ def _packed(tree: Tree, ledger: Ledger, buffer: memoryview) -> Iterator[bytes | 
     elif isinstance(tree, Mapping):
         yield msgpack.Packer().pack_map_header(len(tree))
         for key, value in tree.items():
-            utf8(key)
+            if isinstance(key, str):
+                utf8(key)
             yield msgpack.packb(key)
             yield from _packed(value, ledger, buffer)
     else:

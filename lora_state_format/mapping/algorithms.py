@@ -236,7 +236,7 @@ def _check_options(number: int, options: Mapping[str, Value], algorithm: Algorit
         raise UnrepresentableError("SGD with dampening does not convert: no other framework has it")
     for key, value in options.items():
         own = key in algorithm.options or algorithm.name in NEUTRAL.get(key, ())
-        if not own and value and kind_of(key, options) in (Kind.MATH, Kind.STATE):
+        if not own and value and kind_of(key, options) in (Kind.MATH, Kind.STATE, Kind.CLASS):
             raise UnrepresentableError(
                 f"group {number} has {key}={_plain(value)!r}, which {algorithm.name} of other frameworks does not have"
             )

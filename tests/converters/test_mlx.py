@@ -70,7 +70,7 @@ def test_it_is_found_by_its_counters(tmp_path: Path) -> None:
         for place in (path, folder):
             converter, match = registry.detect(place)
             assert (converter.NAME, match.path) == ("mlx", path)
-            assert match.reason == "safetensors with step and learning_rate beside <parameter>.<slot>, as MLX has them"
+            assert match.reason == "safetensors with step and learning_rate next to <parameter>.<slot>, as MLX has them"
         written(folder / "0000200_optimizer.safetensors", ADAM)
         assert mlx.detect(folder) is None  # which of them?
     others: list[dict[str, Any]] = [{"w.m": MOMENT}, {**ADAM, "step": np.array(3, np.uint32)}, {"step": STEP}]
