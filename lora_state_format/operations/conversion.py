@@ -495,18 +495,23 @@ MOMENTS_ALIKE: Final = (
 LOOKED_AT: Final = 8
 """Parameters whose moments are compared."""
 
-MAX_COMPARED: Final = 1 << 24
-"""Bytes of a moment that is compared."""
+COMPARED: Final = 1 << 16
+"""Bytes at the start of a moment that are compared."""
 
 
 def _moments_alike(state: OptimizerState) -> bool:
-    """Return whether the first and the second moments of the first parameters are the same bytes, and not all zero."""
-    pairs = []
+    """Return whether both moments of the first parameters begin with the same bytes, not all of them zero."""
+    seen = False
     for parameter in state.parameters[:LOOKED_AT]:
         first, second = ((parameter.state or {}).get(slot) for slot in ("exp_avg", "exp_avg_sq"))
-        if isinstance(first, Slot) and isinstance(second, Slot) and first.tensor.size <= MAX_COMPARED:
-            pairs.append((bytes(first.tensor.bytes()), bytes(second.tensor.bytes())))
-    return any(any(first) for first, _ in pairs) and all(first == second for first, second in pairs)
+        if isinstance(first, Slot) and isinstance(second, Slot):
+            starts = [bytearray(min(slot.tensor.size, COMPARED)) for slot in (first, second)]
+            for slot, start in zip((first, second), starts, strict=True):
+                slot.tensor.readinto(0, memoryview(start))
+            if starts[0] != starts[1]:
+                return False
+            seen = seen or any(starts[0])
+    return seen
 
 
 def _notes(state: OptimizerState, target_format: str) -> list[str]:
