@@ -13,7 +13,7 @@ import pytest
 
 from lora_state_format import registry
 from lora_state_format.converters import orbax
-from lora_state_format.errors import FileError, OptionError, RefusedError
+from lora_state_format.errors import FileError, OptionError, RefusedError, UnknownFormatError
 from lora_state_format.format import reading, writing
 from lora_state_format.model.states import OptimizerState
 from lora_state_format.model.tensors import Tensor
@@ -94,7 +94,7 @@ def test_a_train_state_and_a_step_of_a_manager(tmp_path: Path) -> None:
         manager.save(3, args=ocp.args.Composite(**items))
         manager.wait_until_finished()
     converter, match = registry.detect(tmp_path / "manager" / "3")
-    assert (converter.NAME, match.path.parent.name) == ("orbax", "optimizer_state")
+    assert (converter.NAME, match.path.name) == ("orbax", "optimizer_state")
     assert_holds(read(tmp_path / "manager" / "3"), state[1][0])
 
 
@@ -121,7 +121,7 @@ def test_an_nnx_optimizer_as_tunix_saves_it(tmp_path: Path) -> None:
     assert dict(ours.groups[0].options)["lr"] == float(np.float32(1e-2))
     with pytest.raises(OptionError) as caught:
         read(tmp_path / "3", lr=1.0)
-    assert str(caught.value) == f"{tmp_path / '3'} holds lr={float(np.float32(1e-2))!r}, not 1.0"
+    assert str(caught.value) == f"{tmp_path / '3' / 'optimizer_state'} holds lr={float(np.float32(1e-2))!r}, not 1.0"
 
 
 def test_what_is_missing(tmp_path: Path) -> None:
@@ -142,9 +142,9 @@ def test_what_is_missing(tmp_path: Path) -> None:
     assert str(refused.value) == f"{path}: '1/0/mu/b' is a string, where numbers were expected"
     (path / "_METADATA").write_text("{}")
     assert orbax.detect(path) is None
-    with pytest.raises(FileError) as empty:
+    with pytest.raises(UnknownFormatError) as empty:
         read(path)
-    assert str(empty.value) == f"{path / '_METADATA'}: has no 'tree_metadata' where one is expected, in a dict"
+    assert str(empty.value) == f"{path}: not recognised as 'orbax': expected {orbax.DESCRIPTION}"
 
 
 def test_neither_jax_nor_orbax_is_imported(tmp_path: Path) -> None:
