@@ -12,7 +12,7 @@ from lora_state_format.binding.live import LiveOptimizer
 from lora_state_format.model.states import OptimizerState, Parameter, Scalar, Value
 from lora_state_format.optimizers.classes import CLASSES, UNKNOWN, Decay, Form, Known, known, known_path, same_class
 from lora_state_format.optimizers.options import Kind, kind_of
-from lora_state_format.optimizers.quantised import BITSANDBYTES, decoded
+from lora_state_format.optimizers.quantised import BITSANDBYTES, TORCHAO, decoded
 
 __all__ = ["CLASSES_OF", "INNER", "Crossing", "Crossings", "Fit", "crossings_of", "source_of", "translated"]
 
@@ -112,7 +112,8 @@ def _crossing(
     groups = [dict(group.options) for group in live.groups if group.optimizer == target]
     here = _Side(live.lineages[target], live.known[target], groups)
     options = [dict(group.options) for group in state.groups if source in (None, group.optimizer)]
-    lineage = _lineage(state, source) or _inferred(slots, options, known_path(here.lineage))
+    here_path = known_path(here.lineage)
+    lineage = _lineage(state, source) or _coded(parameters, here_path) or _inferred(slots, options, here_path)
     if not lineage:
         reasons = tuple(_unstated(slots, options, here))
         return Crossing(None, here.lineage[0], Fit.OTHER if reasons else Fit.SAME, reasons)
@@ -188,6 +189,16 @@ def _inside(state: OptimizerState, live: LiveOptimizer, source: int | None, targ
     for name in sorted(then.keys() | now.keys()):
         if then.get(name) != now.get(name):
             yield f"its {name} is {now.get(name, 'not there')}, and was {then.get(name, 'not there')}"
+
+
+def _coded(parameters: Sequence[Parameter], live: str | None) -> tuple[str, ...]:
+    """Return the class of a file that states none, where its moments are torchao's own tensors, which name theirs."""
+    for parameter in parameters:
+        for value in (parameter.state or {}).values():
+            if isinstance(value, Mapping) and TORCHAO in value:
+                bits = str(value[TORCHAO]).rpartition("OptimState")[2]
+                return (live if live and live.endswith(bits) else f"torchao.optim.adam.AdamW{bits}",)
+    return ()
 
 
 def _inferred(slots: frozenset[str], options: Sequence[Mapping[str, Value]], live: str | None) -> tuple[str, ...]:
