@@ -79,34 +79,8 @@ def _read(folder: Path, files: Files, masters: bool) -> Checkpoint:
     common = pickles.load(files[place], place).value
     models = _models(folder, files)
     shapes, weights, tied = _described(models)
-    steps = _steps(common)
-    entries: dict[str, dict[str, Any]] = {}
-    sizes: dict[str, tuple[int, ...]] = {}
-    for number, names in enumerate(shapes):
-        held = {
-            name: dict(_slots(inside(folder / "zero", name, models[0][0]), shape, files))
-            for name, shape in names.items()
-        }
-        _check_alike(held, folder / "zero")
-        check_masters({name: slots[MASTER] for name, slots in held.items() if MASTER in slots}, weights, folder, _MIXED)
-        for name, shape in names.items():
-            slots = held[name]
-            master = slots.pop(MASTER, None)
-            sizes[name] = next((s.shape for s in (*slots.values(), master) if isinstance(s, Tensor) and s.shape), shape)
-            # One with nothing but a weight never got a gradient.
-            if slots and "step" not in slots and number < len(steps) and steps[number] is not None:
-                slots = {"step": steps[number], **slots}
-            if masters and master is not None:
-                slots[MASTER_SLOT] = master
-            if slots:
-                entries[name] = slots
-    groups = []
-    for group in member(common, "param_groups", list, place):
-        numbers = group.get("params", ()) if isinstance(group, dict) else ()
-        listed = [name for number in numbers for name in member(shapes, number, dict, place)]
-        groups.append(
-            {**{key: value for key, value in group.items() if key not in ("params", "step")}, "params": listed}
-        )
+    entries, sizes = _entries(folder, files, models[0][0], shapes, weights, _steps(common), masters)
+    groups = _groups(member(common, "param_groups", list, place), shapes, place)
     first = models[0][1]
     step = first.get("global_steps")
     state = from_state_dict(
@@ -117,6 +91,50 @@ def _read(folder: Path, files: Files, masters: bool) -> Checkpoint:
     )
     named = keyed.named(state, shapes=sizes, weights=weights, tied=tied)
     return Checkpoint(named, {name: tensor for name, tensor in weights.items() if tensor.shape == sizes.get(name)})
+
+
+def _entries(
+    folder: Path,
+    files: Files,
+    model: Path,
+    shapes: Sequence[Mapping[str, tuple[int, ...]]],
+    weights: Mapping[str, Tensor],
+    steps: Sequence[Scalar | None],
+    masters: bool,
+) -> tuple[dict[str, dict[str, Any]], dict[str, tuple[int, ...]]]:
+    """Return the slots of every parameter that has some, and the shapes of all."""
+    entries: dict[str, dict[str, Any]] = {}
+    sizes: dict[str, tuple[int, ...]] = {}
+    for number, names in enumerate(shapes):
+        held = {name: dict(_slots(inside(folder / "zero", name, model), shape, files)) for name, shape in names.items()}
+        _check_alike(held, folder / "zero")
+        check_masters({name: slots[MASTER] for name, slots in held.items() if MASTER in slots}, weights, folder, _MIXED)
+        stated = steps[number] if number < len(steps) else None
+        for name, shape in names.items():
+            slots = held[name]
+            master = slots.pop(MASTER, None)
+            sizes[name] = next((s.shape for s in (*slots.values(), master) if isinstance(s, Tensor) and s.shape), shape)
+            # One with nothing but a weight never got a gradient.
+            if slots and "step" not in slots and stated is not None:
+                slots = {"step": stated, **slots}
+            if masters and master is not None:
+                slots[MASTER_SLOT] = master
+            if slots:
+                entries[name] = slots
+    return entries, sizes
+
+
+def _groups(
+    groups: Sequence[Any], shapes: Sequence[Mapping[str, tuple[int, ...]]], place: Path
+) -> list[dict[str, Any]]:
+    """Return the groups with their parameters' names; a group lists the numbers of its flat groups."""
+    result = []
+    for group in groups:
+        numbers = group.get("params", ()) if isinstance(group, dict) else ()
+        listed = [name for number in numbers for name in member(shapes, number, dict, place)]
+        own = {key: value for key, value in group.items() if key not in ("params", "step")}
+        result.append({**own, "params": listed})
+    return result
 
 
 def _models(folder: Path, files: Files) -> list[tuple[Path, dict[str, Any]]]:

@@ -93,12 +93,9 @@ def decide(
     contradict one that was inferred, and ``AmbiguousOrderError`` if several fit and nothing tells which.
     """
     views = [[_described(p) for p in view] for view in (parameters, *others)]
-    found, reasons = _fitting(positional, views, rule, partly)
-    first = _live(positional, views[0], live or ()) or next((c for c in found if set(SURE) & set(c.rules)), None)
-    if first is not None and rule is None:
-        found = [first, *(c for c in found if c.names != first.names)]
-    elif source != "model" and rule != "listed":
-        found = [variant for c in found for variant in _adapter_orders(positional, c)]
+    fitting, reasons = _fitting(positional, views, rule, partly)
+    first = _live(positional, views[0], live or ()) or next((c for c in fitting if set(SURE) & set(c.rules)), None)
+    found = _in_turn(positional, fitting, first if rule is None else None, adapters=_is_open(source, rule, first))
     if not found:
         raise ConversionError(_nothing_fits(positional, views[0], reasons))
 
@@ -142,6 +139,20 @@ def grouped(parameters: Sequence[Parameter | Described], rule: str = "flat") -> 
     if splits is None:
         raise OptionError(f"what the rule '{rule}' makes depends on the optimizer's state")
     return [[item.name for item in split.members] for split in splits]
+
+
+def _is_open(source: str, rule: str | None, first: Candidate | None) -> bool:
+    """Return whether the order of adapters among each other is open: no model, no list and no sure order says it."""
+    return source != "model" and rule != "listed" and (first is None or rule is not None)
+
+
+def _in_turn(
+    positional: PositionalState, fitting: Sequence[Candidate], first: Candidate | None, *, adapters: bool
+) -> list[Candidate]:
+    """Return the candidates with the one that goes before others in front, or with their adapters in every order."""
+    if first is not None:
+        return [first, *(c for c in fitting if c.names != first.names)]
+    return [variant for c in fitting for variant in _adapter_orders(positional, c)] if adapters else list(fitting)
 
 
 class _Weighed(NamedTuple):
