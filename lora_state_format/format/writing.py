@@ -33,7 +33,7 @@ from lora_state_format.format.stowing import stowed
 from lora_state_format.io import plain
 from lora_state_format.io.atomic import TemporaryFile, check_target, locked, sync_folder
 from lora_state_format.io.ledger import Ledger
-from lora_state_format.io.safetensors import MAX_DIMENSIONS, MAX_HEADER, is_too_large
+from lora_state_format.io.safetensors import MAX_DIMENSIONS, is_too_large
 from lora_state_format.io.strict_json import MAX_VALUES, dumps, most_values, utf8
 from lora_state_format.model.digests import ALGORITHM
 from lora_state_format.model.dtypes import BITS
@@ -59,6 +59,9 @@ __all__ = [
     "stream",
     "write",
 ]
+
+LARGEST_HEADER: Final = 25_000_000
+"""Bytes of a header that are written at most (W7): where the Hugging Face Hub's parsers stop."""
 
 SHARD_HEADER: Final = 16 << 20
 """Bytes of header that a shard is filled up to, as estimated."""
@@ -185,9 +188,9 @@ def _header(layout: Layout, identity: str = ZERO) -> bytes:
     whole = plain.padded(header)
     header = whole[8:]
     values = most_values(header)
-    if len(header) > MAX_HEADER or values > MAX_VALUES:
+    if len(header) > LARGEST_HEADER or values > MAX_VALUES:
         raise UnrepresentableError(
-            f"a header of {len(header)} bytes and {values} values, more than {MAX_HEADER} or {MAX_VALUES}: extra, "
+            f"a header of {len(header)} bytes and {values} values, more than {LARGEST_HEADER} or {MAX_VALUES}: extra, "
             "globals, or the values of one parameter are too large; keep large data in tensors"
         )
     return whole

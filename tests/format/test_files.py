@@ -331,7 +331,7 @@ def test_a_state_may_replace_its_own_file(path: Path) -> None:
 
 
 def test_what_does_not_fit(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(writing, "MAX_HEADER", 1000)
+    monkeypatch.setattr(writing, "LARGEST_HEADER", 1000)
     with pytest.raises(UnrepresentableError) as caught:
         write(make(), path)
     assert str(caught.value) == (
@@ -342,7 +342,7 @@ def test_what_does_not_fit(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(writing, "MAX_VALUES", 100)
     with pytest.raises(UnrepresentableError) as caught:
         write(make(), path)
-    assert str(caught.value).startswith("a header of 2040 bytes and 143 values, more than 33554432 or 100: ")
+    assert str(caught.value).startswith("a header of 2040 bytes and 143 values, more than 25000000 or 100: ")
     monkeypatch.undo()
     monkeypatch.setattr(writing, "MAX_INDEX", 100)
     with pytest.raises(UnrepresentableError) as caught:
