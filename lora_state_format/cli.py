@@ -81,6 +81,14 @@ def _silence_libraries() -> None:
     warnings.simplefilter("ignore")
     logging.lastResort = None
     logging.getLogger().addHandler(logging.NullHandler())
+    logging.getLogger("lora_state_format").addHandler(_OwnWarnings(logging.WARNING))
+
+
+class _OwnWarnings(logging.Handler):
+    """Shows what this package itself warns of."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        _warn([record.getMessage()])
 
 
 def run(arguments: Sequence[str]) -> int:

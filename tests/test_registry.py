@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import os
 import re
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -133,6 +135,17 @@ def test_a_converter_that_cannot_be_imported(
     save({"state": {}, "param_groups": []}, path)
     assert registry.detect(path)[0].NAME == "torch_optimizer"
     assert caplog.messages == [f"{message}; it is left out"]
+
+
+def test_the_command_line_names_a_broken_converter(package: Path) -> None:
+    install(package, "broken", "installed_broken", "1 / 0")
+    path = os.pathsep.join([str(package), os.environ.get("PYTHONPATH", "")])
+    command = [sys.executable, "-m", "lora_state_format", "formats"]
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": path})
+    why = "ZeroDivisionError: division by zero"
+    warning = f"warning: converter 'broken' of installed_broken cannot be imported: {why}; it is left out\n"
+    assert (done.returncode, done.stderr) == (0, warning)
+    assert "torch_optimizer" in done.stdout
 
 
 def test_a_converter_that_fails_to_detect(package: Path, caplog: pytest.LogCaptureFixture) -> None:
