@@ -91,7 +91,7 @@ def page(start_browser: Callable[..., Any], site: Site) -> Page:
 
 @pytest.fixture(scope="module")
 def make(load_module: Callable[[Path], ModuleType]) -> ModuleType:
-    return load_module(ROOT / "tests" / "make_vectors.py")
+    return load_module(ROOT / "tests" / "spec" / "make_vectors.py")
 
 
 # --- reading ----------------------------------------------------------------------------------------------------------
