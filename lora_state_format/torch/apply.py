@@ -17,7 +17,7 @@ from lora_state_format.errors import BindError
 from lora_state_format.io.ledger import Ledger
 from lora_state_format.model import notebook
 from lora_state_format.model.sources import File
-from lora_state_format.model.states import Parameter, Role, Scalar, Slot, Value
+from lora_state_format.model.states import Parameter, Role, Scalar, Slot, Value, mapped
 from lora_state_format.optimizers.classes import Known, known
 from lora_state_format.torch import carried as carrying
 from lora_state_format.torch.capture import Models, Optimizers, lineage_of, stepper
@@ -326,14 +326,12 @@ def _step(value: int | float | Scalar, row: Known, device: torch.device, on_devi
 def _in_memory(parameter: Parameter) -> Parameter:
     """Return a carried parameter with its tensors in memory, for a save after the file is closed."""
 
-    def copied(value: Any) -> Any:
-        if isinstance(value, Slot):
-            return replace(value, tensor=from_torch(to_torch(value.tensor, value.order)))
-        if isinstance(value, Mapping):
-            return {key: copied(inner) for key, inner in value.items()}
-        return type(value)(map(copied, value)) if isinstance(value, (list, tuple)) else value
+    def copied(leaf: Any, _: tuple[Any, ...]) -> Any:
+        if isinstance(leaf, Slot):
+            return replace(leaf, tensor=from_torch(to_torch(leaf.tensor, leaf.order)))
+        return leaf
 
-    return replace(parameter, state=copied(parameter.state))
+    return replace(parameter, state=mapped(parameter.state, copied))
 
 
 # --- the report -----------------------------------------------------------------------------------------------------
