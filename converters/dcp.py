@@ -57,7 +57,7 @@ def read(match: Match, options: Mapping[str, Any]) -> Checkpoint:
     opened: list[Folder] = []
     try:
         opened.extend(map(open_folder, (*places, *others)))
-        found = [item for folder in opened[: len(places)] for item in _optimizers(folder)]
+        found = [item for folder in opened[: len(places)] for item in _optimizers(folder.tree())]
         if not found:
             raise FileError("no optimizer's state dict (state and param_groups) in it", path=path)
         for item in found:
@@ -79,24 +79,20 @@ def _weights(folder: Folder) -> Iterator[tuple[str, Tensor]]:
             yield str(path[-1]), value
 
 
-def _optimizers(folder: Folder) -> Iterator[Found]:
-    """Yield every optimizer's state dict in the folder's tree."""
-
-    def search(node: Any, path: tuple[str | int, ...]) -> Iterator[Found]:
-        if not isinstance(node, dict):
-            return
-        if "param_groups" in node:
-            yield Found(path, _nested(node))
-            return
-        if "param_to_group_meta" in node:
-            yield Found(path, _by_name(node))
-            return
-        if any(str(key).startswith("param_groups.") for key in node):
-            yield Found(path, _flattened(node))
-        for key, inner in node.items():
-            yield from search(inner, (*path, key))
-
-    yield from search(folder.tree(), ())
+def _optimizers(node: Any, path: tuple[str | int, ...] = ()) -> Iterator[Found]:
+    """Yield every optimizer's state dict in a tree."""
+    if not isinstance(node, dict):
+        return
+    if "param_groups" in node:
+        yield Found(path, _nested(node))
+        return
+    if "param_to_group_meta" in node:
+        yield Found(path, _by_name(node))
+        return
+    if any(str(key).startswith("param_groups.") for key in node):
+        yield Found(path, _flattened(node))
+    for key, inner in node.items():
+        yield from _optimizers(inner, (*path, key))
 
 
 def _nested(node: Mapping[Any, Any]) -> dict[str, Any]:

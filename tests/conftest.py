@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import resource
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -21,6 +22,10 @@ ROOT = Path(__file__).parents[1]
 
 # Processes that tests start find the package of this checkout wherever they run: it need not be installed.
 os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+
+# A process that collects open files fails here, on machines that allow more as on those that allow 1,024.
+limit = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+resource.setrlimit(resource.RLIMIT_NOFILE, (min(512, limit), limit))
 
 # A time limit for each example fails on a busy machine and says nothing.
 settings.register_profile("tests", deadline=None)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Final
 
@@ -44,56 +44,65 @@ class Files:
     """Files to read by position, of which only the ones used last are open.
 
     All that is read below each of ``folders`` has to be of the folder that is there now: a writer may put another one
-    in its place at any time, and files of two checkpoints would not be told apart by their names.
+    in its place at any time, and files of two checkpoints would not be told apart by their names. Closed by ``close``,
+    or with the last reference to it and to what reads from its files.
     """
 
     def __init__(self, *folders: Path) -> None:
         self._files: dict[Path, PooledFile] = {}
-        self._open: OrderedDict[Path, File] = OrderedDict()
-        self._folders = {folder: _identity(folder) for folder in folders}
+        self._pool = _Pool(folders)
 
     def __getitem__(self, path: Path) -> PooledFile:
         """Return the file at a path. Raises ``FileNotFoundError``, and ``FileError`` for what is no regular file."""
         if path not in self._files:
-            self._files[path] = PooledFile(path, self)
-            self._check_folders()
+            self._files[path] = PooledFile(path, self._pool)
         return self._files[path]
-
-    def opened(self, path: Path) -> File:
-        """Return the open file at a path; the one used longest ago may be closed for it."""
-        file = self._open.get(path)
-        if file is None:
-            file = self._open[path] = File(path)
-            if path in self._files:
-                self._files[path].check_unchanged()
-                self._check_folders()
-            if len(self._open) > MAX_OPEN:
-                self._open.popitem(last=False)[1].close()
-        self._open.move_to_end(path)
-        return file
 
     def check_unchanged(self) -> None:
         """Raise ``FileError`` if a file's size or modification time, or what a folder is, is not as it was at first."""
-        self._check_folders()
+        self._pool.check_folders()
         for file in self._files.values():
             file.check_unchanged()
 
-    def _check_folders(self) -> None:
-        for folder, identity in self._folders.items():
-            if _identity(folder) != identity:
-                raise FileError("was replaced while it was read: read it again", path=folder)
-
     def close(self) -> None:
         """Close the files; they open again when they are read."""
-        for file in self._open.values():
-            file.close()
-        self._open.clear()
+        self._pool.close()
 
     def __enter__(self) -> Files:
         return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+class _Pool:
+    """The files that are open; it knows none of those who read them, so that no circle keeps it alive."""
+
+    def __init__(self, folders: Iterable[Path]) -> None:
+        self._open: OrderedDict[Path, File] = OrderedDict()
+        self._folders = {folder: _identity(folder) for folder in folders}
+
+    def opened(self, path: Path) -> tuple[File, bool]:
+        """Return the open file at a path, and whether it had to be opened: the one used longest ago may close."""
+        file = self._open.get(path)
+        fresh = file is None
+        if file is None:
+            file = self._open[path] = File(path)
+            self.check_folders()
+            if len(self._open) > MAX_OPEN:
+                self._open.popitem(last=False)[1].close()
+        self._open.move_to_end(path)
+        return file, fresh
+
+    def check_folders(self) -> None:
+        for folder, identity in self._folders.items():
+            if _identity(folder) != identity:
+                raise FileError("was replaced while it was read: read it again", path=folder)
+
+    def close(self) -> None:
+        for file in self._open.values():
+            file.close()
+        self._open.clear()
 
 
 def _identity(folder: Path) -> tuple[int, int] | None:
@@ -121,15 +130,18 @@ class PooledFile:
 
     crc32 = None
 
-    def __init__(self, path: Path, files: Files) -> None:
+    def __init__(self, path: Path, pool: _Pool) -> None:
         self.path = path
-        self._files = files
+        self._pool = pool
         self._known = path.stat()
-        self.size = files.opened(path).size
+        self.size = pool.opened(path)[0].size
 
     def readinto(self, offset: int, out: memoryview) -> None:
         """Fill ``out`` with the bytes from ``offset`` on."""
-        self._files.opened(self.path).readinto(offset, out)
+        file, fresh = self._pool.opened(self.path)
+        if fresh:
+            self.check_unchanged()
+        file.readinto(offset, out)
 
     def check_unchanged(self) -> None:
         """Raise ``FileError`` if the file's size or modification time changed since it was first seen."""

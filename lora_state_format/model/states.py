@@ -6,6 +6,7 @@ have no names yet is a ``PositionalState``; ``PositionalState.named`` is the onl
 
 from __future__ import annotations
 
+import contextlib
 import struct
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -13,15 +14,12 @@ from enum import Enum
 from functools import cached_property
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Final, TypeAlias
+from typing import Any, Final, TypeAlias
 
 from lora_state_format.errors import ConversionError, OptionError
 from lora_state_format.model import notebook
 from lora_state_format.model.dtypes import DTYPES
 from lora_state_format.model.sources import Memory
-
-if TYPE_CHECKING:
-    pass
 from lora_state_format.model.tensors import Digest, Tensor, contiguous
 
 __all__ = [
@@ -343,8 +341,7 @@ class OptimizerState(Mapping[str, Parameter]):
 
     def close(self) -> None:
         """Close the files that the tensors read from."""
-        for resource in self.resources:
-            resource.close()
+        _close(self.resources)
 
     def __enter__(self) -> OptimizerState:
         return self
@@ -353,6 +350,11 @@ class OptimizerState(Mapping[str, Parameter]):
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def _close(resources: tuple[Any, ...]) -> None:
+    for resource in resources:
+        resource.close()
 
 
 def _head(state: OptimizerState | PositionalState) -> str:
@@ -407,6 +409,10 @@ class PositionalState:
     def shapes(self) -> list[tuple[int, ...] | None]:
         """Return the shape of each parameter as its ``param`` slots, or ``row`` and ``col``, show it; else ``None``."""
         return [_shape_of(self.entries.get(identity, {})) for identity in self.ids]
+
+    def close(self) -> None:
+        """Close the files that the tensors read from."""
+        _close(self.resources)
 
     def named(self, parameters: Sequence[Parameter], naming: Naming) -> OptimizerState:
         """Return the same state under names. ``parameters`` are in the order of ``ids``; their state comes from here.
@@ -474,3 +480,12 @@ class Checkpoint:
         """Return the candidates, or else the weights as the only one."""
         alone = Weights("the weights next to it", self.weights)
         return self.candidates or (((alone,),) if self.weights else ())
+
+    @contextlib.contextmanager
+    def closed_on_error(self) -> Iterator[Checkpoint]:
+        """Close the files that the state's tensors read from if the block raises; else they stay open."""
+        try:
+            yield self
+        except BaseException:
+            self.state.close()
+            raise

@@ -188,15 +188,16 @@ def look_closer(
             return _builder(trainable)(folder, adapter)
         raise MissingNamesError(f"stored by position; `convert` names them by building the model of {folder}")
 
-    try:
-        named = name_state(checkpoint, path, names=_names(checkpoint, names), rule=rule, rebuild=build, weigh=False)
-    except ConversionError as error:
-        if asked:
-            raise
-        reason = str(error).split("\n")[0].removeprefix(f"{path}: ")
-        return Found(checkpoint.state, converter.NAME, f"none: {reason}")
-    _check_trainable(named.state, trainable, path)
-    return Found(named.state, converter.NAME)
+    with checkpoint.closed_on_error():
+        try:
+            named = name_state(checkpoint, path, names=_names(checkpoint, names), rule=rule, rebuild=build, weigh=False)
+        except ConversionError as error:
+            if asked:
+                raise
+            reason = str(error).split("\n")[0].removeprefix(f"{path}: ")
+            return Found(checkpoint.state, converter.NAME, f"none: {reason}")
+        _check_trainable(named.state, trainable, path)
+        return Found(named.state, converter.NAME)
 
 
 def convert(
@@ -298,8 +299,11 @@ def belongs(path: str | os.PathLike[str], weights: str | os.PathLike[str]) -> tu
     from lora_state_format.naming.evidence import paired, weigh
 
     path = Path(path)
-    checkpoint = _with_weights(registry.read(path), [Path(weights)])
-    named = name_state(checkpoint, path, rebuild=rebuild)
+    with (
+        registry.read(path).closed_on_error() as alone,
+        _with_weights(alone, [Path(weights)]).closed_on_error() as checkpoint,
+    ):
+        named = name_state(checkpoint, path, rebuild=rebuild)
     with named.state as state:
         pairing = paired(state, named.weights)
         settled = state.naming.rule is None and pairing.matching == len(state)
@@ -311,11 +315,11 @@ def belongs(path: str | os.PathLike[str], weights: str | os.PathLike[str]) -> tu
 
 def _read(converter: Converter, match: Match, path: Path, reading: _Reading) -> Named:
     """Return the named state, and the parameters' own weights as far as they were found."""
-    checkpoint = _checkpoint(converter, match, path, reading)
-    names = _names(checkpoint, reading.names)
-    named = name_state(checkpoint, path, names=names, rule=reading.rule, rebuild=_builder(reading.trainable))
-    _check_trainable(named.state, reading.trainable, path)
-    return named
+    with _checkpoint(converter, match, path, reading).closed_on_error() as checkpoint:
+        names = _names(checkpoint, reading.names)
+        named = name_state(checkpoint, path, names=names, rule=reading.rule, rebuild=_builder(reading.trainable))
+        _check_trainable(named.state, reading.trainable, path)
+        return named
 
 
 def _checkpoint(converter: Converter, match: Match, path: Path, reading: _Reading) -> Checkpoint:
@@ -324,11 +328,11 @@ def _checkpoint(converter: Converter, match: Match, path: Path, reading: _Readin
     asks = "optimizer" in registry.options(converter)
     if optimizer is not None and asks:
         options = {"optimizer": optimizer, **options}
-    checkpoint = converter.read(match, registry.own_options(options, converter))
-    if optimizer is not None and not asks:
-        checkpoint = replace(checkpoint, state=_classed(checkpoint.state, optimizer, path))
-    named = isinstance(checkpoint.state, OptimizerState)
-    return checkpoint if named else _with_weights(checkpoint, split_names(reading.names)[1])
+    with converter.read(match, registry.own_options(options, converter)).closed_on_error() as checkpoint:
+        if optimizer is not None and not asks:
+            checkpoint = replace(checkpoint, state=_classed(checkpoint.state, optimizer, path))
+        named = isinstance(checkpoint.state, OptimizerState)
+        return checkpoint if named else _with_weights(checkpoint, split_names(reading.names)[1])
 
 
 def _names(checkpoint: Checkpoint, names: Names | None) -> Names | None:

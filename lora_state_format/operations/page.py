@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from importlib.metadata import version
 from importlib.resources import files
@@ -92,9 +93,9 @@ def write_report(
     """
     target = Path(target)
     check_target(target, force=force)
-    side = _side(Path(path), weights, progress, reading)
-    before = None if compare is None else _side(Path(compare), None, progress, reading)
-    try:
+    with ExitStack() as opened:
+        side = _side(Path(path), weights, progress, reading, opened)
+        before = None if compare is None else _side(Path(compare), None, progress, reading, opened)
         drawn = figures(side, before)
         pieces = {target: page(side, before).encode()}
         if figures_folder is not None:
@@ -110,10 +111,6 @@ def write_report(
                 file.finish(data)
                 file.commit(piece, force=force)
         return tuple(map(str, pieces))
-    finally:
-        for shown in (side, before):
-            for resource in shown.state.resources if shown else ():
-                resource.close()
 
 
 def _side(
@@ -121,7 +118,9 @@ def _side(
     weights: str | os.PathLike[str] | None,
     progress: Callable[[int, int], None] | None,
     reading: Mapping[str, Any],
+    opened: ExitStack,
 ) -> Side:
+    """Return what a checkpoint holds and measures; ``opened`` closes its files."""
     unnamed = ""
     state: OptimizerState | PositionalState
     try:
@@ -129,6 +128,7 @@ def _side(
     except ConversionError:
         found = look(path, **reading)
         state, unnamed = found.state, found.unnamed
+    opened.callback(state.close)
     statistics = measure(state, progress)
     own = () if weights is None else tuple(_weights(state, Path(weights)))
     return Side(path.name or str(path.resolve()), state, unnamed, statistics, own)

@@ -28,7 +28,7 @@ from lora_state_format.errors import ConversionError
 from lora_state_format.format import envelope, reading
 from lora_state_format.model import digests
 from lora_state_format.model.digests import ALGORITHM
-from lora_state_format.model.states import OptimizerState, Parameter, Scalar
+from lora_state_format.model.states import Checkpoint, OptimizerState, Parameter, Scalar
 from lora_state_format.model.tensors import Digest, Tensor
 from lora_state_format.naming import order, rules
 from lora_state_format.naming.names import peft_key
@@ -156,7 +156,12 @@ def _open(path: Path, live: Live) -> OptimizerState:
     """Return the named state at a path; positions are named by the live optimizer's order, or the live model."""
     if envelope.is_state(path):
         return reading.open_state(path)
-    checkpoint = registry.read(path)
+    with registry.read(path).closed_on_error() as checkpoint:
+        return _named(checkpoint, path, live)
+
+
+def _named(checkpoint: Checkpoint, path: Path, live: Live) -> OptimizerState:
+    """Return the state under its own names, or under those of the live optimizer's or model's parameters."""
     if isinstance(checkpoint.state, OptimizerState):
         return checkpoint.state
     named = live.named
