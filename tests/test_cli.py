@@ -1,12 +1,12 @@
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import pickle
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -474,23 +474,33 @@ main()
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.fixture
-def terminal() -> Iterator[tuple[int, int]]:
-    """The two ends of a pseudo-terminal."""
+def on_a_terminal(command: list[str]) -> tuple[bytes, bytes]:
+    """What a command that succeeds writes to stdout, and to stderr, which is a terminal.
+
+    The terminal is read meanwhile: it holds 4,096 bytes, and a command that has more to say on a slow machine waits.
+    """
     controller, end = os.openpty()
-    yield controller, end
-    os.close(controller)
-    os.close(end)
+    with (
+        os.fdopen(controller, "rb", buffering=0) as screen,
+        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=end) as run,
+    ):
+        os.close(end)
+        shown = b""
+        with contextlib.suppress(OSError):  # no process has the other end any more
+            while part := screen.read(1 << 16):
+                shown += part
+        out, _ = run.communicate(timeout=60)
+    assert run.returncode == 0, shown
+    return out, shown
 
 
-def test_progress_is_shown_on_a_terminal_only(founding: Founding, tmp_path: Path, terminal: tuple[int, int]) -> None:
-    controller, end = terminal
+def test_progress_is_shown_on_a_terminal_only(founding: Founding, tmp_path: Path) -> None:
     # A bar comes up after a second; so that it is seen here, at once.
     code = "from lora_state_format import cli; cli.PATIENCE = 0.0; cli.main()"
     arguments = ["convert", str(founding.path), str(tmp_path / "a.safetensors"), "--json"]
-    result = subprocess.run([sys.executable, "-c", code, *arguments], stdout=subprocess.PIPE, stderr=end, check=True)
-    assert json.loads(result.stdout)["written"] is True
-    assert b"converting" in os.read(controller, 1 << 16)
+    out, shown = on_a_terminal([sys.executable, "-c", code, *arguments])
+    assert json.loads(out)["written"] is True
+    assert b"converting" in shown
 
 
 def test_a_name_that_no_terminal_encoding_has(tmp_path: Path) -> None:
