@@ -10,6 +10,7 @@ from typing import Any, Final, Literal
 import torch
 
 from lora_state_format.errors import OptionError
+from lora_state_format.model.text import class_path
 
 __all__ = ["load_scheduler", "rate_of"]
 
@@ -46,7 +47,7 @@ def load_scheduler(scheduler: Any, saved: Mapping[str, Any], *, lr: Rate = "save
         OptionError: With ``current``, a scheduler that has taken steps already, or whose state does not say how many
             the saved one took.
     """
-    while f"{type(scheduler).__module__}.{type(scheduler).__qualname__}" in SHELLS:
+    while class_path(type(scheduler)) in SHELLS:
         scheduler = scheduler.scheduler
     if lr == "saved":
         scheduler.load_state_dict(_fitted(saved, scheduler))
