@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
+import numpy as np
 import pytest
 import torch
 
@@ -186,6 +187,7 @@ def advance(name: str, made: Any, optimizer: Any, steps: range) -> None:
 
     for step in steps:
         torch.manual_seed(step)
+        np.random.seed(step)  # Kron draws from it
         STEPS.get(name, plainly)(optimizer, backward, loss_of(made, step))
 
 
