@@ -624,6 +624,7 @@ def diff(first: Path, second: Path, reading: dict[str, Any], match: str | None, 
     examples="lora-state check checkpoint-300 --model ./model\n"
     "lora-state check checkpoint-300 --base ./base-model\n"
     "lora-state check checkpoint-300 --model ./wider --mismatch resize\n"
+    "lora-state check checkpoint-300 --model ./model --into torch.optim.Muon --mismatch-class fresh\n"
     "lora-state check checkpoint-300 --model ./model --missing fresh --rename '\\.old\\.' .new."
 )
 @click.argument("path", type=PATH)
@@ -645,6 +646,13 @@ def diff(first: Path, second: Path, reading: dict[str, Any], match: str | None, 
     help="For parameters of another shape.",
 )  # fmt: skip
 @click.option(
+    "--into", metavar="CLASS", help="The class path of the optimizer that the state is for; else not compared."
+)
+@click.option(
+    "--mismatch-class", type=click.Choice(["error", "translate", "fresh"]), default="error", show_default=True,
+    help="For an optimizer of another class; needs --into.",
+)  # fmt: skip
+@click.option(
     "--dtype", type=click.Choice(["saved", "param"]), default="saved", show_default=True, help="Of the moments."
 )
 @_rename
@@ -655,6 +663,7 @@ def check(
     base: Path | None,
     reading: dict[str, Any],
     as_json: bool,
+    into: str | None,
     rename: Sequence[tuple[str, str]],
     **policies: Any,
 ) -> int:
@@ -667,7 +676,8 @@ def check(
     from lora_state_format.operations.report import SCHEMA_VERSION
 
     with _progress("building the model from its configs"):
-        plan = check(path, model, base=base, policies=Policies(rename=rename or None, **policies), **reading)
+        asked = Policies(rename=rename or None, **policies)
+        plan = check(path, model, base=base, into=into, policies=asked, **reading)
     if as_json:
         problems = [
             {"kind": p.kind, "title": p.title, "items": list(p.items), "hints": list(p.hints)} for p in plan.problems

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import os
 import pickle
@@ -13,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 import lora_state_format as lsf
+from lora_state_format.binding.policies import Policies
 from lora_state_format.cli import run
 from lora_state_format.model.states import Group, Naming, Optimizer, OptimizerState, Parameter, Scalar
 from lora_state_format.operations.conversion import convert
@@ -548,6 +550,38 @@ def test_check_takes_the_base_from_another_folder(lora_state: Output, founding: 
     assert lora_state.out == "fits: 392/392 parameters would be restored\n"
     assert lora_state("check", founding.path, "--model", tmp_path / "nosuch") == 3
     assert lora_state.err == f"error: {tmp_path}/nosuch: no such folder of a model's configs\n"
+
+
+def test_check_compares_the_class_that_it_is_told(lora_state: Output, founding: Founding, tmp_path: Path) -> None:
+    founding.model.config.save_pretrained(tmp_path)
+    told = ["check", founding.path, "--base", tmp_path, "--into"]
+    assert lora_state(*told, "torch.optim.AdamW") == 0
+    assert lora_state.out == "fits: 392/392 parameters would be restored\n"
+    assert lora_state(*told, "torch.optim.SGD") == 1
+    assert lora_state.out == (
+        "optimizer state does not fit: 392 parameters saved, 392 in the optimizer\n"
+        "  written by torch.optim.adamw.AdamW, and the optimizer is torch.optim.sgd.SGD:\n"
+        "    SGD never reads exp_avg, exp_avg_sq, step\n"
+        "    SGD keeps momentum_buffer, which the file does not have\n"
+        "    no translation from AdamW into SGD is known\n"
+        "hint: --mismatch-class fresh lets the parameters whose state does not serve start without state\n"
+    )
+    assert lora_state(*told, "torch.optim.SGD", "--mismatch-class", "fresh") == 0
+    assert lora_state.out.startswith("fits: 0/392 parameters would be restored\n")
+    assert lora_state(*told, "bitsandbytes.optim.AdamW8bit", "--mismatch-class", "translate") == 0
+    assert lora_state.out == (
+        "fits: 392/392 parameters would be restored\n"
+        "from torch.optim.adamw.AdamW into bitsandbytes.optim.adamw.AdamW8bit: what both keep is laid out anew; "
+        "moments are quantised as AdamW8bit is configured to keep them\n"
+    )
+    assert lora_state(*told, "AdamW") == 2
+    assert lora_state.err == "error: 'AdamW' is not the path of a class; pass --into torch.optim.AdamW\n"
+
+
+def test_check_takes_every_policy_of_a_load_but_values_of_options() -> None:
+    """Configs say nothing of an optimizer's groups, so there is nothing that ``options`` could be compared with."""
+    policies = {field.name for field in dataclasses.fields(Policies)} - {"options"}
+    assert policies <= {option.name for option in commands.commands["check"].params}
 
 
 # --- every command ------------------------------------------------------------------------------------------------

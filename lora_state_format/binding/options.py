@@ -66,7 +66,7 @@ def choose(
         tuple(chosen),
         tuple(_replaced(live, chosen, given)),
         tuple(problems),
-        (*_zero_rate(live, chosen, given), *_left_out(live, saved, sources), *_driven(live, given)),
+        (*_zero_rate(live, chosen, given), *_left_out(live, saved, sources, given), *_driven(live, given)),
     )
 
 
@@ -277,7 +277,9 @@ def _driven(live: LiveOptimizer, given: Mapping[str, Any]) -> Iterator[str]:
         )
 
 
-def _left_out(live: LiveOptimizer, saved: Sequence[Options], sources: Sequence[Sequence[int]]) -> Iterator[str]:
+def _left_out(
+    live: LiveOptimizer, saved: Sequence[Options], sources: Sequence[Sequence[int]], given: Mapping[str, Any]
+) -> Iterator[str]:
     """Yield options that change what a step computes, and that the live groups know nothing of.
 
     A newer torch wrote them, or another class.
@@ -289,6 +291,7 @@ def _left_out(live: LiveOptimizer, saved: Sequence[Options], sources: Sequence[S
         for key in saved[source]
         if kind_of(key, saved[source]) is Kind.MATH and key not in live.options[number]
         if saved[source][key] not in (None, False)  # what is off says nothing
+        if not _is_current(given.get(key))
     }
     if strange:
         yield f"the live groups have no option {', '.join(strange)}: what the file says of it was left out"

@@ -17,6 +17,7 @@ from lora_state_format.model.states import (
     Slot,
     Value,
 )
+from lora_state_format.model.text import class_path
 
 __all__ = ["decode_value", "encode_value"]
 
@@ -69,7 +70,7 @@ def encode_value(value: Value, place: str, tensors: dict[str, Slot] | None, path
         return items if kind is list else {"$tuple": items}
     if isinstance(value, Mapping):
         return _encode_mapping(value, place, tensors, path)
-    raise _refusal(f"a {kind.__module__}.{kind.__qualname__}", place, path)
+    raise _refusal(f"a {class_path(kind)}", place, path)
 
 
 def _refusal(what: str, place: str, path: tuple[Any, ...]) -> UnrepresentableError:

@@ -21,6 +21,7 @@ from lora_state_format.model.dtypes import item_size
 from lora_state_format.model.sources import Memory
 from lora_state_format.model.states import Group, OptimizerState, Parameter, Scalar, Slot, Value
 from lora_state_format.model.tensors import Box, Piece, Tensor
+from lora_state_format.optimizers.classes import ends
 from lora_state_format.optimizers.options import Kind, kind_of
 from lora_state_format.optimizers.roles import role_of
 
@@ -207,18 +208,13 @@ def of_state(state: OptimizerState, name: str | None) -> Algorithm:
 def find(name: str) -> Algorithm:
     """Return the rule called ``name``, or of the class of that path. Raises ``OptionError`` for any other."""
     for algorithm in ALGORITHMS:
-        if name == algorithm.name or _ends(name) == _ends(algorithm.class_path):
+        if name == algorithm.name or ends(name) == ends(algorithm.class_path):
             return algorithm
     short = name.rpartition(".")[2].lower()
     if short in REFUSED:
         raise OptionError(f"'{name}' does not convert between frameworks: {REFUSED[short]}")
     names = ", ".join(dict.fromkeys(algorithm.name for algorithm in ALGORITHMS))
     raise OptionError(f"'{name}' is not a rule that converts between frameworks; those that do: {names}")
-
-
-def _ends(class_path: str) -> tuple[str, str]:
-    """Return package and class; the modules between them change from release to release."""
-    return class_path.partition(".")[0], class_path.rpartition(".")[2]
 
 
 NEUTRAL: Final[Mapping[str, tuple[str, ...]]] = {

@@ -1,8 +1,13 @@
-"""Texts out of files, as they may be shown."""
+"""Texts out of files as they may be shown, and classes as they are named."""
 
 from __future__ import annotations
 
-__all__ = ["printable"]
+__all__ = ["class_path", "printable"]
+
+
+def class_path(kind: type) -> str:
+    """Return the import path of a class."""
+    return f"{kind.__module__}.{kind.__qualname__}"
 
 
 def printable(text: str) -> str:

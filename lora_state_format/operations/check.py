@@ -12,15 +12,19 @@ from lora_state_format import registry
 from lora_state_format.binding.live import LiveGroup, LiveOptimizer, LiveParameter
 from lora_state_format.binding.plan import LoadPlan, plan
 from lora_state_format.binding.policies import Policies
-from lora_state_format.errors import ConversionError, MissingNamesError, Remedy
+from lora_state_format.errors import ConversionError, MissingNamesError, OptionError, Remedy
 from lora_state_format.model.states import Optimizer, OptimizerState
 from lora_state_format.naming.rules import Described
 from lora_state_format.naming.sources import ADAPTER_CONFIG, CONFIG
 from lora_state_format.operations.conversion import only_trainable, read, rebuild
+from lora_state_format.optimizers.classes import full_path
+from lora_state_format.optimizers.options import Kind, kind_of
 
 __all__ = ["check"]
 
 MODEL: Final = {"model": ...}
+UNKNOWN: Final = (Kind.MATH, Kind.SCHEDULE)
+"""Options whose live values configs do not say."""
 
 
 def check(
@@ -28,20 +32,22 @@ def check(
     model: str | os.PathLike[str] | None = None,
     *,
     base: str | os.PathLike[str] | None = None,
+    into: str | None = None,
     policies: Policies | None = None,
     trainable: Sequence[str] = (),
     **reading: Any,
 ) -> LoadPlan:
     """Return the plan of loading a checkpoint into an optimizer over the trainable parameters of a model.
 
-    Configs do not say everything; these are not compared: the parameters' dtypes, and the groups and options of an
-    optimizer.
+    Configs do not say everything; these are not compared: the parameters' dtypes, the groups and options of an
+    optimizer and, without ``into``, its class.
 
     Args:
         path: The checkpoint.
         model: A folder with the model's ``config.json`` and, for an adapter, ``adapter_config.json``; by default the
             checkpoint's own folder.
         base: A folder with the base model's ``config.json``, where ``model`` has the adapter's config alone.
+        into: The class path of the optimizer that the state is for: ``torch.optim.AdamW``.
         policies: What to do where state and model differ.
         trainable: Regular expressions for the parameters that train, where not all do.
         reading: Further arguments of ``read``.
@@ -63,8 +69,9 @@ def check(
             raise
         state = read(path, **{**reading, "names": folder, "trainable": trainable})
     with state:
-        bare = replace(state, groups=tuple(replace(group, options=()) for group in state.groups))
-        return plan(bare, _live(described, state), policies or Policies())
+        policies = policies or Policies()
+        compared = {key: "current" for group in state.groups for key, _ in group.options if kind_of(key) in UNKNOWN}
+        return plan(state, _live(described, state, into), replace(policies, options={**compared, **policies.options}))
 
 
 def _described(folder: Path, base: str | os.PathLike[str] | None) -> Sequence[Described]:
@@ -80,12 +87,18 @@ def _described(folder: Path, base: str | os.PathLike[str] | None) -> Sequence[De
     return rebuild(folder)
 
 
-def _live(described: Sequence[Described], state: OptimizerState) -> LiveOptimizer:
+def _live(described: Sequence[Described], state: OptimizerState, into: str | None) -> LiveOptimizer:
     """Return the model as the live side, in one group without options; dtypes as the state has them."""
+    if into is not None and "." not in into:
+        raise OptionError(
+            f"'{into}' is not the path of a class", remedy=Remedy("pass {into}", {"into": "torch.optim.AdamW"})
+        )
+    path = full_path(into) if into else None
     parameters = {}
     for known in described:
         own = known.parameter
         dtype = (state[own.name].dtype if own.name in state else None) or own.dtype or "F32"
         parameters[own.name] = LiveParameter(own.name, own.shape, dtype, known.trainable, own.tied, layer=known.layer)
     trainable = tuple(name for name, parameter in parameters.items() if parameter.requires_grad)
-    return LiveOptimizer((Optimizer(),), (LiveGroup(0, (), trainable),), parameters)
+    lineages = ((path,),) if path else ()
+    return LiveOptimizer((Optimizer(path),), (LiveGroup(0, (), trainable),), parameters, lineages)

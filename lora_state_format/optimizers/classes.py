@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from enum import Enum
 from typing import Final
 
-__all__ = ["CLASSES", "UNKNOWN", "Decay", "Form", "Known", "known", "known_path", "same_class"]
+__all__ = ["CLASSES", "UNKNOWN", "Decay", "Form", "Known", "ends", "full_path", "known", "known_path", "same_class"]
 
 
 class Form(str, Enum):
@@ -150,6 +150,16 @@ def known(lineage: Iterable[str]) -> Known:
     """Return the row of the first of these classes that has one, else ``UNKNOWN``."""
     path = known_path(lineage)
     return UNKNOWN if path is None else CLASSES[path]
+
+
+def ends(path: str) -> tuple[str, str]:
+    """Return package and class; the modules between them change from release to release."""
+    return path.partition(".")[0], path.rpartition(".")[2]
+
+
+def full_path(path: str) -> str:
+    """Return the path of a class as ``CLASSES`` has it: ``torch.optim.AdamW`` is ``torch.optim.adamw.AdamW``."""
+    return next((known for known in CLASSES if ends(known) == ends(path)), path)
 
 
 def same_class(saved: tuple[str, ...], live: tuple[str, ...]) -> bool:

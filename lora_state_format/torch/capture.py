@@ -37,6 +37,7 @@ from lora_state_format.model.states import (
     walk,
 )
 from lora_state_format.model.tensors import Digest, Tensor, memory_order
+from lora_state_format.model.text import class_path
 from lora_state_format.naming.names import peft_key, split_adapter
 from lora_state_format.optimizers.classes import CLASSES
 from lora_state_format.torch.carried import kept
@@ -55,7 +56,6 @@ __all__ = [
     "as_leaf",
     "capture",
     "capture_parts",
-    "class_path",
     "digest_of",
     "group_name",
     "group_options",
@@ -181,11 +181,6 @@ def _layer(
 
 def _joined(*parts: str) -> str:
     return ".".join(part for part in parts if part)
-
-
-def class_path(kind: type) -> str:
-    """Return the import path of a class."""
-    return f"{kind.__module__}.{kind.__qualname__}"
 
 
 def _lineage(kind: type) -> tuple[str, ...]:

@@ -17,6 +17,7 @@ from lora_state_format.binding.policies import Policies, PolicyArguments
 from lora_state_format.errors import CaptureError, ConversionError
 from lora_state_format.foreign.state_dict import Leaf, from_state_dict
 from lora_state_format.model.states import Naming, OptimizerState, Parameter
+from lora_state_format.model.text import class_path
 from lora_state_format.torch.apply import carry_out
 from lora_state_format.torch.capture import Models, as_leaf, grouped, named_tensors, optimizers_of
 from lora_state_format.torch.live import Live, describe
@@ -69,7 +70,7 @@ def follow_names(
     code = getattr(getattr(loader, "__wrapped__", loader), "__code__", None)
     if loader is not torch.optim.Optimizer.load_state_dict and "load_state_dict" not in getattr(code, "co_names", ()):
         raise CaptureError(
-            f"{type(own).__module__}.{type(own).__qualname__} has a load_state_dict of its own that calls no hooks; "
+            f"{class_path(type(own))} has a load_state_dict of its own that calls no hooks; "
             "use save_optimizer and load_optimizer"
         )
     asked = Policies(**policies)

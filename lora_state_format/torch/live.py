@@ -11,12 +11,12 @@ from lora_state_format.binding.live import LiveGroup, LiveOptimizer, LiveParamet
 from lora_state_format.foreign.state_dict import Reader
 from lora_state_format.model.states import Optimizer
 from lora_state_format.model.tensors import Digest
+from lora_state_format.model.text import class_path
 from lora_state_format.torch.capture import (
     Models,
     Named,
     Optimizers,
     as_leaf,
-    class_path,
     digest_of,
     group_name,
     group_options,

@@ -8,12 +8,16 @@ from typing import Any, Final, cast
 import torch
 
 from lora_state_format.foreign.state_dict import is_state_dict
+from lora_state_format.model.text import class_path
 
 __all__ = ["beside", "inner", "outside", "stepping", "wrapped"]
 
 _BASE: Final = frozenset({"state", "param_groups", "defaults"})
 _REBUILT: Final = frozenset({"name2qmap"})
 """Attributes that an optimizer's constructor fills alike each time: bitsandbytes' tables of codes."""
+
+_IN_GRADIENTS: Final = frozenset({"pytorch_optimizer.optimizer.scion.SCIONLight"})
+"""Classes whose momentum is what they leave in the gradients, for the next backward pass to add to."""
 
 _DEPTH: Final = 3
 """How many containers deep ``outside`` looks into an attribute."""
@@ -60,7 +64,10 @@ def beside(optimizer: torch.optim.Optimizer) -> Mapping[str, Any]:
 
 def outside(optimizer: torch.optim.Optimizer) -> Iterator[tuple[str, str]]:
     """Yield path and kind of what an optimizer keeps in attributes of its own, where no state dict has it."""
-    parameters = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    trained = [p for group in optimizer.param_groups for p in group["params"]]
+    if class_path(type(optimizer)) in _IN_GRADIENTS:
+        yield from (("param_groups.params.grad", "torch.Tensor") for p in trained[:1] if p.grad is not None)
+    parameters = set(map(id, trained))
     kept = {*_BASE, *_REBUILT, *wrapped(optimizer), *beside(optimizer)}
     for name, value in vars(optimizer).items():
         if name not in kept:
@@ -72,7 +79,7 @@ def outside(optimizer: torch.optim.Optimizer) -> Iterator[tuple[str, str]]:
 def _kept(value: Any, path: str, parameters: set[int], depth: int) -> Iterator[tuple[str, str]]:
     if isinstance(value, (torch.Tensor, torch.Generator, torch.optim.Optimizer)):
         if id(value) not in parameters:
-            yield path, f"{type(value).__module__}.{type(value).__qualname__}"
+            yield path, class_path(type(value))
     elif depth and isinstance(value, (Mapping, list, tuple)):
         for key, item in value.items() if isinstance(value, Mapping) else enumerate(value):
             label = key if isinstance(key, (str, int)) else f"[{type(key).__name__}]"

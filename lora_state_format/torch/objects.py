@@ -13,6 +13,7 @@ from typing import Any, Final
 import torch
 
 from lora_state_format.errors import MissingDependencyError, UnrepresentableError
+from lora_state_format.model.text import class_path
 from lora_state_format.optimizers.quantised import BITSANDBYTES, TORCHAO
 from lora_state_format.torch.tensors import dtype_name, dtype_of
 
@@ -39,7 +40,7 @@ _PROJECTORS: Final = frozenset(
 
 def unpacked(raw: Any) -> Any:
     """Return a slot with its objects as mappings, laid out as ``torchao.unpack_torchao`` does for a pickle."""
-    path = f"{type(raw).__module__}.{type(raw).__qualname__}"
+    path = class_path(type(raw))
     if type(raw).__name__ in _MOMENTS and path.startswith("torchao."):
         kept = {key: value for key, value in vars(raw).items() if key != "_shape"}
         return {TORCHAO: path, "dtype": dtype_name(raw.dtype), "shape": tuple(raw.shape), **kept}

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 import warnings
 from collections.abc import Mapping
 from typing import Any, Final, Literal
 
-import torch
-
 from lora_state_format.errors import OptionError
+from lora_state_format.model.text import class_path
 
 __all__ = ["load_scheduler", "rate_of"]
 
@@ -20,8 +20,19 @@ Rate = Literal["saved", "current"]
 SHELLS: Final = frozenset({"accelerate.scheduler.AcceleratedScheduler"})
 """Classes of schedulers that only hand on to the one in their attribute ``scheduler``."""
 
-PROGRESS: Final = ("best", "num_bad_epochs", "cooldown_counter", "last_epoch")
-"""What ReduceLROnPlateau has seen of the run; everything else in its state is how it was built."""
+PROGRESS: Final = (
+    "best",
+    "num_bad_epochs",
+    "num_good_epochs",
+    "cooldown_counter",
+    "warmup_counter",
+    "last_epoch",
+    "_streaming_avg",
+)
+"""What ReduceLROnPlateau and transformers' GreedyLR have seen of a run; what else they keep is how they were built."""
+
+YARDSTICK: Final = ("mode", "threshold_mode", "smooth", "window_size")
+"""What says how they measure, without which that means something else."""
 
 
 def rate_of(policies: Mapping[str, Any]) -> Rate:
@@ -39,21 +50,40 @@ def load_scheduler(scheduler: Any, saved: Mapping[str, Any], *, lr: Rate = "save
         saved: The ``state_dict()`` of the scheduler of the saved run.
         lr: With ``saved``, the saved schedule goes on. With ``current``, for a load with
             ``options={"lr": "current"}``, the live schedule does, from the step that the saved run had reached: it is
-            stepped as often as the saved one was. ReduceLROnPlateau, whose steps depend on what it measured, goes on
-            from the live rate and remembers what the saved one had seen.
+            stepped as often as the saved one was. A scheduler whose steps depend on what it is told (ReduceLROnPlateau,
+            transformers' GreedyLR) goes on from the live rate and remembers what the saved one had been told: it is one
+            that was built with the new rate, was told the same, and had not changed the rate until now. How often the
+            saved one had changed its own is not in its state.
 
     Raises:
-        OptionError: With ``current``, a scheduler that has taken steps already, or whose state does not say how many
-            the saved one took.
+        OptionError: With ``current``, a scheduler that has taken steps already, whose state does not say how many the
+            saved one took, or that measures in another way than the saved one.
     """
-    while f"{type(scheduler).__module__}.{type(scheduler).__qualname__}" in SHELLS:
+    while class_path(type(scheduler)) in SHELLS:
         scheduler = scheduler.scheduler
     if lr == "saved":
         scheduler.load_state_dict(_fitted(saved, scheduler))
-    elif isinstance(scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau):
-        scheduler.load_state_dict({key: saved[key] for key in PROGRESS if key in saved})
+    elif "metrics" in inspect.signature(scheduler.step).parameters:
+        _remember(scheduler, saved)
     else:
         _advance(scheduler, saved)
+
+
+def _remember(scheduler: Any, saved: Mapping[str, Any]) -> None:
+    """Let a new scheduler that is told metrics know what the saved one had been told; the live rate stays."""
+    title, live = type(scheduler).__name__, scheduler.state_dict()
+    for key in YARDSTICK:
+        if key in saved and saved[key] != live.get(key):
+            raise OptionError(
+                f"{title} was saved with {key}={saved[key]!r} and is built with {key}={live.get(key)!r}, by which the "
+                f"best that it remembers is another: build it with {key}={saved[key]!r}"
+            )
+    scheduler.load_state_dict({key: saved[key] for key in PROGRESS if key in saved})
+    logger.warning(
+        "%s goes on from the live rate, %s: its state does not say how often it had changed that of the saved run",
+        title,
+        ", ".join(f"{float(group['lr']):g}" for group in scheduler.optimizer.param_groups),
+    )
 
 
 def _advance(scheduler: Any, saved: Mapping[str, Any]) -> None:

@@ -17,6 +17,7 @@ from lora_state_format.model.dtypes import NAMES
 from lora_state_format.model.sources import Memory, Source
 from lora_state_format.model.states import Scalar
 from lora_state_format.model.tensors import CHUNK, Box, Piece, Tensor, contiguous
+from lora_state_format.model.text import class_path
 
 __all__ = [
     "DTYPES",
@@ -56,7 +57,7 @@ def refusal(tensor: torch.Tensor) -> str | None:
     if is_sharded(tensor):
         tensor = tensor.to_local()  # type: ignore[attr-defined]
     if type(tensor) not in (torch.Tensor, torch.nn.Parameter):
-        return f"of class {type(tensor).__module__}.{type(tensor).__qualname__}, which has no form of its own here"
+        return f"of class {class_path(type(tensor))}, which has no form of its own here"
     if tensor.layout is not torch.strided or tensor.is_quantized:
         return f"of layout {tensor.layout}, where torch.strided was expected"
     if tensor.dtype not in _NAMES:

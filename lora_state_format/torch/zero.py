@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from lora_state_format.errors import BindError, CaptureError
+from lora_state_format.model.text import class_path
 from lora_state_format.torch.fsdp1 import Part
 from lora_state_format.torch.tensors import dtype_name
 
@@ -52,7 +53,7 @@ def view_of(optimizer: Any) -> ZeroView | None:
     if hasattr(found, "single_partition_of_fp32_groups"):
         return _stage12(found)
     raise CaptureError(
-        f"{type(found).__module__}.{type(found).__qualname__} keeps its state in a way that is not known here; use "
+        f"{class_path(type(found))} keeps its state in a way that is not known here; use "
         "ZeRO stage 1, 2 or 3, without bf16's own optimizer"
     )
 

@@ -117,24 +117,42 @@ def test_a_link_to_the_last_checkpoint(loop: dict[str, Any], whole: Any, tmp_pat
     assert same(weights, whole[1])
 
 
+def rates_of(
+    loop: dict[str, Any], folder: Path, ckpt: Path | None = None, named: Any = None, **module: Any
+) -> list[float]:
+    """The rate of each step of a run, with or without the callback ``named``."""
+    seen: list[float] = []
+
+    class Recorder(loop["pl"].Callback):  # type: ignore[misc]
+        def on_before_optimizer_step(self, trainer: Any, module: Any, optimizer: Any) -> None:
+            seen.append(optimizer.param_groups[0]["lr"])
+
+    callbacks = [named] if named else []
+    fit(loop, loop["make"](folder, *callbacks, Recorder()), ckpt, **module)
+    return seen
+
+
 def test_a_new_rate_goes_on_as_if_it_had_been_there_from_the_start(
     loop: dict[str, Any], whole: Any, tmp_path: Path
 ) -> None:
-    def rates(ckpt: Path | None = None, **policies: Any) -> list[float]:
-        seen: list[float] = []
-
-        class Recorder(loop["pl"].Callback):  # type: ignore[misc]
-            def on_before_optimizer_step(self, trainer: Any, module: Any, optimizer: Any) -> None:
-                seen.append(optimizer.param_groups[0]["lr"])
-
-        trainer = loop["make"](tmp_path, loop["NamedState"]("model", **policies), Recorder())
-        fit(loop, trainer, ckpt, lr=3e-3)
-        return seen
-
-    built = rates()
-    resumed = rates(whole[0] / "step=4.ckpt", options={"lr": "current"})
+    current = loop["NamedState"]("model", options={"lr": "current"})
+    built = rates_of(loop, tmp_path, lr=3e-3)
+    resumed = rates_of(loop, tmp_path, whole[0] / "step=4.ckpt", current, lr=3e-3)
     assert (len(built), len(resumed)) == (6, 2)
     assert resumed == built[4:]
+
+
+def test_a_new_rate_under_a_schedule_that_measures(loop: dict[str, Any], tmp_path: Path) -> None:
+    """Lightning tells it of step 4 after that step's checkpoint, and so not at all in a run that resumes there."""
+    measured: dict[str, Any] = {"lr": 8e-3, "plateau": True}
+    named = loop["NamedState"]("model")
+    assert rates_of(loop, tmp_path / "named", named=named, **measured) == [8e-3, 8e-3, 4e-3, 2e-3, 1e-3, 5e-4]
+    rates_of(loop, tmp_path / "plain", **measured)
+    plain = rates_of(loop, tmp_path, tmp_path / "plain" / "step=4.ckpt", **measured)
+    ckpt = tmp_path / "named" / "step=4.ckpt"
+    assert rates_of(loop, tmp_path, ckpt, loop["NamedState"]("model"), **measured) == plain == [2e-3, 1e-3]
+    current = loop["NamedState"]("model", options={"lr": "current"})
+    assert rates_of(loop, tmp_path, ckpt, current, lr=5e-3, plateau=True) == [5e-3, 2.5e-3]
 
 
 def test_without_the_state_it_is_an_error(loop: dict[str, Any], whole: Any, tmp_path: Path) -> None:

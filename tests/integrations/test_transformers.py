@@ -123,6 +123,30 @@ def test_a_new_rate_goes_on_as_if_it_had_been_there_from_the_start(
     assert resumed == built[4:]
 
 
+@pytest.mark.parametrize(("schedule", "first"), [("reduce_lr_on_plateau", 8e-3), ("greedy", 16e-3)])
+def test_a_new_rate_under_a_schedule_that_measures(
+    schedule: str, first: float, loop: dict[str, Any], tmp_path: Path
+) -> None:
+    """No loss after the first is better by 10, so each one of them halves the rate; the best is remembered.
+
+    The first one leaves the rate (``GreedyLR`` doubles it).
+    """
+
+    def run(folder: Path, lr: float, resume: Path | None = None, **policies: Any) -> list[float]:
+        kwargs = {"factor": 0.5, "patience": 0, "threshold": 10.0, "threshold_mode": "abs", "min_lr": 1e-6}
+        options = {"learning_rate": lr, "lr_scheduler_type": schedule, "lr_scheduler_kwargs": kwargs}
+        trainer = loop["make"](folder, **options, eval_strategy="steps", eval_steps=1, metric_for_best_model="loss")
+        rates = Rates()
+        trainer.add_callback(rates)
+        with_named_state(trainer, **policies).train(resume_from_checkpoint=str(resume) if resume else None)
+        return rates.seen
+
+    assert run(tmp_path / "old", 8e-3) == [8e-3, *(first / 2**n for n in range(5))]
+    saved = tmp_path / "old" / "checkpoint-4"
+    assert run(tmp_path / "same", 8e-3, saved) == [first / 8, first / 16]
+    assert run(tmp_path / "new", 4e-3, saved, options={"lr": "current"}) == [4e-3, 2e-3]
+
+
 def test_beside_the_legacy_file_it_says_the_same(loop: dict[str, Any], tmp_path: Path) -> None:
     with_named_state(loop["make"](tmp_path)).train()
     legacy = torch.load(tmp_path / "checkpoint-6" / "optimizer.pt", weights_only=True)

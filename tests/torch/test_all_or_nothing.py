@@ -17,7 +17,7 @@ from lora_state_format.torch import follow_names, load_optimizer, save_optimizer
 from lora_state_format.torch.capture import capture
 
 FOLDER = Path(sys.modules["lora_state_format.torch"].__file__ or "").parent
-MODULES = ("apply", "swap", "carried", "load", "hooks")
+MODULES = ("apply", "swap", "carried", "load", "hooks", "live", "capture", "nested")
 
 
 class Counting(torch.optim.AdamW):
@@ -160,6 +160,7 @@ def test_a_load_is_all_or_nothing_at_every_line(tmp_path: Path) -> None:
             lambda: load_optimizer(optimizer, model, tmp_path / "o.safetensors", unexpected="carry"),
         )
 
+    assert {module for module, _ in traced(prepare()[2])} == {*MODULES} - {"hooks"}
     outcomes = outcomes_of(prepare)
     assert outcomes["before"] >= 150
     assert outcomes["after"] >= 1

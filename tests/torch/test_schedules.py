@@ -108,6 +108,62 @@ def plain(value: Any) -> Any:
     return [plain(item) for item in value] if isinstance(value, list) else value
 
 
+def measured(kind: Any, optimizer: torch.optim.Optimizer, **options: Any) -> Any:
+    return kind(optimizer, **{"factor": 0.5, "patience": 0, **options})
+
+
+@pytest.mark.parametrize("name", ["ReduceLROnPlateau", "GreedyLR"])
+def test_a_rate_that_measurements_had_changed_goes_on_from_the_live_one(
+    name: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As one that was built with the new rate, was told the same, and had not changed it until then."""
+    if name == "GreedyLR":
+        kind = pytest.importorskip("transformers.optimization").GreedyLR
+        schedule: Schedule = lambda o, lr: measured(kind, o, min_lr=1e-5, smooth=True, window_size=2)  # noqa: E731
+    else:
+        schedule = lambda o, lr: measured(schedules.ReduceLROnPlateau, o)  # noqa: E731
+    told = [1.0, 2.0, 3.0, 4.0, 0.5, 0.6, 9.0, 0.1, 0.7, 0.05]
+
+    def tell(optimizer: torch.optim.Optimizer, scheduler: Any, metrics: list[float]) -> list[float]:
+        rates = []
+        for metric in metrics:
+            rates.append(optimizer.param_groups[0]["lr"])
+            scheduler.step(metric)
+        return rates
+
+    model, optimizer, scheduler = run(schedule, 1e-2)
+    assert len(set(tell(optimizer, scheduler, told[:4]))) > 1
+    save_optimizer(optimizer, model, tmp_path / "o.safetensors", extra={"scheduler": scheduler.state_dict()})
+
+    _, built, advanced = run(schedule, 4e-3)
+    tell(built, advanced, told[:4])
+    built.param_groups[0]["lr"] = 4e-3
+
+    resumed, live, after = run(schedule, 4e-3)
+    load_optimizer(live, resumed, tmp_path / "o.safetensors", options={"lr": "current"})
+    with reading.open_state(tmp_path / "o.safetensors") as state:
+        load_scheduler(after, state.extra["scheduler"], lr="current")  # type: ignore[arg-type]
+    assert after.get_last_lr() == [4e-3]
+    expected = tell(built, advanced, told[4:])
+    assert tell(live, after, told[4:]) == expected
+    assert len(set(expected)) > 2
+    assert caplog.messages[-1] == (
+        f"{name} goes on from the live rate, 0.004: its state does not say how often it had changed that of the saved "
+        "run"
+    )
+
+
+def test_a_scheduler_that_measures_otherwise_is_refused() -> None:
+    _, _, scheduler = run(SCHEDULES["plateau"], 1e-2)
+    _, _, other = run(lambda o, lr: schedules.ReduceLROnPlateau(o, mode="max"), 1e-2)
+    with pytest.raises(OptionError) as caught:
+        load_scheduler(other, scheduler.state_dict(), lr="current")
+    assert str(caught.value) == (
+        "ReduceLROnPlateau was saved with mode='min' and is built with mode='max', by which the best that it remembers "
+        "is another: build it with mode='min'"
+    )
+
+
 def test_two_groups_into_one(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     model, optimizer, scheduler = run(SCHEDULES["sequential"], 1e-2, groups=2)
     steps(model, optimizer, scheduler, range(5))
