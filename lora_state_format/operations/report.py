@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, Final
 
 from lora_state_format.model.states import Group, Naming, OptimizerState, PositionalState, Scalar, Slot, Value, walk
@@ -13,6 +12,7 @@ from lora_state_format.operations.entries import Entry, Kind, dotted, entries, k
 from lora_state_format.operations.statistics import Finding, Measure, Statistics, findings
 from lora_state_format.operations.tables import Table
 from lora_state_format.optimizers.rounded import describe_stored
+from lora_state_format.records import dataclass
 
 __all__ = [
     "NOTHING_HELD",

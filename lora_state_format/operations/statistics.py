@@ -6,7 +6,7 @@ import math
 import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import field
 from typing import TYPE_CHECKING, Any, Final
 
 from lora_state_format.model.dtypes import FLOATS, decoded, item_size
@@ -14,6 +14,7 @@ from lora_state_format.model.sources import File
 from lora_state_format.model.states import OptimizerState, PositionalState, Scalar, Slot, Value, walk
 from lora_state_format.model.tensors import Tensor
 from lora_state_format.operations.entries import Entry, entries
+from lora_state_format.records import dataclass
 
 if TYPE_CHECKING:
     import numpy as np
