@@ -57,18 +57,22 @@ class Measure:
     largest: float = 0.0
 
     def add(self, values: np.ndarray[Any, Any]) -> None:
-        """Count the elements of an array of floats."""
+        """Count the elements of an array of floats. Squares are summed as float64, the rest is exact in any type."""
         import numpy as np
 
-        finite = np.isfinite(values)
-        if not finite.all():
-            self.broken += int(values.size - finite.sum())
-        known = values[finite] if self.broken else values
         self.elements += int(values.size)
-        self.zeros += int(values.size - np.count_nonzero(values))
-        self.negative += int((known < 0).sum())
-        self.squares += float(known @ known)
-        self.largest = max(self.largest, float(np.abs(known).max(initial=0.0)))
+        self.zeros += int(np.count_nonzero(values == 0))
+        least, most = float(values.min(initial=0.0)), float(values.max(initial=0.0))  # NaN if one is
+        if not (math.isfinite(least) and math.isfinite(most)):
+            finite = np.isfinite(values)
+            self.broken += int(values.size - np.count_nonzero(finite))
+            values = values[finite]
+            least, most = float(values.min(initial=0.0)), float(values.max(initial=0.0))
+        if least < 0:
+            self.negative += int(np.count_nonzero(values < 0))
+        wide = values.astype("f8", copy=False)
+        self.squares += float(wide @ wide)
+        self.largest = max(self.largest, -least, most)
 
     def merge(self, other: Measure) -> None:
         """Add the sums of other tensors."""
@@ -111,6 +115,7 @@ class Update:
         """Count the elements of a block of first and second moments."""
         import numpy as np
 
+        m, v = m.astype("f8"), v.astype("f8")
         good = np.isfinite(m) & np.isfinite(v) & (v >= 0)
         m, root = np.abs(m[good]), np.sqrt(v[good])
         if rule.bound is not None:
@@ -211,12 +216,13 @@ def _measured(entry: Entry, options: Mapping[str, Value]) -> tuple[dict[str, Mea
 
 
 def _blocks(tensor: Tensor) -> Iterator[np.ndarray[Any, Any]]:
-    """Yield a tensor's elements as float64, a block at a time."""
+    """Yield a tensor's elements, a block at a time, which is valid until the next one is asked for."""
     width = item_size(tensor.dtype)
+    buffer = memoryview(bytearray(min(BLOCK, tensor.count) * width))
     for first in range(0, tensor.count, BLOCK):
-        buffer = bytearray(min(BLOCK, tensor.count - first) * width)
-        tensor.readinto(first * width, memoryview(buffer))
-        yield decoded(buffer, tensor.dtype).astype("f8")
+        part = buffer[: min(BLOCK, tensor.count - first) * width]
+        tensor.readinto(first * width, part)
+        yield decoded(part, tensor.dtype)
 
 
 def _rule(state: Mapping[str, Value], options: Mapping[str, Value]) -> _Rule:
