@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import accumulate, pairwise, zip_longest
 from math import prod
 from pathlib import Path
@@ -31,7 +32,6 @@ from lora_state_format.io.files import Files, PooledFile, reading
 from lora_state_format.model.dtypes import item_size
 from lora_state_format.model.states import Checkpoint, Scalar, Value
 from lora_state_format.model.tensors import Flat, Piece, Run, Tensor
-from lora_state_format.records import dataclass
 from lora_state_format.registry import Match
 
 NAME: Final = "deepspeed_zero"

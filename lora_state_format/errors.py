@@ -27,10 +27,8 @@ never at the text.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import field
+from dataclasses import dataclass, field
 from typing import Any, Final
-
-from lora_state_format.records import dataclass
 
 __all__ = [
     "AmbiguousFormatError",

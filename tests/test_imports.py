@@ -14,7 +14,6 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = "lora_state_format"
 
 FLOORS = [
-    ["records"],
     ["errors"],
     ["model"],
     ["io"],

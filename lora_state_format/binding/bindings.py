@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from lora_state_format.binding.crossing import Crossings, Fit, source_of, translated
 from lora_state_format.binding.live import LiveOptimizer
 from lora_state_format.binding.matching import Matching
@@ -9,7 +11,6 @@ from lora_state_format.binding.policies import Policies
 from lora_state_format.binding.resizing import Resize, differs, resize, scaling
 from lora_state_format.model.states import OptimizerState, Parameter
 from lora_state_format.optimizers.classes import Form
-from lora_state_format.records import dataclass
 
 __all__ = ["Binding", "bind"]
 

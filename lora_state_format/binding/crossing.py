@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from enum import Enum
 from typing import Final, NamedTuple, TypeAlias
 
@@ -13,7 +13,6 @@ from lora_state_format.model.states import OptimizerState, Parameter, Scalar, Va
 from lora_state_format.optimizers.classes import CLASSES, UNKNOWN, Decay, Form, Known, known, known_path, same_class
 from lora_state_format.optimizers.options import Kind, kind_of
 from lora_state_format.optimizers.quantised import BITSANDBYTES, TORCHAO, decoded
-from lora_state_format.records import dataclass
 
 __all__ = ["CLASSES_OF", "INNER", "Crossing", "Crossings", "Fit", "crossings_of", "source_of", "translated"]
 

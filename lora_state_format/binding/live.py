@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from functools import cached_property
 
 from lora_state_format.model.states import Optimizer, Value
 from lora_state_format.model.tensors import Digest
 from lora_state_format.optimizers.classes import Known, known
-from lora_state_format.records import dataclass
 
 __all__ = ["Layer", "LiveGroup", "LiveOptimizer", "LiveParameter", "Problem"]
 

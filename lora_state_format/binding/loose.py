@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from typing import Final
 
 from lora_state_format.binding.crossing import Crossings, Fit
 from lora_state_format.binding.live import LiveOptimizer, Problem
 from lora_state_format.binding.policies import Policies
 from lora_state_format.model.states import OptimizerState, Value
-from lora_state_format.records import dataclass
 
 __all__ = ["OUTSIDE", "Loose", "loose"]
 

@@ -6,6 +6,7 @@ import contextlib
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from typing import Final
 
 from lora_state_format.binding.live import LiveOptimizer
@@ -21,7 +22,6 @@ from lora_state_format.naming.names import (
     with_adapter,
     without_wrappers,
 )
-from lora_state_format.records import dataclass
 
 __all__ = ["Matching", "Weights", "compare", "match", "suggestion"]
 

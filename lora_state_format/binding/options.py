@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Final, TypeAlias
 
 from lora_state_format.binding.crossing import Crossing, Fit
@@ -12,7 +13,6 @@ from lora_state_format.binding.live import LiveOptimizer, Problem
 from lora_state_format.errors import OptionError
 from lora_state_format.model.states import OptimizerState, Scalar, Slot, Value
 from lora_state_format.optimizers.options import Kind, kind_of
-from lora_state_format.records import dataclass
 
 __all__ = ["Chosen", "choose"]
 

@@ -8,7 +8,7 @@ is still a plan: it names all of them, each with its cause where it can be told.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import field, replace
+from dataclasses import dataclass, field, replace
 from typing import Final
 
 from lora_state_format.binding import problems
@@ -25,7 +25,6 @@ from lora_state_format.errors import BindError
 from lora_state_format.model import notebook
 from lora_state_format.model.gc import paused
 from lora_state_format.model.states import OptimizerState, Parameter, Value
-from lora_state_format.records import dataclass
 
 __all__ = ["LoadPlan", "plan"]
 

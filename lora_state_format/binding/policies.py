@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import field
+from dataclasses import dataclass, field
 from typing import Any, Final, Literal, TypeAlias, TypedDict
 
 from lora_state_format.errors import OptionError
 from lora_state_format.naming.names import Rename
 from lora_state_format.optimizers.options import Kind, kind_of
-from lora_state_format.records import dataclass
 
 __all__ = [
     "BY_WEIGHTS",

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from math import prod
 from typing import Final
 
 from lora_state_format.binding.live import LiveParameter
 from lora_state_format.model.states import OptimizerState, Parameter, Role, Value
-from lora_state_format.records import dataclass
 
 __all__ = [
     "RESIZABLE",

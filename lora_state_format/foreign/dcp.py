@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 from math import prod
 from pathlib import Path
@@ -29,7 +30,6 @@ from lora_state_format.model.dtypes import item_size
 from lora_state_format.model.sources import File, Memory, Range, Source
 from lora_state_format.model.states import Scalar
 from lora_state_format.model.tensors import Box, Piece, Tensor, is_tiling
-from lora_state_format.records import dataclass
 
 __all__ = ["METADATA", "Folder", "is_folder", "metadata", "open_folder", "write_folder"]
 

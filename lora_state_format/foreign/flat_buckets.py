@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import field
+from dataclasses import dataclass, field
 from itertools import chain, combinations, pairwise
 from math import prod
 from typing import Any, Final, TypeAlias
@@ -23,7 +23,6 @@ from lora_state_format.errors import AmbiguousOrderError, RefusedError
 from lora_state_format.foreign.masters import ROUNDED, elements, rounded
 from lora_state_format.model.dtypes import item_size
 from lora_state_format.model.tensors import Box, Piece, Tensor
-from lora_state_format.records import dataclass
 
 __all__ = ["MASTER", "Bucket", "take_apart"]
 

@@ -10,13 +10,13 @@ optax 0.2.8.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Final, TypeAlias, cast
 
 from lora_state_format.errors import FileError, RefusedError
 from lora_state_format.mapping.algorithms import REFUSED
 from lora_state_format.model.states import Scalar, Value, walk
 from lora_state_format.model.tensors import Tensor
-from lora_state_format.records import dataclass
 
 __all__ = ["FIELDS", "NODES", "Keys", "Leaf", "Node", "Tree", "count_of", "leaves", "nested", "relative", "survey"]
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 import struct
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any, Final
 
 from lora_state_format.errors import FileError, RefusedError
@@ -24,7 +24,6 @@ from lora_state_format.model.dtypes import NAMES, item_size
 from lora_state_format.model.gc import paused
 from lora_state_format.model.sources import File, Memory, Range, Source
 from lora_state_format.model.tensors import Box, Piece, Tensor, c_strides, contiguous
-from lora_state_format.records import dataclass
 
 __all__ = [
     "DTYPES",

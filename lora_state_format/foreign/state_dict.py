@@ -12,7 +12,7 @@ of ``state`` that no group lists belongs to no parameter.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import field
+from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any, Final, TypeAlias
 
@@ -25,7 +25,6 @@ from lora_state_format.model.states import Group, Optimizer, OptimizerState, Pos
 from lora_state_format.model.tensors import Tensor, memory_order
 from lora_state_format.optimizers.quantised import TORCHAO
 from lora_state_format.optimizers.roles import role_of
-from lora_state_format.records import dataclass
 
 __all__ = ["Found", "Leaf", "Reader", "find", "from_state_dict", "is_state_dict", "to_state_dict"]
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Final, NamedTuple, Protocol
 
 from lora_state_format.errors import FileError, RefusedError, UnrepresentableError, UnsupportedVersionError
@@ -27,7 +28,6 @@ from lora_state_format.model.states import (
     Value,
 )
 from lora_state_format.model.tensors import Digest, Tensor
-from lora_state_format.records import dataclass
 
 __all__ = [
     "FORMAT",

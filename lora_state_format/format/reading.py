@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -35,7 +35,6 @@ from lora_state_format.model.digests import ALGORITHM, hash_tensor
 from lora_state_format.model.gc import paused
 from lora_state_format.model.states import Group, OptimizerState, Parameter
 from lora_state_format.model.tensors import CHUNK, Digest, Tensor
-from lora_state_format.records import dataclass
 
 __all__ = ["Verification", "open_state", "verify"]
 

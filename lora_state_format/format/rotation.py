@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import re
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
@@ -18,7 +19,6 @@ from lora_state_format.format.envelope import index_of, is_state
 from lora_state_format.format.reading import open_state
 from lora_state_format.format.writing import files_of
 from lora_state_format.io.atomic import locked, sync_folder
-from lora_state_format.records import dataclass
 
 __all__ = ["STATE", "Rotation", "plan_rotation", "remove_states", "series_of"]
 

@@ -9,7 +9,7 @@ import contextlib
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final, NamedTuple, TypeAlias
 
@@ -40,7 +40,6 @@ from lora_state_format.model.dtypes import BITS
 from lora_state_format.model.gc import paused
 from lora_state_format.model.states import OptimizerState, Parameter, Slot, Value
 from lora_state_format.model.tensors import CHUNK, Tensor
-from lora_state_format.records import dataclass
 
 __all__ = [
     "Layout",

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
@@ -18,7 +19,6 @@ from lora_state_format.io.safetensors import ALIGNMENT
 from lora_state_format.io.strict_json import utf8
 from lora_state_format.model.dtypes import BITS
 from lora_state_format.model.tensors import CHUNK, Tensor
-from lora_state_format.records import dataclass
 
 __all__ = ["Item", "entries", "header", "in_data_order", "pack", "padded", "save"]
 

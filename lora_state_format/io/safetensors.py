@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Final, NamedTuple, Protocol, TypeAlias, cast
 
@@ -13,7 +14,6 @@ from lora_state_format.model.dtypes import BITS
 from lora_state_format.model.gc import paused
 from lora_state_format.model.sources import Source
 from lora_state_format.model.tensors import Digest, Tensor, contiguous
-from lora_state_format.records import dataclass
 
 __all__ = ["MAX_DIMENSIONS", "Entry", "Header", "read_header"]
 

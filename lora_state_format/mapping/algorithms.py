@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import field
+from dataclasses import dataclass, field
 from typing import Any, Final
 
 from lora_state_format.errors import FileError, OptionError, Remedy, UnrepresentableError
@@ -23,7 +23,6 @@ from lora_state_format.model.states import Group, OptimizerState, Parameter, Sca
 from lora_state_format.model.tensors import Box, Piece, Tensor
 from lora_state_format.optimizers.options import Kind, kind_of
 from lora_state_format.optimizers.roles import role_of
-from lora_state_format.records import dataclass
 
 __all__ = [
     "ALGORITHMS",

@@ -8,13 +8,12 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Mapping
-from dataclasses import field, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Final
 
 from lora_state_format.errors import FileError, OptionError
 from lora_state_format.io.json_files import read_json
-from lora_state_format.records import dataclass
 
 __all__ = ["FIELD", "MAPS", "Map", "MapRule", "load"]
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import struct
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import field, replace
+from dataclasses import dataclass, field, replace
 from enum import Enum
 from functools import cached_property
 from pathlib import Path
@@ -21,7 +21,6 @@ from lora_state_format.model import notebook
 from lora_state_format.model.dtypes import DTYPES
 from lora_state_format.model.sources import Memory
 from lora_state_format.model.tensors import Digest, Tensor, contiguous
-from lora_state_format.records import dataclass
 
 __all__ = [
     "Checkpoint",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any, Final
@@ -12,7 +13,6 @@ from typing import TYPE_CHECKING, Any, Final
 from lora_state_format.errors import FileError
 from lora_state_format.model.dtypes import BITS, DTYPES, item_size
 from lora_state_format.model.sources import Source
-from lora_state_format.records import dataclass
 
 if TYPE_CHECKING:
     import numpy as np

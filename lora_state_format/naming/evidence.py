@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import field
+from dataclasses import dataclass, field
 from itertools import combinations
 from typing import Any, Final, NamedTuple
 
@@ -24,7 +24,6 @@ from lora_state_format.model.states import OptimizerState
 from lora_state_format.model.tensors import Tensor
 from lora_state_format.naming.signals import A, B, Loss, Sources, Unit, units_of, value_of
 from lora_state_format.naming.table import Table
-from lora_state_format.records import dataclass
 
 __all__ = ["EXCLUDED", "Evidence", "Exchanges", "Pairing", "head_size", "judge", "paired", "weigh"]
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import Final
 
 from lora_state_format.errors import MissingNamesError
-from lora_state_format.records import dataclass
 
 __all__ = ["ORDERS", "Order", "in_module_order"]
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 import re
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from itertools import accumulate, compress
 from typing import Any, Final, NamedTuple, TypeAlias
 
 from lora_state_format.model.states import Parameter, PositionalState
 from lora_state_format.naming.names import plain_name
-from lora_state_format.records import dataclass
 
 __all__ = ["RULES", "Candidate", "Described", "Rule"]
 

@@ -28,6 +28,7 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final, NamedTuple, TypeAlias
 
 from lora_state_format.errors import OptionError, UnrepresentableError
@@ -35,7 +36,6 @@ from lora_state_format.model.dtypes import FLOATS, decoded
 from lora_state_format.model.states import Group, OptimizerState, Parameter, Scalar, Slot, Value
 from lora_state_format.model.tensors import Tensor
 from lora_state_format.optimizers.quantised import BITSANDBYTES, dequantize
-from lora_state_format.records import dataclass
 
 if TYPE_CHECKING:
     import numpy as np

@@ -5,13 +5,13 @@ from __future__ import annotations
 import re
 import zipfile
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
 from lora_state_format.errors import OptionError
 from lora_state_format.format.envelope import index_of
 from lora_state_format.format.rotation import STATE, plan_rotation, remove_states, series_of
-from lora_state_format.records import dataclass
 
 __all__ = ["Pruned", "prune_checkpoints"]
 

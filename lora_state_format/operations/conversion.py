@@ -7,7 +7,7 @@ import os
 import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
@@ -36,7 +36,6 @@ from lora_state_format.operations.report import (
     naming_json,
 )
 from lora_state_format.optimizers import quantised, rounded
-from lora_state_format.records import dataclass
 
 if TYPE_CHECKING:
     from lora_state_format.naming.evidence import Evidence, Pairing

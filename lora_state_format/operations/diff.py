@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import field
+from dataclasses import dataclass, field
 from itertools import zip_longest
 from typing import Any, Final, NamedTuple
 
@@ -18,7 +18,6 @@ from lora_state_format.model.dtypes import NUMBERS, decoded, item_size
 from lora_state_format.model.states import OptimizerState, Parameter, Scalar, Slot, Value
 from lora_state_format.model.tensors import CHUNK, Tensor
 from lora_state_format.model.text import printable
-from lora_state_format.records import dataclass
 
 __all__ = ["Difference", "Distance", "diff"]
 

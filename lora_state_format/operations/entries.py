@@ -5,13 +5,12 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import field, replace
+from dataclasses import dataclass, field, replace
 from typing import Final, NamedTuple, overload
 
 from lora_state_format.errors import OptionError
 from lora_state_format.model.states import OptimizerState, PositionalState, Scalar, Slot, Value, walk
 from lora_state_format.model.tensors import Tensor
-from lora_state_format.records import dataclass
 
 __all__ = ["Entry", "Kind", "dotted", "entries", "kind_of", "kinds", "matching", "span", "tensors"]
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Literal, TypeAlias
 
@@ -16,7 +17,6 @@ from lora_state_format.io import plain
 from lora_state_format.io.atomic import check_target
 from lora_state_format.model.dtypes import DTYPES, FLOATS, decoded
 from lora_state_format.model.states import OptimizerState, Parameter, Scalar, Value
-from lora_state_format.records import dataclass
 
 if TYPE_CHECKING:
     import numpy as np

@@ -6,13 +6,13 @@ import io
 import math
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Final
 from xml.etree import ElementTree as ET
 
 from lora_state_format.errors import MissingDependencyError
 from lora_state_format.operations.entries import NO_LAYER, Entry
 from lora_state_format.operations.statistics import BINS, HIGHEST, LOWEST, Measure
-from lora_state_format.records import dataclass
 
 try:
     import matplotlib as mpl

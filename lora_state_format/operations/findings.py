@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
 from lora_state_format.model.states import OptimizerState, PositionalState, Scalar, Value
 from lora_state_format.operations.entries import Entry, entries
-from lora_state_format.records import dataclass
 
 if TYPE_CHECKING:
     from lora_state_format.operations.statistics import Statistics

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import os
+from dataclasses import dataclass
 from typing import Any
 
 from lora_state_format import registry
 from lora_state_format.model.states import OptimizerState, PositionalState
-from lora_state_format.records import dataclass
 
 __all__ = ["Found", "look"]
 

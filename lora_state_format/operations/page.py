@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass
 from importlib.metadata import version
 from importlib.resources import files
 from pathlib import Path
@@ -27,7 +28,6 @@ from lora_state_format.operations.look import look
 from lora_state_format.operations.report import parameter_rows, summary
 from lora_state_format.operations.statistics import Measure, Statistics, measure, measure_tensor
 from lora_state_format.operations.tables import Table
-from lora_state_format.records import dataclass
 
 try:
     import jinja2

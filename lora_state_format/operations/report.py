@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
 from lora_state_format.model.states import Group, Naming, OptimizerState, PositionalState, Scalar, Slot, Value, walk
@@ -12,7 +13,6 @@ from lora_state_format.operations.entries import Entry, Kind, dotted, entries, k
 from lora_state_format.operations.findings import Finding, findings
 from lora_state_format.operations.tables import Table
 from lora_state_format.optimizers.rounded import describe_stored
-from lora_state_format.records import dataclass
 
 if TYPE_CHECKING:
     from lora_state_format.operations.statistics import Statistics

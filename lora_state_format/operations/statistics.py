@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import field
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final
 
 from lora_state_format.model.dtypes import FLOATS, decoded, item_size
@@ -14,7 +14,6 @@ from lora_state_format.model.states import OptimizerState, PositionalState, Slot
 from lora_state_format.model.tensors import Tensor
 from lora_state_format.operations.entries import Entry, entries
 from lora_state_format.operations.findings import number_of
-from lora_state_format.records import dataclass
 
 if TYPE_CHECKING:
     import numpy as np

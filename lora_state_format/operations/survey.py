@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
@@ -11,7 +12,6 @@ from lora_state_format import registry
 from lora_state_format.errors import FileError, StateFormatError, UnknownFormatError
 from lora_state_format.foreign.kinds import kind_of_file
 from lora_state_format.operations.conversion import read
-from lora_state_format.records import dataclass
 
 __all__ = ["Surveyed", "survey"]
 

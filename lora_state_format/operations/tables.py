@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import textwrap
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 
 from lora_state_format.model.text import printable
-from lora_state_format.records import dataclass
 
 __all__ = ["Table", "facts_text", "markdown", "text", "wrapped"]
 

@@ -8,11 +8,9 @@ is demanded. Of two classes of the same ``rule`` one goes on with the state of t
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from enum import Enum
 from typing import Final
-
-from lora_state_format.records import dataclass
 
 __all__ = ["CLASSES", "UNKNOWN", "Decay", "Form", "Known", "known", "known_path", "same_class"]
 

@@ -11,14 +11,13 @@ torchao's moments are tensors of a class of their own. In a slot tree it is a ma
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from math import prod
 from typing import TYPE_CHECKING, Any, Final
 
 from lora_state_format.errors import OptionError, UnrepresentableError
 from lora_state_format.model.states import OptimizerState, Parameter, Role, Scalar, Slot, Value
 from lora_state_format.model.tensors import Tensor, contiguous
-from lora_state_format.records import dataclass
 
 if TYPE_CHECKING:
     import numpy as np

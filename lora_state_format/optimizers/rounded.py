@@ -8,13 +8,12 @@ zero), and linear 8-bit codes have not the resolution: next updates were wrong b
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Final
 
 from lora_state_format.errors import OptionError
 from lora_state_format.model.states import OptimizerState, Parameter, Slot, Value, mapped
 from lora_state_format.model.tensors import CHUNK, Tensor, contiguous
-from lora_state_format.records import dataclass
 
 if TYPE_CHECKING:
     import numpy as np

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any, Final, NamedTuple
 
 import torch
@@ -19,7 +19,6 @@ from lora_state_format.model import notebook
 from lora_state_format.model.sources import File
 from lora_state_format.model.states import Parameter, Role, Scalar, Slot, Value, mapped
 from lora_state_format.optimizers.classes import Known, known
-from lora_state_format.records import dataclass
 from lora_state_format.torch import carried as carrying
 from lora_state_format.torch.capture import Models, Optimizers, lineage_of, stepper
 from lora_state_format.torch.codes import Coded, coded

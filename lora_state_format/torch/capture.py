@@ -11,7 +11,7 @@ import inspect
 import logging
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Final, Literal, TypeAlias, cast
 
@@ -39,7 +39,6 @@ from lora_state_format.model.states import (
 from lora_state_format.model.tensors import Digest, Tensor, memory_order
 from lora_state_format.naming.names import peft_key, split_adapter
 from lora_state_format.optimizers.classes import CLASSES
-from lora_state_format.records import dataclass
 from lora_state_format.torch.carried import kept
 from lora_state_format.torch.fsdp1 import Part, parts_of
 from lora_state_format.torch.layers import layer_of

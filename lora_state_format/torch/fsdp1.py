@@ -6,13 +6,13 @@ Each rank reads its runs from the file, and sends its runs to the ranks that wri
 from __future__ import annotations
 
 import sys
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from lora_state_format.errors import CaptureError
 from lora_state_format.model.tensors import Tensor, contiguous
-from lora_state_format.records import dataclass
 
 __all__ = ["Part", "parts_of", "run_of"]
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import sys
 from collections.abc import Mapping
+from dataclasses import dataclass
 from itertools import chain
 from types import FrameType
 from typing import TYPE_CHECKING, Any, cast
@@ -16,7 +17,6 @@ from lora_state_format.binding.policies import Policies, PolicyArguments
 from lora_state_format.errors import CaptureError, ConversionError
 from lora_state_format.foreign.state_dict import Leaf, from_state_dict
 from lora_state_format.model.states import Naming, OptimizerState, Parameter
-from lora_state_format.records import dataclass
 from lora_state_format.torch.apply import carry_out
 from lora_state_format.torch.capture import Models, as_leaf, grouped, named_tensors, optimizers_of
 from lora_state_format.torch.live import Live, describe

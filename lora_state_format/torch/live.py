@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 
@@ -10,7 +11,6 @@ from lora_state_format.binding.live import LiveGroup, LiveOptimizer, LiveParamet
 from lora_state_format.foreign.state_dict import Reader
 from lora_state_format.model.states import Optimizer
 from lora_state_format.model.tensors import Digest
-from lora_state_format.records import dataclass
 from lora_state_format.torch.capture import (
     Models,
     Named,

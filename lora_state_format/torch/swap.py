@@ -8,14 +8,13 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import field
+from dataclasses import dataclass, field
 from typing import Any, Final
 
 import torch
 
 from lora_state_format.errors import BindError
 from lora_state_format.model.states import Scalar, Slot, Value
-from lora_state_format.records import dataclass
 from lora_state_format.torch.tensors import scalar_to_torch, to_torch
 
 __all__ = ["Change", "Options", "group_changes", "plain", "remembered", "swap"]

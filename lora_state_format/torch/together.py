@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 from collections.abc import Callable, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -25,7 +25,6 @@ from lora_state_format.model.digests import ALGORITHM, hash_tensor
 from lora_state_format.model.states import OptimizerState, Parameter, Role, Slot, Value, mapped
 from lora_state_format.model.tensors import CHUNK, Digest, Tensor
 from lora_state_format.optimizers.rounded import stored
-from lora_state_format.records import dataclass
 from lora_state_format.torch.distributed import Ranks
 from lora_state_format.torch.exchange import gather, run
 from lora_state_format.torch.fsdp1 import Part

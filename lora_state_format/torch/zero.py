@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator, Mapping, MutableMapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from lora_state_format.errors import BindError, CaptureError
-from lora_state_format.records import dataclass
 from lora_state_format.torch.fsdp1 import Part
 from lora_state_format.torch.tensors import dtype_name
 
