@@ -83,8 +83,11 @@ def _with_layouts_stowed(state: OptimizerState) -> OptimizerState:
 
 def _orders(tree: Mapping[str, Value]) -> dict[str, Value]:
     """Return the orders of axes in a slot tree by the paths of their tensors."""
-    found = {_dotted(path): leaf.order for path, leaf in walk(tree) if isinstance(leaf, Slot)}
-    return {path: list(order) for path, order in found.items() if order is not None}
+    return {
+        _dotted(path): list(leaf.order)
+        for path, leaf in walk(tree)
+        if isinstance(leaf, Slot) and leaf.order is not None
+    }
 
 
 def _with_layouts(state: OptimizerState) -> OptimizerState:

@@ -63,6 +63,9 @@ __all__ = [
 LARGEST_HEADER: Final = 25_000_000
 """Bytes of a header that are written at most (W7): where the Hugging Face Hub's parsers stop."""
 
+SMALL: Final = 1 << 16
+"""Bytes below which chunks of tensors are gathered before they are written."""
+
 SHARD_HEADER: Final = 16 << 20
 """Bytes of header that a shard is filled up to, as estimated."""
 
@@ -210,12 +213,28 @@ def stream(layout: Layout, target: TemporaryFile, ledger: Ledger, progress: Call
     """
     position = layout.header_size
     buffer = memoryview(bytearray(CHUNK))
+    small = bytearray()  # tensors of some bytes go together: a write each of 200,000 takes a second
     for key, tensor in layout.tensors:
         for chunk in ledger.chunks(tensor, buffer, key, layout.digests):
-            target.write(position, chunk)
-            position += len(chunk)
+            if len(chunk) < SMALL:
+                small += chunk
+            if len(small) >= CHUNK or len(chunk) >= SMALL:
+                position = _written(target, position, small)
+            if len(chunk) >= SMALL:
+                position = _written(target, position, chunk)
             if progress:
                 progress(len(chunk))
+    _written(target, position, small)
+
+
+def _written(target: TemporaryFile, position: int, data: bytearray | memoryview) -> int:
+    """Write bytes at a position, empty a buffer of small ones, and return the position after them."""
+    end = position + len(data)
+    if len(data):
+        target.write(position, data)
+    if isinstance(data, bytearray):
+        data.clear()
+    return end
 
 
 def content(layout: Layout) -> str:

@@ -377,7 +377,10 @@ def intersection(a: Box, b: Box) -> Box | None:
 
 def _is_whole(piece: Piece, shape: tuple[int, ...]) -> bool:
     """Return whether a piece is all of a tensor, in C order."""
-    return isinstance(piece.where, Box) and piece.strides is None and piece.where == Box((0,) * len(shape), shape)
+    where = piece.where
+    return (
+        isinstance(where, Box) and piece.strides is None and where.shape == shape and where.start == (0,) * len(shape)
+    )
 
 
 def _extent(piece: Piece, shape: tuple[int, ...]) -> tuple[Any, int]:

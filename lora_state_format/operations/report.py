@@ -6,13 +6,16 @@ import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from lora_state_format.model.states import Group, Naming, OptimizerState, PositionalState, Scalar, Slot, Value, walk
 from lora_state_format.operations.entries import Entry, Kind, dotted, entries, kind_of, kinds, span
-from lora_state_format.operations.statistics import Finding, Measure, Statistics, findings
+from lora_state_format.operations.findings import Finding, findings
 from lora_state_format.operations.tables import Table
 from lora_state_format.optimizers.rounded import describe_stored
+
+if TYPE_CHECKING:
+    from lora_state_format.operations.statistics import Statistics
 
 __all__ = [
     "NOTHING_HELD",
@@ -245,6 +248,8 @@ def _numbers(found: Sequence[Entry], rows: Sequence[Kind]) -> str:
 
 def _update(kind: Kind, statistics: Statistics) -> str:
     """Return the RMS of the next update of a kind's parameters, before the learning rate."""
+    from lora_state_format.operations.statistics import Measure
+
     total = Measure()
     for place in kind.members:
         if own := statistics.updates[place]:

@@ -1,32 +1,27 @@
-"""Statistics of a state's tensors, one block at a time on all cores, and what is odd about them."""
+"""Statistics of a state's tensors, one block at a time on all cores."""
 
 from __future__ import annotations
 
 import math
 import os
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final
 
 from lora_state_format.model.dtypes import FLOATS, decoded, item_size
 from lora_state_format.model.sources import File
-from lora_state_format.model.states import OptimizerState, PositionalState, Scalar, Slot, Value, walk
+from lora_state_format.model.states import OptimizerState, PositionalState, Slot, Value, walk
 from lora_state_format.model.tensors import Tensor
 from lora_state_format.operations.entries import Entry, entries
+from lora_state_format.operations.findings import number_of
 
 if TYPE_CHECKING:
     import numpy as np
 
-__all__ = ["Finding", "Measure", "Statistics", "Update", "findings", "measure", "measure_tensor"]
+__all__ = ["Measure", "Statistics", "Update", "measure", "measure_tensor"]
 
 BLOCK: Final = 1 << 16
 """Elements that are held at a time, for each tensor of a parameter and each core."""
-
-SQUARES: Final = frozenset(
-    {"exp_avg_sq", "max_exp_avg_sq", "square_avg", "nu", "v", "exp_avg_sq_row", "exp_avg_sq_col"}
-)
-"""Slots that hold means of squares, which are never negative."""
 
 PAIRS: Final = (("exp_avg", "exp_avg_sq"), ("m", "v"))
 """First and second moments of Adam and its kin."""
@@ -61,18 +56,22 @@ class Measure:
     largest: float = 0.0
 
     def add(self, values: np.ndarray[Any, Any]) -> None:
-        """Count the elements of an array of floats."""
+        """Count the elements of an array of floats. Squares are summed as float64, the rest is exact in any type."""
         import numpy as np
 
-        finite = np.isfinite(values)
-        if not finite.all():
-            self.broken += int(values.size - finite.sum())
-        known = values[finite] if self.broken else values
         self.elements += int(values.size)
-        self.zeros += int(values.size - np.count_nonzero(values))
-        self.negative += int((known < 0).sum())
-        self.squares += float(known @ known)
-        self.largest = max(self.largest, float(np.abs(known).max(initial=0.0)))
+        self.zeros += int(np.count_nonzero(values == 0))
+        least, most = float(values.min(initial=0.0)), float(values.max(initial=0.0))  # NaN if one is
+        if not (math.isfinite(least) and math.isfinite(most)):
+            finite = np.isfinite(values)
+            self.broken += int(values.size - np.count_nonzero(finite))
+            values = values[finite]
+            least, most = float(values.min(initial=0.0)), float(values.max(initial=0.0))
+        if least < 0:
+            self.negative += int(np.count_nonzero(values < 0))
+        wide = values.astype("f8", copy=False)
+        self.squares += float(wide @ wide)
+        self.largest = max(self.largest, -least, most)
 
     def merge(self, other: Measure) -> None:
         """Add the sums of other tensors."""
@@ -115,6 +114,7 @@ class Update:
         """Count the elements of a block of first and second moments."""
         import numpy as np
 
+        m, v = m.astype("f8"), v.astype("f8")
         good = np.isfinite(m) & np.isfinite(v) & (v >= 0)
         m, root = np.abs(m[good]), np.sqrt(v[good])
         if rule.bound is not None:
@@ -143,20 +143,6 @@ class Statistics:
             for slot, measured in own.items():
                 found.setdefault(slot, Measure()).merge(measured)
         return found
-
-
-@dataclass(frozen=True, slots=True)
-class Finding:
-    """Something odd: what kind, in words, and the parameters that show it."""
-
-    kind: str
-    text: str
-    parameters: tuple[str, ...] = ()
-
-    def __str__(self) -> str:
-        shown = ", ".join(self.parameters[:3])
-        more = f" and {len(self.parameters) - 3:,} more" if len(self.parameters) > 3 else ""
-        return f"{self.text}: {shown}{more}" if shown else self.text
 
 
 @dataclass(frozen=True, slots=True)
@@ -229,12 +215,13 @@ def _measured(entry: Entry, options: Mapping[str, Value]) -> tuple[dict[str, Mea
 
 
 def _blocks(tensor: Tensor) -> Iterator[np.ndarray[Any, Any]]:
-    """Yield a tensor's elements as float64, a block at a time."""
+    """Yield a tensor's elements, a block at a time, which is valid until the next one is asked for."""
     width = item_size(tensor.dtype)
+    buffer = memoryview(bytearray(min(BLOCK, tensor.count) * width))
     for first in range(0, tensor.count, BLOCK):
-        buffer = bytearray(min(BLOCK, tensor.count - first) * width)
-        tensor.readinto(first * width, memoryview(buffer))
-        yield decoded(buffer, tensor.dtype).astype("f8")
+        part = buffer[: min(BLOCK, tensor.count - first) * width]
+        tensor.readinto(first * width, part)
+        yield decoded(part, tensor.dtype)
 
 
 def _rule(state: Mapping[str, Value], options: Mapping[str, Value]) -> _Rule:
@@ -243,86 +230,13 @@ def _rule(state: Mapping[str, Value], options: Mapping[str, Value]) -> _Rule:
     By Cauchy and Schwarz, whatever the gradients were, after t steps ``|m| <= bound * sqrt(v)`` with
     ``bound = (1 - b1) / sqrt(1 - b2) * sqrt(sum of (b1 * b1 / b2)**i, i < t)``.
     """
-    betas, step, eps = options.get("betas"), _number(state.get("step")), _number(options.get("eps"))
+    betas, step, eps = options.get("betas"), number_of(state.get("step")), number_of(options.get("eps"))
     if not isinstance(betas, (tuple, list)) or len(betas) != 2 or not step or step < 1:
         return _Rule(1.0, 1.0, eps or 0.0, None)
-    b1, b2 = (_number(beta) for beta in betas)
+    b1, b2 = (number_of(beta) for beta in betas)
     if b1 is None or b2 is None or not (0 <= b1 < 1 and 0 < b2 < 1):
         return _Rule(1.0, 1.0, eps or 0.0, None)
     ratio = b1 * b1 / b2
     series = step if ratio == 1 else (1 - ratio ** min(step, 1e4)) / (1 - ratio)
     bound = (1 - b1) / math.sqrt(1 - b2) * math.sqrt(series) if "d" not in options else None
     return _Rule(1 - b1**step, 1 - b2**step, eps or 0.0, bound)
-
-
-def _number(value: Value) -> float | None:
-    try:
-        number = value.item() if isinstance(value, Scalar) else value
-    except TypeError:
-        return None
-    return float(number) if isinstance(number, (int, float)) else None
-
-
-# --- findings -----------------------------------------------------------------------------------------------------
-
-
-def findings(state: OptimizerState | PositionalState, statistics: Statistics | None = None) -> tuple[Finding, ...]:
-    """Return what is odd about a state: with ``statistics``, about its numbers too."""
-    found = list(entries(state))
-    return (*_of_steps(state, found), *_of_groups(state), *(_of_numbers(found, statistics) if statistics else ()))
-
-
-def _of_steps(state: OptimizerState | PositionalState, found: list[Entry]) -> Iterator[Finding]:
-    idle = tuple(entry.label for entry in found if entry.state is None)
-    if idle and len(idle) < len(found):
-        yield Finding("never stepped", f"{len(idle):,} of {len(found):,} parameters never took a step", idle)
-    steps = Counter(number for e in found if (number := _number((e.state or {}).get("step"))) is not None)
-    if len(steps) > 1:
-        usual = steps.most_common(1)[0][0]
-        others = tuple(e.label for e in found if _number((e.state or {}).get("step")) not in (usual, None))
-        yield Finding("steps differ", f"most parameters are at step {usual:g}, {len(others):,} are not", others)
-
-
-def _of_groups(state: OptimizerState | PositionalState) -> Iterator[Finding]:
-    still = [
-        str(n) for n, group in enumerate(state.groups) if group.count and _number(dict(group.options).get("lr")) == 0
-    ]
-    if still:
-        yield Finding(
-            "lr 0", f"lr is 0 in group {', '.join(still)}: a step moves no weight until a scheduler or you set lr"
-        )
-
-
-def _of_numbers(found: list[Entry], statistics: Statistics) -> Iterator[Finding]:
-    rows = list(zip(found, statistics.slots, statistics.updates, strict=True))
-
-    def named(kind: str, text: str, which: Iterable[tuple[Entry, str]]) -> Iterator[Finding]:
-        shown = tuple(f"{entry.label} {slot}".rstrip() for entry, slot in which)
-        if shown:
-            yield Finding(kind, text.format(f"{len(shown):,}"), shown)
-
-    yield from named(
-        "not finite",
-        "{} tensors hold NaN or infinity; no optimizer step recovers from that",
-        ((e, slot) for e, slots, _ in rows for slot, m in slots.items() if m.broken),
-    )
-    yield from named(
-        "negative squares",
-        "{} second moments hold negative numbers, which no mean of squares is",
-        ((e, slot) for e, slots, _ in rows for slot, m in slots.items() if slot in SQUARES and m.negative),
-    )
-    yield from named(
-        "cold",
-        "{} parameters count steps, but their moments are all zero: no gradient reached them, or they start cold",
-        (
-            (e, "")
-            for e, slots, _ in rows
-            if slots and e.state and all(m.zeros == m.elements > 0 for m in slots.values())
-        ),
-    )
-    yield from named(
-        "beyond Adam",
-        "{} parameters have first moments larger than Adam allows next to their second moments, steps and betas: "
-        "another rule wrote them, or they are of different runs, or were changed",
-        ((e, "") for e, _, update in rows if update and update.beyond),
-    )

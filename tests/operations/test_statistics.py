@@ -16,7 +16,8 @@ from lora_state_format.errors import OptionError
 from lora_state_format.model.states import OptimizerState, Scalar
 from lora_state_format.operations.entries import entries as entries_of
 from lora_state_format.operations.entries import kinds, matching
-from lora_state_format.operations.statistics import findings, measure
+from lora_state_format.operations.findings import findings
+from lora_state_format.operations.statistics import measure
 from lora_state_format.torch import save_optimizer
 
 if TYPE_CHECKING:
