@@ -825,8 +825,7 @@ _RUNNING_MODULES: Final = (
 )
 RUNNING: Final[Mapping[str, str]] = {
     **dict.fromkeys(_RUNNING_MODULES.split(), ""),
-    "builtins": "__import__ breakpoint compile delattr eval exec execfile getattr globals input locals open setattr "
-    "vars",
+    "builtins": "__import__ breakpoint compile delattr eval exec execfile globals input locals open setattr vars",
     "io": "open open_code FileIO",
     "_io": "open open_code FileIO",
     "numpy": "load fromfile loadtxt memmap",
