@@ -299,11 +299,10 @@ def _nothing_here(path: Path, asked: Sequence[Converter]) -> str:
     if path.is_dir() and (newest := _newest(path, asked)) is not None:
         return f"{path}: no optimizer state in this folder itself; the newest folder in it that has one is {newest}"
     kind = kind_of_file(path)
-    known = ", ".join(sorted((converter.NAME for converter in asked), key=lambda name: (name != NAMED, name)))
-    return (
-        f"{path}: no optimizer state found here{f': it is {kind}' if kind else ''}; looked for: {known} "
-        "(`lora-state formats` says what these are)"
-    )
+    known = sorted(asked, key=lambda converter: (converter.NAME != NAMED, converter.NAME))
+    width = max(len(converter.NAME) for converter in known)
+    table = "".join(f"\n  {converter.NAME.ljust(width)}  {converter.DESCRIPTION}" for converter in known)
+    return f"{path}: no optimizer state found here{f': it is {kind}' if kind else ''}; looked for:{table}"
 
 
 def _asked(converter: Converter, path: Path) -> Match | None:

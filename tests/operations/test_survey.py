@@ -100,7 +100,7 @@ def test_what_a_file_is(name: str, tmp_path: Path) -> None:
     with pytest.raises(UnknownFormatError) as caught:
         registry.detect(tmp_path / name)
     assert str(caught.value).startswith(
-        f"{tmp_path / name}: no optimizer state found here: it is {words}; looked for: "
+        f"{tmp_path / name}: no optimizer state found here: it is {words}; looked for:\n"
     )
 
 
