@@ -24,7 +24,7 @@ from lora_state_format.errors import (
     Remedy,
     UnknownFormatError,
 )
-from lora_state_format.foreign.kinds import certain_kind, kind_of_file
+from lora_state_format.foreign.kinds import READERS, certain_kind, kind_of_file
 
 if TYPE_CHECKING:
     from lora_state_format.model.states import Checkpoint, OptimizerState
@@ -60,6 +60,7 @@ NAMED: Final = "named"
 BUILT_IN: Final[Mapping[str, str]] = {
     NAMED: "lora_state_format.converters.named",
     "accelerate": "lora_state_format.converters.accelerate",
+    "chainer": "lora_state_format.converters.chainer",
     "composer": "lora_state_format.converters.composer",
     "dcp": "lora_state_format.converters.dcp",
     "dcp_safetensors": "lora_state_format.converters.dcp_safetensors",
@@ -69,6 +70,7 @@ BUILT_IN: Final[Mapping[str, str]] = {
     "diffusers": "lora_state_format.converters.diffusers",
     "flax_msgpack": "lora_state_format.converters.flax_msgpack",
     "fsdp2_ranks": "lora_state_format.converters.fsdp2_ranks",
+    "keras": "lora_state_format.converters.keras",
     "kohya": "lora_state_format.converters.kohya",
     "lerobot": "lora_state_format.converters.lerobot",
     "lightning": "lora_state_format.converters.lightning",
@@ -246,8 +248,8 @@ def detect(path: str | os.PathLike[str]) -> tuple[Converter, Match]:
     if not path.exists():
         raise FileNotFoundError(f"{path}: no such file or folder")
     others = [converter for converter in available() if converter is not named]
-    if certain_kind(path) is not None:  # an image is no msgpack, whatever it begins with
-        others = [converter for converter in others if converter.NAME not in BUILT_IN]
+    if (kind := certain_kind(path)) is not None:  # an image is no msgpack, whatever it begins with
+        others = [c for c in others if c.NAME not in BUILT_IN or c.NAME in READERS.get(kind, ())]
     found: list[tuple[Converter, Match]] = []
     damaged: list[FileError] = []
     for converter in others:

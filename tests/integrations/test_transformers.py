@@ -271,7 +271,9 @@ def test_what_is_missing_is_an_error(loop: dict[str, Any], named: Path, tmp_path
             "there"
         )
         (checkpoint / "optimizer.pt").unlink()
-        with pytest.raises(UnknownFormatError, match=r"checkpoint-2: no optimizer state found here; looked for:\n  named "):
+        with pytest.raises(
+            UnknownFormatError, match=r"checkpoint-2: no optimizer state found here; looked for:\n  named "
+        ):
             trainer.train(resume_from_checkpoint=str(checkpoint))
     else:
         with pytest.raises(FileNotFoundError) as caught:

@@ -700,8 +700,10 @@ def test_a_folder_without_names_is_named_by_its_adapter_where_the_live_order_doe
     assert caught.value.plan is not None
     assert {problem.kind for problem in caught.value.plan.problems} == {"shape"}
     assert caplog.messages == [
-        (f"{tmp_path / 'run'} does not fit the parameters of the live optimizer in any order; its names are those of "
-        "adapter_model.safetensors")
+        (
+            f"{tmp_path / 'run'} does not fit the parameters of the live optimizer in any order; its names are those "
+            "of adapter_model.safetensors"
+        )
     ]
     load_optimizer(optimizer, model, tmp_path / "run", mismatch="resize")
     expected = adapter_optimizer(model)
