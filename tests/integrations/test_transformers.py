@@ -34,6 +34,12 @@ STATE = "training_state/optimizer.safetensors"
 ADAPTER = "adapter_model.safetensors"
 
 
+@pytest.fixture(autouse=True)
+def _no_precision_of_another_test(monkeypatch: pytest.MonkeyPatch) -> None:
+    """transformers before 5 leaves that of a run in the environment, for all that follow in the process."""
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
+
+
 @pytest.fixture(scope="module")
 def loop() -> dict[str, Callable[..., Any]]:
     return runpy.run_path(str(SCRIPT))
