@@ -80,6 +80,7 @@ BUILT_IN: Final[Mapping[str, str]] = {
     "olmo": "lora_state_format.converters.olmo",
     "orbax": "lora_state_format.converters.orbax",
     "paddlenlp": "lora_state_format.converters.paddlenlp",
+    "rllib": "lora_state_format.converters.rllib",
     "torch_optimizer": "lora_state_format.converters.torch_optimizer",
     "torchtune": "lora_state_format.converters.torchtune",
 }
