@@ -3,7 +3,7 @@ PYTHON ?= python3
 PYTHONS ?= 3.10 3.12 3.13
 
 .DEFAULT_GOAL := help
-.PHONY: bench crashes demo docs escapes fuzz growth help lint readers test test-browser test-cuda test-frameworks test-lowest test-pythons
+.PHONY: bench crashes demo docs escapes fuzz growth help lint readers test test-browser test-cuda test-frameworks test-lowest test-middle test-pythons
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*##  */\1@/p' $(MAKEFILE_LIST) | awk -F@ '{ printf "make %-16s %s\n", $$1, $$2 }'
@@ -48,11 +48,18 @@ crashes: .venv/ready  ## every writer, stopped at each system call (needs strace
 	.venv/bin/python tests/io/kill_writer.py
 	OMP_NUM_THREADS=1 .venv/bin/python tests/io/crash_writer.py random 200
 
+WITH_OLDER := tests/naming tests/torch tests/integrations/test_transformers.py tests/operations/test_conversion.py \
+	$(patsubst %,tests/converters/test_%.py,torch_optimizer versions rules)
+
 # Not the vector of all dtypes, which safetensors knows only since a later version, nor a message with NumPy 2's repr.
-test-lowest: .venv-lowest/ready  ## what needs no torch, with the lowest versions that pyproject.toml allows
-	.venv-lowest/bin/pytest tests/hostile/test_fuzz.py tests/format/test_manifest.py tests/spec/test_vectors.py \
+test-lowest: .venv-lowest/ready  ## the torch side, Trainer and names with the lowest versions that pyproject.toml allows
+	OMP_NUM_THREADS=1 .venv-lowest/bin/pytest --numprocesses auto --dist loadfile $(WITH_OLDER) \
+		tests/hostile/test_fuzz.py tests/format/test_manifest.py tests/spec/test_vectors.py \
 		--deselect 'tests/spec/test_vectors.py::test_valid[dtypes]' \
 		--deselect 'tests/format/test_manifest.py::test_a_state_that_breaks_a_rule_is_not_written[4]'
+
+test-middle: .venv-middle/ready  ## the same with versions between those and the newest
+	OMP_NUM_THREADS=1 .venv-middle/bin/pytest --numprocesses auto --dist loadfile $(WITH_OLDER)
 
 WITHOUT_TORCH := tests/binding tests/format tests/hostile tests/io tests/mapping tests/model tests/spec \
 	$(patsubst %,tests/operations/test_%.py,diff edit) tests/test_imports.py tests/test_registry.py \
@@ -113,9 +120,11 @@ test-browser: .venv-browser/ready  ## the viewer in a headless Chromium
 	.venv-browser/bin/pip install --quiet --constraint constraints.txt --editable '.[browser]' hypothesis pytest
 	touch $@
 
-.venv-lowest/ready: pyproject.toml constraints-lowest.txt
-	$(PYTHON) -m venv .venv-lowest
-	.venv-lowest/bin/pip install --quiet --constraint constraints-lowest.txt --editable . hypothesis jsonschema pytest safetensors
+# expecttest: torch's own list of optimizer configurations asks for it.
+.venv-lowest/ready .venv-middle/ready: .venv-%/ready: pyproject.toml constraints-%.txt
+	$(PYTHON) -m venv .venv-$*
+	.venv-$*/bin/pip install --quiet --constraint constraints-$*.txt --editable '.[demo,zstd]' expecttest hypothesis \
+		jsonschema pytest pytest-xdist safetensors
 	touch $@
 
 .venv-3.%/ready: pyproject.toml constraints.txt

@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import Any, Final
 
 from lora_state_format.errors import FileError, OptionError, RefusedError, Remedy, UnrepresentableError
+from lora_state_format.foreign.npz import read_npz
 from lora_state_format.foreign.zips import Archive
 from lora_state_format.io import plain
-from lora_state_format.io.safetensors import Entry, Header, read_header
+from lora_state_format.io.safetensors import read_header
 from lora_state_format.mapping import algorithms, apply
 from lora_state_format.mapping.algorithms import HYPERPARAMETERS, OPTIMIZER, Algorithm, RuleLayout
 from lora_state_format.model.sources import File, Memory
@@ -23,7 +24,9 @@ from lora_state_format.model.tensors import Tensor, contiguous
 from lora_state_format.registry import Match
 
 NAME: Final = "mlx"
-DESCRIPTION: Final = "MLX's optimizer.state in safetensors (unsloth, mflux): step, learning_rate, <parameter>.<slot>"
+DESCRIPTION: Final = (
+    "MLX's optimizer.state in safetensors (unsloth, mflux) or .npz: step, learning_rate, <parameter>.<slot>"
+)
 OPTIONS: Final = {
     "optimizer": OPTIMIZER,
     "bias_correction": "whether Adam or AdamW was made with it, True or False; MLX's default is False, mlx-lm's too",
@@ -64,16 +67,20 @@ def detect(path: Path) -> Match | None:
             if path.suffix == ".zip":
                 members = [name for name in Archive(file, path) if name.endswith(SUFFIX)]
                 return Match(f"a zip archive with {members[0]}, as mflux writes it", path) if members else None
-            entries = read_header(file, foreign=True).entries if path.suffix == ".safetensors" else {}
+            tensors = _tensors(file, path) if path.suffix in (".safetensors", ".npz") else {}
         except FileError:
             return None
-    if "states.0.learning_rate" in entries or _counters(entries) == COUNTERS:
-        return Match("safetensors with step and learning_rate next to <parameter>.<slot>, as MLX has them", path)
+    if "states.0.learning_rate" in tensors or _counters(tensors) == COUNTERS:
+        return Match(f"{path.suffix[1:]} with step and learning_rate next to <parameter>.<slot>, as MLX has them", path)
     return None
 
 
-def _counters(entries: Mapping[str, Entry]) -> dict[str, Any]:
-    return {key: (entries[key].dtype, entries[key].shape) for key in COUNTERS if key in entries}
+def _tensors(file: File, path: Path) -> Mapping[str, Tensor]:
+    return read_npz(file, path) if path.suffix == ".npz" else read_header(file, foreign=True).tensors
+
+
+def _counters(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+    return {key: (tensors[key].dtype, tensors[key].shape) for key in COUNTERS if key in tensors}
 
 
 def read(match: Match, options: Mapping[str, Any]) -> Checkpoint:
@@ -87,8 +94,8 @@ def read(match: Match, options: Mapping[str, Any]) -> Checkpoint:
     try:
         if path.suffix == ".zip":
             raise RefusedError(f"compressed: unzip it and convert the file *{SUFFIX} in it", path=path)
-        found = read_header(files[0], foreign=True)
-        if "states.0.learning_rate" in found.entries:
+        found = _tensors(files[0], path)
+        if "states.0.learning_rate" in found:
             raise RefusedError(
                 "the state of a MultiOptimizer, whose parts do not say their rules: save the state of each part",
                 path=path,
@@ -106,10 +113,10 @@ def read(match: Match, options: Mapping[str, Any]) -> Checkpoint:
 def _weights(path: Path, files: list[File]) -> Mapping[str, Tensor]:
     number = path.name.removesuffix(SUFFIX) if path.name.endswith(SUFFIX) else None
     names = ("adapters",) if number is None else (f"{number}_adapters", f"{number}_adapter")
-    for beside in (path.with_name(f"{name}.safetensors") for name in names):
+    for beside in (path.with_name(f"{name}{suffix}") for name in names for suffix in (".safetensors", ".npz")):
         if beside.is_file():
             files.append(File(beside))
-            return read_header(files[-1], foreign=True).tensors
+            return _tensors(files[-1], beside)
     return {}
 
 
@@ -118,10 +125,14 @@ def _is_lora(name: str) -> bool:
 
 
 def _state(
-    found: Header, weights: Mapping[str, Tensor], path: Path, options: Mapping[str, Any], resources: tuple[File, ...]
+    found: Mapping[str, Tensor],
+    weights: Mapping[str, Tensor],
+    path: Path,
+    options: Mapping[str, Any],
+    resources: tuple[File, ...],
 ) -> OptimizerState:
     slots: dict[str, dict[str, Tensor]] = {}
-    for key, tensor in found.tensors.items():
+    for key, tensor in found.items():
         if key in COUNTERS:
             continue
         name, _, field = key.rpartition(".")
@@ -132,8 +143,8 @@ def _state(
         slots.setdefault(name, {})[field] = tensor
     if not slots:
         raise FileError("holds no parameter's state", path=path)
-    step = int.from_bytes(found.tensor("step").bytes(), "little")
-    rate = struct.unpack("<f", found.tensor("learning_rate").bytes())[0]
+    step = int.from_bytes(found["step"].bytes(), "little")
+    rate = struct.unpack("<f", found["learning_rate"].bytes())[0]
     if options.get("lr", rate) != rate:
         raise OptionError(f"{path} holds lr={rate!r}, not {options['lr']!r}")
     rule = _rule(options, path)

@@ -23,7 +23,7 @@ from lora_state_format.errors import (
     Remedy,
     UnknownFormatError,
 )
-from lora_state_format.foreign.kinds import certain_kind, kind_of_file
+from lora_state_format.foreign.kinds import READERS, certain_kind, kind_of_file
 
 if TYPE_CHECKING:
     from lora_state_format.model.states import Checkpoint, OptimizerState
@@ -57,6 +57,7 @@ NAMED: Final = "named"
 BUILT_IN: Final[Mapping[str, str]] = {
     NAMED: "lora_state_format.converters.named",
     "accelerate": "lora_state_format.converters.accelerate",
+    "chainer": "lora_state_format.converters.chainer",
     "composer": "lora_state_format.converters.composer",
     "dcp": "lora_state_format.converters.dcp",
     "dcp_safetensors": "lora_state_format.converters.dcp_safetensors",
@@ -66,6 +67,7 @@ BUILT_IN: Final[Mapping[str, str]] = {
     "diffusers": "lora_state_format.converters.diffusers",
     "flax_msgpack": "lora_state_format.converters.flax_msgpack",
     "fsdp2_ranks": "lora_state_format.converters.fsdp2_ranks",
+    "keras": "lora_state_format.converters.keras",
     "kohya": "lora_state_format.converters.kohya",
     "lerobot": "lora_state_format.converters.lerobot",
     "lightning": "lora_state_format.converters.lightning",
@@ -75,6 +77,7 @@ BUILT_IN: Final[Mapping[str, str]] = {
     "olmo": "lora_state_format.converters.olmo",
     "orbax": "lora_state_format.converters.orbax",
     "paddlenlp": "lora_state_format.converters.paddlenlp",
+    "rllib": "lora_state_format.converters.rllib",
     "torch_optimizer": "lora_state_format.converters.torch_optimizer",
     "torchtune": "lora_state_format.converters.torchtune",
 }
@@ -243,8 +246,8 @@ def detect(path: str | os.PathLike[str]) -> tuple[Converter, Match]:
     if not path.exists():
         raise FileNotFoundError(f"{path}: no such file or folder")
     others = [converter for converter in available() if converter is not named]
-    if certain_kind(path) is not None:  # an image is no msgpack, whatever it begins with
-        others = [converter for converter in others if converter.NAME not in BUILT_IN]
+    if (kind := certain_kind(path)) is not None:  # an image is no msgpack, whatever it begins with
+        others = [c for c in others if c.NAME not in BUILT_IN or c.NAME in READERS.get(kind, ())]
     found: list[tuple[Converter, Match]] = []
     damaged: list[FileError] = []
     for converter in others:
@@ -296,11 +299,10 @@ def _nothing_here(path: Path, asked: Sequence[Converter]) -> str:
     if path.is_dir() and (newest := _newest(path, asked)) is not None:
         return f"{path}: no optimizer state in this folder itself; the newest folder in it that has one is {newest}"
     kind = kind_of_file(path)
-    known = ", ".join(sorted((converter.NAME for converter in asked), key=lambda name: (name != NAMED, name)))
-    return (
-        f"{path}: no optimizer state found here{f': it is {kind}' if kind else ''}; looked for: {known} "
-        "(`lora-state formats` says what these are)"
-    )
+    known = sorted(asked, key=lambda converter: (converter.NAME != NAMED, converter.NAME))
+    width = max(len(converter.NAME) for converter in known)
+    table = "".join(f"\n  {converter.NAME.ljust(width)}  {converter.DESCRIPTION}" for converter in known)
+    return f"{path}: no optimizer state found here{f': it is {kind}' if kind else ''}; looked for:{table}"
 
 
 def _asked(converter: Converter, path: Path) -> Match | None:

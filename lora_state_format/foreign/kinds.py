@@ -5,14 +5,20 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Final
 
-__all__ = ["certain_kind", "kind_of_file"]
+__all__ = ["READERS", "certain_kind", "kind_of_file"]
+
+HDF5: Final = "an HDF5 file"
+NPZ: Final = "a zip archive of NumPy arrays"
+
+READERS: Final = {HDF5: ("keras",), NPZ: ("chainer", "mlx")}
+"""What is built in that reads files of a certain kind; of other kinds there is none."""
 
 MAGIC: Final = (
     (b"\x89PNG\r\n", "a PNG image"),
     (b"\xff\xd8\xff", "a JPEG image"),
     (b"GIF8", "a GIF image"),
     (b"%PDF", "a PDF document"),
-    (b"\x89HDF\r\n", "an HDF5 file (Keras 2 and others); nothing here reads it"),
+    (b"\x89HDF\r\n", HDF5),
     (b"\x93NUMPY", "a NumPy array"),
     (b"GGUF", "a GGUF model, which holds weights alone"),
     (b"\x1f\x8b", "a gzip archive: unpack it first"),
@@ -37,14 +43,14 @@ READ: Final = 4096
 
 
 def certain_kind(path: Path) -> str | None:
-    """Return what a file is, in words, if its first bytes say that it is of a kind that nothing built in reads."""
+    """Return what a file is, in words, if its first bytes leave no doubt; only ``READERS`` read such files."""
     start = _start(path)
     for magic, words in MAGIC:
         if start.startswith(magic):
             return words
     if start[TAR[0] :].startswith(TAR[1]) and not start.startswith(OLD_TORCH):
         return "a tar archive: unpack it first"
-    return "a zip archive of NumPy arrays" if start.startswith(b"PK\3\4") and b".npy" in start[:NAMED] else None
+    return NPZ if start.startswith(b"PK\3\4") and b".npy" in start[:NAMED] else None
 
 
 def kind_of_file(path: Path) -> str | None:

@@ -116,12 +116,16 @@ class Record:
     state: Any = None
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(slots=True, eq=False)
 class Foreign:
-    """An object of a class that nothing here knows; nothing of it is kept, so it may refer to itself."""
+    """An object of a class that nothing here knows; nothing of it is kept, so it may refer to itself.
+
+    Of one that looks like a whole ``torch.nn.Module``, ``parts`` has the dicts of its parameters and of its modules.
+    """
 
     module: str
     name: str
+    parts: tuple[Mapping[Any, Any], Mapping[Any, Any]] | None = None
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -358,7 +362,9 @@ class _Machine:
                         value = stack.pop()
                         if type(stack[-1]) is Record:
                             stack[-1].state = value
-                        elif type(stack[-1]) not in (dict, Foreign):  # the attributes of an OrderedDict are not kept
+                        elif type(stack[-1]) is Foreign:
+                            stack[-1].parts = _module_parts(value)
+                        elif type(stack[-1]) is not dict:  # the attributes of an OrderedDict are not kept
                             raise _MalformedError("the pickle sets the state of something that has none")
                     elif op in _SIZED:
                         width = _SIZED[op]
@@ -535,6 +541,14 @@ class _Machine:
         if self.room < 0:
             raise _MalformedError(f"the tensors would hold more than {MAX_REPEATS} times the file's bytes")
         return tensor
+
+
+def _module_parts(state: Any) -> tuple[Mapping[Any, Any], Mapping[Any, Any]] | None:
+    """Return the parameters and modules in the state of a ``torch.nn.Module``; ``None`` for any other state."""
+    if type(state) is not dict:
+        return None
+    parameters, modules = state.get("_parameters"), state.get("_modules")
+    return (parameters, modules) if type(parameters) is dict and type(modules) is dict else None
 
 
 def _put(memo: list[Any], index: int, value: Any) -> None:
@@ -825,8 +839,7 @@ _RUNNING_MODULES: Final = (
 )
 RUNNING: Final[Mapping[str, str]] = {
     **dict.fromkeys(_RUNNING_MODULES.split(), ""),
-    "builtins": "__import__ breakpoint compile delattr eval exec execfile getattr globals input locals open setattr "
-    "vars",
+    "builtins": "__import__ breakpoint compile delattr eval exec execfile globals input locals open setattr vars",
     "io": "open open_code FileIO",
     "_io": "open open_code FileIO",
     "numpy": "load fromfile loadtxt memmap",

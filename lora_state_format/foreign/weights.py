@@ -10,6 +10,7 @@ from typing import Any, Final
 
 from lora_state_format.errors import FileError
 from lora_state_format.foreign import pickles
+from lora_state_format.foreign.pickles import Foreign
 from lora_state_format.foreign.state_dict import SEARCH_DEPTH, is_state_dict
 from lora_state_format.io.files import Files, PooledFile, inside
 from lora_state_format.io.json_files import read_json_object
@@ -68,14 +69,45 @@ def in_tree(tree: Any, where: str = "") -> tuple[Weights, ...]:
 
 
 def _search(node: Any, path: tuple[str, ...], seen: dict[int, Any]) -> Iterator[Weights]:
+    if isinstance(node, Foreign) and node.parts and id(node) not in seen and (tensors := _of_module(node)):
+        seen[id(node)] = node
+        yield _found(path, tensors)
     if not isinstance(node, (Mapping, list, tuple)) or id(node) in seen or is_state_dict(node):
         return
     seen[id(node)] = node  # each once, however often it is referred to
     if tensors := _tensors(node):
-        yield Weights(".".join(path) or "its top level", tensors, ordered=True)
+        yield _found(path, tensors)
     if len(path) <= SEARCH_DEPTH:
         for key, inner in node.items() if isinstance(node, Mapping) else enumerate(node):
             yield from _search(inner, (*path, str(key)), seen)
+
+
+def _found(path: tuple[str, ...], tensors: dict[str, Tensor]) -> Weights:
+    """Return tensors of a tree as candidates. An average of the weights has their names, and other values."""
+    return Weights(".".join(path) or "its top level", tensors, ordered=True, own=not any("ema" in p for p in path))
+
+
+def _of_module(whole: Foreign) -> dict[str, Tensor]:
+    """Return the parameters of a module that was pickled as an object, as its ``named_parameters()`` would."""
+    found: dict[str, Tensor] = {}
+    seen: set[int] = set()
+    waiting = [("", whole)]
+    while waiting:
+        prefix, module = waiting.pop()
+        if id(module) in seen or module.parts is None:
+            continue
+        seen.add(id(module))
+        parameters, modules = module.parts
+        found |= {f"{prefix}{name}": value for name, value in parameters.items() if isinstance(value, Tensor)}
+        below = [(f"{prefix}{name}.", inner) for name, inner in modules.items() if isinstance(inner, Foreign)]
+        waiting += reversed(below)
+        if len(prefix) > MAX_NAME:
+            return {}
+    return found
+
+
+MAX_NAME: Final = 4096
+"""Characters of a parameter's name in a module: a tree that is deeper is none of a model."""
 
 
 def next_to(path: Path, files: Files) -> tuple[list[tuple[Weights, ...]], list[str]]:

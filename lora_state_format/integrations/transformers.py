@@ -11,7 +11,7 @@ from typing import Any, Final, TypeVar
 
 import torch
 
-from lora_state_format.errors import OptionError
+from lora_state_format.errors import FileError, OptionError
 from lora_state_format.foreign.elsewhere import TRAINER
 from lora_state_format.format.envelope import is_state
 from lora_state_format.integrations import STATE
@@ -26,6 +26,7 @@ T = TypeVar("T")
 
 SAVE: Final = "_save_optimizer_and_scheduler"
 LOAD: Final = "_load_optimizer_and_scheduler"
+LOAD_WEIGHTS: Final = "_load_from_checkpoint"
 METHODS: Final[Mapping[str, list[str]]] = {SAVE: ["output_dir"], LOAD: ["checkpoint"]}
 """The Trainer's own methods that are wrapped, and their arguments, as they are in transformers 5.23."""
 
@@ -64,7 +65,7 @@ def with_named_state(
             f"drop_legacy=True: with {sharded} Trainer writes weights and optimizer by one method; leave it out"
         )
     owner: Any = trainer
-    save = getattr(owner, SAVE)
+    save, load_weights = getattr(owner, SAVE), getattr(owner, LOAD_WEIGHTS)
 
     def named_save(output_dir: str) -> None:
         if sharded or owner.args.should_save:
@@ -85,9 +86,31 @@ def with_named_state(
             raise FileNotFoundError(f"{path}: no such file; without it the learning rate would start over")
         load_scheduler(owner.lr_scheduler, torch.load(path, weights_only=True), lr=rate_of(policies))
 
+    def named_load_weights(checkpoint: str, *others: Any, **named: Any) -> None:
+        try:
+            load_weights(checkpoint, *others, **named)
+        except KeyError as error:
+            raise _incomplete(checkpoint, error, owner) from error
+
     setattr(owner, SAVE, named_save)
     setattr(owner, LOAD, named_load)
+    setattr(owner, LOAD_WEIGHTS, named_load_weights)
     return trainer
+
+
+def _incomplete(checkpoint: str, error: KeyError, trainer: Any) -> Exception:
+    """Return what to say where PEFT misses a module of ``modules_to_save`` in an adapter: the adapter had none."""
+    adapter = Path(checkpoint, "adapter_model.safetensors")
+    if not adapter.exists() or not hasattr(trainer.model, "peft_config"):
+        return error
+    return FileError(
+        f"has no {error.args[0]!r}, which this model saves with its adapter (modules_to_save): PEFT does not load an "
+        "adapter without it\nhint: to start that module from the model, load the rest with "
+        f"set_peft_model_state_dict(model, get_peft_model_state_dict(model) | load_file({str(adapter)!r})), then "
+        "trainer.create_optimizer_and_scheduler(...), load_optimizer(trainer.optimizer, model, "
+        f"{checkpoint!r}, missing='fresh') and train() without resume_from_checkpoint",
+        path=adapter,
+    )
 
 
 def last_checkpoint(folder: str | Path) -> str | None:

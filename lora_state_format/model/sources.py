@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+import io
 import os
 import re
 import stat
 import weakref
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Final, Protocol
+from typing import TYPE_CHECKING, Any, Final, Protocol
 
 from lora_state_format.errors import FileError
 
 if TYPE_CHECKING:
     from types import TracebackType
 
-__all__ = ["File", "Memory", "Range", "Source", "bytes_of"]
+__all__ = ["File", "Memory", "Range", "Source", "Stream", "bytes_of"]
 
 
 COPIED: Final = 1 << 20
@@ -160,6 +161,40 @@ class Memory:
     def view(self, offset: int, size: int) -> memoryview | None:
         """Return the bytes without a copy."""
         return self._view[offset : offset + size]
+
+
+class Stream(io.RawIOBase):
+    """A source as the file object that a library asks for; closing it leaves the source open."""
+
+    def __init__(self, source: Source) -> None:
+        super().__init__()
+        self._source, self._place = source, 0
+
+    def readable(self) -> bool:
+        """Return ``True``."""
+        return True
+
+    def seekable(self) -> bool:
+        """Return ``True``."""
+        return True
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        """Go to a place, and return it."""
+        start = {io.SEEK_SET: 0, io.SEEK_CUR: self._place, io.SEEK_END: self._source.size}[whence]
+        self._place = start + offset
+        return self._place
+
+    def tell(self) -> int:
+        """Return the place."""
+        return self._place
+
+    def readinto(self, buffer: Any) -> int:
+        """Fill the buffer as far as there are bytes, and return how many."""
+        out = memoryview(buffer).cast("B")
+        count = max(0, min(len(out), self._source.size - self._place))
+        self._source.readinto(self._place, out[:count])
+        self._place += count
+        return count
 
 
 def bytes_of(source: Source) -> Iterator[memoryview]:

@@ -221,6 +221,23 @@ def _matrices_first(parameters: Sequence[Described], state: PositionalState) -> 
     yield _both(trainable_of(parameters), lambda item: item.axes >= 2)
 
 
+def _timm(parameters: Sequence[Described], state: PositionalState) -> Iterator[Splits]:
+    plain, decayed = _apart(trainable_of(parameters), lambda item: item.axes <= 1 or item.name.endswith(".bias"))
+    yield [Split(plain, decays=False), Split(decayed)]
+
+
+def _ultralytics(parameters: Sequence[Described], state: PositionalState) -> Iterator[Splits]:
+    """Yield the groups as newer versions call them, else in the order of older ones; with frozen parameters."""
+    biases, plain, weights = _apart(
+        parameters,
+        lambda item: "bias" in item.name,
+        lambda item: "logit_scale" in item.name or (item.axes <= 1 and item.name.endswith("weight")),
+    )
+    kinds = {"bias": Split(biases, decays=False), "weight": Split(weights), "bn": Split(plain, decays=False)}
+    called = [str(dict(group.options).get("param_group")) for group in state.groups]
+    yield [kinds[kind] for kind in (called if sorted(called) == sorted(kinds) else kinds)]
+
+
 def _rises(item: Described) -> bool:
     """LoRA+ gives these the higher rate."""
     return "lora_B" in item.name or item.axes == 1
@@ -346,6 +363,8 @@ RULES: Final[tuple[Rule, ...]] = (
     Rule("trainer-4.25", "transformers.Trainer, up to 4.25: frozen parameters too", _trainer_with_frozen),
     Rule("scripts", "no weight decay for 'bias' and 'LayerNorm.weight', as example scripts had it", _trainer(_SCRIPTS)),
     Rule("nanogpt", "nanoGPT: two or more axes, then the rest", _matrices_first),
+    Rule("timm", "timm's param_groups_weight_decay: one axis and biases, then the rest", _timm),
+    Rule("ultralytics", "ultralytics: biases, weights, weights of normalisations; frozen ones too", _ultralytics),
     Rule("peft-loraplus", "PEFT's LoRA+: A, embeddings, B, B without weight decay", _peft_loraplus),
     Rule("llamafactory-loraplus", "LLaMA-Factory's LoRA+: A, B, B without decay, embeddings", _llamafactory_loraplus),
     Rule("llamafactory-badam", "LLaMA-Factory's BAdam: without weight decay, then with", _plain_first),

@@ -201,6 +201,8 @@ def optimizers_of(optimizer: Optimizers) -> tuple[torch.optim.Optimizer, ...]:
             "model, then the path"
         )
     listed = optimizer if isinstance(optimizer, Sequence) else [optimizer]
+    if isinstance(optimizer, Mapping):
+        raise OptionError("the first argument is a dict: pass the optimizer itself, not its state_dict()")
     return tuple(map(_shelled, listed))
 
 

@@ -24,7 +24,7 @@ from lora_state_format.binding.policies import (
     Renaming,
     Unexpected,
 )
-from lora_state_format.errors import ConversionError
+from lora_state_format.errors import ConversionError, FileError, MissingDependencyError
 from lora_state_format.format import envelope, reading
 from lora_state_format.model import digests
 from lora_state_format.model.digests import ALGORITHM
@@ -176,7 +176,19 @@ def _named(checkpoint: Checkpoint, path: Path, live: Live) -> OptimizerState:
     own = {name: from_torch(tensor) for name, tensor in named.tensors.items() if refusal(tensor) is None}
     where = "beside it" if checkpoint.weights else "of the live model"
     groups = [group.parameters for group in live.side.groups]
-    state, _, skipped = name_state(checkpoint, path, live=LiveNames(parameters, groups, own), rebuild=rebuild)
+    try:
+        state, _, skipped = name_state(checkpoint, path, live=LiveNames(parameters, groups, own), rebuild=rebuild)
+    except order.ContradictedError:
+        raise
+    except ConversionError:
+        if (found := _by_its_own_names(checkpoint, path)) is None:
+            raise
+        logger.warning(
+            "%s does not fit the parameters of the live optimizer in any order; its names are those of %s",
+            path,
+            found.naming.details.get("place", found.naming.source),
+        )
+        return found
     for file in skipped:
         logger.warning("%s", file)
     details = state.naming.details
@@ -199,6 +211,14 @@ def _named(checkpoint: Checkpoint, path: Path, live: Live) -> OptimizerState:
         f"; the order was weighed against the weights {where}: {verdict}" if verdict else "",
     )
     return state
+
+
+def _by_its_own_names(checkpoint: Checkpoint, path: Path) -> OptimizerState | None:
+    """Return the state under the names that the checkpoint has for it, for a model of other parameters or shapes."""
+    try:
+        return name_state(checkpoint, path, rebuild=rebuild).state
+    except (ConversionError, FileError, MissingDependencyError):
+        return None
 
 
 def _beside(parameter: LiveParameter, weights: Mapping[str, Tensor]) -> Parameter:

@@ -59,7 +59,7 @@ def test_an_unknown_folder_lists_what_was_looked_for(tmp_path: Path) -> None:
     write_folder({("model", "weight"): 1}, tmp_path / "weights")
     with pytest.raises(UnknownFormatError) as error:
         registry.detect(tmp_path)
-    assert str(error.value).startswith(f"{tmp_path}: no optimizer state found here; looked for: ")
+    assert str(error.value).startswith(f"{tmp_path}: no optimizer state found here; looked for:\n")
     for name in registry.BUILT_IN:
         assert name in str(error.value)
 

@@ -405,6 +405,27 @@ def test_it_holds_what_mlx_holds_and_comes_back(tmp_path: Path, name: str, dora:
 
 
 @pytest.mark.frameworks
+def test_an_npz_holds_the_same(tmp_path: Path) -> None:
+    """``mx.savez`` of the same state and adapter."""
+    import mlx.core as core
+    from mlx.utils import tree_flatten
+
+    model = llama(False)
+    optimizer = trained(model, "AdamW")
+    options = {"optimizer": "adamw", **OPTIMIZERS["AdamW"][1]}
+    path = save(optimizer, model, tmp_path / "a", "optimizer_state.safetensors", "adapters.safetensors")
+    core.savez(str(tmp_path / "optimizer.npz"), **dict(tree_flatten(optimizer.state)))
+    core.savez(str(tmp_path / "adapters.npz"), **dict(tree_flatten(model.trainable_parameters())))
+    assert registry.detect(tmp_path / "optimizer.npz")[0].NAME == "mlx"
+    ours, theirs = read(tmp_path / "optimizer.npz", **options), read(path, **options)
+    assert set(ours) == set(theirs)
+    for name, parameter in theirs.items():
+        assert ours[name].shape == parameter.shape
+        assert ours[name]["exp_avg"].bytes() == parameter["exp_avg"].bytes()
+        assert ours[name]["exp_avg_sq"].bytes() == parameter["exp_avg_sq"].bytes()
+
+
+@pytest.mark.frameworks
 @pytest.mark.filterwarnings("ignore")
 def test_names_are_those_of_peft(tmp_path: Path) -> None:
     """LoRA and its embedding, DoRA: what mlx-lm calls them, PEFT on transformers' Llama calls so, with these shapes."""

@@ -1,4 +1,5 @@
-"""Stands in for torchvision, which Composer and LeRobot import and do not use here: any name in it is an empty class."""
+"""Stands in for torchvision, which others import and do not use here: any name in it is an empty class,
+whose attributes are their names."""
 
 import sys
 from importlib.machinery import ModuleSpec
@@ -8,13 +9,20 @@ __path__ = []
 __version__ = "0.0"
 
 
+class Empty(type):
+    def __getattr__(cls, name):
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return name
+
+
 class Module(ModuleType):
     __path__ = []
 
     def __getattr__(self, name):
         if name.startswith("__"):
             raise AttributeError(name)
-        return type(name, (), {})
+        return Empty(name, (), {})
 
 
 class Finder:

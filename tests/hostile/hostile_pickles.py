@@ -113,7 +113,7 @@ refused("eval", b"cbuiltins\neval\n" + text(f"open('{CANARY}', 'w')") + b"\x85R.
 refused("exec-python-2", b"c__builtin__\nexec\n" + text(f"open('{CANARY}', 'w')") + b"\x85R.", "__builtin__.exec")
 refused("open", b"cio\nopen\n" + text(CANARY) + text("w") + b"\x86R.", "io.open")
 refused("import", b"cbuiltins\n__import__\n" + text("os") + b"\x85R.", "builtins.__import__")
-refused("getattr", b"cbuiltins\ngetattr\n.", "builtins.getattr")
+refused("getattr", b"cos\nsystem\n" + text("x") + b"\x86R.", "os.system", b"cbuiltins\ngetattr\n")
 refused(
     "getattr-walk", b"coperator\nattrgetter\n" + text("__class__") + b"\x85R.", "operator.attrgetter", tensor() + b"R"
 )
@@ -556,6 +556,7 @@ harmless("doubling", doubling(b"l", 100) + b"0" + FOREIGN + b"h\x64\x85R")
 harmless("deep", FOREIGN + b")" + b"\x85" * 100_000 + b"\x85R")
 harmless("partial", b"cfunctools\npartial\n(" + FOREIGN + b"tR")
 harmless("a-module-of-old", b"(" + text("module") + FOREIGN + text("thing.py") + text("import os") + b"tQ)\x81")
+harmless("a-method", b"c__builtin__\ngetattr\n" + FOREIGN + text("mean") + b"\x86R")
 harmless("python-2", b"c__builtin__\nlong\nc__builtin__\nunicode\n\x86")
 
 

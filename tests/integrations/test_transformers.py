@@ -34,6 +34,12 @@ STATE = "training_state/optimizer.safetensors"
 ADAPTER = "adapter_model.safetensors"
 
 
+@pytest.fixture(autouse=True)
+def _no_precision_of_another_test(monkeypatch: pytest.MonkeyPatch) -> None:
+    """transformers before 5 leaves that of a run in the environment, for all that follow in the process."""
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
+
+
 @pytest.fixture(scope="module")
 def loop() -> dict[str, Callable[..., Any]]:
     return runpy.run_path(str(SCRIPT))
@@ -295,7 +301,9 @@ def test_what_is_missing_is_an_error(loop: dict[str, Any], named: Path, tmp_path
             "there"
         )
         (checkpoint / "optimizer.pt").unlink()
-        with pytest.raises(UnknownFormatError, match=r"checkpoint-2: no optimizer state found here; looked for: named"):
+        with pytest.raises(
+            UnknownFormatError, match=r"checkpoint-2: no optimizer state found here; looked for:\n  named "
+        ):
             trainer.train(resume_from_checkpoint=str(checkpoint))
     else:
         with pytest.raises(FileNotFoundError) as caught:
@@ -343,6 +351,36 @@ def test_another_rank_and_the_way_round(loop: dict[str, Any], named: Path, tmp_p
     trainer.train()
     with lsf.open_state(tmp_path / "checkpoint-2" / STATE) as state:
         assert {parameter["step"].item() for parameter in state.values()} == {4.0}
+
+
+def test_a_module_to_save_that_the_checkpoint_lacks(loop: dict[str, Any], named: Path, tmp_path: Path) -> None:
+    """PEFT raises a bare KeyError for it; what the message says to do is done."""
+    from peft import LoraConfig, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+
+    def second() -> Any:
+        config = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], modules_to_save=["model.norm"])
+        return get_peft_model(loop["build"]().unload(), config)
+
+    checkpoint = str(named / "checkpoint-2")
+    adapter = f"{checkpoint}/{ADAPTER}"
+    trainer = with_named_state(loop["make"](tmp_path / "stopped", second()), missing="fresh")
+    with pytest.raises(FileError) as caught:
+        trainer.train(resume_from_checkpoint=checkpoint)
+    assert str(caught.value) == (
+        f"{adapter}: has no 'base_model.model.model.norm.weight', which this model saves with its adapter "
+        "(modules_to_save): PEFT does not load an adapter without it\n"
+        "hint: to start that module from the model, load the rest with set_peft_model_state_dict(model, "
+        f"get_peft_model_state_dict(model) | load_file('{adapter}')), then "
+        "trainer.create_optimizer_and_scheduler(...), load_optimizer(trainer.optimizer, model, "
+        f"'{checkpoint}', missing='fresh') and train() without resume_from_checkpoint"
+    )
+    model = second()
+    set_peft_model_state_dict(model, get_peft_model_state_dict(model) | load_file(adapter))
+    trainer = with_named_state(loop["make"](tmp_path / "second", model), drop_legacy=True)
+    trainer.create_optimizer_and_scheduler(num_training_steps=6)
+    report = load_optimizer(trainer.optimizer, model, checkpoint, missing="fresh")
+    assert str(report).startswith("restored 8/9 parameters, 2 slots each, step 2, 1 fresh; weights match 8/8")
+    trainer.train()
 
 
 def test_a_trainer_with_other_methods(loop: dict[str, Any], tmp_path: Path) -> None:

@@ -200,7 +200,7 @@ def test_swift_multimodal() -> None:
 
 
 def test_every_rule_is_listed_once_with_what_it_is() -> None:
-    assert len({rule.name for rule in RULES}) == len(RULES) == 26
+    assert len({rule.name for rule in RULES}) == len(RULES) == 28
     assert [rule.name for rule in RULES if not rule.automatic] == ["sorted", "listed"]
     assert all(rule.summary for rule in RULES)
 
@@ -292,8 +292,8 @@ def test_unknown_rule() -> None:
         decide(state([]), [], rule="alphabetical", source="names")
     assert str(caught.value) == (
         "no grouping rule 'alphabetical'; there are: stated, flat, everything, trainer, trainer-4.52, trainer-4.48, "
-        "trainer-4.47, trainer-4.33, trainer-4.0, trainer-4.25, scripts, nanogpt, peft-loraplus, "
-        "llamafactory-loraplus, llamafactory-badam, "
+        "trainer-4.47, trainer-4.33, trainer-4.0, trainer-4.25, scripts, nanogpt, timm, ultralytics, "
+        "peft-loraplus, llamafactory-loraplus, llamafactory-badam, "
         "llamafactory-galore, muon, galore, axolotl, unsloth, swift-multimodal, swift-galore, one-per-parameter, "
         "whole-model, sorted, listed"
     )
@@ -313,9 +313,10 @@ def test_nothing_fits() -> None:
         "  trainer, trainer-4.52, trainer-4.48, trainer-4.47, trainer-4.33, trainer-4.0, scripts, nanogpt, unsloth: "
         "makes groups of [2, 0]\n"
         "  trainer-4.25: makes groups of [3, 0]\n"
+        "  timm, llamafactory-badam: makes groups of [0, 2]\n"
+        "  ultralytics: makes groups of [0, 3, 0]\n"
         "  peft-loraplus: makes groups of [1, 0, 1, 0]\n"
         "  llamafactory-loraplus: makes groups of [1, 1, 0, 0]\n"
-        "  llamafactory-badam: makes groups of [0, 2]\n"
         "  one-per-parameter: makes groups of [1, 1]\n"
         "hint: pass names= with a file of names in optimizer order, or the model that was trained"
     )

@@ -79,10 +79,6 @@ def test_the_newest_checkpoint_of_a_run(many: Path, tmp_path: Path, capsys: pyte
 
 KINDS: dict[str, tuple[Callable[[Path], object], str]] = {
     "a.png": (lambda path: path.write_bytes(b"\x89PNG\r\n\x1a\n" + bytes(30)), "a PNG image"),
-    "a.h5": (
-        lambda path: path.write_bytes(b"\x89HDF\r\n\x1a\n" + bytes(30)),
-        "an HDF5 file (Keras 2 and others); nothing here reads it",
-    ),
     "a.npz": (lambda path: np.savez(path, x=np.ones(3)), "a zip archive of NumPy arrays"),
     "a.npy": (lambda path: np.save(path, np.ones(3)), "a NumPy array"),
     "a.txt": (lambda path: path.write_text("lr: 0.1\n"), "a text file"),
@@ -100,7 +96,7 @@ def test_what_a_file_is(name: str, tmp_path: Path) -> None:
     with pytest.raises(UnknownFormatError) as caught:
         registry.detect(tmp_path / name)
     assert str(caught.value).startswith(
-        f"{tmp_path / name}: no optimizer state found here: it is {words}; looked for: "
+        f"{tmp_path / name}: no optimizer state found here: it is {words}; looked for:\n"
     )
 
 

@@ -687,6 +687,32 @@ def test_a_new_rank_cuts_pads_and_scales_with_alpha_over_r(rank: int, alpha: int
     assert report.notes == (note,)
 
 
+def test_a_folder_without_names_is_named_by_its_adapter_where_the_live_order_does_not_fit(
+    lora: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Of another rank, no order of the live parameters has the shapes of the file; the adapter next to it has."""
+    adapted("qv").save_pretrained(tmp_path / "run")
+    (tmp_path / "run" / "optimizer.pt").write_bytes(lora.with_suffix(".pt").read_bytes())
+    model = adapted("qv", 4, 8)
+    optimizer = adapter_optimizer(model)
+    with pytest.raises(BindError) as caught:
+        load_optimizer(optimizer, model, tmp_path / "run")
+    assert caught.value.plan is not None
+    assert {problem.kind for problem in caught.value.plan.problems} == {"shape"}
+    assert caplog.messages == [
+        (
+            f"{tmp_path / 'run'} does not fit the parameters of the live optimizer in any order; its names are those "
+            "of adapter_model.safetensors"
+        )
+    ]
+    load_optimizer(optimizer, model, tmp_path / "run", mismatch="resize")
+    expected = adapter_optimizer(model)
+    load_optimizer(expected, model, lora, mismatch="resize")
+    for ours, theirs in zip(optimizer.state.values(), expected.state.values(), strict=True):
+        assert ours.keys() == theirs.keys()
+        assert all(ours[slot].equal(theirs[slot]) for slot in ours)
+
+
 def test_gradients_of_lora_grow_with_alpha_over_r() -> None:
     """Why moments are scaled: with the same weights, gradients are alpha / r times what they were."""
     gradients = []

@@ -380,6 +380,9 @@ def test_the_model_before_the_optimizer(adapted: Path) -> None:
     assert str(caught.value) == (
         "the first argument is a PeftModel, which is a model: pass the optimizer first, then the model, then the path"
     )
+    with pytest.raises(OptionError) as caught:
+        load_optimizer(adapter(model).state_dict(), model, adapted)  # type: ignore[arg-type]
+    assert str(caught.value) == "the first argument is a dict: pass the optimizer itself, not its state_dict()"
 
 
 def test_a_parameter_that_is_in_a_group_twice(tmp_path: Path) -> None:

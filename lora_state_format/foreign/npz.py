@@ -1,0 +1,96 @@
+"""NumPy's ``.npz``: an archive of arrays, each a member of its own, read without NumPy and without pickle."""
+
+from __future__ import annotations
+
+import ast
+import zipfile
+import zlib
+from collections.abc import Mapping
+from typing import Final
+
+from lora_state_format.errors import FileError, RefusedError
+from lora_state_format.foreign.zips import Archive
+from lora_state_format.model.sources import Memory, Source, Stream
+from lora_state_format.model.tensors import Tensor, contiguous
+
+__all__ = ["names_in", "read_npz"]
+
+MAGIC: Final = b"\x93NUMPY"
+SUFFIX: Final = ".npy"
+LONGEST: Final = 1 << 16
+"""Bytes of an array's header: its format, shape and order, in text."""
+
+DTYPES: Final = {
+    "|b1": "BOOL", "|i1": "I8", "|u1": "U8", "<i2": "I16", "<u2": "U16", "<i4": "I32", "<u4": "U32", "<i8": "I64",
+    "<u8": "U64", "<f2": "F16", "<f4": "F32", "<f8": "F64",
+}  # fmt: skip
+
+
+def names_in(source: Source, path: object = None) -> list[str]:
+    """Return the names of the arrays in an archive; none for one of anything else."""
+    names = list(Archive(source, path))
+    return [name.removesuffix(SUFFIX) for name in names] if all(name.endswith(SUFFIX) for name in names) else []
+
+
+def read_npz(source: Source, path: object = None) -> Mapping[str, Tensor]:
+    """Return the arrays of an archive by name: lazily, or where they are compressed, unpacked in memory.
+
+    Raises ``FileError`` for a damaged one, ``RefusedError`` for arrays that are pickled, of types that safetensors does
+    not have, or of more than 1 GiB packed.
+    """
+    archive = Archive(source, path)
+    try:
+        members: Mapping[str, Source] = {name: archive[name] for name in archive if name.endswith(SUFFIX)}
+    except RefusedError:
+        members = _unpacked(source, path)
+    return {name.removesuffix(SUFFIX): _array(member, name, path) for name, member in members.items()}
+
+
+MOST: Final = 1 << 30
+"""Bytes that are unpacked in memory."""
+
+
+def _unpacked(source: Source, path: object) -> Mapping[str, Source]:
+    """Return the members of an archive that was compressed, as ``numpy.savez_compressed`` does it."""
+    try:
+        with zipfile.ZipFile(Stream(source)) as archive:  # checks each member's size and CRC-32
+            infos = [info for info in archive.infolist() if info.filename.endswith(SUFFIX)]
+            if sum(info.file_size for info in infos) > MOST:
+                raise RefusedError(
+                    f"its compressed arrays unpack to more than {MOST >> 30} GiB: save them with numpy.savez", path=path
+                )
+            return {info.filename: Memory(archive.read(info)) for info in infos}
+    except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError, ValueError) as error:
+        if isinstance(error, FileError):
+            raise
+        raise FileError(f"its compressed arrays cannot be unpacked: {error}", path=path) from error
+
+
+def _array(member: Source, name: str, path: object) -> Tensor:
+    start = bytearray(min(member.size, LONGEST))
+    member.readinto(0, memoryview(start))
+    wide = 2 if start[6:7] == b"\1" else 4
+    first = 8 + wide
+    end = first + int.from_bytes(start[8:first], "little")
+    if not start.startswith(MAGIC) or end > len(start):
+        raise FileError(f"the member {name!r} is not an array as NumPy writes it", path=path)
+    try:
+        stated = ast.literal_eval(start[first:end].decode("latin-1").strip())
+        spelled, fortran, shape = stated["descr"], stated["fortran_order"], tuple(stated["shape"])
+        sound = all(type(size) is int and 0 <= size < 1 << 60 for size in shape)
+    except (ValueError, SyntaxError, KeyError, TypeError, MemoryError, RecursionError) as error:
+        raise FileError(f"the member {name!r} has a header that is not NumPy's", path=path) from error
+    if not sound:
+        raise FileError(f"the member {name!r} has the shape {shape}", path=path)
+    if spelled not in DTYPES or (fortran and len(shape) > 1):
+        raise RefusedError(
+            f"the array {name!r} is of type {spelled!r}{', in Fortran order' if fortran else ''}; little-endian "
+            "numbers in C order are read, and no pickle is run",
+            path=path,
+        )
+    tensor = contiguous(DTYPES[spelled], shape, member, end)
+    if end + tensor.size != member.size:
+        raise FileError(
+            f"the member {name!r} has {member.size - end} bytes, where its header says {tensor.size}", path=path
+        )
+    return tensor
