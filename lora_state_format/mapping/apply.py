@@ -346,7 +346,7 @@ def _stacked(
 @cache
 def _pattern(template: str) -> re.Pattern[str]:
     """Return the pattern of names that fit a template with fields."""
-    kinds = {"path": ".+", "layer": "[0-9]+"}
+    kinds = {"path": ".+", "layer": "[0-9]+", "kind": "weight|bias"}
     text, end = "", 0
     for match in FIELD.finditer(template):
         text += f"{re.escape(template[end : match.start()])}(?P<{match[1]}>{kinds.get(match[1], '[^.]+')})"

@@ -32,7 +32,8 @@ class MapRule:
     """A foreign name and ours, and the way from the foreign axes to ours.
 
     A ``{field}`` stands for the same text in both names: ``{path}`` for any number of segments, ``{layer}`` for a
-    number, others for one segment. ``{adapter}``, in ours only, is the adapter: ``default`` on the way here.
+    number, ``{kind}`` for ``weight`` or ``bias``, others for one segment. ``{adapter}``, in ours only, is the adapter:
+    ``default`` on the way here.
 
     First, ``unstack`` is the axis along which layers are stacked; the position in it becomes ``{layer}``. Then
     ``merge`` makes all axes but the last (``leading``), or but the first (``trailing``), one. Then ``axes`` gives
@@ -114,7 +115,7 @@ def _gpt_neox(prefix: str) -> tuple[MapRule, ...]:
         MapRule(f"{prefix}0.word_embeddings.weight", "gpt_neox.embed_in.weight"),
         MapRule(f"{prefix}tied_modules.embed.word_embeddings.weight", "gpt_neox.embed_in.weight"),
         MapRule(f"{prefix}{{layer}}.norm.{{kind}}", "gpt_neox.final_layer_norm.{kind}"),
-        MapRule(f"{prefix}{{layer}}.final_linear.weight", "embed_out.weight"),
+        MapRule(f"{prefix}{{layer}}.final_linear.weight", "lm_head.weight"),
     )
 
 
@@ -233,7 +234,8 @@ MAPS: Final = (
     Map("paddlenlp", "PaddleNLP and PaddleFormers", _lora("{path}.lora_A", "{path}.lora_B", "{path}")),
     Map(
         "gpt_neox",
-        "GPT-NeoX (Pythia), pipeline layers, to GPTNeoXForCausalLM; query_key_value stays fused, as it is there",
+        "GPT-NeoX (Pythia), pipeline layers, to GPTNeoXForCausalLM, whose lm_head was embed_out in transformers 4; "
+        "query_key_value stays fused, as it is there",
         tuple(rule for prefix in ("", "sequential.") for rule in _gpt_neox(prefix)),
     ),
     Map(
