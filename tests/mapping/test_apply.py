@@ -521,8 +521,8 @@ def test_fused_matrices_are_cut_where_the_class_updates_single_elements() -> Non
     with pytest.raises(ConversionError) as muon:
         apply.apply(state_of(arrays, "torch.optim.Muon"), layout)
     assert str(muon.value) == (
-        "'transformer.blocks.0.att_proj.weight' holds 3 matrices, and torch.optim.Muon updates whole tensors, or may do "
-        "so: taken apart, they would be updated differently"
+        "'transformer.blocks.0.att_proj.weight' holds 3 matrices, and torch.optim.Muon updates whole tensors, or may "
+        "do so: taken apart, they would be updated differently"
     )
     with pytest.raises(ConversionError) as shape:
         apply.apply(state_of({"transformer.blocks.0.att_proj.weight": filled(7, 4)}), layout)
