@@ -82,7 +82,7 @@ def number(step: Any) -> float:
 def whole_name(local: str, where: dict[str, Any]) -> str:
     """A rank's name of a parameter as the whole model has it."""
     name = re.sub(r"(?<=layers\.)\d+", lambda m: str(int(m[0]) + where["first_layer"]), local)
-    name = re.sub(r"(?<=local_experts\.)\d+", lambda m: str(int(m[0]) + 2 * where["ep"]), name)
+    name = re.sub(r"(?<=local_experts\.)\d+", lambda m: str(int(m[0]) + 4 // where["sizes"]["ep"] * where["ep"]), name)
     name = name.replace("input_layernorm.", "self_attention.linear_qkv.layer_norm_")
     name = name.replace("pre_mlp_layernorm.", "mlp.linear_fc1.layer_norm_")
     return "embedding.word_embeddings.weight" if where["tied"] and name == "output_layer.weight" else name
