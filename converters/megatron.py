@@ -4,7 +4,7 @@ The optimizer's state has one of two forms. ``fully_reshardable``, and the state
 ``optimizer.state.<slot>.<parameter>``, whatever the number of tensor-, pipeline- and expert-parallel ranks was.
 ``dp_reshardable``: flat buckets, which ``foreign.flat_buckets`` takes apart. Layers are stacked along a first axis and
 experts along the next; both are split here, so that parameters have the names that the model has. Fused projections
-stay whole, or are cut apart and get the names of Hugging Face's Llama and Qwen (``foreign.megatron_names``).
+stay whole; the map ``megatron`` cuts them apart, and has the names of Hugging Face's Llama and Qwen.
 
 Hyperparameters and steps stand in ``common.pt``, or with the buckets. Neither says which parameters a group had: they
 follow from Megatron's rule (``optimizer/__init__.py``), by which biases and tensors of one axis are not decayed and
@@ -24,7 +24,6 @@ from lora_state_format.foreign import keyed, pickles
 from lora_state_format.foreign.dcp import METADATA, is_folder, open_folder
 from lora_state_format.foreign.flat_buckets import MASTER, Bucket, take_apart
 from lora_state_format.foreign.masters import check_masters
-from lora_state_format.foreign.megatron_names import Heads, heads_of, renamed
 from lora_state_format.foreign.state_dict import Found, from_state_dict
 from lora_state_format.foreign.trees import member
 from lora_state_format.io.json_files import read_json_object
@@ -37,7 +36,6 @@ NAME: Final = "megatron"
 DESCRIPTION: Final = "a Megatron-Core, NeMo or Bridge torch_dist checkpoint: metadata.json next to .metadata"
 OPTIONS: Final = {
     "masters": "keep the fp32 master weights as a slot 'master_param'",
-    "huggingface": "attention heads and query groups, 32/8: names and parts as Hugging Face's Llama and Qwen have them",
     "groups": "'merge' makes one group of all, with the options that they share",
 }
 
@@ -93,19 +91,14 @@ def read(match: Match, options: Mapping[str, Any]) -> Checkpoint:
             origin["groups"] = "by Megatron's rule: biases and tensors with one axis are not decayed"
         groups = _groups(place, entries)
         found = []
-        heads = heads_of(options["huggingface"]) if "huggingface" in options else None
         for number, state in sorted(states.items()):
             tree = _tree(state, groups.get(number), place, merge=options.get("groups") == "merge")
             if options.get("masters"):
                 for name in state.keys() & masters.keys():
                     tree["state"][name]["master_param"] = masters[name]
-            found.append(Found((number,) if len(states) > 1 else (), _renamed(tree, heads) if heads else tree))
+            found.append(Found((number,) if len(states) > 1 else (), tree))
         held = [name for state in states.values() for name in state]
         weights = {name: weights[name] for name in held if name in weights}
-        if heads:
-            weights = {
-                new: of["own"] for new, of in renamed({n: {"own": w} for n, w in weights.items()}, heads).items()
-            }
         result = keyed.named(from_state_dict(*found, origin=origin, resources=(folder,)), weights=weights)
         assert isinstance(result, OptimizerState)  # every parameter has slots, which show its shape
         details = {**result.naming.details, "order": "unknown"}
@@ -234,15 +227,6 @@ def _tree(
         },
         "param_groups": [{**chosen, "params": names} for chosen, _, names in members],
     }
-
-
-def _renamed(tree: Mapping[str, Any], heads: Heads) -> dict[str, Any]:
-    """Return a state dict under Hugging Face's names."""
-    groups = []
-    for group in tree["param_groups"]:
-        names = [new for name in group["params"] for new in renamed({name: tree["state"][name]}, heads)]
-        groups.append({**group, "params": names})
-    return {"state": renamed(tree["state"], heads), "param_groups": groups}
 
 
 def _by_rule(

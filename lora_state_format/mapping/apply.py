@@ -8,14 +8,17 @@ that happens to fit; only the number of axes has to be the rule's. Nothing is re
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from functools import cache
 from math import prod
 from typing import Any, Final
 
 from lora_state_format.errors import ConversionError, MissingNamesError, OptionError, Remedy, UnrepresentableError
+from lora_state_format.mapping import cuts
 from lora_state_format.mapping.algorithms import ALGORITHMS
+from lora_state_format.mapping.cuts import Heads, Runs
 from lora_state_format.mapping.maps import FIELD, MAPS, Map, MapRule, load
 from lora_state_format.model.states import Checkpoint, OptimizerState, Parameter, Role, Slot, Value, walk
 from lora_state_format.model.tensors import Box, Piece, Tensor, contiguous
@@ -59,8 +62,36 @@ def on_writing(state: OptimizerState, name: str | None, converter: str) -> Optim
 _SWAPPED: Final = {Role.ROW: Role.COL, Role.COL: Role.ROW}
 
 
-def apply(state: OptimizerState, layout: Map) -> OptimizerState:
+@dataclass(frozen=True, slots=True)
+class _Way:
+    """How a foreign tensor, or a part of it, becomes ours: the layer in a stack, the rows, and our name."""
+
+    rule: MapRule
+    name: str
+    layer: int = 0
+    rows: Runs | None = None
+
+
+def _ways(foreign: str, shape: Sequence[int], layout: Map, heads: Heads | None) -> Iterator[_Way]:
+    """Yield what becomes of a foreign tensor: one of ours, or several.
+
+    Raises ``ConversionError`` for a name without a rule or with one that refuses, and rows that do not divide.
+    """
+    rule, captured = _fitting(foreign, shape, layout)
+    if rule.parts:
+        apart = cuts.cut(foreign, shape, rule.cut, len(rule.parts), heads)
+        for part, rows in zip(rule.parts, apart, strict=True):
+            yield _Way(rule, _filled(rule.ours, {**captured, "part": part}), rows=rows)
+    else:
+        for layer in range(1 if rule.unstack is None else shape[rule.unstack]):
+            values = {"layer": str(layer), **captured, "adapter": "default"}
+            yield _Way(rule, _filled(rule.ours, values), layer)
+
+
+def apply(state: OptimizerState, layout: Map, heads: Heads | None = None) -> OptimizerState:
     """Return a state of foreign names and axes under ours, in the order of a torch model's modules if it is known.
+
+    ``heads`` is for maps that cut queries, keys and values apart.
 
     Raises ``ConversionError`` for a name without a rule or with one that refuses, ``UnrepresentableError`` for slots
     that cannot be permuted.
@@ -70,15 +101,14 @@ def apply(state: OptimizerState, layout: Map) -> OptimizerState:
     for group, members in zip(state.groups, state.members(), strict=True):
         found: dict[str, Parameter] = {}
         for parameter in members:
-            rule, captured = _fitting(parameter.name, parameter.shape, layout)
-            _check_elementwise(rule, state, parameter)
-            for layer in range(1 if rule.unstack is None else parameter.shape[rule.unstack]):
-                name = _filled(rule.ours, {"layer": str(layer), **captured, "adapter": "default"})
-                if name in found:
-                    raise ConversionError(f"map '{layout.name}' gives two parameters the name '{name}'")
-                found[name] = _here(parameter, name, rule, layer)
+            for way in _ways(parameter.name, parameter.shape, layout, heads):
+                rule = way.rule
+                _check_elementwise(rule, state, parameter)
+                if way.name in found:
+                    raise ConversionError(f"map '{layout.name}' gives two parameters the name '{way.name}'")
+                found[way.name] = _here(parameter, way, layout)
                 if rule.merge and len(parameter.shape) > 2 + (rule.unstack is not None):
-                    shapes[name] = list(parameter.shape)
+                    shapes[way.name] = list(parameter.shape)
         order, known = _module_order(found)
         ordered = ordered and known
         groups.append(replace(group, count=len(order)))
@@ -94,32 +124,31 @@ def apply(state: OptimizerState, layout: Map) -> OptimizerState:
     )
 
 
-def apply_to_weights(weights: Mapping[str, Tensor], layout: Map) -> dict[str, Tensor]:
+def apply_to_weights(weights: Mapping[str, Tensor], layout: Map, heads: Heads | None = None) -> dict[str, Tensor]:
     """Return the parameters' own tensors as ``apply`` has them, under PEFT's keys if there are any."""
     found: dict[str, Tensor] = {}
     for foreign, tensor in weights.items():
         try:
-            rule, captured = _fitting(foreign, tensor.shape, layout)
+            ways = list(_ways(foreign, tensor.shape, layout, heads))
         except ConversionError:
             continue
-        for layer in range(1 if rule.unstack is None else tensor.shape[rule.unstack]):
-            name = _filled(rule.ours, {"layer": str(layer), **captured, "adapter": "default"})
-            key = peft_key(name)
-            found[key[0] if key else name] = _moved(tensor, rule, layer)
+        for way in ways:
+            key = peft_key(way.name)
+            found[key[0] if key else way.name] = _moved(tensor, way)
     return found
 
 
 def _fitting(name: str, shape: Sequence[int], layout: Map) -> tuple[MapRule, dict[str, str]]:
     named = False
     for rule in layout.rules:
-        match = _pattern(rule.foreign).fullmatch(name)
-        if match is None:
+        captured = _captured(rule.foreign, name)
+        if captured is None:
             continue
         if rule.refuse:
             raise ConversionError(f"'{name}' does not convert (map '{layout.name}'): {rule.refuse}")
         named = True
         if _fits(rule, len(shape)):
-            return rule, match.groupdict()
+            return rule, captured
     why = f"has {len(shape)} axes, which no rule of map '{layout.name}' for its name has" if named else ""
     raise ConversionError(f"'{name}' {why or f'has no rule in map {layout.name!r}'}")
 
@@ -136,30 +165,46 @@ def _check_grouped(state: OptimizerState) -> None:
 
 
 def _check_elementwise(rule: MapRule, state: OptimizerState, parameter: Parameter) -> None:
+    """Raise ``ConversionError`` where a tensor is taken apart that its optimizer updates as a whole.
+
+    Parts of a fused matrix are parameters of their own elsewhere, so there only a class that is known to do so counts.
+    """
     rows = {algorithm.class_path: algorithm for algorithm in ALGORITHMS}
     for optimizer in state.optimizers:
         row = rows.get(optimizer.class_path or "")
-        if rule.unstack is not None and (row is None or not row.elementwise):
+        whole = row is None or not row.elementwise
+        known = optimizer.class_path is not None
+        if whole and (rule.unstack is not None or (rule.parts and known)):
+            what = "stacked layers" if rule.unstack is not None else f"{len(rule.parts)} matrices"
             raise ConversionError(
-                f"'{parameter.name}' holds stacked layers, and {optimizer.class_path or 'its optimizer'} updates whole "
-                "tensors, or may do so: taken apart, the layers would be updated differently"
+                f"'{parameter.name}' holds {what}, and {optimizer.class_path or 'its optimizer'} updates whole "
+                f"tensors, or may do so: taken apart, {'they' if rule.parts else 'the layers'} would be updated "
+                "differently"
             )
 
 
-def _here(parameter: Parameter, name: str, rule: MapRule, layer: int) -> Parameter:
-    adapter, peft = split_adapter(name), peft_key(name)
+def _here(parameter: Parameter, way: _Way, layout: Map) -> Parameter:
+    adapter, peft = split_adapter(way.name), peft_key(way.name)
     state = parameter.state
-    if state is not None and rule.moves:
-        state = _permuted(state, parameter, rule, lambda tensor: _moved(tensor, rule, layer))
+    if state is not None and way.rule.moves:
+        state = _permuted(state, parameter, way.rule, lambda tensor: _moved(tensor, way))
     return replace(
         parameter,
-        name=name,
-        shape=_moved(Tensor("U8", parameter.shape, ()), rule, layer).shape,
+        name=way.name,
+        shape=_moved(Tensor("U8", parameter.shape, ()), way).shape,
         state=state,
         adapter=adapter[1] if adapter else None,
         foreign_names={**parameter.foreign_names, **({"peft": peft[0]} if peft else {})},
-        weights=None if rule.moves else parameter.weights,
+        weights=None if way.rule.moves else parameter.weights,
+        tied=() if way.rule.moves else tuple(_tied(parameter, layout)),
     )
+
+
+def _tied(parameter: Parameter, layout: Map) -> Iterator[str]:
+    """Yield the other names of a parameter, by a map; those without a rule are left out."""
+    for name in parameter.tied:
+        with suppress(ConversionError):
+            yield from (way.name for way in _ways(name, parameter.shape, layout, None))
 
 
 def _permuted(
@@ -226,9 +271,9 @@ def invert(state: OptimizerState, layout: Map) -> OptimizerState:
 
 def _fitting_back(parameter: Parameter, layout: Map) -> tuple[MapRule, dict[str, str]]:
     for rule in layout.rules:
-        match = _pattern(rule.ours).fullmatch(parameter.name)
-        if match and (rule.axes is None or len(rule.axes) == len(parameter.shape)):
-            return rule, match.groupdict()
+        captured = _captured(rule.ours, parameter.name) if rule.leads_back else None
+        if captured is not None and (rule.axes is None or len(rule.axes) == len(parameter.shape)):
+            return rule, captured
     raise ConversionError(
         f"'{parameter.name}' of shape {list(parameter.shape)} has no rule in map '{layout.name}' for the way back"
     )
@@ -301,27 +346,49 @@ def _stacked(
 @cache
 def _pattern(template: str) -> re.Pattern[str]:
     """Return the pattern of names that fit a template with fields."""
-    kinds = {"path": ".+", "layer": "[0-9]+"}
-    parts = re.split(FIELD, template)
-    for index in range(1, len(parts), 2):
-        parts[index] = f"(?P<{parts[index]}>{kinds.get(parts[index], '[^.]+')})"
-    parts[::2] = [re.escape(part) for part in parts[::2]]
-    return re.compile("".join(parts))
+    kinds = {"path": ".+", "layer": "[0-9]+", "kind": "weight|bias"}
+    text, end = "", 0
+    for match in FIELD.finditer(template):
+        text += f"{re.escape(template[end : match.start()])}(?P<{match[1]}>{kinds.get(match[1], '[^.]+')})"
+        end = match.end()
+    return re.compile(text + re.escape(template[end:]))
+
+
+def _captured(template: str, name: str) -> dict[str, str] | None:
+    """Return the fields of a name that fits a template; ``None`` for another name."""
+    match = _pattern(template).fullmatch(name)
+    if match is None:
+        return None
+    captured = match.groupdict()
+    for field in FIELD.finditer(template):
+        if field[2]:
+            number = int(captured[field[1]]) - int(field[2])
+            if number < 0:
+                return None
+            captured[field[1]] = str(number)
+    return captured
 
 
 def _filled(template: str, values: Mapping[str, str]) -> str:
-    return FIELD.sub(lambda match: values[match[1]], template)
+    return FIELD.sub(
+        lambda field: str(int(values[field[1]]) + int(field[2])) if field[2] else values[field[1]], template
+    )
 
 
 def _inverse(axes: Sequence[int]) -> list[int]:
     return sorted(range(len(axes)), key=lambda axis: axes[axis])
 
 
-def _moved(tensor: Tensor, rule: MapRule, layer: int) -> Tensor:
-    """Return a foreign tensor, or one layer of it, as ours."""
+def _moved(tensor: Tensor, way: _Way) -> Tensor:
+    """Return a foreign tensor, or a part of it, as ours."""
+    rule = way.rule
+    if way.rows is not None:
+        return cuts.rows(tensor, way.rows)
     if rule.unstack is not None:
         axis, shape = rule.unstack, tensor.shape
-        part = tensor.part([layer * (at == axis) for at in range(len(shape))], [*shape[:axis], 1, *shape[axis + 1 :]])
+        part = tensor.part(
+            [way.layer * (at == axis) for at in range(len(shape))], [*shape[:axis], 1, *shape[axis + 1 :]]
+        )
         tensor = contiguous(tensor.dtype, (*shape[:axis], *shape[axis + 1 :]), part)
     if rule.merge == "leading" and len(tensor.shape) > 2:
         tensor = contiguous(tensor.dtype, (prod(tensor.shape[:-1]), tensor.shape[-1]), tensor)

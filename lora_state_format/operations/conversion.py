@@ -27,6 +27,7 @@ from lora_state_format.naming.rules import Described
 from lora_state_format.naming.sources import ADAPTER_CONFIG, CONFIG, Named, Names, config_of, name_state, split_names
 from lora_state_format.operations.entries import tensors
 from lora_state_format.operations.look import Found
+from lora_state_format.operations.renaming import Renaming, renaming_of
 from lora_state_format.operations.report import (
     NOTHING_HELD,
     SCHEMA_VERSION,
@@ -106,11 +107,9 @@ class ConversionReport:
 class _Reading:
     """How to read a checkpoint: the arguments that ``read``, ``look`` and ``convert`` share."""
 
-    source_format: str | None = None
-    names: Names | None = None
+    renaming: Renaming
     rule: str | None = None
     optimizer: str | None = None
-    options: Mapping[str, Any] | None = None
     trainable: Sequence[str] = ()
 
 
@@ -144,8 +143,8 @@ def read(
         OptionError: An argument that does not exist or apply.
     """
     converter, match = registry.find(path, source_format)
-    registry.check_options(options or {}, converter)
-    reading = _Reading(source_format, names, rule, optimizer, options, trainable)
+    reading = _Reading(renaming_of(names, options, converter), rule, optimizer, trainable)
+    registry.check_options(reading.renaming.options, converter)
     named = _read(converter, match, Path(path), reading)
     for skipped in named.skipped:
         logger.warning("%s", skipped)
@@ -177,11 +176,12 @@ def look_closer(
     names were asked for.
     """
     path = Path(path)
-    reading = _Reading(source_format, names, rule, optimizer, options, trainable)
     converter, match = registry.find(path, source_format)
-    registry.check_options(options or {}, converter)
+    renaming = renaming_of(names, options, converter)
+    reading = _Reading(renaming, rule, optimizer, trainable)
+    registry.check_options(renaming.options, converter)
     checkpoint = _checkpoint(converter, match, path, reading)
-    asked = names is not None or rule is not None or bool(trainable)
+    asked = names is not None or rule is not None or bool(trainable) or renaming.layout is not None
 
     def build(folder: Path, adapter: Path | None = None) -> Sequence[Described]:
         if asked:
@@ -190,7 +190,8 @@ def look_closer(
 
     with checkpoint.closed_on_error():
         try:
-            named = name_state(checkpoint, path, names=_names(checkpoint, names), rule=rule, rebuild=build, weigh=False)
+            given = _names(checkpoint, renaming.names)
+            named = renaming.apply(name_state(checkpoint, path, names=given, rule=rule, rebuild=build, weigh=False))
         except ConversionError as error:
             if asked:
                 raise
@@ -237,12 +238,12 @@ def convert(
     refuse_existing(target, force=force)
     converter, match = registry.find(source, source_format)
     options = options or {}
-    registry.check_options(options, converter, writer)
+    reading = _Reading(renaming_of(names, options, converter, writer), rule, optimizer, trainable)
+    registry.check_options(reading.renaming.options, converter, writer)
     if optimizer is not None and "optimizer" in registry.options(writer):
         find(optimizer)
     if base is not None and not Path(base).exists():
         raise FileNotFoundError(f"{base}: no such file or folder to take the rest from")
-    reading = _Reading(source_format, names, rule, optimizer, options, trainable)
     named = _read(converter, match, source, reading)
     with named.state as state:
         if not dry_run and (dequantize or target_format != registry.NAMED):
@@ -316,15 +317,15 @@ def belongs(path: str | os.PathLike[str], weights: str | os.PathLike[str]) -> tu
 def _read(converter: Converter, match: Match, path: Path, reading: _Reading) -> Named:
     """Return the named state, and the parameters' own weights as far as they were found."""
     with _checkpoint(converter, match, path, reading).closed_on_error() as checkpoint:
-        names = _names(checkpoint, reading.names)
+        names = _names(checkpoint, reading.renaming.names)
         named = name_state(checkpoint, path, names=names, rule=reading.rule, rebuild=_builder(reading.trainable))
         _check_trainable(named.state, reading.trainable, path)
-        return named
+        return reading.renaming.apply(named)
 
 
 def _checkpoint(converter: Converter, match: Match, path: Path, reading: _Reading) -> Checkpoint:
     """Return what the converter reads, with the optimizer's class and the adapter that the caller names."""
-    options, optimizer = reading.options or {}, reading.optimizer
+    options, optimizer = reading.renaming.options, reading.optimizer
     asks = "optimizer" in registry.options(converter)
     if optimizer is not None and asks:
         options = {"optimizer": optimizer, **options}
@@ -332,7 +333,7 @@ def _checkpoint(converter: Converter, match: Match, path: Path, reading: _Readin
         if optimizer is not None and not asks:
             checkpoint = replace(checkpoint, state=_classed(checkpoint.state, optimizer, path))
         named = isinstance(checkpoint.state, OptimizerState)
-        return checkpoint if named else _with_weights(checkpoint, split_names(reading.names)[1])
+        return checkpoint if named else _with_weights(checkpoint, split_names(reading.renaming.names)[1])
 
 
 def _names(checkpoint: Checkpoint, names: Names | None) -> Names | None:

@@ -82,7 +82,7 @@ def number(step: Any) -> float:
 def whole_name(local: str, where: dict[str, Any]) -> str:
     """A rank's name of a parameter as the whole model has it."""
     name = re.sub(r"(?<=layers\.)\d+", lambda m: str(int(m[0]) + where["first_layer"]), local)
-    name = re.sub(r"(?<=local_experts\.)\d+", lambda m: str(int(m[0]) + 2 * where["ep"]), name)
+    name = re.sub(r"(?<=local_experts\.)\d+", lambda m: str(int(m[0]) + 4 // where["sizes"]["ep"] * where["ep"]), name)
     name = name.replace("input_layernorm.", "self_attention.linear_qkv.layer_norm_")
     name = name.replace("pre_mlp_layernorm.", "mlp.linear_fc1.layer_norm_")
     return "embedding.word_embeddings.weight" if where["tied"] and name == "output_layer.weight" else name
@@ -200,29 +200,26 @@ def test_hugging_faces_names_and_parts(tmp_path: Path) -> None:
     (folder / "metadata.json").write_text('{"sharded_backend": "torch_dist"}')
     groups_of = [{"wd_mult": 1.0, "step": 3}, {"wd_mult": 0.0, "step": 3}]
     torch.save({"optimizer": {"param_groups": groups_of}}, folder / "common.pt")
-    with read(folder, options={"huggingface": "4/2"}) as state:
+    with read(folder, options={"map": "megatron", "heads": "4/2"}) as state:
         assert set(state) == set(live)
         for name, expected in live.items():
             assert torch.equal(state[name]["exp_avg"].torch(), expected), name
         assert [group.count for group in state.groups] == [16, 5]
     for wrong, message in {
-        "5/2": "huggingface='5/2': attention heads and query groups are expected, as 32/8 or 32",
+        "5/2": "heads='5/2': attention heads and query groups are expected, as 32/8 or 32",
         "6/3": "'decoder.layers.0.self_attention.linear_qkv.weight' has 32 rows, which 6 heads of 3 query groups do "
-        "not divide; correct options={'huggingface': ...}",
+        "not divide; correct options={'heads': ...}",
     }.items():
         with pytest.raises((OptionError, ConversionError)) as error:
-            read(folder, options={"huggingface": wrong})
+            read(folder, options={"map": "megatron", "heads": wrong})
         assert str(error.value) == message
 
 
 @pytest.mark.parametrize("folder", ["full-tp2-pp2"], indirect=True)
 def test_a_parameter_that_hugging_faces_models_lack(folder: Path) -> None:
     with pytest.raises(ConversionError) as error:
-        read(folder, options={"huggingface": "4"})
-    assert str(error.value) == (
-        "'decoder.layers.0.mlp.linear_fc2.bias' has no name in Hugging Face's Llama and Qwen; read the checkpoint "
-        "without options={'huggingface': ...}"
-    )
+        read(folder, options={"map": "megatron", "heads": "4"})
+    assert str(error.value) == ("'decoder.layers.0.mlp.linear_fc2.bias' has no rule in map 'megatron'")
 
 
 def test_masters_that_are_not_the_weights_are_refused(tmp_path: Path) -> None:

@@ -505,8 +505,33 @@ def test_on_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     assert run(["convert", str(named), str(back), "--to", "mlx", *own]) == 0
     assert back.read_bytes() == source.read_bytes()
     capsys.readouterr()
-    assert run(["inspect", str(named), "--map", "mlx_lm"]) == 2
-    assert capsys.readouterr().err == "error: no option 'map' for named; there are: none\n"
+    assert run(["inspect", str(named), "--map", "gpt_neox"]) == 4
+    assert capsys.readouterr().err == (
+        "error: 'base_model.model.h.0.fc.lora_A.default.weight' has no rule in map 'gpt_neox'\n"
+    )
+
+
+def test_fused_matrices_are_cut_where_the_class_updates_single_elements() -> None:
+    arrays = {"transformer.blocks.0.att_proj.weight": filled(8, 4), "transformer.wte.weight": filled(5, 4)}
+    layout = load("olmo")
+    moved = moments(apply.apply(state_of(arrays, None), layout))
+    whole = arrays["transformer.blocks.0.att_proj.weight"]
+    for part, rows in {"q": whole[:4], "k": whole[4:6], "v": whole[6:]}.items():
+        assert np.array_equal(moved[f"model.layers.0.self_attn.{part}_proj.weight"], rows)
+    with pytest.raises(ConversionError) as muon:
+        apply.apply(state_of(arrays, "torch.optim.Muon"), layout)
+    assert str(muon.value) == (
+        "'transformer.blocks.0.att_proj.weight' holds 3 matrices, and torch.optim.Muon updates whole tensors, or may "
+        "do so: taken apart, they would be updated differently"
+    )
+    with pytest.raises(ConversionError) as shape:
+        apply.apply(state_of({"transformer.blocks.0.att_proj.weight": filled(7, 4)}), layout)
+    assert str(shape.value) == (
+        "'transformer.blocks.0.att_proj.weight' of shape [7, 4] is not 3 matrices, one below the other"
+    )
+    with pytest.raises(ConversionError) as back:
+        apply.invert(apply.apply(state_of(arrays), layout), layout)
+    assert " has no rule in map 'olmo' for the way back" in str(back.value)
 
 
 def test_an_order_that_is_not_torchs_gives_no_positions(tmp_path: Path) -> None:

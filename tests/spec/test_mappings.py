@@ -37,6 +37,12 @@ TRIED: Final[Mapping[str, str]] = {
     "flax_linen": "with flax and torch",
     "mlx_lm": "with mlx-lm, PEFT and flax",
     "paddlenlp": "with Paddle; names from source only",
+    "gpt_neox": "with GPT-NeoX's pipeline and transformers",
+    "bloom": "with Megatron-DeepSpeed's pipeline and transformers",
+    "olmo": "with OLMo and transformers",
+    "olmo2": "with OLMo and transformers",
+    "litgpt": "with Lit-GPT and transformers; TinyLlama's older names from source only",
+    "megatron": "with Megatron-Core; the function with transformers",
 }
 """Maps that were tried with the real libraries; others with the library's function, their names from source only."""
 
@@ -123,6 +129,8 @@ def ours(rule: MapRule) -> str:
 
 
 def layout(rule: MapRule) -> str:
+    if rule.parts:
+        return f"cut into {', '.join(rule.parts)} ({rule.cut})"
     parts = [f"unstack {rule.unstack}"] if rule.unstack is not None else []
     parts += [f"merge {rule.merge}"] if rule.merge else []
     if rule.axes is not None:

@@ -1,7 +1,7 @@
 """One rank of DeepSpeed runs with parallel models on the CPU: ``deepspeed_parallel_run.py OUT RANK WORLD PORT CASES``.
 
 A case is what is parallel and the ZeRO stage: ``pipeline0``, ``pipeline1`` (two stages), ``tensor0``, ``tensor1``
-(AutoTP over two ranks), ``experts0``, ``experts1``, ``experts2`` (four experts over two ranks); the rest is
+(AutoTP over two ranks), ``hpz3`` (ZeRO++: weights gathered within pairs of ranks), ``experts0``, ``experts1``, ``experts2`` (four experts over two ranks); the rest is
 data-parallel. OUT/CASE becomes the checkpoint; OUT/CASE.RANK.pt holds what the rank's optimizer held, by the rank's own
 names: moments, gathered over its data-parallel ranks, and, with ZeRO, fp32 masters.
 """
@@ -104,9 +104,21 @@ def tensor(stage: int, _: torch.dtype) -> Any:
     return engine, model
 
 
+def hpz(stage: int, dtype: torch.dtype) -> Any:
+    model = torch.nn.Sequential(torch.nn.Linear(8, 12), torch.nn.ReLU(), torch.nn.Linear(12, 8), torch.nn.LayerNorm(8))
+    settings = config(stage)
+    settings["zero_optimization"] |= {"zero_hpz_partition_size": 2, "stage3_param_persistence_threshold": 0}
+    engine, *_ = deepspeed.initialize(model=model, config=settings, model_parameters=list(model.parameters()))
+    for seed in range(STEPS):
+        torch.manual_seed(seed * 10 + rank)
+        engine.backward(engine(torch.randn(2, 8).to(dtype)).float().pow(2).mean())
+        engine.step()
+    return engine, model
+
+
 def held(engine: Any, model: torch.nn.Module, stage: int) -> dict[str, dict[str, torch.Tensor]]:
     result: dict[str, dict[str, torch.Tensor]] = {}
-    if stage:  # DeepSpeed links the state after the first group's first step, when the other groups have none yet
+    if stage in (1, 2):  # DeepSpeed links the state after the first group's first step, when the other groups have none yet
         engine.optimizer._hp_optimizer_states_linked = False
         engine.optimizer._lazy_init_hp_params_optimizer_state()
     for name, parameter in model.named_parameters():
@@ -124,7 +136,7 @@ def main() -> None:
     for case in cases.split(","):
         kind, stage = case[:-1], int(case[-1])
         torch.manual_seed(0)
-        build = {"pipeline": pipeline, "experts": experts, "tensor": tensor}[kind]
+        build = {"pipeline": pipeline, "experts": experts, "tensor": tensor, "hpz": hpz}[kind]
         engine, model = build(stage, torch.bfloat16 if stage else torch.float32)
         engine.save_checkpoint(str(out / case))
         torch.save(held(engine, model, stage), out / f"{case}.{rank}.pt")
