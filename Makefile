@@ -3,7 +3,7 @@ PYTHON ?= python3
 PYTHONS ?= 3.10 3.12 3.13
 
 .DEFAULT_GOAL := help
-.PHONY: bench crashes demo docs escapes fuzz growth help lint readers test test-browser test-cuda test-frameworks test-lowest test-middle test-pythons
+.PHONY: bench crashes demo docs escapes fuzz growth help lint readers test test-browser test-cuda test-frameworks test-lowest test-middle test-pythons test-torches
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*##  */\1@/p' $(MAKEFILE_LIST) | awk -F@ '{ printf "make %-16s %s\n", $$1, $$2 }'
@@ -60,6 +60,15 @@ test-lowest: .venv-lowest/ready  ## the torch side, Trainer and names with the l
 
 test-middle: .venv-middle/ready  ## the same with versions between those and the newest
 	OMP_NUM_THREADS=1 .venv-middle/bin/pytest --numprocesses auto --dist loadfile $(WITH_OLDER)
+
+TORCHES ?= 2.8.0 2.9.1 2.10.0
+
+test-torches:  ## docs/torch.md, and dcp.save in this format, with other releases of torch; three gigabytes for each
+	@for version in $(TORCHES); do \
+		$(MAKE) --no-print-directory .venv-torch-$$version/ready && \
+		OMP_NUM_THREADS=1 .venv-torch-$$version/bin/pytest tests/torch/test_sharded.py -k 'reads_it_without_us or dcp_writes' \
+			|| exit 1; \
+	done
 
 WITHOUT_TORCH := tests/binding tests/format tests/hostile tests/io tests/mapping tests/model tests/spec \
 	$(patsubst %,tests/operations/test_%.py,diff edit) tests/test_imports.py tests/test_registry.py \
@@ -125,6 +134,11 @@ test-browser: .venv-browser/ready  ## the viewer in a headless Chromium
 	$(PYTHON) -m venv .venv-$*
 	.venv-$*/bin/pip install --quiet --constraint constraints-$*.txt --editable '.[demo,zstd]' expecttest hypothesis \
 		jsonschema pytest pytest-xdist safetensors
+	touch $@
+
+.venv-torch-%/ready: pyproject.toml
+	$(PYTHON) -m venv .venv-torch-$*
+	.venv-torch-$*/bin/pip install --quiet --editable . torch==$* hypothesis pytest safetensors
 	touch $@
 
 .venv-3.%/ready: pyproject.toml constraints.txt
