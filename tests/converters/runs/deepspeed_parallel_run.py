@@ -2,8 +2,9 @@
 
 A case is what is parallel and the ZeRO stage: ``pipeline0``, ``pipeline1`` (two stages), ``tensor0``, ``tensor1``
 (AutoTP over two ranks), ``hpz3`` (ZeRO++: weights gathered within pairs of ranks), ``experts0``, ``experts1``,
-``experts2`` (four experts over two ranks); the rest is data-parallel. OUT/CASE becomes the checkpoint; OUT/CASE.RANK.pt holds what the rank's optimizer held, by the rank's own
-names: moments, gathered over its data-parallel ranks, and, with ZeRO, fp32 masters.
+``experts2`` (four experts over two ranks); the rest is data-parallel. OUT/CASE becomes the checkpoint;
+OUT/CASE.RANK.pt holds what the rank's optimizer held, by the rank's own names: moments, gathered over its
+data-parallel ranks, and, with ZeRO, fp32 masters.
 """
 
 from __future__ import annotations
