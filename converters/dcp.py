@@ -15,7 +15,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
-from lora_state_format.errors import FileError, RefusedError, UnrepresentableError
+from lora_state_format.errors import FileError, UnrepresentableError
 from lora_state_format.foreign import keyed
 from lora_state_format.foreign.dcp import Folder, is_folder, metadata, open_folder, write_folder
 from lora_state_format.foreign.state_dict import Found, from_state_dict, is_state_dict
@@ -27,9 +27,6 @@ NAME: Final = "dcp"
 DESCRIPTION: Final = "a torch.distributed.checkpoint folder (FSDP, torchtitan, ...): .metadata and *.distcp files"
 _PER_NAME: Final = b"param_to_group_meta"
 """What the state dicts of Megatron-FSDP have in place of param_groups."""
-
-FLAT: Final = "_flat_param"
-"""What FSDP1 calls the parameters that it flattened, in a local state dict."""
 
 OPTIONS: Final = {
     "key": "where the optimizer stands in the tree that is written: 'optimizer' if not said, '' for the top",
@@ -80,13 +77,8 @@ def _check_whole(opened: Sequence[Folder], path: Path) -> None:
     """Raise ``RefusedError`` for a local state dict of FSDP1: each rank's flat parameters, saved over each other."""
     for folder in opened:
         for where in folder.entries:
-            if where and str(where[-1]).endswith(FLAT):
-                raise RefusedError(
-                    f"holds '{where[-1]}': a local state dict of FSDP1, in which parameters have neither names nor "
-                    "shapes and the optimizer's state is that of one rank; load it where it was written, and save with "
-                    "StateDictType.SHARDED_STATE_DICT, or get_optimizer_state_dict",
-                    path=path,
-                )
+            if where and str(where[-1]).endswith(keyed.FLAT):
+                raise keyed.local_state(path)
 
 
 def _weights(folder: Folder) -> Iterator[tuple[str, Tensor]]:

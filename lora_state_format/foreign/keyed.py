@@ -4,15 +4,28 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, Final
 
-from lora_state_format.errors import UnrepresentableError
+from lora_state_format.errors import RefusedError, UnrepresentableError
 from lora_state_format.foreign.state_dict import to_state_dict
 from lora_state_format.model.states import Naming, OptimizerState, Parameter, PositionalState
 from lora_state_format.model.tensors import Tensor
 from lora_state_format.naming.names import peft_key, split_adapter, without_wrappers
 
-__all__ = ["by_name", "named", "names_of"]
+__all__ = ["FLAT", "by_name", "local_state", "named", "names_of"]
+
+FLAT: Final = "_flat_param"
+"""What FSDP1 calls the parameters that it flattened, in a local state dict."""
+
+
+def local_state(path: object) -> RefusedError:
+    """Return what to say of a local state dict of FSDP1: nothing in it tells its flat parameters apart."""
+    return RefusedError(
+        f"holds '{FLAT}': a local state dict of FSDP1, in which parameters have neither names nor shapes and the "
+        "optimizer's state is that of one rank; load it where it was written, and save with "
+        "StateDictType.SHARDED_STATE_DICT, or get_optimizer_state_dict",
+        path=path,
+    )
 
 
 def names_of(state: PositionalState) -> tuple[str, ...] | None:

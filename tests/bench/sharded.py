@@ -41,13 +41,19 @@ def parameters(size: int) -> dict[str, tuple[int, ...]]:
     return found
 
 
-def make_zero(folder: Path, size: int, stage: int) -> None:
+def make_zero(folder: Path, size: int, stage: int, tensor: int = 1) -> None:
+    """A ZeRO folder; of ``tensor`` ranks with slices of every parameter, if there are several."""
+    for mp in range(tensor):
+        make_ranks(folder, size // tensor, stage, mp, tensor)
+
+
+def make_ranks(folder: Path, size: int, stage: int, mp: int, tensor: int) -> None:
     import torch
     from deepspeed.runtime.fp16.loss_scaler import LossScaler
     from deepspeed.runtime.zero.config import ZeroStageEnum
     from deepspeed.utils.tensor_fragment import fragment_address
 
-    folder.mkdir(parents=True)
+    folder.mkdir(parents=True, exist_ok=True)
     shapes = parameters(size)
     shared = {"loss_scaler": LossScaler(1.0), "dynamic_loss_scale": False, "overflow": False, "ds_version": "0.19.8"}
     if stage == 3:
@@ -72,15 +78,35 @@ def make_zero(folder: Path, size: int, stage: int) -> None:
                 start += prod(shape)
             tree = {"zero_stage": ZeroStageEnum(stage), "partition_count": [RANKS], "base_optimizer_state": base}
             tree |= {"single_partition_of_fp32_groups": [flat["master"]], "param_slice_mappings": [slices], **shared}
-        name = f"bf16_zero_pp_rank_{rank}_mp_rank_00_optim_states.pt"
+        name = f"bf16_zero_pp_rank_{rank}_mp_rank_{mp:02d}_optim_states.pt"
         torch.save({"optimizer_state_dict": tree, "ds_version": "0.19.8"}, folder / name)
     model: dict[str, Any] = {
         "module": OrderedDict(), "buffer_names": [], "param_shapes": [OrderedDict(map(_size, shapes.items()))],
         "frozen_param_shapes": None, "shared_params": {}, "global_steps": 3, "dp_world_size": RANKS,
-        "ds_version": "0.19.8", "ds_config": {}, "iteration": 3,
+        "ds_version": "0.19.8", "ds_config": {}, "iteration": 3, "mp_world_size": tensor,
+        "universal_checkpoint_info": {"parameter_with_row_parallelism_patterns": []},
     }  # fmt: skip
     for rank in range(RANKS if stage == 3 else 1):
-        torch.save(model, folder / f"{f'zero_pp_rank_{rank}_' if stage == 3 else ''}mp_rank_00_model_states.pt")
+        torch.save(model, folder / f"{f'zero_pp_rank_{rank}_' if stage == 3 else ''}mp_rank_{mp:02d}_model_states.pt")
+
+
+def make_megatron(folder: Path, size: int) -> None:
+    """A torch_dist folder, fully reshardable, with layers stacked as Megatron-Core stacks them."""
+    import torch
+
+    from lora_state_format.foreign.dcp import write_folder
+    from lora_state_format.torch.tensors import from_torch
+
+    layers = max(1, size // (8 * sum(map(prod, SHAPES))))
+    entries: dict[tuple[str, ...], Any] = {}
+    for slot in ("exp_avg", "exp_avg_sq"):
+        for number, shape in enumerate(SHAPES):
+            key = f"optimizer.state.{slot}.decoder.layers.mlp.part{number}.weight"
+            entries[key,] = from_torch(torch.rand(layers, *shape))
+    write_folder(entries, folder)
+    (folder / "metadata.json").write_text('{"sharded_backend": "torch_dist"}')
+    groups = [{"wd_mult": 1.0, "step": 3, "lr": 1e-3}, {"wd_mult": 0.0, "step": 3, "lr": 1e-3}]
+    torch.save({"optimizer": {"param_groups": groups}}, folder / "common.pt")
 
 
 def _size(item: tuple[str, tuple[int, ...]]) -> tuple[str, Any]:
@@ -196,7 +222,7 @@ def row(kind: str, gigabytes: float, root: Path, rounds: int) -> str:
         order = [ours, copy] if number % 2 else [copy, ours]
         runs = {contender: alone(contender, source, target) for contender in order}
         pairs.append((runs[ours], runs[copy]))
-    other = alone(theirs, source, target)
+    other = alone(theirs, source, target) if kind in ("zero2", "zero3", "dcp") else None
     looked = [alone(inspect, source, target).wall for _ in range(3)]
     shutil.rmtree(source)
     wall = [(mine.wall - start.wall) / cp.wall for mine, cp in pairs]
@@ -205,7 +231,7 @@ def row(kind: str, gigabytes: float, root: Path, rounds: int) -> str:
     return (
         f"| {kind} | {gigabytes:g} | {statistics.median(wall):.2f}, {min(wall):.2f} "
         f"| {statistics.median(cpu):.2f}, {min(cpu):.2f} | {start.wall:.2f} | {max(mine.peak for mine, _ in pairs)} "
-        f"| {min(looked):.2f} | {other.cpu / copying:.1f} | {other.peak} |"
+        f"| {min(looked):.2f} | {f'{other.cpu / copying:.1f} | {other.peak}' if other else ' | '} |"
     )
 
 
@@ -218,13 +244,16 @@ def main() -> None:
     chosen = arguments.parse_args()
     if chosen.make:
         kind, folder, size = chosen.make[0], Path(chosen.make[1]), int(chosen.make[2])
-        make_dcp(folder, size) if kind == "dcp" else make_zero(folder, size, int(kind[-1]))
+        makers = {"dcp": make_dcp, "megatron": make_megatron}
+        makers.get(kind, lambda f, s: make_zero(f, s, int(kind[-1]), 2 if kind.startswith("tensor") else 1))(
+            folder, size
+        )
         return
     print("| folder | GB | (ours - start-up) / cp: median, min | the same in processor time | start-up s ", end="")
     print("| peak MiB | inspect s | theirs / cp, processor time | their peak MiB |\n|" + 9 * "---|", flush=True)
     with tempfile.TemporaryDirectory(dir=chosen.folder) as root:
         for gigabytes in chosen.gigabytes:
-            for kind in ("zero2", "zero3", "dcp"):
+            for kind in ("zero2", "zero3", "dcp", "megatron", "tensor-zero1"):
                 print(row(kind, gigabytes, Path(root), chosen.rounds), flush=True)
 
 

@@ -78,7 +78,7 @@ def zero(tmp_path_factory: pytest.TempPathFactory, run_ranks: RunRanks) -> Calla
 def fsdp(tmp_path_factory: pytest.TempPathFactory, run_ranks: RunRanks) -> Callable[[str], Path]:
     """What an FSDP run saved, by case; what the run held lies beside it."""
     root = tmp_path_factory.mktemp("fsdp")
-    two = "nested,flattened,positional,rows,fsdp1,local,items,zstd,async,hugging,consolidated,ranks,replicas"
+    two = "nested,flattened,positional,rows,fsdp1,flat,local,items,zstd,async,hugging,consolidated,ranks,replicas"
     run_ranks("fsdp_run", root, 2, two)
     run_ranks("fsdp_run", root, 3, "three,three-5")
     run_ranks("fsdp_run", root, 1, "full")

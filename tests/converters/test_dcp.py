@@ -199,6 +199,18 @@ def test_chunks_along_another_axis_come_together(fsdp: Callable[[str], Path]) ->
         )
 
 
+def test_local_state_dicts_of_fsdp1_are_refused(fsdp: Callable[[str], Path]) -> None:
+    folder = fsdp("flat")
+    for path in (folder, folder.with_name("flat.0.pt"), folder.with_name("flat.1.pt")):
+        with pytest.raises(RefusedError) as error:
+            open_any(path)
+        assert str(error.value) == (
+            f"{path}: holds '_flat_param': a local state dict of FSDP1, in which parameters have neither names nor "
+            "shapes and the optimizer's state is that of one rank; load it where it was written, and save with "
+            "StateDictType.SHARDED_STATE_DICT, or get_optimizer_state_dict"
+        )
+
+
 def test_sharded_fsdp1(fsdp: Callable[[str], Path], assert_holds: Any) -> None:
     path = fsdp("fsdp1")
     assert registry.detect(path)[1].path == path

@@ -1,9 +1,10 @@
 """One rank of DeepSpeed runs with parallel models on the CPU: ``deepspeed_parallel_run.py OUT RANK WORLD PORT CASES``.
 
 A case is what is parallel and the ZeRO stage: ``pipeline0``, ``pipeline1`` (two stages), ``tensor0``, ``tensor1``
-(AutoTP over two ranks), ``hpz3`` (ZeRO++: weights gathered within pairs of ranks), ``experts0``, ``experts1``, ``experts2`` (four experts over two ranks); the rest is
-data-parallel. OUT/CASE becomes the checkpoint; OUT/CASE.RANK.pt holds what the rank's optimizer held, by the rank's own
-names: moments, gathered over its data-parallel ranks, and, with ZeRO, fp32 masters.
+(AutoTP over two ranks), ``hpz3`` (ZeRO++: weights gathered within pairs of ranks), ``experts0``, ``experts1``,
+``experts2`` (four experts over two ranks); the rest is data-parallel. OUT/CASE becomes the checkpoint;
+OUT/CASE.RANK.pt holds what the rank's optimizer held, by the rank's own names: moments, gathered over its
+data-parallel ranks, and, with ZeRO, fp32 masters.
 """
 
 from __future__ import annotations
@@ -118,7 +119,10 @@ def hpz(stage: int, dtype: torch.dtype) -> Any:
 
 def held(engine: Any, model: torch.nn.Module, stage: int) -> dict[str, dict[str, torch.Tensor]]:
     result: dict[str, dict[str, torch.Tensor]] = {}
-    if stage in (1, 2):  # DeepSpeed links the state after the first group's first step, when the other groups have none yet
+    if stage in (
+        1,
+        2,
+    ):  # DeepSpeed links the state after the first group's first step, when the other groups have none yet
         engine.optimizer._hp_optimizer_states_linked = False
         engine.optimizer._lazy_init_hp_params_optimizer_state()
     for name, parameter in model.named_parameters():

@@ -2,7 +2,8 @@
 
 Usage: fsdp_run.py OUT RANK WORLD PORT CASE[,CASE..]
 Cases that save: nested, flattened, positional (DCP folders of FSDP2), rows (sharded along axis 1), three (nested, for
-three ranks; three-5 two steps later), full (FSDP1's one file), fsdp1 (its sharded folder), local (FSDP2's per-rank
+three ranks; three-5 two steps later), full (FSDP1's one file), fsdp1 (its sharded folder), flat (its local
+state dicts, a folder and a file of each rank), local (FSDP2's per-rank
 files). Cases that load: load:FOLDER, load:FOLDER:flattened. OUT/CASE is what was saved, OUT/CASE.live.pt the gathered
 state: {name: {slot: tensor}} and its groups.
 """
@@ -73,7 +74,7 @@ def optimizer_of(model: torch.nn.Module, *, named: bool = False) -> torch.optim.
 def sharded(case: str) -> tuple[torch.nn.Module, torch.optim.Optimizer]:
     torch.manual_seed(0)
     model: Any = Net(14 if case == "rows" else 13)
-    if case in ("full", "fsdp1"):
+    if case in ("full", "fsdp1", "flat"):
         strategy = ShardingStrategy.FULL_SHARD
         model = FullyShardedDataParallel(
             model, use_orig_params=True, sharding_strategy=strategy, device_id=torch.device("cpu")
@@ -140,6 +141,12 @@ def save(case: str) -> None:
             state = FullyShardedDataParallel.optim_state_dict(model, optimizer)
             dcp_save({"optimizer": state}, checkpoint_id=folder / "optimizer_0")
         live = joined(model, optimizer)
+    elif case == "flat":
+        with FullyShardedDataParallel.state_dict_type(model, StateDictType.LOCAL_STATE_DICT):
+            tree = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
+            dcp_save(tree, checkpoint_id=folder)
+            torch.save(tree, out / f"flat.{rank}.pt")
+        live = None
     else:
         if case == "positional":
             state = {"optimizer": optimizer.state_dict(), "model": get_model_state_dict(model)}

@@ -7,8 +7,8 @@ checkout() {
     git -C "$work/$1" fetch --quiet --depth 1 "https://github.com/$2" "$3"
     git -C "$work/$1" checkout --quiet FETCH_HEAD
 }
-checkout neox EleutherAI/gpt-neox ea7aefd8
-checkout bloom bigscience-workshop/Megatron-DeepSpeed 8387ae17
+checkout neox EleutherAI/gpt-neox ea7aefd8f8e183256992d9fede4d7c71a46d67a5
+checkout bloom bigscience-workshop/Megatron-DeepSpeed 8387ae17c4704f6579f88a84500b535d19d7fbbf
 export SOURCES=$work
 install torch==2.13.0 "numpy<3" omegaconf boto3 google-cloud-storage rich cached_path datasets safetensors lightning \
     torchmetrics tokenizers importlib_resources psutil pyyaml "jsonargparse[signatures]<4.42" deepspeed==0.19.8 requests
