@@ -3,7 +3,7 @@ PYTHON ?= python3
 PYTHONS ?= 3.10 3.12 3.13
 
 .DEFAULT_GOAL := help
-.PHONY: bench crashes demo docs escapes fuzz growth help lint readers test test-browser test-cuda test-frameworks test-lowest test-middle test-pythons test-torches
+.PHONY: bench bench-figure crashes demo docs escapes fuzz growth help lint readers test test-browser test-cuda test-frameworks test-lowest test-middle test-pythons test-torches
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*##  */\1@/p' $(MAKEFILE_LIST) | awk -F@ '{ printf "make %-16s %s\n", $$1, $$2 }'
@@ -37,9 +37,14 @@ escapes: .venv/ready  ## an hour of names that try to lead out of a folder, for 
 	.venv/bin/python tests/hostile/escapes.py --seconds 3600
 
 bench: .venv/ready .venv-frameworks/ready  ## what it costs, beside cp, torch and DCP; an hour of a machine with 24 GB
-	.venv/bin/python tests/bench/bench.py --megabytes 2048 1024 4096
-	.venv/bin/python tests/bench/bench.py --megabytes 8192 --only convert
-	.venv-frameworks/bin/python tests/bench/sharded.py
+	mkdir -p build; missed=0; \
+	.venv/bin/python tests/bench/bench.py --megabytes 2048 1024 4096 --json build/bench.json || missed=1; \
+	.venv/bin/python tests/bench/bench.py --megabytes 8192 --only convert || missed=1; \
+	.venv-frameworks/bin/python tests/bench/sharded.py || missed=1; \
+	exit $$missed
+
+bench-figure: .venv/ready  ## the figure of the docs from build/bench.json; MACHINES="a.json b.json" for several machines
+	.venv/bin/python tests/bench/measure.py $(or $(MACHINES),build/bench.json) --out docs/bench.svg
 
 growth: .venv/ready  ## how the time of planning, naming, comparing grows with the number of parameters and groups
 	OMP_NUM_THREADS=1 .venv/bin/python tests/bench/growth.py

@@ -9,13 +9,13 @@ import contextlib
 import functools
 import gc
 import io
+import logging
 import os
 import re
 import sys
 import threading
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from importlib.machinery import ModuleSpec, PathFinder
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, NoReturn
 
@@ -33,8 +33,6 @@ from lora_state_format.errors import (
 from lora_state_format.model.text import printable
 
 if TYPE_CHECKING:
-    from types import ModuleType
-
     from click.shell_completion import CompletionItem
 
     from lora_state_format.model.states import OptimizerState
@@ -88,41 +86,16 @@ def _silence_libraries() -> None:
     """Keep what libraries say while they are imported (missing kernels, deprecations) from the terminal."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     warnings.simplefilter("ignore")
-    if "logging" in sys.modules:
-        _silence_logging()
-    else:
-        sys.meta_path.insert(0, _WhenLoggingIsImported())
-
-
-class _WhenLoggingIsImported:
-    """Silences ``logging`` when something imports it: 5 of the 60 ms of ``inspect``, for which nothing does."""
-
-    def find_spec(self, name: str, path: object = None, target: object = None) -> ModuleSpec | None:
-        spec = PathFinder.find_spec(name) if name == "logging" else None
-        if spec is None or spec.loader is None:
-            return None
-        sys.meta_path.remove(self)
-        run = spec.loader.exec_module
-
-        def exec_module(module: ModuleType) -> None:
-            run(module)
-            _silence_logging()
-
-        spec.loader.exec_module = exec_module  # type: ignore[method-assign]
-        return spec
-
-
-def _silence_logging() -> None:
-    """Show warnings of this package, and nothing else that is logged."""
-    import logging
-
-    class OwnWarnings(logging.Handler):
-        def emit(self, record: logging.LogRecord) -> None:
-            _warn([record.getMessage()])
-
     logging.lastResort = None
     logging.getLogger().addHandler(logging.NullHandler())
-    logging.getLogger("lora_state_format").addHandler(OwnWarnings(logging.WARNING))
+    logging.getLogger("lora_state_format").addHandler(_OwnWarnings(logging.WARNING))
+
+
+class _OwnWarnings(logging.Handler):
+    """Shows what this package itself warns of."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        _warn([record.getMessage()])
 
 
 def run(arguments: Sequence[str]) -> int:

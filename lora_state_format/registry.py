@@ -7,6 +7,7 @@ group ``lora_state_format.converters``.
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -27,6 +28,8 @@ from lora_state_format.foreign.kinds import READERS, certain_kind, kind_of_file
 
 if TYPE_CHECKING:
     from lora_state_format.model.states import Checkpoint, OptimizerState
+
+logger = logging.getLogger("lora_state_format")
 
 __all__ = [
     "BUILT_IN",
@@ -163,7 +166,7 @@ def available() -> list[Converter]:
         try:
             found.append(get(name))
         except MissingDependencyError as error:  # noqa: PERF203
-            _warn("%s; it is left out", error)
+            logger.warning("%s; it is left out", error)
     return found
 
 
@@ -312,14 +315,8 @@ def _asked(converter: Converter, path: Path) -> Match | None:
     try:
         return converter.detect(path)
     except Exception as error:
-        _warn("converter '%s' failed on %s: %s: %s", converter.NAME, path, type(error).__name__, error)
+        logger.warning("converter '%s' failed on %s: %s: %s", converter.NAME, path, type(error).__name__, error)
         return None
-
-
-def _warn(message: str, *values: object) -> None:
-    import logging  # 5 ms, which a state that has names does without
-
-    logging.getLogger("lora_state_format").warning(message, *values)
 
 
 @cache
@@ -331,7 +328,7 @@ def _entries() -> Mapping[str, Any]:
     for entry in entry_points(group=ENTRY_POINTS):
         if entry.name in found or entry.name in BUILT_IN:
             kept = found[entry.name].value if entry.name in found else BUILT_IN[entry.name]
-            _warn("two converters are called '%s': %s is used, not %s", entry.name, kept, entry.value)
+            logger.warning("two converters are called '%s': %s is used, not %s", entry.name, kept, entry.value)
         else:
             found[entry.name] = entry
     return found

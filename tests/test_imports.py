@@ -173,7 +173,7 @@ def loaded_after(code: str) -> set[str]:
 
 
 NOT_NEEDED = {
-    "concurrent.futures", "hashlib", "html", "logging", "tempfile", "traceback",
+    "concurrent.futures", "html", "tempfile",
     "lora_state_format.naming", "lora_state_format.operations.conversion", "lora_state_format.operations.statistics",
 }  # fmt: skip
 """What a command that only looks at a file does without: each is 1 to 5 of its 60 ms."""

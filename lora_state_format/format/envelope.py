@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable
+from hashlib import blake2b
 from pathlib import Path
 from typing import Any, Final
 
@@ -16,11 +17,6 @@ from lora_state_format.io.files import is_plain
 from lora_state_format.io.remote import exists, is_file, open_file
 from lora_state_format.io.safetensors import ALIGNMENT, Header, Raw
 from lora_state_format.io.strict_json import dumps, loads
-
-try:
-    from _blake2 import blake2b  # what hashlib gives too, without loading OpenSSL: 2.4 ms of 60
-except ImportError:
-    from hashlib import blake2b
 
 __all__ = ["INDEX_SUFFIX", "is_state"]
 

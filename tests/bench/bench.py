@@ -3,31 +3,31 @@
 ::
 
     python tests/bench/bench.py [--megabytes 2048 1024 8192] [--rounds 9] [--folder /dev/shm] [--only NAME ...]
+        [--json FILE]
 
 AdamW over matrices of 2048 x 2048, so many megabytes of moments, in a folder that should be in memory: ``cp`` does not
 wait for a disk, and we do. It takes twice the size, a process one and a half times more. What depends on the size is
 measured for all that are given, the rest for the first. Every measurement is a process of its own, so that peaks are
-those of whole processes; what is compared takes turns, in rotated order. A table in Markdown is printed: minimum and
-median of the seconds, and the median of the ratios to the yardstick of the same round. Budgets of time are for the
-first size, those of memory for all. The exit code is 1 if one is missed.
+those of whole processes; what is compared takes turns, in rotated order, after as many bytes as it writes were written
+and removed, so that the machine has them. A table in Markdown is printed: least and median seconds, processor time, the
+median of the ratios to the yardstick of the same round and their first and third quarters. Limits of time are for the
+first size, those of memory for all. The exit code is 1 if one is missed. ``measure.py`` draws what ``--json`` writes.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
-import platform
 import shutil
-import statistics
-import subprocess
 import sys
 import tempfile
-import time
 import warnings
-from collections.abc import Callable
-from importlib.metadata import version
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Final, NamedTuple
+
+import measure
 
 SIDE: Final = 2048
 CLI: Final = (sys.executable, "-m", "lora_state_format")
@@ -269,7 +269,7 @@ def groups(folder: Path) -> list[Group]:
     imports = (sys.executable, "-c", "import safetensors, click")
     return [
         Group("convert", (Case("`cp` of `optimizer.pt`", command=("cp", source, target)),
-                          Case("`lora-state convert optimizer.pt`", command=convert)), ((1.4, 96),), files=("pt",),
+                          Case("`lora-state convert optimizer.pt`", command=convert)), ((1.05, 96),), files=("pt",),
               scales=True),
         Group("save", (Case("raw `write` of the moments", "raw_write"), Case("`write(state)` from memory", "write"),
                        Case("`save_optimizer(weights=False)`", "save_without_weights"),
@@ -282,57 +282,42 @@ def groups(folder: Path) -> list[Group]:
         Group("verify", (Case("reading the file", "read"), Case("`verify`", "verify")), ((None, None),),
               files=("named",)),
         Group("inspect", (Case("`import safetensors, click`", command=imports),
-                          Case("`lora-state inspect`", command=inspect)), ((2.0, None),), files=("named",)),
+                          Case("`lora-state inspect`", command=inspect)), ((1.3, None),), files=("named",)),
         Group("100,000 parameters", (Case("`open_state`", "open_many"), Case("`plan`", "plan_many"),
                                      Case("`verify`", "verify_many"), Case("`write`", "write_many")),
-              seconds=(3.0, 2.0, None, None)),
+              seconds=(1.0, 0.7, None, 2.5)),
     ]  # fmt: skip
 
 
-def measured(case: Case, folder: Path, size: int) -> tuple[float, float]:
-    """Seconds, and MiB of the whole process at its peak."""
-    worker = (sys.executable, __file__, "--worker", case.worker, str(folder), str(size))
-    started = time.perf_counter()
-    process = subprocess.Popen(case.command or worker, stdout=subprocess.PIPE, text=True)
-    assert process.stdout is not None
-    printed = process.stdout.read()
-    _, status, usage = os.wait4(process.pid, 0)
-    elapsed = time.perf_counter() - started
-    process.returncode = os.waitstatus_to_exitcode(status)
-    if process.returncode:
-        raise SystemExit(f"{case.title} failed")
+def command(case: Case, folder: Path, size: int) -> Sequence[str]:
+    """The process that is measured."""
+    return case.command or measure.worker(__file__, case.worker, folder, size)
+
+
+def run(case: Case, folder: Path, size: int) -> measure.Run:
+    """Measure a case once, and remove what it wrote."""
+    found = measure.measured(command(case, folder, size))
     for name in ("out", "dcp"):
         path = folder / name
         shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
-    return float(printed) if case.worker else elapsed, usage.ru_maxrss / 1024
+    return found
 
 
-def compared(group: Group, folder: Path, size: int, rounds: int, timed: bool) -> tuple[list[str], bool]:
-    """Rows of the table, and whether every budget was kept; those of time only where it is ``timed``."""
-    found: list[list[tuple[float, float]]] = [[] for _ in group.cases]
-    for number in range(rounds):
-        order = [(number + k) % len(group.cases) for k in range(len(group.cases))]
-        for index in order:
-            found[index].append(measured(group.cases[index], folder, size))
-    rows, kept = [], True
-    for index, (case, own) in enumerate(zip(group.cases, found, strict=True)):
-        median, peak = statistics.median(seconds for seconds, _ in own), max(peak for _, peak in own)
-        ratio = statistics.median(a / b for (a, _), (b, _) in zip(own, found[0], strict=True))
-        most = group.seconds[index] if group.seconds else None
-        limit, room = group.budgets[index - 1] if index and group.budgets else (None, None)
-        budgets = [
-            (most, median, f"{most:.1f} s" if most else ""),
-            (limit if timed else None, ratio, f"{limit:.2f}x" if limit else ""),
-            (room, peak, f"{room} MiB" if room else ""),
-        ]
-        shown = ", ".join(text + (": missed" if value > bound else "") for bound, value, text in budgets if bound)
-        kept &= "missed" not in shown
-        relative = "" if index == 0 or group.seconds else f"{ratio:.2f}x"
-        rows.append(
-            f"| {case.title} | {min(seconds for seconds, _ in own):.2f} | {median:.2f} | {relative} | "
-            f"{peak:,.0f} MiB | {shown} |"
-        )
-    return rows, kept
+def limits(group: Group, index: int, timed: bool) -> dict[str, float]:
+    """The limits of a case; those of time only where it is ``timed``."""
+    most = group.seconds[index] if group.seconds else None
+    ratio, peak = group.budgets[index - 1] if index and group.budgets else (None, None)
+    found = {"seconds": most, "ratio": ratio if timed else None, "peak": peak}
+    return {name: float(limit) for name, limit in found.items() if limit is not None}
+
+
+def compared(group: Group, folder: Path, size: int, rounds: int, timed: bool) -> list[dict[str, Any]]:
+    """Rows of the table: every case of a group, measured in turn."""
+    found = measure.in_turn([partial(run, case, folder, size) for case in group.cases], rounds)
+    return [
+        measure.row(case.title, own, found[0], limits(group, index, timed))
+        for index, (case, own) in enumerate(zip(group.cases, found, strict=True))
+    ]
 
 
 def main() -> None:
@@ -341,13 +326,11 @@ def main() -> None:
     options.add_argument("--rounds", type=int, default=9)
     options.add_argument("--folder", type=Path, default=Path("/dev/shm"))
     options.add_argument("--only", nargs="*")
+    options.add_argument("--json", type=Path)
     chosen = options.parse_args()
-    print(
-        f"{chosen.rounds} rounds, {platform.system()} {platform.machine()}, "
-        f"{os.cpu_count()} cores, Python {platform.python_version()}, "
-        + ", ".join(f"{name} {version(name)}" for name in ("lora_state_format", "torch", "safetensors"))
-    )
-    kept = True
+    about = f"{chosen.rounds} rounds, {measure.machine('lora_state_format', 'torch', 'safetensors')}"
+    print(about)
+    tables: dict[str, list[dict[str, Any]]] = {}
     with tempfile.TemporaryDirectory(dir=chosen.folder) as name:
         folder = Path(name)
         os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # an installed package is compiled once
@@ -359,26 +342,17 @@ def main() -> None:
                 title = f"{group.name}, {size:,} MB" if group.scales else group.name
                 number = 100_000 if group.seconds else size
                 os.environ["FILES"] = " ".join(group.files)
-                measured(Case("making the files", "write_many" if group.seconds else "make"), folder, number)
-                measured(group.cases[-1], folder, number)  # compiles what is imported
-                rows, good = compared(group, folder, number, chosen.rounds, size == chosen.megabytes[0])
-                kept &= good
-                print(f"\n| {title} | min s | median s | ratio | peak | budget |\n|---|---|---|---|---|---|")
-                print("\n".join(rows), flush=True)
+                run(Case("making the files", "write_many" if group.seconds else "make"), folder, number)
+                measure.warm(folder, (size << 20) + (size << 16))
+                run(group.cases[-1], folder, number)  # compiles what is imported
+                tables[title] = compared(group, folder, number, chosen.rounds, size == chosen.megabytes[0])
+                print("", *measure.lines(title, tables[title]), sep="\n", flush=True)
                 for path in (folder / "optimizer.pt", folder / "optimizer.safetensors"):
                     path.unlink(missing_ok=True)
-    sys.exit(not kept)
+    if chosen.json:
+        measure.save(chosen.json, about, tables)
+    sys.exit(any(row["missed"] for rows in tables.values() for row in rows))
 
 
-def work(name: str, folder: Path, size: int) -> None:
-    run = globals()[name](folder, size)
-    started = time.perf_counter()
-    run()
-    print(time.perf_counter() - started)
-
-
-if __name__ == "__main__":
-    if sys.argv[1:2] == ["--worker"]:
-        work(sys.argv[2], Path(sys.argv[3]), int(sys.argv[4]))
-    else:
-        main()
+if __name__ == "__main__" and not measure.work(globals()):
+    main()

@@ -21,17 +21,16 @@ import argparse
 import json
 import math
 import os
-import platform
-import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 from unittest import mock
+
+import measure
+from measure import Run
 
 CLI: Final = (sys.executable, "-m", "lora_state_format")
 LLAMA_70B: Final = {
@@ -248,36 +247,17 @@ def plan_many(folder: Path, count: int) -> Callable[[], Any]:
 # --- measuring ----------------------------------------------------------------------------------------------------
 
 
-class Run(NamedTuple):
-    """What a process took: seconds, MiB at its peak, and the lines it printed."""
-
-    seconds: float
-    peak: float
-    printed: list[str]
-
-
 def measured(command: Sequence[str]) -> Run:
-    """A command of its own, or a worker: a worker's last line are the seconds of what it times."""
-    worker = command[0] not in CLI
-    full = [sys.executable, "-W", "ignore", __file__, "--worker", *command] if worker else command
-    started = time.perf_counter()
-    process = subprocess.Popen(full, stdout=subprocess.PIPE, text=True)
-    assert process.stdout is not None
-    with process.stdout:
-        lines = process.stdout.read().splitlines()
-    _, status, usage = os.wait4(process.pid, 0)
-    elapsed = time.perf_counter() - started
-    process.returncode = os.waitstatus_to_exitcode(status)
-    if process.returncode:
-        raise SystemExit(f"{' '.join(command)} failed")
-    seconds = float(lines.pop()) if worker else elapsed
-    return Run(seconds, usage.ru_maxrss / 1024, lines)
+    """A command of its own, or a worker."""
+    return measure.measured(command if command[0] in CLI else measure.worker(__file__, *command))
 
 
 def best(command: Sequence[str], rounds: int) -> Run:
     """The least seconds of several rounds, and the largest peak."""
     runs = [measured(command) for _ in range(rounds)]
-    return Run(min(run.seconds for run in runs), max(run.peak for run in runs), runs[0].printed)
+    return Run(
+        min(run.wall for run in runs), min(run.cpu for run in runs), max(run.peak for run in runs), runs[0].printed
+    )
 
 
 def table(*rows: Sequence[str]) -> None:
@@ -303,7 +283,7 @@ def model_part(folder: Path, rounds: int) -> None:
         "`plan` for AdamW over the model on the meta device": best(["plan_model", str(folder), "0"], rounds),
         "`lora-state verify`, which reads all of it": measured(verify),
     }
-    shown = ([title, f"{run.seconds:.2f}", f"{run.peak:,.0f}"] for title, run in steps.items())
+    shown = ([title, f"{run.wall:.2f}", f"{run.peak:,.0f}"] for title, run in steps.items())
     table([f"AdamW of a 70B model: {what}; {held / 1e6:.1f} MB of disk", "s", "peak MiB"], *shown)
 
 
@@ -321,8 +301,8 @@ def sizes_part(places: Sequence[tuple[float, Path]], rounds: int) -> tuple[dict[
         verified = measured([*CLI, "verify", str(target)])
         target.unlink()
         rows.append(
-            [f"{archive.stat().st_size / 1e9:.2f}", f"{held / 1e6:.2f}", f"{run.seconds:.2f}", f"{run.peak:.1f}",
-             f"{verified.seconds:.2f}", f"{verified.peak:.1f}"]
+            [f"{archive.stat().st_size / 1e9:.2f}", f"{held / 1e6:.2f}", f"{run.wall:.2f}", f"{run.peak:.1f}",
+             f"{verified.wall:.2f}", f"{verified.peak:.1f}"]
         )  # fmt: skip
         archive.unlink()
     table(["`optimizer.pt`, GB", "MB of disk", "`convert`, s", "peak MiB", "`verify`, s", "peak MiB"], *rows)
@@ -338,8 +318,8 @@ def parameters_part(counts: Sequence[int], folder: Path, rounds: int) -> tuple[d
         row = [f"{count:,}"]
         for worker, runs in found.items():
             run = runs[count] = best([worker, str(folder), str(count)], rounds)
-            row += [f"{run.seconds:.3f}", f"{run.peak:,.0f}"]
-            kept &= run.seconds <= SECONDS.get(worker, math.inf) * max(count / 100_000, 1)
+            row += [f"{run.wall:.3f}", f"{run.peak:,.0f}"]
+            kept &= run.wall <= SECONDS.get(worker, math.inf) * max(count / 100_000, 1)
         files = [*folder.glob("many*.safetensors")]
         headers = sum(8 + int.from_bytes(path.read_bytes()[:8], "little") for path in files)
         kept &= headers <= HEADERS * max(count / 100_000, 1)
@@ -433,10 +413,7 @@ def main() -> None:
     options.add_argument("--svg", type=Path)
     chosen = options.parse_args()
     names = ("lora_state_format", "torch", "transformers")
-    print(
-        f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}, "
-        + ", ".join(f"{name} {version(name)}" for name in names)
-    )
+    print(measure.machine(*names))
     good = True
     charts = []
     with tempfile.TemporaryDirectory(dir=chosen.folder) as near, tempfile.TemporaryDirectory(dir=chosen.disk) as far:
@@ -446,7 +423,7 @@ def main() -> None:
             places = [(size, Path(near)) for size in chosen.gigabytes] + [(size, Path(far)) for size in chosen.large]
             converted, kept = sizes_part(places, chosen.rounds)
             good &= kept
-            seconds = {size: converted[size].seconds for size in chosen.gigabytes}
+            seconds = {size: converted[size].wall for size in chosen.gigabytes}
             peaks = {size: run.peak for size, run in converted.items()}
             charts += [Chart("lora-state convert: seconds", "GB of optimizer.pt", {"": seconds})]
             charts += [Chart("lora-state convert: MiB at its peak", "GB of optimizer.pt", {"": peaks})]
@@ -454,7 +431,7 @@ def main() -> None:
             found, kept = parameters_part(chosen.counts, Path(near), chosen.rounds)
             good &= kept
             lines = {
-                worker.partition("_")[0]: {count: run.seconds for count, run in runs.items()}
+                worker.partition("_")[0]: {count: run.wall for count, run in runs.items()}
                 for worker, runs in found.items()
             }
             charts += [Chart("small parameters: seconds", "parameters", lines)]
@@ -463,15 +440,5 @@ def main() -> None:
     sys.exit(not good)
 
 
-def work(name: str, folder: Path, size: int) -> None:
-    run = globals()[name](folder, size)
-    started = time.perf_counter()
-    run()
-    print(time.perf_counter() - started)
-
-
-if __name__ == "__main__":
-    if sys.argv[1:2] == ["--worker"]:
-        work(sys.argv[2], Path(sys.argv[3]), int(sys.argv[4]))
-    else:
-        main()
+if __name__ == "__main__" and not measure.work(globals()):
+    main()
