@@ -61,13 +61,14 @@ def test_a_trainers_checkpoint(folder: Path) -> None:
 
 
 def test_both_sides_of_each_change_of_the_grouping_are_there() -> None:
-    """The registered norms of Llama (4.34), patterns in names (4.49, 4.53); of 4.28 to 4.52, with and without LoRA."""
+    """The registered norms of Llama (4.34), patterns in names (4.49, 4.53); of 4.28 to 4.53, with and without LoRA."""
     rules = {folder.name: lsf.read(folder).naming.rule for folder in TRAINERS}
     assert rules["transformers4.33.3-llama-full"] == "trainer-4.33"
     assert rules["transformers4.34.1-llama-full"] == "trainer"
     assert rules["transformers4.47.1-gemma-full"] == "trainer-4.48"
     assert rules["transformers4.48.3-qwen2-full"] == "trainer-4.48"
     assert rules["transformers4.52.4-qwen2-full"] == "trainer-4.52"
+    assert rules["transformers4.53.3-qwen2-full"] == "trainer"
 
 
 @pytest.mark.parametrize("folder", LIGHTNING, ids=lambda folder: str(folder.name))
