@@ -86,7 +86,7 @@ SINCE: tuple[tuple[str, str, str, str], ...] = (
     ("names_of_the_model[default-oft", "peft", "0.17", "its OFT has other parameters"),
     ("test_rows_of_trainable_tokens", "peft", "0.15", "has no trainable tokens"),
     ("tokens", "peft", "0.15", "has no trainable tokens"),
-    ("test_the_experts_of_a_stacked_parameter", "peft", "0.21", "its stacked parameters have other axes, or are not there"),
+    ("test_the_experts_of_a_stacked_parameter", "peft", "0.21", "has other axes there, or no target_parameters"),
     ("test_a_module_to_save_that_the_checkpoint_lacks", "peft", "0.17", "loads an adapter without it"),
     ("[load-1-True]", "torch", "2.9", "another number of ranks rounds the gradients, from an equal state"),
     ("[load-4-True]", "torch", "2.9", "another number of ranks rounds the gradients, from an equal state"),

@@ -89,7 +89,7 @@ def test_a_dcp_folder_of_torch_2_1() -> None:
             assert (ours.torch() if tensor.shape else torch.tensor(ours.item())).equal(tensor), key
 
 
-@pytest.mark.filterwarnings("ignore:torch.distributed is disabled:UserWarning")
+@pytest.mark.filterwarnings("ignore:torch.distributed is:UserWarning")
 def test_a_dcp_folder_of_a_positional_state_is_named_by_the_model_in_it(tmp_path: Path) -> None:
     """As torchtune's asynchronous saves are, and whoever saves ``optimizer.state_dict()`` itself."""
     from torch.distributed.checkpoint.state_dict_saver import save
@@ -100,7 +100,7 @@ def test_a_dcp_folder_of_a_positional_state_is_named_by_the_model_in_it(tmp_path
     optimizer = torch.optim.AdamW(model.parameters())
     model(torch.randn(5, 3)).sum().backward()
     optimizer.step()
-    save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, checkpoint_id=tmp_path, no_dist=True)
+    save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, checkpoint_id=tmp_path)
     with lsf.read(tmp_path) as state:
         assert list(state) == [name for name, _ in model.named_parameters()]
         for name, parameter in model.named_parameters():
