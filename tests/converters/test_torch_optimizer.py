@@ -161,10 +161,14 @@ def test_a_bare_file_and_the_model_beside_it(tmp_path: Path, model: torch.nn.Mod
     }
 
 
-def test_a_whole_module_beside_it_is_left_alone(tmp_path: Path, model: torch.nn.Module) -> None:
+def test_a_whole_module_beside_it_names_it(tmp_path: Path, model: torch.nn.Module) -> None:
     torch.save(trained(model).state_dict(), tmp_path / "optimizer.pt")
     torch.save(model, tmp_path / "model.pt")
-    assert registry.read(tmp_path, converter.NAME).weights == {}
+    weights = registry.read(tmp_path, converter.NAME).weights
+    assert list(weights) == NAMES
+    assert all(weights[name].torch().equal(model.state_dict()[name]) for name in NAMES)
+    with lsf.read(tmp_path) as state:
+        assert list(state) == NAMES
 
 
 def test_sharded_weights_and_versions_beside_it(tmp_path: Path, model: torch.nn.Module) -> None:

@@ -1,6 +1,6 @@
 #!/bin/bash
 # Makes the folders next to this script anew that Trainers on both sides of each change of its grouping wrote: with torch
-# 2.13, and transformers 4.33 to 4.52 with the accelerate and PEFT of their time. The folders of torch 1.13 and 2.1 came
+# 2.13, and transformers 4.25 to 4.53 with the accelerate and PEFT of their time. The folders of torch 1.13 and 2.1 came
 # from environments of those versions (their names.json says which), which this script does not build.
 set -euo pipefail
 cd "$(dirname "$0")"
@@ -17,9 +17,11 @@ while read -r transformers accelerate peft folders; do
     done
     rm -rf "$work/venv"
 done << END
+4.25.1 0.15.0 0.2.0 bert-full
 4.33.3 0.21.0 0.5.0 llama-full bert-full
 4.34.1 0.23.0 0.5.0 llama-full roberta-lora
 4.47.1 1.2.1 0.14.0 gemma-full
 4.48.3 1.2.1 0.14.0 qwen2-full
 4.52.4 1.7.0 0.15.2 qwen2-full bert-lora
+4.53.3 1.8.1 0.16.0 qwen2-full bert-lora
 END
