@@ -3,7 +3,7 @@ PYTHON ?= python3
 PYTHONS ?= 3.10 3.12 3.13
 
 .DEFAULT_GOAL := help
-.PHONY: bench bench-figure crashes demo docs escapes fuzz growth help lint readers test test-browser test-cuda test-frameworks test-lowest test-middle test-pythons test-torches
+.PHONY: bench bench-figure crashes demo docs escapes fuzz growth help lint readers test test-browser test-cuda test-frameworks test-lowest test-lowest-core test-middle test-pythons test-torches
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*##  */\1@/p' $(MAKEFILE_LIST) | awk -F@ '{ printf "make %-16s %s\n", $$1, $$2 }'
@@ -57,11 +57,15 @@ WITH_OLDER := tests/naming tests/torch tests/integrations/test_transformers.py t
 	$(patsubst %,tests/converters/test_%.py,torch_optimizer versions rules)
 
 # Not the vector of all dtypes, which safetensors knows only since a later version, nor a message with NumPy 2's repr.
+LOWEST := tests/hostile/test_fuzz.py tests/format/test_manifest.py tests/spec/test_vectors.py \
+	--deselect 'tests/spec/test_vectors.py::test_valid[dtypes]' \
+	--deselect 'tests/format/test_manifest.py::test_a_state_that_breaks_a_rule_is_not_written[4]'
+
 test-lowest: .venv-lowest/ready  ## the torch side, Trainer and names with the lowest versions that pyproject.toml allows
-	OMP_NUM_THREADS=1 .venv-lowest/bin/pytest --numprocesses auto --dist loadfile $(WITH_OLDER) \
-		tests/hostile/test_fuzz.py tests/format/test_manifest.py tests/spec/test_vectors.py \
-		--deselect 'tests/spec/test_vectors.py::test_valid[dtypes]' \
-		--deselect 'tests/format/test_manifest.py::test_a_state_that_breaks_a_rule_is_not_written[4]'
+	OMP_NUM_THREADS=1 .venv-lowest/bin/pytest --numprocesses auto --dist loadfile $(WITH_OLDER) $(LOWEST)
+
+test-lowest-core: .venv-lowest-core/ready  ## what needs no torch, with the lowest versions; without gigabytes to install
+	.venv-lowest-core/bin/pytest $(LOWEST)
 
 test-middle: .venv-middle/ready  ## the same with versions between those and the newest
 	OMP_NUM_THREADS=1 .venv-middle/bin/pytest --numprocesses auto --dist loadfile $(WITH_OLDER)
@@ -144,6 +148,12 @@ test-browser: .venv-browser/ready  ## the viewer in a headless Chromium
 .venv-torch-%/ready: pyproject.toml
 	$(PYTHON) -m venv .venv-torch-$*
 	.venv-torch-$*/bin/pip install --quiet --editable . torch==$* hypothesis pytest safetensors
+	touch $@
+
+.venv-lowest-core/ready: pyproject.toml constraints-lowest.txt
+	$(PYTHON) -m venv .venv-lowest-core
+	.venv-lowest-core/bin/pip install --quiet --constraint constraints-lowest.txt --editable . hypothesis jsonschema pytest \
+		safetensors
 	touch $@
 
 .venv-3.%/ready: pyproject.toml constraints.txt
