@@ -145,14 +145,14 @@ def _state(
         raise FileError("holds no parameter's state", path=path)
     step = int.from_bytes(found["step"].bytes(), "little")
     rate = struct.unpack("<f", found["learning_rate"].bytes())[0]
-    if options.get("lr", rate) != rate:
-        raise OptionError(f"{path} holds lr={rate!r}, not {options['lr']!r}")
+    lr = options.get("lr", rate)
+    algorithms.check_told("lr", lr, rate, path)
     rule = _rule(options, path)
     parameters = [_parameter(name, fields, rule, step, weights, path) for name, fields in slots.items()]
     algorithm, _ = algorithms.choose(rule, LAYOUTS, next(iter(slots.values())), str(path))
     return OptimizerState(
         optimizers=(Optimizer(algorithm.class_path),),
-        groups=(Group(0, algorithms.group_options(algorithm, {**options, "lr": rate}), len(parameters)),),
+        groups=(Group(0, algorithms.group_options(algorithm, {**options, "lr": lr}), len(parameters)),),
         parameters=tuple(parameters),
         naming=Naming("checkpoint", details={"order": "unknown"}),
         origin={"format": NAME},

@@ -15,6 +15,7 @@ from lora_state_format.mapping.algorithms import (
     Algorithm,
     RuleLayout,
     check_alike,
+    check_told,
     choose,
     group_options,
     layout_of,
@@ -86,8 +87,7 @@ def from_tree(
         held = {name: value for name, value in node.injected.items() if name in algorithm.options}
         stated = group_options(algorithm, {**held, **options})
         for name, value in stated:
-            if value != node.injected.get(name, value):
-                raise OptionError(f"{path} holds {name}={node.injected[name]!r}, not {value!r}")
+            check_told(name, value, node.injected.get(name, value), path)
         groups.append(Group(0, stated, len(node.paths), node.label))
         count = step if node.count is None else node.count
         parameters += [_parameter(node, keys, algorithm, layout, count, weights, path) for keys in node.paths]

@@ -34,6 +34,7 @@ __all__ = [
     "Algorithm",
     "RuleLayout",
     "check_alike",
+    "check_told",
     "choose",
     "find",
     "group_options",
@@ -302,6 +303,22 @@ def group_options(algorithm: Algorithm, options: Mapping[str, Any]) -> tuple[tup
         if not numbers or not all(number is None or isinstance(number, (int, float)) for number in numbers):
             raise OptionError(f"{name}={value!r} must be a number or a sequence of numbers")
     return tuple((name, tuple(value) if isinstance(value, list) else value) for name, value in stated.items())
+
+
+def check_told(name: str, told: Value, held: Value, path: object) -> None:
+    """Raise ``OptionError`` where the file holds another value of an option; it may be rounded to float32."""
+    if told != held and _single(told) != held:
+        raise OptionError(f"{path} holds {name}={held!r}, not {told!r}")
+
+
+def _single(value: Value) -> Value:
+    """Return a number, or each of several, as float32 has it."""
+    if isinstance(value, tuple):
+        return tuple(map(_single, value))
+    try:
+        return float(struct.unpack("<f", struct.pack("<f", value))[0]) if isinstance(value, float) else value
+    except OverflowError:  # more than float32 holds
+        return value
 
 
 def stated_step(options: Mapping[str, Any]) -> int:

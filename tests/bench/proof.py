@@ -3,8 +3,8 @@
     python tests/bench/proof.py [--folder /dev/shm] [--steps 10] > docs/proof.md
 
 Each leg is a set of processes of its own that builds the model anew, loads the weights and, by name, the optimizer's
-state of the leg before, trains some steps, and saves both. Needs deepspeed, in the frameworks' environment. Every rank
-gets the same batch, so that the mean of the gradients is the gradient.
+state of the leg before, trains some steps, and saves both. Needs deepspeed and mlx, in the frameworks' environment.
+Every rank gets the same batch, so that the mean of the gradients is the gradient.
 """
 
 from __future__ import annotations
@@ -20,9 +20,11 @@ from typing import Any
 
 LEGS = (
     ("ddp", 2), ("fsdp2", 2), ("fsdp2", 4), ("zero2", 2), ("zero3", 3), ("tp", 2), ("one", 1),
+    ("mlx", 1), ("one", 1),
 )  # fmt: skip
 TITLES = {
     "ddp": "DDP", "fsdp2": "FSDP2", "zero2": "ZeRO-2", "zero3": "ZeRO-3", "tp": "tensor parallel", "one": "one process",
+    "mlx": "MLX",
 }  # fmt: skip
 
 
@@ -143,6 +145,70 @@ def leg(kind: str, lora: bool, first: int, last: int, before: Path | None, after
     os._exit(0)  # threads that the process group leaves sometimes abort the exit of the interpreter
 
 
+def mlx_leg(lora: bool, first: int, last: int, before: Path, after: Path) -> None:
+    """Be the leg in MLX: the state goes there as a file of its own format, and comes back by name."""
+    import mlx.core as mx
+    import mlx.nn as nn
+    import numpy as np
+    import torch
+    from mlx.optimizers import AdamW
+    from mlx.utils import tree_flatten, tree_unflatten
+
+    from lora_state_format import convert
+
+    weights = torch.load(before / "weights.pt", weights_only=True)
+    trained = [name for name in weights if not lora or name.startswith("lora_")]
+
+    def arrays(tensors: dict[str, torch.Tensor]) -> Any:
+        return tree_unflatten([(f"layers.{name}", mx.array(tensor.numpy())) for name, tensor in tensors.items()])
+
+    class Model(nn.Module):  # type: ignore[misc]
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = {
+                name: nn.Linear(*reversed(layer.weight.shape), bias=layer.bias is not None)
+                for name, layer in build(lora).items()
+            }
+
+        def __call__(self, x: mx.array) -> mx.array:
+            layers = self.layers
+            if lora:
+                hidden = mx.tanh(layers["base"](x))
+                return layers["head"](hidden + layers["lora_B"](layers["lora_A"](hidden)))
+            return layers["down"](mx.tanh(layers["up"](x)))
+
+    model = Model()
+    if lora:
+        model.freeze()
+        for name in ("lora_A", "lora_B"):
+            model.layers[name].unfreeze()
+    model.update(arrays(weights))
+    optimizer = AdamW(learning_rate=1e-2, betas=[0.9, 0.999], eps=1e-8, weight_decay=1e-2, bias_correction=True)
+    optimizer.init(model.trainable_parameters())
+    convert(before / "optimizer.safetensors", after / "mlx.safetensors", target_format="mlx", options={"map": "none"})
+    optimizer.state = tree_unflatten(list(mx.load(str(after / "mlx.safetensors")).items()))
+    losses = []
+    step_of = nn.value_and_grad(model, lambda model, x: mx.mean(mx.square(model(x))))
+    for step in range(first, last):
+        x = torch.randn(8, 32, generator=torch.Generator().manual_seed(step))
+        loss, gradients = step_of(model, mx.array(x.numpy()))
+        optimizer.update(model, gradients)
+        mx.eval(model.parameters(), optimizer.state)
+        losses.append(loss.item())
+    mx.save_safetensors(str(after / "trained.safetensors"), dict(tree_flatten(optimizer.state)))
+    options = {
+        "map": "none", "bias_correction": True, "lr": 1e-2, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 1e-2,
+    }  # fmt: skip
+    convert(
+        after / "trained.safetensors", after / "optimizer.safetensors", source_format="mlx",
+        optimizer="torch.optim.adamw.AdamW", options=options,
+    )  # fmt: skip
+    flat = dict(tree_flatten(model.parameters()))
+    moved = {name: torch.from_numpy(np.array(flat[f"layers.{name}"])) for name in trained}
+    torch.save({**weights, **moved}, after / "weights.pt")
+    (after / "losses.json").write_text(json.dumps(losses))
+
+
 def start(kind: str, world: int, lora: bool, first: int, last: int, before: Path | None, after: Path) -> list[float]:
     """Carry a leg out and return its losses."""
     after.mkdir(parents=True)
@@ -195,6 +261,9 @@ def main() -> None:
     chosen = arguments.parse_args()
     if chosen.leg:
         kind, lora, first, last, before, after = chosen.leg
+        if kind == "mlx":
+            mlx_leg(bool(int(lora)), int(first), int(last), Path(before), Path(after))
+            return
         leg(kind, bool(int(lora)), int(first), int(last), Path(before) if before else None, Path(after))
     print("# A run that moved\n")
     print(
@@ -202,8 +271,7 @@ def main() -> None:
         f"{chosen.steps} steps,\nand its losses next to those of a run in one process that never moved. Each leg loads "
         "the weights and the optimizer's\nstate that the leg before saved, on the CPU with gloo; the script stops if a "
         "loss is off by more than 1e-5. Where a sum\nor a mean is taken in another order (three ranks, tensor "
-        "parallel), losses "
-        "differ by rounding from there on. MLX is not\namong the legs."
+        "parallel, MLX), losses\ndiffer by rounding from there on."
     )
     for lora in (True, False):
         with tempfile.TemporaryDirectory(dir=chosen.folder) as folder:

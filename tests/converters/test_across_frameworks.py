@@ -290,7 +290,6 @@ def converted(framework: str, rule: str, file: Path, target: Path) -> Path:
     if framework != "peft":
         options = {"map": MAPS[framework], **OPTIMIZERS[rule]}
         if framework == "mlx":
-            options["lr"] = float(np.float32(options["lr"]))
             options |= {"bias_correction": True} if rule in ("adam", "adamw") else {}
     convert(
         file,

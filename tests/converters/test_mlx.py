@@ -144,6 +144,7 @@ def test_what_the_caller_has_to_say(tmp_path: Path) -> None:
     assert state.optimizers[0].class_path == "torch.optim.adam.Adam"
     assert state.groups[0].options == (("lr", float(RATE)), ("betas", (0.9, 0.99)))
     assert state["w"]["step"] == Scalar("F32", np.float32(3).tobytes())
+    assert dict(read(path, **CORRECTED, lr=1e-3).groups[0].options)["lr"] == 1e-3, "float32 holds it rounded"
     plain = read(path, optimizer="adam", bias_correction=False)
     assert plain.optimizers[0].class_path == "mlx.optimizers.Adam"
     assert plain.groups[0].options == (("lr", float(RATE)), ("bias_correction", False))

@@ -119,6 +119,7 @@ def test_an_nnx_optimizer_as_tunix_saves_it(tmp_path: Path) -> None:
     for name, parameter in ours.items():
         assert parameter["exp_avg"].bytes() == np.asarray(moments["mu"]["lora"][name[5:]]).tobytes()
     assert dict(ours.groups[0].options)["lr"] == float(np.float32(1e-2))
+    assert dict(read(tmp_path / "3", lr=1e-2).groups[0].options)["lr"] == 1e-2, "float32 holds it rounded"
     with pytest.raises(OptionError) as caught:
         read(tmp_path / "3", lr=1.0)
     assert str(caught.value) == f"{tmp_path / '3' / 'optimizer_state'} holds lr={float(np.float32(1e-2))!r}, not 1.0"
