@@ -276,15 +276,30 @@ def test_inspect_as_markdown(lora_state: Output, tmp_path: Path) -> None:
     assert lora_state.out.endswith("- lr is 0 in group 0: a step moves no weight until a scheduler or you set lr\n")
 
 
-def test_colours_are_for_terminals(converted: Path, terminal: tuple[int, int]) -> None:
-    controller, end = terminal
+def on_a_terminal(command: list[str], stream: str, **environment: str) -> tuple[bytes, bytes]:
+    """What a command that succeeds shows on a terminal, which ``stream`` is, and what it writes to the other stream.
 
+    The terminal is read meanwhile: it holds 4,096 bytes, and a command that has more to say on a slow machine waits.
+    """
+    controller, end = os.openpty()
+    streams: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, stream: end}
+    with (
+        os.fdopen(controller, "rb", buffering=0) as screen,
+        subprocess.Popen(command, **streams, env={**os.environ, "TERM": "xterm", **environment}) as run,
+    ):
+        os.close(end)
+        shown = b""
+        with contextlib.suppress(OSError):  # no process has the other end any more
+            while part := screen.read(1 << 16):
+                shown += part
+        out, err = run.communicate(timeout=60)
+    assert run.returncode == 0, (shown, out, err)
+    return shown, out or err or b""
+
+
+def test_colours_are_for_terminals(converted: Path) -> None:
     def shown(**environment: str) -> bytes:
-        subprocess.run(
-            [*COMMAND, "inspect", str(converted)],
-            stdout=end, check=True, env={**os.environ, "TERM": "xterm", **environment},
-        )  # fmt: skip
-        return os.read(controller, 1 << 16)
+        return on_a_terminal([*COMMAND, "inspect", str(converted)], "stdout", **environment)[0]
 
     assert b"\x1b[1m" in shown()
     assert b"\x1b" not in shown(NO_COLOR="1")
@@ -476,31 +491,11 @@ main()
     assert list(tmp_path.iterdir()) == []
 
 
-def on_a_terminal(command: list[str]) -> tuple[bytes, bytes]:
-    """What a command that succeeds writes to stdout, and to stderr, which is a terminal.
-
-    The terminal is read meanwhile: it holds 4,096 bytes, and a command that has more to say on a slow machine waits.
-    """
-    controller, end = os.openpty()
-    with (
-        os.fdopen(controller, "rb", buffering=0) as screen,
-        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=end) as run,
-    ):
-        os.close(end)
-        shown = b""
-        with contextlib.suppress(OSError):  # no process has the other end any more
-            while part := screen.read(1 << 16):
-                shown += part
-        out, _ = run.communicate(timeout=60)
-    assert run.returncode == 0, shown
-    return out, shown
-
-
 def test_progress_is_shown_on_a_terminal_only(founding: Founding, tmp_path: Path) -> None:
     # A bar comes up after a second; so that it is seen here, at once.
     code = "from lora_state_format import cli; cli.PATIENCE = 0.0; cli.main()"
     arguments = ["convert", str(founding.path), str(tmp_path / "a.safetensors"), "--json"]
-    out, shown = on_a_terminal([sys.executable, "-c", code, *arguments])
+    shown, out = on_a_terminal([sys.executable, "-c", code, *arguments], "stderr")
     assert json.loads(out)["written"] is True
     assert b"converting" in shown
 
