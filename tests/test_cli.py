@@ -15,7 +15,7 @@ import pytest
 
 import lora_state_format as lsf
 from lora_state_format.binding.policies import Policies
-from lora_state_format.cli import run
+from lora_state_format.cli import commands, run
 from lora_state_format.model.states import Group, Naming, Optimizer, OptimizerState, Parameter, Scalar
 from lora_state_format.operations.conversion import convert
 

@@ -98,7 +98,8 @@ def test_commands_and_their_options() -> None:
     rewriting = {*reading, "--force", "source", "target"}
     assert found == {
         "check": sorted(
-            {*reading, "--base", "--dtype", "--mismatch", "--missing", "--model", "--rename", "--unexpected", "path"}
+            {*reading, "--base", "--dtype", "--into", "--mismatch", "--mismatch-class", "--missing", "--model"}
+            | {"--rename", "--unexpected", "path"}
         ),
         "completion": ["--traceback", "shell"],
         "convert": sorted({*rewriting, "--base", "--dequantize", "--dry-run", "--latest", "--store", "--to"}),

@@ -136,8 +136,8 @@ CLASSES: Final[Mapping[str, Known]] = {
 }
 """Class path -> demands of its step. Measured on torch 2.13, transformers 5.23, bitsandbytes 0.50 and torchao 0.18.
 
-Those of apex and DeepSpeed, and transformers' AdamW, which left it in 5.0, are as their sources say: they do not run
-here. bitsandbytes' Adam decays as its AdamW does, decoupled: both run one kernel.
+Transformers' AdamW, which left it in 5.0, was run in 4.46. Those of apex and DeepSpeed are as their sources say: no
+test has run them. bitsandbytes' Adam decays as its AdamW does, decoupled: both run one kernel.
 """
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import runpy
 import shutil
 from pathlib import Path
 from typing import Any
@@ -13,10 +14,11 @@ import torch
 from lora_state_format import registry
 from lora_state_format.cli import run
 from lora_state_format.converters import lerobot
-from lora_state_format.errors import RefusedError, TargetExistsError, UnrepresentableError
+from lora_state_format.errors import BindError, RefusedError, TargetExistsError, UnrepresentableError
 from lora_state_format.foreign.state_dict import to_state_dict
 from lora_state_format.model.states import OptimizerState, PositionalState
 from lora_state_format.operations.conversion import convert, read
+from lora_state_format.torch import load_optimizer
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 
@@ -227,3 +229,39 @@ def test_olmo_safetensors_with_pickles_inside_are_refused(tmp_path: Path) -> Non
         f"{tmp_path / 'optim.safetensors'}: its tensors' names and all other values are pickles; save the run's state "
         "as optim.pt (save_format torch) and convert that. Nothing was run"
     )
+
+
+# --- transformers' AdamW, which left it in 5.0 ----------------------------------------------------------------------
+
+
+def test_the_adamw_of_old_transformers_goes_on_as_torchs(tmp_path: Path) -> None:
+    """Its moments are AdamW's, bit for bit; its steps shrink the weights after the update, and torch's before it.
+
+    So three steps part by 3 * lr * weight_decay * update, which is at most about lr.
+    """
+    folder = GOLDEN / "transformers_adamw"
+    made = runpy.run_path(str(folder / "make.py"))
+    golden = torch.load(folder / "files" / "expected.pt", weights_only=True)
+    stated = tmp_path / "o.safetensors"
+    (tmp_path / "names.txt").write_text("a\nb\n")
+    kind = "transformers.optimization.AdamW"
+    convert(folder / "files" / "optimizer.pt", stated, names=tmp_path / "names.txt", optimizer=kind)
+
+    model = made["model"]()
+    model.load_state_dict(golden["saved"]["weights"])
+    optimizer = torch.optim.AdamW(model.values())
+    with pytest.raises(BindError, match=f"written by {kind}, and the optimizer is torch.optim.adamw.AdamW"):
+        load_optimizer(optimizer, model, stated)
+    load_optimizer(optimizer, model, stated, mismatch_class="translate")
+    (group,) = optimizer.param_groups
+    assert (group["lr"], group["weight_decay"], group["eps"]) == (1e-2, 0.1, 1e-6)
+    for name, slots in golden["saved"]["state"].items():
+        own = optimizer.state[model[name]]
+        assert own["step"] == slots["step"] == 3
+        assert all(own[slot].equal(slots[slot]) for slot in ("exp_avg", "exp_avg_sq"))
+    made["advance"](model, optimizer, range(3, 6))
+    for name, parameter in model.items():
+        torch.testing.assert_close(parameter.detach(), golden["later"]["weights"][name], rtol=0, atol=5e-5)
+        assert not torch.allclose(parameter, golden["saved"]["weights"][name], rtol=0, atol=1e-3)
+        own, slots = optimizer.state[parameter], golden["later"]["state"][name]
+        assert all(own[slot].allclose(slots[slot], rtol=1e-6, atol=1e-8) for slot in ("exp_avg", "exp_avg_sq"))
