@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Final
 
-from lora_state_format.errors import FileError, OptionError, RefusedError, UnrepresentableError
+from lora_state_format.errors import FileError, OptionError, UnrepresentableError
 from lora_state_format.foreign import keyed, pickles
 from lora_state_format.foreign.deepspeed import check_whole
 from lora_state_format.foreign.elsewhere import is_trainer
@@ -33,9 +33,6 @@ OPTIMIZER: Final = "optimizer.pt"
 TARGET: Final = OPTIMIZER
 TRAINER: Final = "trainer_state.json"
 CONFIGS: Final = ("adapter_config.json", "config.json")
-
-HEAD: Final = 1 << 16
-"""Bytes at the beginning of a file that are searched for FSDP1's flat parameters, if it cannot be read."""
 
 MEMBER: Final = "optimizer.pth"
 """How the members of stable-baselines3's archives end that hold an optimizer; others hold parameters."""
@@ -135,14 +132,10 @@ def _tree(file: Source, path: Path) -> Any:
             "not there",
             path=path,
         )
-    try:
-        tree = pickles.load(file, path).value
-    except RefusedError:
-        head = bytearray(min(file.size, HEAD))
-        file.readinto(0, memoryview(head))
-        if keyed.FLAT.encode() in head:
-            raise keyed.local_state(path) from None
-        raise
+    tree = pickles.load(file, path).value
+    models = [value for value in tree.values() if isinstance(value, Mapping)] if isinstance(tree, Mapping) else []
+    if any(str(name).endswith(keyed.FLAT) for model in models for name in model):
+        raise keyed.local_state(path)
     if isinstance(tree, dict) and "ds_version" in tree:
         raise FileError("one rank's part of a DeepSpeed checkpoint: convert the folder that holds it", path=path)
     return tree

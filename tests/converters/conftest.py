@@ -30,14 +30,13 @@ def run_ranks() -> RunRanks:
         path = Path(__file__).parent / "runs" / f"{script}.py"
         started = []
         for rank in range(world):
-            log = (out / f"{script}.{rank}.log").open("w+")
+            log = out / f"{script}.{rank}.log"
             command = [sys.executable, "-W", "ignore", str(path), str(out), str(rank), str(world), str(port), cases]
             environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-            started.append((subprocess.Popen(command, stdout=log, stderr=log, env=environment), log))
+            with log.open("w") as said:
+                started.append((subprocess.Popen(command, stdout=said, stderr=said, env=environment), log))
         for process, log in started:
-            code = process.wait(timeout=300)
-            log.seek(0)
-            assert code == 0, log.read()[-3000:]
+            assert process.wait(timeout=300) == 0, log.read_text()[-3000:]
 
     return run
 

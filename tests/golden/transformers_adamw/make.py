@@ -40,6 +40,8 @@ def contents(made: Any, optimizer: Any) -> dict[str, Any]:
 def main(folder: Path) -> None:
     from transformers import AdamW
 
+    folder.mkdir(parents=True, exist_ok=True)
+
     made = model()
     optimizer = AdamW(made.values(), lr=1e-2, weight_decay=0.1, no_deprecation_warning=True)
     advance(made, optimizer, range(3))
