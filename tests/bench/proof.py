@@ -271,7 +271,7 @@ def main() -> None:
         f"{chosen.steps} steps,\nand its losses next to those of a run in one process that never moved. Each leg loads "
         "the weights and the optimizer's\nstate that the leg before saved, on the CPU with gloo; the script stops if a "
         "loss is off by more than 1e-5. Where a sum\nor a mean is taken in another order (three ranks, tensor "
-        "parallel, MLX), losses\ndiffer by rounding from there on."
+        "parallel, MLX), losses differ by\nrounding from there on."
     )
     for lora in (True, False):
         with tempfile.TemporaryDirectory(dir=chosen.folder) as folder:

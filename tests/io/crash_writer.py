@@ -32,10 +32,14 @@ from lora_state_format.model.states import Group, Naming, Optimizer, OptimizerSt
 from lora_state_format.model.tensors import contiguous
 
 NAME: Final = "optimizer.safetensors"
-LAYOUTS: Final[dict[str, int | None]] = {"file": None, "set": 70, "other-set": 100}
+WRITTEN: Final = 1 << 14
+"""Elements of a tensor that is written by itself; smaller ones go together."""
+
+LAYOUTS: Final[dict[str, int | None]] = {"file": None, "set": 9 * WRITTEN, "other-set": 13 * WRITTEN}
+"""Largest shards, in bytes: of two tensors, of three."""
 
 
-def state(number: int, elements: int = 8) -> OptimizerState:
+def state(number: int, elements: int = WRITTEN) -> OptimizerState:
     data = Memory(bytes([number % 256]) * elements * 4)
     slot = Slot(contiguous("F32", (elements,), data), Role.PARAM)
     parameters = tuple(Parameter(name, (elements,), {"exp_avg": slot}) for name in "abcd")

@@ -211,7 +211,7 @@ def test_writers_and_readers_at_once(tmp_path: Path, writer: ModuleType) -> None
         "choose = random.Random(own)\n"
         "for n in range(60):\n"
         "    layout = choose.choice(list(w.LAYOUTS.values()))\n"
-        "    w.writing.write(w.state(own + n % 50, 100), path, force=True, max_shard_size=layout and 10 * layout)\n"
+        "    w.writing.write(w.state(own + n % 50), path, force=True, max_shard_size=layout)\n"
     )
     prelude = f"import os, sys; sys.path.insert(0, {os.fspath(SCRIPT.parent)!r})\nimport crash_writer as w\n"
     processes = [
