@@ -7,10 +7,12 @@ and ``updater/model:main/`` stand before them. Hyperparameters are not in it.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
 
 from lora_state_format.errors import FileError
+from lora_state_format.foreign import pickles
 from lora_state_format.foreign.npz import names_in, read_npz
 from lora_state_format.io.files import reading
 from lora_state_format.model.sources import File
@@ -21,10 +23,9 @@ from lora_state_format.model.states import (
     Optimizer,
     Parameter,
     PositionalState,
-    Role,
     Scalar,
-    Slot,
     Value,
+    slot_of,
 )
 from lora_state_format.model.tensors import Tensor
 from lora_state_format.registry import Match
@@ -42,7 +43,7 @@ def detect(path: Path) -> Match | None:
     if not path.is_file():
         return None
     with File(path) as file:
-        if bytes(file.read(0, min(file.size, 4))) != b"PK\3\4":
+        if pickles.container(file) != "zip archive":
             return None
         try:
             names = names_in(file, path)
@@ -86,11 +87,10 @@ def _state(parts: Mapping[str, Mapping[str, Tensor]], weights: Mapping[str, Tens
         before = len(entries)
         for key, tensor in arrays.items():
             name, _, slot = key.rpartition("/")
-            value: Value = Slot(tensor, Role.PARAM) if tensor.shape else Scalar(tensor.dtype, bytes(tensor.bytes()))
             if name:
-                entries.setdefault(prefix + name, {})[slot] = value
+                entries.setdefault(prefix + name, {})[slot] = slot_of(tensor)
             else:
-                shared[prefix + slot] = value
+                shared[prefix + slot] = slot_of(tensor)
         groups.append(Group(index, (), len(entries) - before))
     steps = [value.item() for key, value in shared.items() if key.endswith("t") and isinstance(value, Scalar)]
     state = PositionalState(
@@ -106,6 +106,6 @@ def _state(parts: Mapping[str, Mapping[str, Tensor]], weights: Mapping[str, Tens
     names = [str(identity) for identity in state.ids]
     shapes = [weights[n].shape if n in weights else shape for n, shape in zip(names, state.shapes(), strict=True)]
     if None in shapes:
-        return PositionalState(**{**vars(state), "names": tuple(names)})
+        return replace(state, names=tuple(names))
     parameters = [Parameter(name, shape or (), None) for name, shape in zip(names, shapes, strict=True)]
     return state.named(parameters, Naming("checkpoint", details={"order": "unknown"}))

@@ -14,11 +14,12 @@ from pathlib import Path
 from typing import Any, Final
 
 from lora_state_format.errors import FileError, RefusedError
+from lora_state_format.foreign import pickles
 from lora_state_format.foreign.hdf5 import MAGIC, Tree, read_tree
 from lora_state_format.foreign.zips import Archive
 from lora_state_format.io.files import reading
 from lora_state_format.io.strict_json import loads
-from lora_state_format.model.sources import File, Source
+from lora_state_format.model.sources import File, Source, Stream
 from lora_state_format.model.states import (
     Checkpoint,
     Group,
@@ -26,13 +27,11 @@ from lora_state_format.model.states import (
     Optimizer,
     Parameter,
     PositionalState,
-    Role,
     Scalar,
-    Slot,
     Value,
     Weights,
+    slot_of,
 )
-from lora_state_format.model.tensors import Tensor
 from lora_state_format.registry import Match
 
 NAME: Final = "keras"
@@ -79,10 +78,9 @@ def detect(path: Path) -> Match | None:
     if not path.is_file():
         return None
     with File(path) as file:
-        start = bytes(file.read(0, min(file.size, len(MAGIC))))
-        if start == MAGIC:
+        if Stream(file).read(len(MAGIC)) == MAGIC:
             return Match("an HDF5 file", path)
-        if start.startswith(b"PK\3\4"):
+        if pickles.container(file) == "zip archive":
             try:
                 if MEMBER in Archive(file, path):
                     return Match(f"a zip archive with {MEMBER}", path)
@@ -102,7 +100,7 @@ def read(match: Match, options: Mapping[str, Any]) -> Checkpoint:
     with reading() as files:
         source: Source = files[path]
         config: Mapping[str, Any] = {}
-        if path.suffix != ".h5" and bytes(_start(source)) != MAGIC:
+        if path.suffix != ".h5" and Stream(source).read(len(MAGIC)) != MAGIC:
             archive = Archive(source, path)
             source = archive[MEMBER]
             config = _member(
@@ -117,12 +115,6 @@ def read(match: Match, options: Mapping[str, Any]) -> Checkpoint:
         if f"{NUMBERED}0" not in tree.tensors:
             raise FileError(NO_OPTIMIZER, path=path)
         return _by_number(tree, config, path, (files,))
-
-
-def _start(source: Source) -> bytearray:
-    start = bytearray(min(source.size, len(MAGIC)))
-    source.readinto(0, memoryview(start))
-    return start
 
 
 def _member(tree: Any, *keys: str) -> Mapping[str, Any]:
@@ -158,7 +150,7 @@ def _by_name(tree: Tree, config: Mapping[str, Any], path: Path, resources: tuple
         owners = [key for key in flat if label.startswith(f"{key}_") and weights[flat[key]].shape == tensor.shape]
         if owners:
             owner = max(owners, key=len)
-            entries.setdefault(flat[owner], {})[label[len(owner) + 1 :]] = _slot(tensor)
+            entries.setdefault(flat[owner], {})[label[len(owner) + 1 :]] = slot_of(tensor)
         elif tensor.shape:
             raise RefusedError(
                 f"the optimizer's variable '{variable}' names no parameter of the model: Keras 2 and TensorFlow number "
@@ -166,7 +158,7 @@ def _by_name(tree: Tree, config: Mapping[str, Any], path: Path, resources: tuple
                 path=path,
             )
         else:
-            shared[label] = _slot(tensor)
+            shared[label] = slot_of(tensor)
     parameters = [Parameter(name, weights[name].shape, None, dtype=weights[name].dtype) for name in entries]
     state = _state(tuple(entries), entries, shared, config, resources)
     return Checkpoint(state.named(parameters, Naming("checkpoint")), weights)
@@ -205,13 +197,13 @@ def _by_number(tree: Tree, config: Mapping[str, Any], path: Path, resources: tup
             path=path,
         )
     entries = {
-        number: {slot: _slot(tensor) for slot, tensor in zip(slots, run, strict=True)}
+        number: {slot: slot_of(tensor) for slot, tensor in zip(slots, run, strict=True)}
         for number, run in enumerate(runs)
     }
     state = _state(
         tuple(entries),
         entries,
-        {name: _slot(tensor) for name, tensor in zip(SHARED, shared, strict=False)},
+        {name: slot_of(tensor) for name, tensor in zip(SHARED, shared, strict=False)},
         config,
         resources,
     )
@@ -227,10 +219,6 @@ def _by_number(tree: Tree, config: Mapping[str, Any], path: Path, resources: tup
 def _count(tree: Tree) -> int:
     """Return how many variables the optimizer has, which are numbered from 0 without gaps."""
     return next(number for number in count() if f"{NUMBERED}{number}" not in tree.tensors)
-
-
-def _slot(tensor: Tensor) -> Value:
-    return Slot(tensor, Role.PARAM) if tensor.shape else Scalar(tensor.dtype, bytes(tensor.bytes()))
 
 
 def _state(

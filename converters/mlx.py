@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from lora_state_format.errors import FileError, OptionError, RefusedError, Remedy, UnrepresentableError
-from lora_state_format.foreign.npz import read_npz
+from lora_state_format.foreign.npz import names_in, read_npz
 from lora_state_format.foreign.zips import Archive
 from lora_state_format.io import plain
 from lora_state_format.io.safetensors import read_header
@@ -55,6 +55,10 @@ TARGET: Final = NAMES[0]
 SUFFIX: Final = "_optimizer.safetensors"
 """mflux and others write ``0000100_optimizer.safetensors``, and the adapter with the same number."""
 COUNTERS: Final = {"step": ("U64", ()), "learning_rate": ("F32", ())}
+PART: Final = "states.0.learning_rate"
+"""The key that says that it is a MultiOptimizer's."""
+
+LEARNING_RATES: Final = frozenset({"learning_rate", PART})
 
 
 def detect(path: Path) -> Match | None:
@@ -67,10 +71,12 @@ def detect(path: Path) -> Match | None:
             if path.suffix == ".zip":
                 members = [name for name in Archive(file, path) if name.endswith(SUFFIX)]
                 return Match(f"a zip archive with {members[0]}, as mflux writes it", path) if members else None
+            if path.suffix == ".npz" and not LEARNING_RATES & set(names_in(file, path)):
+                return None  # before an archive that is compressed is unpacked
             tensors = _tensors(file, path) if path.suffix in (".safetensors", ".npz") else {}
         except FileError:
             return None
-    if "states.0.learning_rate" in tensors or _counters(tensors) == COUNTERS:
+    if PART in tensors or _counters(tensors) == COUNTERS:
         return Match(f"{path.suffix[1:]} with step and learning_rate next to <parameter>.<slot>, as MLX has them", path)
     return None
 
@@ -95,7 +101,7 @@ def read(match: Match, options: Mapping[str, Any]) -> Checkpoint:
         if path.suffix == ".zip":
             raise RefusedError(f"compressed: unzip it and convert the file *{SUFFIX} in it", path=path)
         found = _tensors(files[0], path)
-        if "states.0.learning_rate" in found:
+        if PART in found:
             raise RefusedError(
                 "the state of a MultiOptimizer, whose parts do not say their rules: save the state of each part",
                 path=path,

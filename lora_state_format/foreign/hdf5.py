@@ -8,18 +8,13 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from lora_state_format.errors import FileError, MissingDependencyError, RefusedError
+from lora_state_format.model.dtypes import SPELLED
 from lora_state_format.model.sources import Source, Stream
 from lora_state_format.model.tensors import Tensor, contiguous
 
 __all__ = ["MAGIC", "Tree", "read_tree"]
 
 MAGIC: Final = b"\x89HDF\r\n\x1a\n"
-
-DTYPES: Final = {
-    "<f2": "F16", "<f4": "F32", "<f8": "F64", "<i8": "I64", "<i4": "I32", "<i2": "I16", "|i1": "I8", "|u1": "U8",
-    "<u2": "U16", "<u4": "U32", "<u8": "U64",
-}  # fmt: skip
-"""h5py's little-endian types that safetensors has too. Its booleans are enumerations."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +46,7 @@ def read_tree(source: Source, path: object) -> Tree:
 
     def visit(name: str, item: Any) -> None:
         attributes[name] = dict(item.attrs)
-        if isinstance(item, h5py.Dataset) and item.dtype.kind in "fiu":
+        if isinstance(item, h5py.Dataset) and item.dtype.kind in "fiu":  # h5py's booleans are enumerations
             tensors[name] = _tensor(name, item, source, path)
 
     try:
@@ -70,7 +65,7 @@ def _tensor(name: str, item: Any, source: Source, path: object) -> tuple[int, Te
     """Return where a dataset's bytes begin, and its tensor."""
     spelled = item.dtype.str if sys.byteorder == "little" else item.dtype.newbyteorder("S").str
     offset, size = item.id.get_offset(), int(item.size) * item.dtype.itemsize
-    if spelled not in DTYPES or (size and (offset is None or item.chunks is not None)):
+    if spelled not in SPELLED or (size and (offset is None or item.chunks is not None)):
         raise RefusedError(
             f"the dataset '{name}' ({item.dtype}) is stored in chunks, compressed, big-endian or elsewhere, where "
             "datasets in one piece are read; Keras writes such ones",
@@ -79,4 +74,4 @@ def _tensor(name: str, item: Any, source: Source, path: object) -> tuple[int, Te
     if size and offset + size > source.size:
         raise FileError(f"the dataset '{name}' reaches past the end of the file", path=path)
     start = offset or 0
-    return start, contiguous(DTYPES[spelled], tuple(map(int, item.shape)), source, start)
+    return start, contiguous(SPELLED[spelled], tuple(map(int, item.shape)), source, start)

@@ -10,6 +10,7 @@ from typing import Final
 
 from lora_state_format.errors import FileError, RefusedError
 from lora_state_format.foreign.zips import Archive
+from lora_state_format.model.dtypes import SPELLED
 from lora_state_format.model.sources import Memory, Source, Stream
 from lora_state_format.model.tensors import Tensor, contiguous
 
@@ -19,11 +20,6 @@ MAGIC: Final = b"\x93NUMPY"
 SUFFIX: Final = ".npy"
 LONGEST: Final = 1 << 16
 """Bytes of an array's header: its format, shape and order, in text."""
-
-DTYPES: Final = {
-    "|b1": "BOOL", "|i1": "I8", "|u1": "U8", "<i2": "I16", "<u2": "U16", "<i4": "I32", "<u4": "U32", "<i8": "I64",
-    "<u8": "U64", "<f2": "F16", "<f4": "F32", "<f8": "F64",
-}  # fmt: skip
 
 
 def names_in(source: Source, path: object = None) -> list[str]:
@@ -82,13 +78,13 @@ def _array(member: Source, name: str, path: object) -> Tensor:
         raise FileError(f"the member {name!r} has a header that is not NumPy's", path=path) from error
     if not sound:
         raise FileError(f"the member {name!r} has the shape {shape}", path=path)
-    if spelled not in DTYPES or (fortran and len(shape) > 1):
+    if spelled not in SPELLED or (fortran and len(shape) > 1):
         raise RefusedError(
             f"the array {name!r} is of type {spelled!r}{', in Fortran order' if fortran else ''}; little-endian "
             "numbers in C order are read, and no pickle is run",
             path=path,
         )
-    tensor = contiguous(DTYPES[spelled], shape, member, end)
+    tensor = contiguous(SPELLED[spelled], shape, member, end)
     if end + tensor.size != member.size:
         raise FileError(
             f"the member {name!r} has {member.size - end} bytes, where its header says {tensor.size}", path=path

@@ -8,14 +8,15 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple
 if TYPE_CHECKING:
     import numpy as np
 
-__all__ = ["BITS", "DTYPES", "FLOATS", "NAMES", "NUMBERS", "DType", "decoded", "item_size"]
+__all__ = ["BITS", "DTYPES", "FLOATS", "NAMES", "NUMBERS", "SPELLED", "DType", "decoded", "item_size"]
 
 
 class DType(NamedTuple):
     """A row of the table.
 
     ``bits`` are those of an element; ``name`` is what torch, NumPy, ``ml_dtypes``, JAX and flax call it; ``numpy`` is
-    NumPy's little-endian type and ``struct`` the code of the module ``struct``; ``None`` where these have none.
+    NumPy's little-endian type, spelled as its ``dtype.str``, and ``struct`` the code of the module ``struct``; ``None``
+    where these have none.
     """
 
     bits: int
@@ -25,9 +26,9 @@ class DType(NamedTuple):
 
 
 DTYPES: Final[Mapping[str, DType]] = {
-    "BOOL": DType(8, "bool", "?", "?"),
-    "U8": DType(8, "uint8", "u1", "B"),
-    "I8": DType(8, "int8", "i1", "b"),
+    "BOOL": DType(8, "bool", "|b1", "?"),
+    "U8": DType(8, "uint8", "|u1", "B"),
+    "I8": DType(8, "int8", "|i1", "b"),
     "U16": DType(16, "uint16", "<u2", "H"),
     "I16": DType(16, "int16", "<i2", "h"),
     "U32": DType(32, "uint32", "<u4", "I"),
@@ -60,6 +61,11 @@ FLOATS: Final = frozenset({"F16", "BF16", "F32", "F64"})
 
 NUMBERS: Final = FLOATS | {"BOOL", "U8", "I8", "U16", "I16", "U32", "I32", "U64", "I64"}
 """Real numbers that can be computed with."""
+
+SPELLED: Final[Mapping[str, str]] = {
+    row.numpy: dtype for dtype, row in DTYPES.items() if row.numpy and dtype in NUMBERS
+}
+"""The dtypes of real numbers by NumPy's ``dtype.str``."""
 
 
 def item_size(dtype: str) -> int:

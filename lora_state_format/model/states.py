@@ -36,6 +36,7 @@ __all__ = [
     "Value",
     "Weights",
     "mapped",
+    "slot_of",
     "walk",
 ]
 
@@ -110,6 +111,11 @@ Value: TypeAlias = (
     "bool | int | float | str | bytes | Scalar | Slot | tuple[Value, ...] | list[Value] | Mapping[Any, Value] | None"
 )
 """What a slot, an option or an extra may hold. Mapping keys are ``None``, ``bool``, ``int``, ``float`` or ``str``."""
+
+
+def slot_of(tensor: Tensor) -> Slot | Scalar:
+    """Return a tensor as a slot like its parameter; one without axes by its value."""
+    return Slot(tensor, Role.PARAM) if tensor.shape else Scalar(tensor.dtype, bytes(tensor.bytes()))
 
 
 def walk(value: Value, path: tuple[Any, ...] = ()) -> Iterator[tuple[tuple[Any, ...], Value]]:

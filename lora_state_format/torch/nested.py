@@ -65,8 +65,8 @@ def beside(optimizer: torch.optim.Optimizer) -> Mapping[str, Any]:
 def outside(optimizer: torch.optim.Optimizer) -> Iterator[tuple[str, str]]:
     """Yield path and kind of what an optimizer keeps in attributes of its own, where no state dict has it."""
     trained = [p for group in optimizer.param_groups for p in group["params"]]
-    if class_path(type(optimizer)) in _IN_GRADIENTS:
-        yield from (("param_groups.params.grad", "torch.Tensor") for p in trained[:1] if p.grad is not None)
+    if class_path(type(optimizer)) in _IN_GRADIENTS and any(p.grad is not None for p in trained[:1]):
+        yield "param_groups.params.grad", "torch.Tensor"
     parameters = set(map(id, trained))
     kept = {*_BASE, *_REBUILT, *wrapped(optimizer), *beside(optimizer)}
     for name, value in vars(optimizer).items():
