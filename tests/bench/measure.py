@@ -115,7 +115,7 @@ def machine(*packages: str) -> str:
 
 
 def row(title: str, own: Sequence[Run], first: Sequence[Run], limits: Mapping[str, float]) -> dict[str, Any]:
-    """Return what was measured of a case as JSON, next to its limits: ``seconds``, ``ratio``, ``peak``.
+    """Return what was measured of a case as JSON, next to its limits: ``cpu``, ``ratio``, ``peak``.
 
     ``first`` are the runs of the yardstick, which ratios of the same round are to.
     """
@@ -125,7 +125,7 @@ def row(title: str, own: Sequence[Run], first: Sequence[Run], limits: Mapping[st
     shown["ratio"] = spread([a.wall / b.wall for a, b in zip(own, first, strict=True)])
     shown["cpu_ratio"] = spread([a.cpu / max(b.cpu, 1e-6) for a, b in zip(own, first, strict=True)])
     shown["peak"] = max(run.peak for run in own)
-    shown["missed"] = [name for name, limit in limits.items() if _value(shown, name) > limit]
+    shown["missed"] = {name: over for name, limit in limits.items() if (over := _value(shown, name) - limit) > 0}
     return shown
 
 
@@ -143,7 +143,7 @@ def lines(title: str, rows: Sequence[Mapping[str, Any]]) -> list[str]:
     for found in rows:
         ratio, low, high = found["ratio"]
         limits = ", ".join(
-            f"{name} {limit:g}{': missed' if name in found['missed'] else ''}"
+            f"{name} {limit:g}: " + (f"missed by {found['missed'][name]:.2g}" if name in found["missed"] else "met")
             for name, limit in found["limits"].items()
         )
         numbers = [f"{found['least']:.2f}", f"{found['seconds'][0]:.2f}", f"{found['cpu'][0]:.2f}", f"{ratio:.2f}"]

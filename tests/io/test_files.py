@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -26,6 +27,26 @@ def test_more_files_than_may_be_open(tmp_path: Path) -> None:
     assert len(list(Path("/proc/self/fd").iterdir())) - before == MAX_OPEN
     files.close()
     assert len(list(Path("/proc/self/fd").iterdir())) == before
+
+
+def test_threads_read_more_files_than_may_be_open(tmp_path: Path) -> None:
+    """A file that leaves is still read by whoever began to."""
+    files = Files()
+    paths = [tmp_path / str(number) for number in range(MAX_OPEN + 40)]
+    for number, path in enumerate(paths):
+        path.write_bytes(bytes([number]) * 1000)
+
+    def read(start: int) -> bool:
+        out = bytearray(1000)
+        for at in [*range(start, len(paths)), *range(start)] * 3:
+            files[paths[at]].readinto(0, memoryview(out))
+            if out != bytes([at]) * 1000:
+                return False
+        return True
+
+    with ThreadPoolExecutor(4) as threads:
+        assert all(threads.map(read, (0, 30, 60, 90)))
+    files.close()
 
 
 def test_a_file_that_changes_is_noticed(tmp_path: Path) -> None:
