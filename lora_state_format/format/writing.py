@@ -251,7 +251,7 @@ def stream(
 
     parts = _parts(layout)
     with ThreadPoolExecutor(readers) as pool:
-        for digests in pool.map(copy, parts) if readers > 1 else map(copy, parts):
+        for digests in pool.map(copy, parts) if min(readers, len(parts)) > 1 else map(copy, parts):
             layout.digests.extend(digests)
 
 

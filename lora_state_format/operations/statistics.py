@@ -70,7 +70,7 @@ class Measure:
         if least < 0:
             self.negative += int(np.count_nonzero(values < 0))
         wide = values.astype("f8", copy=False)
-        self.squares += float(wide @ wide)
+        self.squares += float(np.einsum("i,i->", wide, wide))  # not @, whose threads fight with ours: 6 s became 3.3
         self.largest = max(self.largest, -least, most)
 
     def merge(self, other: Measure) -> None:

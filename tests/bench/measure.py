@@ -162,6 +162,13 @@ def draw(files: Sequence[Path], out: Path) -> None:
     from matplotlib.figure import Figure
 
     results = [json.loads(path.read_text(encoding="utf-8")) for path in files]
+    for result in results:
+        for table, rows in result["tables"].items():
+            print("", result["machine"], "", *lines(table, rows), sep="\n")
+        kept = {
+            table: rows for table, rows in result["tables"].items() if any("ratio" in row["limits"] for row in rows)
+        }
+        result["tables"] = kept  # of the others nothing is to be compared with the first row
     every = [(table, found) for result in results for table, rows in result["tables"].items() for found in rows[1:]]
     titles = list(dict.fromkeys((table, found["title"]) for table, found in every))
     figure = Figure(figsize=(8, 1 + 0.4 * len(titles)), layout="constrained")
@@ -174,8 +181,6 @@ def draw(files: Sequence[Path], out: Path) -> None:
         limited = [(place, row) for place, row in zip(places, found, strict=True) if "ratio" in row["limits"]]
         limits = [row["limits"]["ratio"] for _, row in limited]
         axes.plot(limits, [place for place, _ in limited], "k|", markersize=14)
-        for table, rows in result["tables"].items():
-            print("", result["machine"], "", *lines(table, rows), sep="\n")
     axes.set_yticks(range(len(titles)), [f"{table}: {title.replace('`', '')}" for table, title in titles], fontsize=7)
     axes.invert_yaxis()
     axes.axvline(1, color="black", linewidth=0.5)

@@ -11,6 +11,8 @@ import pytest
 from lora_state_format.errors import FileError, RefusedError
 from lora_state_format.io.files import MAX_OPEN, Files, inside, is_plain
 from lora_state_format.io.folders import new_folder
+from lora_state_format.io.remote import Remote
+from lora_state_format.model.sources import File, readable_together
 
 
 def test_more_files_than_may_be_open(tmp_path: Path) -> None:
@@ -47,6 +49,15 @@ def test_threads_read_more_files_than_may_be_open(tmp_path: Path) -> None:
     with ThreadPoolExecutor(4) as threads:
         assert all(threads.map(read, (0, 30, 60, 90)))
     files.close()
+
+
+def test_what_may_be_read_by_several_threads(tmp_path: Path) -> None:
+    path = tmp_path / "x"
+    path.write_bytes(b"one")
+    with File(path) as file, Files() as files:
+        assert readable_together([file, files])
+        assert not readable_together([file, object()])  # a decoder, of whose library nothing is known
+    assert not Remote.readable_together
 
 
 def test_a_file_that_changes_is_noticed(tmp_path: Path) -> None:
