@@ -157,18 +157,21 @@ def save(path: Path, about: str, tables: Mapping[str, Sequence[Mapping[str, Any]
     path.write_text(json.dumps({"machine": about, "tables": tables}, indent=1) + "\n", encoding="utf-8")
 
 
+def _compared(path: Path) -> dict[str, Any]:
+    """Print the tables of a file, and return it with those alone whose rows are to be compared with the first one."""
+    result: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    tables = result["tables"]
+    for table, rows in tables.items():
+        print("", result["machine"], "", *lines(table, rows), sep="\n")
+    compared = {table: rows for table, rows in tables.items() if any("ratio" in row["limits"] for row in rows)}
+    return {**result, "tables": compared}
+
+
 def draw(files: Sequence[Path], out: Path) -> None:
     """Draw the ratios to each table's yardstick, a colour for each machine, limits as marks; print the tables."""
     from matplotlib.figure import Figure
 
-    results = [json.loads(path.read_text(encoding="utf-8")) for path in files]
-    for result in results:
-        for table, rows in result["tables"].items():
-            print("", result["machine"], "", *lines(table, rows), sep="\n")
-        kept = {
-            table: rows for table, rows in result["tables"].items() if any("ratio" in row["limits"] for row in rows)
-        }
-        result["tables"] = kept  # of the others nothing is to be compared with the first row
+    results = [_compared(path) for path in files]
     every = [(table, found) for result in results for table, rows in result["tables"].items() for found in rows[1:]]
     titles = list(dict.fromkeys((table, found["title"]) for table, found in every))
     figure = Figure(figsize=(8, 1 + 0.4 * len(titles)), layout="constrained")
