@@ -16,6 +16,7 @@ import sys
 import threading
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, NoReturn
 
@@ -35,9 +36,11 @@ from lora_state_format.model.text import printable
 if TYPE_CHECKING:
     from click.shell_completion import CompletionItem
 
-    from lora_state_format.model.states import OptimizerState
+    from lora_state_format.model.states import OptimizerState, PositionalState
     from lora_state_format.operations.conversion import Progress
     from lora_state_format.operations.edit import Edited
+    from lora_state_format.operations.overview import Summary
+    from lora_state_format.operations.statistics import Statistics
 
 __all__ = ["commands", "main", "run"]
 
@@ -495,7 +498,7 @@ def inspect(
 ) -> None:
     """Show what a checkpoint of any known format holds; no tensor is read without --stats."""
     from lora_state_format import registry
-    from lora_state_format.operations import report, tables
+    from lora_state_format.operations import overview, report
     from lora_state_format.operations.entries import matching
     from lora_state_format.operations.look import look
 
@@ -511,35 +514,49 @@ def inspect(
             for resource in found.state.resources:
                 stack.enter_context(resource)
         state = found.state if match is None else matching(found.state, match)
-        statistics = None
-        if stats:
-            from lora_state_format.operations.statistics import measure
-
-            with _progress(f"measuring {path.name}") as progress:
-                statistics = measure(state, progress)
+        statistics = _measured(state, path.name) if stats else None
         if as_json:
             members = report.to_json(state, statistics)
             _say_json({**members, "path": str(path), "format": found.source_format, "unnamed": found.unnamed or None})
             return
         title = f"{path} ({found.source_format})"
         if as_tree:
-            _say(title, *report.tree(state))
+            _say(title, *overview.tree(state))
             return
-        summary = report.summary(state, statistics, unnamed=_in_options(found.unnamed))
-        short = sys.stdout.isatty() and not as_markdown
-        rows = (report.parameter_rows(state, statistics, sort, short=short),) if every else summary.tables
+        summary = overview.summary(state, statistics, unnamed=_in_options(found.unnamed))
+        if every:
+            short = sys.stdout.isatty() and not as_markdown
+            summary = replace(summary, tables=(overview.parameter_rows(state, statistics, sort, short=short),))
     if as_markdown:
-        facts = tables.Table(title, ("", ""), summary.facts)
-        _say_lines(*(line for table in (facts, *rows) for line in (*tables.markdown(table), "")))
-        _say_lines(*(f"- {printable(str(finding))}" for finding in summary.findings))
-        return
-    width = None if every and not sys.stdout.isatty() else _width()
+        _say_markdown(title, summary)
+    else:
+        _say_summary(title, summary, None if every and not sys.stdout.isatty() else _width())
+
+
+def _measured(state: OptimizerState | PositionalState, name: str) -> Statistics:
+    from lora_state_format.operations.statistics import measure
+
+    with _progress(f"measuring {name}") as progress:
+        return measure(state, progress)
+
+
+def _say_markdown(title: str, summary: Summary) -> None:
+    from lora_state_format.operations import tables
+
+    facts = tables.Table(title, ("", ""), summary.facts)
+    _say_lines(*(line for table in (facts, *summary.tables) for line in (*tables.markdown(table), "")))
+    _say_lines(*(f"- {printable(str(finding))}" for finding in summary.findings))
+
+
+def _say_summary(title: str, summary: Summary, width: int | None) -> None:
+    from lora_state_format.operations import tables
+
     bold = functools.partial(_styled, bold=True)
     _say_lines(bold(printable(title)), *tables.facts_text(summary.facts, width, bold))
     for finding in summary.findings:
         lines = tables.wrapped(f"! {printable(str(finding))}", "  ", "    ", width)
         _say_lines(*(_styled(line, fg="yellow") for line in lines))
-    for table in rows:
+    for table in summary.tables:
         _say_lines("", *tables.text(table, width, bold))
 
 

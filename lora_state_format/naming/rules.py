@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from bisect import bisect_right
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, compress
 from typing import Any, Final, NamedTuple, TypeAlias
@@ -182,16 +182,21 @@ def _stated(parameters: Sequence[Described], state: PositionalState) -> Iterator
     members = {identity: item for identity, item in found.items() if item is not None}
     if not names or len(members) < len(names) or len({item.name for item in members.values()}) < len(names):
         return
-    unnamed = [identity for identity in state.ids if identity not in names]
-    if unnamed:
-        taken = {item.name for item in members.values()}
-        rest = [item for item in trainable_of(parameters) if item.name not in taken]
-        bounds = list(accumulate(state.sizes()))
-        groups = {bisect_right(bounds, number) for number, i in enumerate(state.ids) if i not in names}
-        if len(rest) != len(unnamed) or len(groups) > 1:
-            return
-        members |= dict(zip(unnamed, rest, strict=True))
-    yield from _listed([members[identity] for identity in state.ids], state)
+    members |= _unstated(parameters, state, members)
+    if all(identity in members for identity in state.ids):
+        yield from _listed([members[identity] for identity in state.ids], state)
+
+
+def _unstated(
+    parameters: Sequence[Described], state: PositionalState, stated: Mapping[int | str, Described]
+) -> dict[int | str, Described]:
+    """Return the parameters of a single group whose names are not stated, in the model's order, if all are found."""
+    ids = [identity for identity in state.ids if identity not in stated]
+    taken = {item.name for item in stated.values()}
+    rest = [item for item in trainable_of(parameters) if item.name not in taken]
+    bounds = list(accumulate(state.sizes()))
+    groups = {bisect_right(bounds, number) for number, identity in enumerate(state.ids) if identity not in stated}
+    return dict(zip(ids, rest, strict=True)) if len(rest) == len(ids) and len(groups) == 1 else {}
 
 
 def _flat(parameters: Sequence[Described], state: PositionalState) -> Iterator[Splits]:

@@ -25,7 +25,7 @@ from lora_state_format.operations.entries import Entry, entries
 from lora_state_format.operations.figures import Cells, Figure, heat_map, histogram, rms_by_place
 from lora_state_format.operations.findings import SQUARES
 from lora_state_format.operations.look import look
-from lora_state_format.operations.report import parameter_rows, summary
+from lora_state_format.operations.overview import parameter_rows, summary
 from lora_state_format.operations.statistics import Measure, Statistics, measure, measure_tensor
 from lora_state_format.operations.tables import Table
 
