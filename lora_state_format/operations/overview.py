@@ -155,7 +155,7 @@ def _count_text(groups: int, count: int) -> str:
     return f"{count:,}" if groups == 1 else f"{groups:,} x {count:,}"
 
 
-def _first_of(texts: Sequence[str], run: Sequence[int]) -> str:
+def _first_of(texts: Sequence[str], run: list[int]) -> str:
     return texts[run[0]]
 
 
