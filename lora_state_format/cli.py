@@ -11,7 +11,6 @@ import gc
 import io
 import logging
 import os
-import re
 import sys
 import threading
 import warnings
@@ -66,9 +65,6 @@ GARBAGE: Final = 50_000
 PATIENCE: Final = 1.0
 """Seconds before a progress bar comes up."""
 
-KEYWORD: Final = re.compile(r"\b([a-z_]+)=(?:True\b|'([^']*)'|(?=[\s,;:.)]|$))")
-"""A keyword of the Python interface in a message: ``force=True``, ``missing='fresh'``, ``names=``."""
-
 
 def main() -> NoReturn:
     """Run the command ``lora-state``."""
@@ -119,8 +115,7 @@ def run(arguments: Sequence[str]) -> int:
     except click.exceptions.Exit as done:
         return done.exit_code
     except StateFormatError as error:
-        message = error.on_command_line() if error.remedy else _in_options(str(error))
-        return fail(error, message, error.exit_code)
+        return fail(error, error.on_command_line(), error.exit_code)
     except click.ClickException as error:
         return fail(error, error.format_message() + _try(error), USAGE)
     except KeyboardInterrupt as error:
@@ -163,28 +158,6 @@ def _try(error: click.ClickException) -> str:
     return f"\nTry '{context.command_path} --help' for help." if context else ""
 
 
-def _in_options(message: str) -> str:
-    """Return a message with Python's keywords as the options of the command line: ``force=True`` as ``--force``."""
-    named = {"source_format": "from", "target_format": "to", "options": "option", "keys": "keys"}
-    known = {
-        name.lstrip("-").replace("-", "_")
-        for command in commands.commands.values()
-        for option in command.params
-        for name in option.opts
-        if name.startswith("--")
-    }
-
-    def option(match: re.Match[str]) -> str:
-        keyword, value = match.groups()
-        name = named.get(keyword, keyword)
-        if name.replace("-", "_") not in known:
-            return match.group()
-        shown = "" if value is None else f" {value}" if value.isidentifier() else f" '{value}'"
-        return f"--{name.replace('_', '-')}{shown}"
-
-    return re.sub(r"(--\S+) \(\1\)", r"\1", KEYWORD.sub(option, message))
-
-
 def _say(*lines: str) -> None:
     for line in lines:
         click.echo(printable(line))
@@ -192,7 +165,7 @@ def _say(*lines: str) -> None:
 
 def _warn(warnings: Iterable[str]) -> None:
     for warning in warnings:
-        click.echo(f"warning: {printable(_in_options(warning))}", err=True)
+        click.echo(f"warning: {printable(warning)}", err=True)
 
 
 def _say_json(members: Mapping[str, Any]) -> None:
@@ -515,15 +488,16 @@ def inspect(
                 stack.enter_context(resource)
         state = found.state if match is None else matching(found.state, match)
         statistics = _measured(state, path.name) if stats else None
+        unnamed = found.why_unnamed(path, on_command_line=True)
         if as_json:
             members = report.to_json(state, statistics)
-            _say_json({**members, "path": str(path), "format": found.source_format, "unnamed": found.unnamed or None})
+            _say_json({**members, "path": str(path), "format": found.source_format, "unnamed": unnamed or None})
             return
         title = f"{path} ({found.source_format})"
         if as_tree:
             _say(title, *overview.tree(state))
             return
-        summary = overview.summary(state, statistics, unnamed=_in_options(found.unnamed))
+        summary = overview.summary(state, statistics, unnamed=unnamed)
         if every:
             short = sys.stdout.isatty() and not as_markdown
             summary = replace(summary, tables=(overview.parameter_rows(state, statistics, sort, short=short),))
@@ -724,12 +698,18 @@ def check(
         plan = check(path, model, base=base, into=into, policies=asked, **reading)
     if as_json:
         problems = [
-            {"kind": p.kind, "title": p.title, "items": list(p.items), "hints": list(p.hints)} for p in plan.problems
+            {
+                "kind": p.kind,
+                "title": p.title,
+                "items": list(p.items),
+                "hints": [hint.on_command_line() for hint in p.hints],
+            }
+            for p in plan.problems
         ]
         members = {"schema_version": SCHEMA_VERSION, "path": str(path), "ok": not plan.problems}
         _say_json({**members, "restored": plan.restored, "parameters": len(plan.bindings), "problems": problems})
     else:
-        _say(*_in_options(str(plan)).split("\n"))
+        _say(*plan.on_command_line().split("\n"))
     return FINDING if plan.problems else 0
 
 

@@ -195,8 +195,7 @@ def look_closer(
         except ConversionError as error:
             if asked:
                 raise
-            reason = str(error).split("\n")[0].removeprefix(f"{path}: ")
-            return Found(checkpoint.state, converter.NAME, f"none: {reason}")
+            return Found(checkpoint.state, converter.NAME, error)
         _check_trainable(named.state, trainable, path)
         return Found(named.state, converter.NAME)
 

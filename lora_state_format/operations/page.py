@@ -128,7 +128,7 @@ def _side(
         state = read(path, **reading)
     except ConversionError:
         found = look(path, **reading)
-        state, unnamed = found.state, found.unnamed
+        state, unnamed = found.state, found.why_unnamed(path)
     opened.callback(state.close)
     statistics = measure(state, progress)
     own = () if weights is None else tuple(_weights(state, Path(weights)))
