@@ -51,7 +51,7 @@ def read_weights(path: Path, files: Files) -> dict[str, Tensor]:
 
 
 def _moved(tensor: Tensor, source: PooledFile) -> Tensor:
-    return replace(tensor, pieces=tuple(replace(piece, source=source) for piece in tensor.pieces))
+    return replace(tensor, pieces=tuple(piece._replace(source=source) for piece in tensor.pieces))
 
 
 def _tensors(tree: Any) -> dict[str, Tensor]:

@@ -7,7 +7,7 @@ import os
 import re
 import stat
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
 from lora_state_format.errors import FileError
@@ -15,7 +15,7 @@ from lora_state_format.errors import FileError
 if TYPE_CHECKING:
     from types import TracebackType
 
-__all__ = ["File", "Memory", "Range", "Source", "Stream", "bytes_of"]
+__all__ = ["File", "Memory", "Range", "Source", "Stream", "bytes_of", "readable_together"]
 
 
 COPIED: Final = 1 << 20
@@ -63,6 +63,7 @@ class File:
     """
 
     crc32 = None
+    readable_together = True
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = os.fspath(path)
@@ -204,3 +205,8 @@ def bytes_of(source: Source) -> Iterator[memoryview]:
         chunk = buffer[: source.size - offset]
         source.readinto(offset, chunk)
         yield chunk
+
+
+def readable_together(resources: Iterable[object]) -> bool:
+    """Return whether several threads may read at once from what keeps these resources; decoders say nothing of it."""
+    return all(getattr(resource, "readable_together", False) for resource in resources)

@@ -62,6 +62,8 @@ def group_changes(optimizers: Sequence[torch.optim.Optimizer], chosen: Sequence[
     wanted: dict[int, list[torch.Tensor]] = {}
     for group, options in zip(groups, chosen, strict=True):
         for key, current in group.items():
+            if key == "params":  # no option, and each would be copied
+                continue
             for tensor, value in _pairs(key, current, options.get(key, current)):
                 wanted.setdefault(id(tensor), []).append(value)
     split = {key for key, values in wanted.items() if any(not torch.equal(values[0], value) for value in values)}
