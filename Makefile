@@ -111,7 +111,7 @@ readers:  ## the readers in JavaScript and Rust, and the matrix of all readers a
 		&& npm run --silent types; else echo "without npm: no check of types, nor of the Hub's parser"; fi
 	cd readers/js && node --test
 	cargo test --quiet --offline --manifest-path readers/rust/Cargo.toml
-	$(PYTHON) spec/conformance/run.py
+	$(or $(and $(wildcard .venv/ready),.venv/bin/python),$(PYTHON)) spec/conformance/run.py
 
 test-browser: .venv-browser/ready  ## the viewer in a headless Chromium
 	$(call program,chromedriver,chromium chromium-driver)
