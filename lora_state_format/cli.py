@@ -428,11 +428,16 @@ def _survey(path: Path, as_json: bool) -> None:
     from lora_state_format.operations.report import SCHEMA_VERSION
     from lora_state_format.operations.survey import survey
 
+    found = survey(path)
+    first = next(found, None)
+    if first is None:
+        raise UnknownFormatError(f"{path}: no checkpoint of a known format here or in the folders below")
     if as_json:
-        found = [checkpoint.to_json() for checkpoint in survey(path)]
-        _say_json({"schema_version": SCHEMA_VERSION, "checkpoints": found})
+        members = [checkpoint.to_json() for checkpoint in (first, *found)]
+        _say_json({"schema_version": SCHEMA_VERSION, "checkpoints": members})
         return
-    for checkpoint in survey(path):
+    _say(str(first))
+    for checkpoint in found:
         _say(str(checkpoint))
 
 

@@ -294,6 +294,8 @@ def latest(path: str | os.PathLike[str]) -> Path:
     if not path.is_dir():
         raise FileNotFoundError(f"{path}: no such folder")
     newest = _newest(path, available())
+    if newest is None and any(_asked(converter, path) for converter in available()):
+        raise UnknownFormatError(f"{path}: a checkpoint itself, and no folder in it is a newer one")
     if newest is None:
         raise UnknownFormatError(_nothing_here(path, available()))
     return newest

@@ -142,7 +142,12 @@ def weights_at(path: Path, files: Files) -> tuple[Weights, ...]:
     Raises ``FileError`` for a file that cannot be read or holds none, and ``FileNotFoundError`` for such a folder.
     """
     if path.is_dir():
-        path = next((path / name for name in STANDARD if (path / name).is_file()), path / STANDARD[0])
+        found_name = next((name for name in STANDARD if (path / name).is_file()), None)
+        if found_name is None:
+            raise FileNotFoundError(f"{path}: no weights in this folder; looked for {', '.join(STANDARD)}")
+        path /= found_name
+    elif not path.exists():
+        raise FileNotFoundError(f"{path}: no such file or folder of weights")
     found = _opened(path, files)
     if not found:
         raise FileError("holds no tensors under names", path=path)

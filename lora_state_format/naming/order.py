@@ -31,7 +31,7 @@ from lora_state_format.model.states import Naming, OptimizerState, Parameter, Po
 from lora_state_format.model.tensors import Tensor
 from lora_state_format.naming.evidence import Evidence, weigh
 from lora_state_format.naming.names import plain_name, split_adapter
-from lora_state_format.naming.rules import RULES, Candidate, Described, Split, Splits, trainable_of
+from lora_state_format.naming.rules import RULES, Candidate, Described, Split, Splits, rules_called, trainable_of
 
 __all__ = ["ContradictedError", "candidates", "decide", "interchangeable"]
 
@@ -131,9 +131,7 @@ def grouped(parameters: Sequence[Parameter | Described], rule: str = "flat") -> 
     Raises:
         OptionError: There is no such rule, or what it makes depends on the optimizer's state.
     """
-    row = next((row for row in RULES if row.name == rule), None)
-    if row is None:
-        raise OptionError(f"no grouping rule '{rule}'; there are: {', '.join(r.name for r in RULES)}")
+    row, *_ = rules_called(rule)
     blank = PositionalState((), (), (), {})
     splits = next(iter(row.splits([_described(p) for p in parameters], blank)), None)
     if splits is None:
@@ -216,9 +214,7 @@ def _survey(
     positional: PositionalState, parameters: Sequence[Described], rule: str | None, partly: bool = False
 ) -> tuple[list[Candidate], list[tuple[str, str]]]:
     """Return the candidates that fit, equal ones merged, and why each other rule fell away."""
-    asked = [r for r in RULES if (r.automatic if rule is None else r.name == rule)]
-    if not asked:
-        raise OptionError(f"no grouping rule '{rule}'; there are: {', '.join(r.name for r in RULES)}")
+    asked = [r for r in RULES if r.automatic] if rule is None else rules_called(rule)
     fitting: dict[tuple[str, ...], tuple[dict[str, None], tuple[Parameter, ...]]] = {}
     reasons: list[tuple[str, str]] = []
     for row in asked:

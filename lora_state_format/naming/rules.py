@@ -9,10 +9,11 @@ from dataclasses import dataclass
 from itertools import accumulate, compress
 from typing import Any, Final, NamedTuple, TypeAlias
 
+from lora_state_format.errors import OptionError
 from lora_state_format.model.states import Parameter, PositionalState
 from lora_state_format.naming.names import plain_name
 
-__all__ = ["RULES", "Candidate", "Described", "Rule"]
+__all__ = ["RULES", "Candidate", "Described", "Rule", "rules_called"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -391,3 +392,11 @@ RULES: Final[tuple[Rule, ...]] = (
 )
 """Every grouping rule; a new one is one more row. Those of frameworks were read from their sources:
 PEFT 0.21, LLaMA-Factory 002f58e, Axolotl 0e4982e, Unsloth 0024bb0, ms-swift 006938b, nanoGPT 0011cd4."""
+
+
+def rules_called(name: str) -> list[Rule]:
+    """Return the rules of a name: one, or several eras of one framework. Raises ``OptionError`` if there are none."""
+    found = [rule for rule in RULES if rule.name == name]
+    if not found:
+        raise OptionError(f"no grouping rule '{name}'; there are: {', '.join(rule.name for rule in RULES)}")
+    return found
