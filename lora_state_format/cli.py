@@ -16,6 +16,7 @@ import sys
 import threading
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, NoReturn
 
@@ -452,12 +453,13 @@ def _survey(path: Path, as_json: bool) -> None:
     from lora_state_format.operations.report import SCHEMA_VERSION
     from lora_state_format.operations.survey import survey
 
+    checkpoints = (replace(one, reason=one.reason and _in_options(one.reason)) for one in survey(path))
     if as_json:
-        found = [checkpoint.to_json() for checkpoint in survey(path)]
+        found = [checkpoint.to_json() for checkpoint in checkpoints]
         _say_json({"schema_version": SCHEMA_VERSION, "checkpoints": found})
         return
-    for checkpoint in survey(path):
-        _say(str(checkpoint))
+    for checkpoint in checkpoints:
+        _say(*str(checkpoint).split("\n"))
 
 
 @_command(

@@ -11,9 +11,10 @@ of ``state`` that no group lists belongs to no parameter.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from itertools import islice
+from dataclasses import dataclass, field, replace
+from itertools import chain, islice
 from typing import Any, Final, TypeAlias
 
 from lora_state_format.errors import FileError, UnrepresentableError
@@ -43,10 +44,14 @@ Place: TypeAlias = "tuple[Any, ...]"
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """A state dict inside a checkpoint; ``path`` is empty where it is the whole."""
+    """A state dict inside a checkpoint; ``path`` is empty where it is the whole.
+
+    ``around`` are the dicts that hold it, the innermost first, where it is the only one of the checkpoint.
+    """
 
     path: tuple[str | int, ...]
     tree: Mapping[str, Any]
+    around: tuple[Mapping[Any, Any], ...] = ()
 
     @property
     def where(self) -> str:
@@ -66,7 +71,20 @@ def is_state_dict(tree: Any) -> bool:
 
 def find(tree: Any) -> list[Found]:
     """Return every optimizer's state dict in a checkpoint, wherever it lies (``optimizer``, ``optimizer_states.0``)."""
-    return list(_search(tree, ()))
+    found = list(_search(tree, ()))
+    return [replace(found[0], around=tuple(_around(tree, found[0].path)))] if len(found) == 1 else found
+
+
+def _around(tree: Any, path: Sequence[str | int]) -> list[Mapping[Any, Any]]:
+    """Return the dicts on the way to a value, the innermost first."""
+    passed: list[Mapping[Any, Any]] = []
+    for step in path:
+        if not isinstance(tree, Mapping):
+            tree = tree[step]
+            continue
+        passed.insert(0, tree)
+        tree = next(inner for key, inner in tree.items() if step in (key, str(key)))
+    return passed
 
 
 def _search(tree: Any, path: tuple[str | int, ...]) -> Iterator[Found]:
@@ -268,8 +286,13 @@ IN_GROUPS: Final = ("param_names", "names", "parameter_names", "fqns")
 IN_ENTRIES: Final = ("param_name", "name", "fqn")
 """Slots that hold the name of the parameter: tools that attribute gradients, optimizers with hooks."""
 
-IN_STATE_DICTS: Final = ("names", "param_names", "id_to_name")
-"""Members next to ``state`` and ``param_groups`` that map ids to names, or list names in the order of the ids."""
+IN_CHECKPOINTS: Final = re.compile(
+    r"(param|trainable)\w*name|name\w*param|fqns?$|names?_to_(id|index|idx)|(id|index|idx)s?_to_name"
+)
+"""Members of a checkpoint that map ids to names or names to ids, or list names in their order: not those of classes."""
+
+IN_STATE_DICTS: Final = re.compile(f"^names$|{IN_CHECKPOINTS.pattern}")
+"""Members next to ``state`` and ``param_groups`` that do."""
 
 
 def _stated(ids: Iterable[int | str], found: Found) -> dict[int | str, str]:
@@ -293,12 +316,10 @@ def _stated(ids: Iterable[int | str], found: Found) -> dict[int | str, str]:
     for key in IN_ENTRIES:
         entries = {identity: entry for identity in ids if isinstance(entry := state.get(identity), Mapping) and entry}
         statements[f"state's {key}"] = {identity: entry.get(key) for identity, entry in entries.items()}
-    for key in IN_STATE_DICTS:
-        names: Any = found.tree.get(key)
-        if _parallel(names, ids):
-            statements[key] = dict(zip(ids, names, strict=True))
-        elif isinstance(names, Mapping):
-            statements[key] = {identity: names.get(identity, names.get(str(identity))) for identity in ids}
+    for pattern, tree in ((IN_STATE_DICTS, found.tree), *((IN_CHECKPOINTS, tree) for tree in found.around)):
+        for key, names in tree.items():
+            if isinstance(key, str) and pattern.search(key) and (named := _by_id(names, ids, groups)):
+                statements.setdefault(key, named)
     result: dict[int | str, tuple[str, str]] = {}
     for place, named in statements.items():
         if all(isinstance(name, str) for name in named.values()) and len(set(named.values())) == len(named):
@@ -307,6 +328,21 @@ def _stated(ids: Iterable[int | str], found: Found) -> dict[int | str, str]:
                 if known != name:
                     raise FileError(f"id {identity!r} is called '{known}' in {where}, but '{name}' in {place}")
     return {identity: result[identity][0] for identity in ids if identity in result}
+
+
+def _by_id(names: Any, ids: Sequence[int | str], groups: Sequence[Mapping[str, Any]]) -> dict[int | str, Any]:
+    """Return names by id: of a dict of either direction, or a list; of several groups it has to be one for each.
+
+    A list of all names would be in the order of the model, which is not that of several groups.
+    """
+    if isinstance(names, Mapping):
+        turned = {i if isinstance(i, int) else str(i): n for n, i in names.items() if isinstance(i, (int, str))}
+        found = names if any(i in names or str(i) in names for i in ids) else turned
+        return {identity: found.get(identity, found.get(str(identity))) for identity in ids}
+    parts = [names] if len(groups) == 1 and not _parallel(names, groups) else names
+    if not _parallel(parts, groups) or not all(map(_parallel, parts, (group["params"] for group in groups))):
+        return {}
+    return dict(zip(ids, chain.from_iterable(parts), strict=True))
 
 
 def _parallel(names: Any, ids: Sequence[Any]) -> bool:
