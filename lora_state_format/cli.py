@@ -16,6 +16,7 @@ import threading
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, NoReturn
 
@@ -436,9 +437,8 @@ def _survey(path: Path, as_json: bool) -> None:
         members = [checkpoint.to_json() for checkpoint in (first, *found)]
         _say_json({"schema_version": SCHEMA_VERSION, "checkpoints": members})
         return
-    _say(str(first))
-    for checkpoint in found:
-        _say(str(checkpoint))
+    for checkpoint in chain([first], found):
+        _say(*str(checkpoint).split("\n"))
 
 
 @_command(

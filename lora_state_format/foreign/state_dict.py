@@ -12,7 +12,7 @@ of ``state`` that no group lists belongs to no parameter.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import count, islice
 from typing import Any, Final, TypeAlias, TypeVar
 
@@ -50,10 +50,14 @@ _Listed: TypeAlias = "tuple[int | str | None, Mapping[str, Value] | None]"
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """A state dict inside a checkpoint; ``path`` is empty where it is the whole."""
+    """A state dict inside a checkpoint; ``path`` is empty where it is the whole.
+
+    ``around`` are the dicts that hold it, the innermost first, where it is the only one of the checkpoint.
+    """
 
     path: tuple[str | int, ...]
     tree: Mapping[str, Any]
+    around: tuple[Mapping[Any, Any], ...] = ()
 
     @property
     def where(self) -> str:
@@ -73,7 +77,20 @@ def is_state_dict(tree: Any) -> bool:
 
 def find(tree: Any) -> list[Found]:
     """Return every optimizer's state dict in a checkpoint, wherever it lies (``optimizer``, ``optimizer_states.0``)."""
-    return list(_search(tree, ()))
+    found = list(_search(tree, ()))
+    return [replace(found[0], around=tuple(_around(tree, found[0].path)))] if len(found) == 1 else found
+
+
+def _around(tree: Any, path: Sequence[str | int]) -> list[Mapping[Any, Any]]:
+    """Return the dicts on the way to a value, the innermost first."""
+    passed: list[Mapping[Any, Any]] = []
+    for step in path:
+        if not isinstance(tree, Mapping):
+            tree = tree[step]
+            continue
+        passed.insert(0, tree)
+        tree = next(inner for key, inner in tree.items() if step in (key, str(key)))
+    return passed
 
 
 def _search(tree: Any, path: tuple[str | int, ...]) -> Iterator[Found]:
@@ -240,7 +257,7 @@ def _read_one(reader: Reader, found: Found, index: int, prefix: str | None) -> _
     entries, loose = _read_entries(reader, found, members)
     others = {key: value for key, value in found.tree.items() if key not in ("state", "param_groups")}
     beside = {str(key): reader.value(value, (*found.path, key)) for key, value in others.items()}
-    stated = stated_names(members, found.tree)
+    stated = stated_names(members, found.tree, found.around)
     names = [*stated.values()] if stated.keys() == members.keys() else group_labels(found.tree["param_groups"])
     return _Part(
         groups,

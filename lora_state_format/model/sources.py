@@ -74,7 +74,8 @@ class File:
         self._opened = os.fstat(descriptor)
         if not stat.S_ISREG(self._opened.st_mode):
             self.close()
-            raise FileError("not a regular file", path=self.path)
+            folder = stat.S_ISDIR(self._opened.st_mode)
+            raise FileError("a folder, not a file" if folder else "a pipe or a device, not a file", path=self.path)
         self.size = self._opened.st_size
         if self.size <= MAX_POINTER and (size := _pointer(bytes(self.read(0, self.size)))):
             self.close()

@@ -31,7 +31,16 @@ from lora_state_format.model.states import Naming, OptimizerState, Parameter, Po
 from lora_state_format.model.tensors import Tensor
 from lora_state_format.naming.evidence import Evidence, weigh
 from lora_state_format.naming.names import plain_name, split_adapter
-from lora_state_format.naming.rules import RULES, Candidate, Described, Split, Splits, rules_called, trainable_of
+from lora_state_format.naming.rules import (
+    PARTS,
+    RULES,
+    Candidate,
+    Described,
+    Split,
+    Splits,
+    rules_called,
+    trainable_of,
+)
 
 __all__ = ["ContradictedError", "candidates", "decide", "interchangeable"]
 
@@ -169,6 +178,8 @@ def _fitting(
     for view in views[1:]:
         seen = {tuple(c.names) for c in found}
         found += [c for c in _survey(positional, view, rule)[0] if tuple(c.names) not in seen]
+    if not found and rule is None:
+        found = _survey(positional, views[0], PARTS)[0]
     if not found and partly:
         found, more_reasons = _survey(positional, views[0], rule, partly=True)
         reasons += [reason for reason in more_reasons if reason not in reasons]
