@@ -28,11 +28,13 @@ from lora_state_format.foreign.masters import check_masters
 from lora_state_format.foreign.pickles import Record
 from lora_state_format.foreign.state_dict import from_state_dict
 from lora_state_format.foreign.trees import member
+from lora_state_format.foreign.weights import weights_at
 from lora_state_format.io.files import FEW, Files, PooledFile, first_look, names_in, reading
 from lora_state_format.model.dtypes import item_size
 from lora_state_format.model.sources import Unread
 from lora_state_format.model.states import Checkpoint, Scalar, Value
 from lora_state_format.model.tensors import Flat, Piece, Run, Tensor, contiguous
+from lora_state_format.naming.names import peft_key
 from lora_state_format.registry import Match
 
 NAME: Final = "deepspeed_zero"
@@ -89,7 +91,10 @@ def read(match: Match, options: Mapping[str, Any]) -> Checkpoint:
         save = _save(folder, ranks, options, files)
         weights = deepspeed.weights(folder, save.trees, save.slices, files)
         laid_out = _proven(save, weights)
-        return _checkpoint(save, laid_out, weights, options, files)
+        skipped: tuple[str, ...] = ()
+        if save.stage == 3:  # whose own files hold no weights
+            laid_out, weights, skipped = _beside(laid_out, folder, files)
+        return _checkpoint(save, laid_out, weights, options, files, skipped)
 
 
 def glance(match: Match, options: Mapping[str, Any]) -> Checkpoint:
@@ -176,13 +181,46 @@ def _proven(save: _Save, weights: Mapping[str, Tensor]) -> _Whole:
         return replace(found, said={**found.said, "layout": layout})
 
 
+def _beside(found: _Whole, folder: Path, files: Files) -> tuple[_Whole, dict[str, Tensor], tuple[str, ...]]:
+    """Return the state compared with the weights in the folder above, those weights, and what there is to warn of.
+
+    ``stage3_gather_16bit_weights_on_model_save`` and transformers' Trainer put them there. They may be of another step.
+    """
+    place = folder.parent
+    try:
+        held = weights_at(place, files)[0].tensors
+    except FileNotFoundError:
+        return found, {}, ()
+    except FileError as error:
+        return found, {}, (f"{error}; it was skipped",)
+    weights = {
+        name: held[key]
+        for name, shape in found.shapes.items()
+        for key in (name, *(peft_key(name) or ())[:1])
+        if key in held and held[key].shape == shape
+    }
+    try:
+        return _compared(found, weights, place), weights, ()
+    except FileError:
+        warning = (
+            f"{place}: the weights in it are not what the fp32 masters in {folder.name} round to: either they are of "
+            "another step, or files of ranks were exchanged; they were not used"
+        )
+        return found, {}, (warning,)
+
+
 def _compared(found: _Whole, weights: Mapping[str, Tensor], folder: Path) -> _Whole:
     masters = {name: slots["master_param"] for name, slots in found.tree["state"].items()}
     return replace(found, said={"masters_compared": check_masters(masters, weights, folder)})
 
 
 def _checkpoint(
-    save: _Save, laid_out: _Whole, weights: Mapping[str, Tensor], options: Mapping[str, Any], files: Files
+    save: _Save,
+    laid_out: _Whole,
+    weights: Mapping[str, Tensor],
+    options: Mapping[str, Any],
+    files: Files,
+    skipped: tuple[str, ...] = (),
 ) -> Checkpoint:
     """Return the result, masters in it where they were asked for."""
     entries = laid_out.tree["state"]
@@ -199,7 +237,7 @@ def _checkpoint(
     tied = {alias: name for model in save.trees.values() for alias, name in _tied(model).items()}
     shapes = laid_out.shapes
     own = {name: weights[name] for name in entries if name in weights and weights[name].shape == shapes[name]}
-    return Checkpoint(keyed.named(state, shapes=shapes, weights=weights, tied=tied), own)
+    return Checkpoint(keyed.named(state, shapes=shapes, weights=weights, tied=tied), own, skipped=skipped)
 
 
 @dataclass(frozen=True)
