@@ -488,7 +488,7 @@ def inspect(
         raise click.UsageError("--sort update needs --stats", click.get_current_context())
     with contextlib.ExitStack() as stack:
         with _progress(f"reading {path.name}"):
-            found = look(path, **reading)
+            found = look(path, whole=stats, **reading)
             for resource in found.state.resources:
                 stack.enter_context(resource)
         state = found.state if match is None else matching(found.state, match)

@@ -105,7 +105,9 @@ class Match(NamedTuple):
 class Converter(Protocol):
     """A reader of one foreign format, under the name ``NAME``; ``DESCRIPTION`` says which files it recognises.
 
-    ``OPTIONS`` lists facts that its files lack and the caller may state: key -> meaning.
+    ``OPTIONS`` lists facts that its files lack and the caller may state: key -> meaning. One whose folders may have
+    very many files may also have ``glance(match, options)``: it returns what ``read`` does, from some of the files and
+    with tensors that cannot be read, and says so in ``origin["first_look"]``.
     """
 
     NAME: str

@@ -126,7 +126,7 @@ def _side(
     try:
         state = read(path, **reading)
     except ConversionError:
-        found = look(path, **reading)
+        found = look(path, whole=True, **reading)
         state, unnamed = found.state, found.why_unnamed(path)
     opened.callback(state.close)
     statistics = measure(state, progress)

@@ -46,6 +46,12 @@ NOTHING_HELD: Final = (
 """What there is to say of a state without moments."""
 
 
+NOT_COMPARED: Final = (
+    "no fp32 master was compared with a weight, for the files do not hold both: ranks' files that were exchanged, or "
+    "are of another save of the same step, would go unnoticed"
+)
+"""What there is to say of a folder of ranks' files that nothing proves to be whole."""
+
 # --- words --------------------------------------------------------------------------------------------------------
 
 
@@ -92,9 +98,21 @@ def describe_evidence(evidence: Mapping[str, Any]) -> str:
 
 
 def describe_support(origin: Mapping[str, Value]) -> Iterator[str]:
-    """Yield notes on a converter that was never tried on the files that it is for, and on slots that were rounded."""
+    """Yield notes on where a state came from.
+
+    They are on a converter that was never tried on the files that it is for, on files that were not read or could not
+    be compared, and on slots that were rounded.
+    """
     if isinstance(support := origin.get("support"), str):
         yield f"support of this format is {support}: it was never tried on a file of a real run"
+    if isinstance(seen := origin.get("first_look"), Mapping):
+        read, files = seen["files_read"], seen["files"]
+        yield (
+            f"a first look: {read!r} of {files!r} files were read, and the others are taken to be like them; convert "
+            "reads and compares all"
+        )
+    if origin.get("masters_compared") == 0:
+        yield NOT_COMPARED
     if sentence := describe_stored(origin):
         yield sentence
 
