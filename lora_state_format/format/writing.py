@@ -9,6 +9,7 @@ import contextlib
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final, NamedTuple, TypeAlias
@@ -65,6 +66,9 @@ LARGEST_HEADER: Final = 25_000_000
 
 SMALL: Final = 1 << 16
 """Bytes below which chunks of tensors are gathered before they are written."""
+
+UNLINKING: Final = 4
+"""Files of an older set that are removed at once: it takes as long as a tenth of writing one, and all ranks wait."""
 
 SHARD_HEADER: Final = 16 << 20
 """Bytes of header that a shard is filled up to, as estimated."""
@@ -277,9 +281,9 @@ def committing(path: Path, force: bool, keep: set[str]) -> Iterator[None]:
     with locked(path.parent):
         check_path(path, force)
         yield
-        for sibling in files_of(path):
-            if sibling.name not in keep:
-                sibling.unlink()
+        old = [found for found in files_of(path) if found.name not in keep]
+        with ThreadPoolExecutor(UNLINKING) if len(old) > 1 else contextlib.nullcontext() as pool:
+            list((pool.map if pool else map)(Path.unlink, old))
         sync_folder(path.parent)
 
 
