@@ -36,7 +36,8 @@ class LiveParameter:
     """A parameter of the live model. ``dtype`` is spelled as in safetensors.
 
     ``digest()`` is that of its bytes now, ``corner(shape)`` that of its first elements along each axis; ``constant()``
-    says whether it is one value again and again. ``layer`` is known for an adapter's parameters.
+    says whether it is one value again and again. ``layer`` is known for an adapter's parameters. ``narrow`` is the
+    dtype of the weights where the optimizer steps a wider copy, which is a slot of its state (DeepSpeed's ZeRO).
     """
 
     name: str
@@ -48,6 +49,7 @@ class LiveParameter:
     corner: Callable[[tuple[int, ...]], Digest] | None = None
     constant: Callable[[], bool] | None = None
     layer: Layer | None = None
+    narrow: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

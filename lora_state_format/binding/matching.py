@@ -178,7 +178,7 @@ def _comparable(parameter: Parameter, live: LiveOptimizer, name: str) -> bool:
     stated, own = parameter.weights, live.parameters[name]
     return (
         stated is not None
-        and (stated.algorithm, stated.dtype) == (ALGORITHM, own.dtype)
+        and (stated.algorithm, stated.dtype) == (ALGORITHM, own.narrow or own.dtype)
         and parameter.shape == own.shape
     )
 

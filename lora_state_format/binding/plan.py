@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 from typing import Final
 
 from lora_state_format.binding import problems
-from lora_state_format.binding.bindings import Binding, bind
+from lora_state_format.binding.bindings import Binding, bind, describe_masters
 from lora_state_format.binding.crossing import Crossings, Fit, crossings_of
 from lora_state_format.binding.live import LiveOptimizer, Problem
 from lora_state_format.binding.loose import loose
@@ -134,6 +134,7 @@ def plan(state: OptimizerState, live: LiveOptimizer, policies: Policies | None =
             *_translations(crossings, policies),
             *_surgery(state, live, bindings),
             *_frozen(live, bindings),
+            *describe_masters(live, bindings, {target: state[name] for name, target in matching.found.items()}),
             *groups.notes,
         ),
     )

@@ -16,6 +16,7 @@ from lora_state_format.foreign.weights import weights_at
 from lora_state_format.format import envelope, writing
 from lora_state_format.io.atomic import made_folders, refuse_existing
 from lora_state_format.io.files import reading as opened_files
+from lora_state_format.io.remote import is_remote
 from lora_state_format.mapping.algorithms import ALGORITHMS, find
 from lora_state_format.model import digests, notebook
 from lora_state_format.model.digests import ALGORITHM
@@ -239,6 +240,8 @@ def convert(
     writer = registry.writer(target_format)
     source, target = Path(source), _target(target, writer)
     refuse_existing(target, force=force)
+    if is_remote(target) and target_format != registry.NAMED:
+        raise OptionError(f"{target}: only files of named state are sent to a URL; convert into a folder and copy that")
     converter, match = registry.find(source, source_format)
     options = options or {}
     reading = _Reading(renaming_of(names, options, converter, writer), rule, optimizer, trainable)

@@ -155,11 +155,12 @@ def swap(changes: Sequence[Change], options: Options, finish: Callable[[], None]
 
 
 def remembered(optimizer: torch.optim.Optimizer) -> Callable[[], None]:
-    """Return what puts an optimizer back as it is now, the values of tensors among its options included."""
+    """Return what puts an optimizer back as it is now, the values included of tensors that a load fills in place."""
     attributes, state = dict(vars(optimizer)), dict(optimizer.state)
     mappings = [(mapping, dict(mapping)) for mapping in (*optimizer.param_groups, optimizer.defaults)]
     options = [value for _, before in mappings for key, value in before.items() if key != "params"]
-    tensors = [(tensor, tensor.detach().clone()) for tensor in tensors_in(options)]
+    filled = (*tensors_in(options), *getattr(optimizer, "masters", ()))
+    tensors = [(tensor, tensor.detach().clone()) for tensor in filled]
 
     def back() -> None:
         vars(optimizer).clear()

@@ -11,8 +11,8 @@ import pytest
 Said = dict[tuple[str, int], list[dict[str, Any]]]
 
 CASES = {
-    2: "save,background,recipe,storage,columns,replicas,fsdp1,shards,shards-columns,refused-save,missing-file,damaged,"
-    "disagree",
+    2: "save,background,recipe,storage,columns,replicas,fsdp1,shards,shards-columns,shards-messages,refused-save,"
+    "missing-file,damaged,disagree",
     1: "load,shards,recipe",
     3: "load,shards",
     4: "load,hybrid,tensor-parallel,shards,shards-hybrid,shards-tensor-parallel,recipe",
@@ -60,12 +60,18 @@ def test_a_state_saved_by_two_ranks_is_loaded_by_any(said: Said, case: str, worl
 
 def test_sets_of_shards_are_those_of_one_process_whatever_the_placement(said: Said) -> None:
     sets = {key: ranks for key, ranks in said.items() if key[0].startswith("shards")}
-    assert len(sets) == 7
+    assert len(sets) == 8
     (expected,) = {rank["digest"] for rank in said["shards", 1]}
     for ranks in sets.values():
         assert {rank["digest"] for rank in ranks} == {expected}
     assert {rank["files"] for ranks in sets.values() for rank in ranks} == {5}
     assert all(rank["verified"] for ranks in sets.values() for rank in ranks)
+
+
+def test_ranks_of_one_machine_share_memory_and_others_send_messages(said: Said) -> None:
+    sets = {key: ranks for key, ranks in said.items() if key[0].startswith("shards")}
+    for (case, _), ranks in sets.items():
+        assert all((rank["messages"] > 0) == (case == "shards-messages") for rank in ranks)
 
 
 def test_a_damaged_tensor_stops_all_ranks_and_nothing_changes(said: Said) -> None:
