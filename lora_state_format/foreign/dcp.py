@@ -10,12 +10,12 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from math import prod
 from pathlib import Path
-from types import NoneType
+from types import MappingProxyType, NoneType
 from typing import Any, ClassVar, Final, cast
 
 from lora_state_format.errors import FileError, MissingDependencyError, RefusedError, UnrepresentableError
@@ -28,11 +28,11 @@ from lora_state_format.io.folders import new_folder
 from lora_state_format.io.ledger import Ledger
 from lora_state_format.io.safetensors import Header, read_header
 from lora_state_format.model.dtypes import item_size
-from lora_state_format.model.sources import File, Memory, Range, Source
+from lora_state_format.model.sources import File, Memory, Range, Source, bytes_of
 from lora_state_format.model.states import Scalar
 from lora_state_format.model.tensors import Box, Piece, Tensor, is_tiling
 
-__all__ = ["METADATA", "Folder", "is_folder", "metadata", "open_folder", "write_folder"]
+__all__ = ["METADATA", "Folder", "Item", "is_folder", "metadata", "open_folder", "write_folder"]
 
 METADATA: Final = ".metadata"
 MAX_DIMENSIONS: Final = 64
@@ -92,8 +92,17 @@ def metadata(path: Path) -> bytes:
         return bytes(file.read(0, file.size))
 
 
-def open_folder(path: Path) -> Folder:
+@dataclass(frozen=True)
+class Item:
+    """The bytes of a value that is no tensor, as they were saved."""
+
+    source: Source
+
+
+def open_folder(path: Path, *, raw: bool = False) -> Folder:
     """Return the folder's entries, lazily: tensors as byte ranges, other values as they were pickled.
+
+    With ``raw``, other values are ``Item``, which ``write_folder`` copies, whatever is in them.
 
     Raises ``FileError`` for a missing or truncated file and for chunks that do not make up a tensor, ``RefusedError``
     for transformed (compressed) items.
@@ -117,7 +126,7 @@ def open_folder(path: Path) -> Folder:
                 raise FileError(f"places '{key}' at {where!r}, which is no path", path=meta)
             if where in entries:
                 raise FileError(f"has two entries at {where}", path=meta)
-            entries[where] = _entry(key, described[key], chunks.get(key, {}), meta)
+            entries[where] = _entry(key, described[key], chunks.get(key, {}), meta, raw=raw)
     except BaseException:
         files.close()
         raise
@@ -167,6 +176,14 @@ class _Place:
     @property
     def file(self) -> PooledFile:
         return self.data.file
+
+    def item(self) -> Item:
+        """Return the bytes as they are. Raises ``RefusedError`` for those that only their description unfolds."""
+        if self.compressed:
+            raise RefusedError(
+                f"the item '{self.key}' is compressed, and would be copied as it is", path=self.file.path
+            )
+        return Item(Range(self.file, self.offset, self.length))
 
     def value(self, most: int) -> Any:
         """Return the value; ``most`` is how many bytes its archive may have, uncompressed."""
@@ -338,13 +355,15 @@ def _file(name: str, files: Files, metadata: Path) -> PooledFile:
         raise FileError("missing: .metadata says that it holds a part of the state", path=path) from None
 
 
-def _entry(key: str, described: Any, places: Mapping[tuple[int, ...] | None, _Place], path: object) -> Any:
+def _entry(
+    key: str, described: Any, places: Mapping[tuple[int, ...] | None, _Place], path: object, *, raw: bool
+) -> Any:
     if not isinstance(described, Record) or described.name not in ("TensorStorageMetadata", "BytesStorageMetadata"):
         raise FileError(f"describes '{key}' in a way that is not known", path=path)
     if described.name == "BytesStorageMetadata":
         if list(places) != [None]:
             raise FileError(f"has {len(places)} places for '{key}', which is one value", path=path)
-        return places[None].value(pickles.MAX_PICKLE)
+        return places[None].item() if raw else places[None].value(pickles.MAX_PICKLE)
     dtype = _dtype(_state(described, "properties", Record, path), path)
     shape = _naturals(_state(described, "size", (list, tuple), path), path)
     pieces = []
@@ -379,11 +398,17 @@ _DATA: Final = "__0_0.distcp"
 _MODULE: Final = "torch.distributed.checkpoint.metadata"
 
 
-def write_folder(entries: Mapping[tuple[Any, ...], Any], path: Path, *, force: bool = False) -> None:
+def write_folder(
+    entries: Mapping[tuple[Any, ...], Any],
+    path: Path,
+    *,
+    force: bool = False,
+    others: Mapping[str, Iterable[bytes | memoryview]] = MappingProxyType({}),
+) -> None:
     """Write a folder that ``torch.distributed.checkpoint.load`` reads: one data file, one chunk per tensor.
 
-    ``entries`` are as in ``Folder``. Raises ``TargetExistsError``, and ``UnrepresentableError`` for two paths that DCP
-    would give one key, or for a value that torch cannot load.
+    ``entries`` are as in ``Folder``, ``others`` are files to write next to them. Raises ``TargetExistsError``, and
+    ``UnrepresentableError`` for two paths that DCP would give one key, or for a value that torch cannot load.
     """
     described: dict[str, Any] = {}
     places: dict[Any, Any] = {}
@@ -399,7 +424,7 @@ def write_folder(entries: Mapping[tuple[Any, ...], Any], path: Path, *, force: b
         ledger, position = Ledger(), 0
         for key, value in zip(paths, entries.values(), strict=True):
             start = position
-            for chunk in archive(value, ledger):
+            for chunk in bytes_of(value.source) if isinstance(value, Item) else archive(value, ledger):
                 yield chunk
                 position += len(chunk)
             places[_index(key, value)] = Record(
@@ -409,8 +434,10 @@ def write_folder(entries: Mapping[tuple[Any, ...], Any], path: Path, *, force: b
             )
         ledger.check()
 
-    with new_folder(path, force=force, replaces={METADATA, _DATA, *_files(path)}) as folder:
+    with new_folder(path, force=force, replaces={METADATA, _DATA, *others, *_files(path)}) as folder:
         folder.write((_DATA,), items())
+        for name, chunks in others.items():
+            folder.write((name,), chunks)
         members = {
             "state_dict_metadata": described,
             "planner_data": paths,

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -15,7 +16,7 @@ from pathlib import Path
 from threading import Lock
 from typing import Final, NamedTuple, TypeAlias
 
-from lora_state_format.errors import OptionError, UnrepresentableError
+from lora_state_format.errors import OptionError, TargetExistsError, UnrepresentableError
 from lora_state_format.format.envelope import (
     INDEX_SUFFIX,
     MAX_INDEX,
@@ -33,8 +34,9 @@ from lora_state_format.format.envelope import (
 from lora_state_format.format.manifest import FORMAT, Manifest, ShardOf, check_names, encode
 from lora_state_format.format.stowing import stowed
 from lora_state_format.io import plain
-from lora_state_format.io.atomic import TemporaryFile, check_target, gathered, locked, sync_folder
+from lora_state_format.io.atomic import REPLACE, TemporaryFile, check_target, gathered, locked, sync_folder
 from lora_state_format.io.ledger import Ledger
+from lora_state_format.io.remote import exists, is_remote, remove, send
 from lora_state_format.io.safetensors import MAX_DIMENSIONS, is_too_large
 from lora_state_format.io.strict_json import MAX_VALUES, dumps, most_values, utf8
 from lora_state_format.model.digests import ALGORITHM
@@ -69,6 +71,9 @@ LARGEST_HEADER: Final = 25_000_000
 PART: Final = 1 << 24
 """Bytes, and what is left of a tensor then, that one thread copies at a time."""
 
+UNLINKING: Final = 4
+"""Files of an older set that are removed at once: it takes as long as a tenth of writing one, and all ranks wait."""
+
 SHARD_HEADER: Final = 16 << 20
 """Bytes of header that a shard is filled up to, as estimated."""
 
@@ -98,7 +103,8 @@ def write(
     """Write a state as one file, or as a set of shards where it would not fit into one.
 
     The target appears whole or not at all: bytes go to a temporary file in the same folder, are synced, and renamed.
-    Equal states give equal bytes.
+    Equal states give equal bytes. To an object store (a URL) a state is sent when it is whole on this machine, shards
+    first and the index last; what the path meant before is removed then.
 
     Args:
         state: The state; its tensors are read once, in chunks.
@@ -115,6 +121,8 @@ def write(
         OSError: The system refused.
     """
     path = Path(path)
+    if is_remote(path):
+        return _sent(path, force, lambda local: write(state, local, max_shard_size=max_shard_size, progress=progress))
     check_path(path, force)
     with paused():
         state = stowed(state)
@@ -313,9 +321,9 @@ def committing(path: Path, force: bool, keep: set[str]) -> Iterator[None]:
     with locked(path.parent):
         check_path(path, force)
         yield
-        for sibling in files_of(path):
-            if sibling.name not in keep:
-                sibling.unlink()
+        old = [found for found in files_of(path) if found.name not in keep]
+        with ThreadPoolExecutor(UNLINKING) if len(old) > 1 else contextlib.nullcontext() as pool:
+            list((pool.map if pool else map)(Path.unlink, old))
         sync_folder(path.parent)
 
 
@@ -333,6 +341,36 @@ def files_of(path: Path) -> list[Path]:
         if shard.fullmatch(found.name) and found.name not in kept and is_state(found)
     ]
     return [found for found in (index_of(path), path) if os.path.lexists(found)] + shards
+
+
+# --- object stores ------------------------------------------------------------------------------------------------
+
+
+def _sent(path: Path, force: bool, make: Callable[[Path], Written]) -> Written:
+    """Let ``make`` write a state in a temporary folder, send its files to a URL in order, and remove older ones.
+
+    Each file appears whole, and the index, by which a set is opened, last: a path always means a whole state. Two
+    writers of one path are not kept apart, and shards of a writer that was killed stay, named by no index.
+    """
+    old = _sent_before(path)
+    if old and not force:
+        raise TargetExistsError(f"{path} exists", remedy=REPLACE)
+    with tempfile.TemporaryDirectory(prefix="lora-state-") as folder:
+        written = make(Path(folder, path.name))
+        files = [path.with_name(Path(name).name) for name in written.files]
+        for name, file in zip(written.files, files, strict=True):
+            send(Path(name), file)
+    for file in old:
+        if file not in files:
+            remove(file)
+    return replace(written, path=str(path), files=tuple(map(str, files)))
+
+
+def _sent_before(path: Path) -> list[Path]:
+    """Return the files of what a URL means now, the index first."""
+    index = index_of(path)
+    files = [index, *(path.with_name(item["file"]) for item in read_index(index)["shards"])] if exists(index) else []
+    return [*files, path] if exists(path) else files
 
 
 # --- sets of shards -----------------------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ import io
 import os
 import re
 import stat
+import sys
 import weakref
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any, Final, Protocol
@@ -15,7 +16,7 @@ from lora_state_format.errors import FileError
 if TYPE_CHECKING:
     from types import TracebackType
 
-__all__ = ["File", "Memory", "Range", "Source", "Stream", "bytes_of", "readable_together"]
+__all__ = ["File", "Memory", "Range", "Source", "Stream", "Unread", "bytes_of", "readable_together"]
 
 
 COPIED: Final = 1 << 20
@@ -74,7 +75,8 @@ class File:
         self._opened = os.fstat(descriptor)
         if not stat.S_ISREG(self._opened.st_mode):
             self.close()
-            raise FileError("not a regular file", path=self.path)
+            folder = stat.S_ISDIR(self._opened.st_mode)
+            raise FileError("a folder, not a file" if folder else "a pipe or a device, not a file", path=self.path)
         self.size = self._opened.st_size
         if self.size <= MAX_POINTER and (size := _pointer(bytes(self.read(0, self.size)))):
             self.close()
@@ -142,6 +144,24 @@ class Range:
     def view(self, offset: int, size: int) -> memoryview | None:
         """Return the bytes without a copy, where the source has them in memory."""
         return self.source.view(self.start + offset, size)
+
+
+class Unread:
+    """Bytes of a file that was not opened for a first look at its folder: there is nothing to read."""
+
+    crc32 = None
+    size = sys.maxsize
+
+    def __init__(self, path: object) -> None:
+        self.path = path
+
+    def readinto(self, offset: int, out: memoryview) -> None:
+        """Raise ``FileError``: what a first look returns has dtypes and shapes only."""
+        raise FileError("was only looked at, and none of its tensors can be read: open it with read()", path=self.path)
+
+    def view(self, offset: int, size: int) -> memoryview | None:
+        """Return ``None``: no bytes are in memory."""
+        return None
 
 
 class Memory:

@@ -19,6 +19,7 @@ from lora_state_format.model import notebook
 from lora_state_format.model.sources import readable_together
 from lora_state_format.model.states import Parameter, Role, Scalar, Slot, Value, mapped
 from lora_state_format.optimizers.classes import Known, known
+from lora_state_format.optimizers.roles import MASTER
 from lora_state_format.torch import carried as carrying
 from lora_state_format.torch.capture import Models, Optimizers, lineage_of, stepper
 from lora_state_format.torch.codes import Coded, coded
@@ -36,6 +37,7 @@ from lora_state_format.torch.tensors import (
     scalar_to_torch,
     to_torch,
 )
+from lora_state_format.torch.zero import check_master
 
 __all__ = ["LoadReport", "apply", "carry_out"]
 
@@ -216,6 +218,8 @@ def _stage(binding: Binding, live: Live, ledger: Ledger) -> _Staged:
         ledger,
     )
     slots = _built(binding.saved.state, optimizer, place, ())
+    if part and live.side.parameters[binding.name].narrow and MASTER in slots:
+        check_master(binding.name, place.parameter, part, slots[MASTER])
     if not binding.quantise:
         return _Staged(slots)
     return _Staged(*coded(optimizer, place.parameter, slots))
