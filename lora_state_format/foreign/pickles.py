@@ -1009,7 +1009,7 @@ def _elsewhere(known: Pickled, open_storage: Callable[[str, int], Range]) -> Pic
     if any(storages[key].size != old.size for key, old in known.storages.items()):
         return None
     moved = {id(old): storages[key] for key, old in known.storages.items()}
-    pieces = tuple(replace(piece, source=moved[id(piece.source)]) for piece in known.value.pieces)
+    pieces = tuple(piece._replace(source=moved[id(piece.source)]) for piece in known.value.pieces)
     return replace(known, value=replace(known.value, pieces=pieces), storages=storages)
 
 

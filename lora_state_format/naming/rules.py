@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import re
 from bisect import bisect_right
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, compress, permutations
 from typing import Any, Final, NamedTuple, TypeAlias
 
+from lora_state_format.errors import OptionError
 from lora_state_format.model.states import Parameter, PositionalState
 from lora_state_format.naming.names import plain_name
 
-__all__ = ["PARTS", "RULES", "Candidate", "Described", "Rule"]
+__all__ = ["PARTS", "RULES", "Candidate", "Described", "Rule", "rules_called"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -182,16 +183,21 @@ def _stated(parameters: Sequence[Described], state: PositionalState) -> Iterator
     members = {identity: item for identity, item in found.items() if item is not None}
     if not names or len(members) < len(names) or len({item.name for item in members.values()}) < len(names):
         return
-    unnamed = [identity for identity in state.ids if identity not in names]
-    if unnamed:
-        taken = {item.name for item in members.values()}
-        rest = [item for item in trainable_of(parameters) if item.name not in taken]
-        bounds = list(accumulate(state.sizes()))
-        groups = {bisect_right(bounds, number) for number, i in enumerate(state.ids) if i not in names}
-        if len(rest) != len(unnamed) or len(groups) > 1:
-            return
-        members |= dict(zip(unnamed, rest, strict=True))
-    yield from _listed([members[identity] for identity in state.ids], state)
+    members |= _unstated(parameters, state, members)
+    if all(identity in members for identity in state.ids):
+        yield from _listed([members[identity] for identity in state.ids], state)
+
+
+def _unstated(
+    parameters: Sequence[Described], state: PositionalState, stated: Mapping[int | str, Described]
+) -> dict[int | str, Described]:
+    """Return the parameters of a single group whose names are not stated, in the model's order, if all are found."""
+    ids = [identity for identity in state.ids if identity not in stated]
+    taken = {item.name for item in stated.values()}
+    rest = [item for item in trainable_of(parameters) if item.name not in taken]
+    bounds = list(accumulate(state.sizes()))
+    groups = {bisect_right(bounds, number) for number, identity in enumerate(state.ids) if identity not in stated}
+    return dict(zip(ids, rest, strict=True)) if len(rest) == len(ids) and len(groups) == 1 else {}
 
 
 def _flat(parameters: Sequence[Described], state: PositionalState) -> Iterator[Splits]:
@@ -407,3 +413,11 @@ RULES: Final[tuple[Rule, ...]] = (
 )
 """Every grouping rule; a new one is one more row. Those of frameworks were read from their sources:
 PEFT 0.21, LLaMA-Factory 002f58e, Axolotl 0e4982e, Unsloth 0024bb0, ms-swift 006938b, nanoGPT 0011cd4."""
+
+
+def rules_called(name: str) -> list[Rule]:
+    """Return the rules of a name: one, or several eras of one framework. Raises ``OptionError`` if there are none."""
+    found = [rule for rule in RULES if rule.name == name]
+    if not found:
+        raise OptionError(f"no grouping rule '{name}'; there are: {', '.join(rule.name for rule in RULES)}")
+    return found

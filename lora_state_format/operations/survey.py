@@ -52,15 +52,21 @@ def survey(path: str | os.PathLike[str]) -> Iterator[Surveyed]:
     """Yield every checkpoint at a path and in the folders below it, in the order of their paths.
 
     What belongs to a checkpoint's folder is not listed again. Links to folders are not followed. No tensor is read, but
-    for those that speak for an order of names.
+    for those that speak for an order of names. Raises ``FileNotFoundError`` where there is nothing at the path.
     """
     path = Path(path)
+    if not path.exists():
+        raise FileNotFoundError(f"{path}: no such file or folder")
+    return _below(path)
+
+
+def _below(path: Path) -> Iterator[Surveyed]:
     found = _surveyed(path)
     if found is not None:
         yield found
     elif path.is_dir() and not path.is_symlink():
         for inner in sorted(path.iterdir()):
-            yield from survey(inner)
+            yield from _below(inner)
 
 
 def _surveyed(path: Path) -> Surveyed | None:

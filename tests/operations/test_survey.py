@@ -197,7 +197,7 @@ def test_a_folder_where_a_file_is_meant(
         )
     assert run(["verify", "../run", "--weights", "."]) == 3
     assert capsys.readouterr().err == (
-        "error: .: a folder without weights in it; looked for adapter_model.safetensors, adapter_model.bin, "
+        "error: .: no weights in this folder; looked for adapter_model.safetensors, adapter_model.bin, "
         "model.safetensors, model.safetensors.index.json, pytorch_model.bin, pytorch_model.bin.index.json, "
         "pytorch_model_fsdp.bin\n"
     )
