@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any, Final
 
 from lora_state_format.errors import FileError, OptionError, RefusedError, Remedy, UnrepresentableError
-from lora_state_format.foreign.powers import counted, power
+from lora_state_format.foreign.paddle import LAYOUTS, MASTER, POWERS, betas_of, state_of
+from lora_state_format.foreign.powers import power
 from lora_state_format.foreign.trees import member
 from lora_state_format.foreign.weights import read_weights
 from lora_state_format.io import plain
@@ -26,7 +27,7 @@ from lora_state_format.io.json_files import read_json, read_json_object
 from lora_state_format.mapping import algorithms, apply
 from lora_state_format.mapping.algorithms import HYPERPARAMETERS, OPTIMIZER, Algorithm, RuleLayout
 from lora_state_format.model.sources import Memory
-from lora_state_format.model.states import Checkpoint, Group, Naming, Optimizer, OptimizerState, Parameter, Role, Slot
+from lora_state_format.model.states import Checkpoint, OptimizerState, Parameter
 from lora_state_format.model.tensors import Tensor, contiguous
 from lora_state_format.registry import Match
 
@@ -40,17 +41,10 @@ OPTIONS: Final = {
     **HYPERPARAMETERS,
 }
 
-LAYOUTS: Final = (
-    RuleLayout("adam", {"moment1_0": "exp_avg", "moment2_0": "exp_avg_sq"}),
-    RuleLayout("adamw", {"moment1_0": "exp_avg", "moment2_0": "exp_avg_sq"}),
-    RuleLayout("sgd", {"velocity_0": "momentum_buffer"}),
-)
-POWERS: Final = ("beta1_pow_acc_0", "beta2_pow_acc_0")
 INDEX: Final = "optimizer.safetensors.index.json"
 MASTERS: Final = "master_weights.safetensors.index.json"
 WEIGHTS: Final = ("peft_model.safetensors.index.json", "model.safetensors.index.json")
 TRAINER: Final = "trainer_state.json"
-MASTER: Final = "master_param"
 
 
 def detect(path: Path) -> Match | None:
@@ -80,7 +74,9 @@ def read(match: Match, options: Mapping[str, Any]) -> Checkpoint:
                 slots.get(name, {})[MASTER] = tensor
         beside = (index.with_name(name) for name in WEIGHTS)
         weights = next((_indexed(found, files) for found in beside if found.is_file()), {})
-        state = _state(slots, weights, index, options, files)
+        trainer = index.with_name(TRAINER)
+        step = member(read_json_object(trainer), "global_step", int, trainer) if trainer.is_file() else None
+        state = state_of(slots, weights, index, options, step=step, origin=NAME, files=files)
         return apply.on_reading(Checkpoint(state, weights), options.get("map"))
 
 
@@ -105,48 +101,6 @@ def _indexed(index: Path, files: Files) -> dict[str, Tensor]:
     return {key: held[name][key] for key, name in places.items()}
 
 
-def _state(
-    slots: Mapping[str, Mapping[str, Tensor]],
-    weights: Mapping[str, Tensor],
-    index: Path,
-    options: Mapping[str, Any],
-    files: Files,
-) -> OptimizerState:
-    trainer = index.with_name(TRAINER)
-    stated = algorithms.stated_step(options) if "step" in options else None
-    if stated is None and trainer.is_file():
-        stated = member(read_json_object(trainer), "global_step", int, trainer)
-    betas = _betas(options["betas"]) if "betas" in options else None
-    parameters, algorithm, counts = [], None, set()
-    for name, held in slots.items():
-        fields = {field: tensor for field, tensor in held.items() if field not in (*POWERS, MASTER)}
-        where = f"{index}: '{name}'"
-        algorithm, layout = algorithms.choose(options.get("optimizer"), LAYOUTS, fields, where)
-        powers = [struct.unpack("<f", held[field].bytes())[0] for field in POWERS if field in held]
-        count = stated
-        if powers:
-            count, betas = counted(tuple(powers), betas, stated, where)
-        counts.add(count)
-        values = {slot: fields[field] for field, slot in layout.fields.items()}
-        parameter = algorithms.parameter_of(name, values, algorithm, count, weight=weights.get(name), path=index)
-        if MASTER in held:
-            master = Slot(held[MASTER], Role.PARAM)
-            parameter = replace(parameter, state={**(parameter.state or {}), MASTER: master})
-        parameters.append(parameter)
-    if algorithm is None:
-        raise FileError("holds no parameter's state", path=index)
-    known = {**options, **({"betas": betas} if betas is not None and "betas" in algorithm.options else {})}
-    return OptimizerState(
-        optimizers=(Optimizer(algorithm.class_path),),
-        groups=(Group(0, algorithms.group_options(algorithm, known), len(parameters)),),
-        parameters=tuple(parameters),
-        naming=Naming("checkpoint", details={"order": "unknown"}),
-        origin={"format": NAME},
-        global_step=counts.pop() if len(counts) == 1 else None,
-        resources=(files,),
-    )
-
-
 # --- writing ------------------------------------------------------------------------------------------------------
 
 
@@ -164,7 +118,7 @@ def write(state: OptimizerState, path: Path, *, base: Path | None, force: bool, 
     layout = algorithms.layout_of(bare, algorithm, LAYOUTS)
     algorithms.check_alike(state.groups, algorithm, options)
     powers = len(layout.fields) == 2
-    betas = () if not powers else _betas(options["betas"]) if "betas" in options else _stored_betas(state)
+    betas = () if not powers else betas_of(options["betas"]) if "betas" in options else _storedbetas_of(state)
     tensors: dict[str, Tensor] = {}
     counts: set[int] = set()
     for parameter in bare.parameters:
@@ -215,21 +169,14 @@ def _powers(parameter: Parameter, betas: tuple[float, ...], count: int) -> dict[
     return {f"{parameter.name}/{field}": contiguous("F32", (1,), Memory(data)) for field, data in products.items()}
 
 
-def _stored_betas(state: OptimizerState) -> tuple[float, ...]:
+def _storedbetas_of(state: OptimizerState) -> tuple[float, ...]:
     found = [dict(group.options).get("betas") for group in state.groups if group.count]
     if not found or found[0] is None or any(betas != found[0] for betas in found):
         raise UnrepresentableError(
             "PaddleNLP keeps powers of one pair of betas, and the groups have no betas, or different ones",
             remedy=Remedy("pass the two numbers as {options}", {"options": {"betas": ...}}),
         )
-    return _betas(found[0])
-
-
-def _betas(value: Any) -> tuple[float, ...]:
-    numbers = value if isinstance(value, (list, tuple)) and len(value) == 2 else (None,)
-    if not all(isinstance(beta, (int, float)) and 0 <= beta < 1 for beta in numbers):
-        raise OptionError(f"betas={value!r} is not two numbers from 0 to 1")
-    return tuple(value)
+    return betas_of(found[0])
 
 
 def _write_set(folder: NewFolder, name: str, index: str, tensors: Mapping[str, Tensor], masters: bool) -> None:

@@ -79,6 +79,7 @@ BUILT_IN: Final[Mapping[str, str]] = {
     "nanotron": "lora_state_format.converters.nanotron",
     "olmo": "lora_state_format.converters.olmo",
     "orbax": "lora_state_format.converters.orbax",
+    "paddle": "lora_state_format.converters.paddle",
     "paddlenlp": "lora_state_format.converters.paddlenlp",
     "rllib": "lora_state_format.converters.rllib",
     "torch_optimizer": "lora_state_format.converters.torch_optimizer",

@@ -82,6 +82,8 @@ SINCE: tuple[tuple[str, str, str, str], ...] = (
     ("test_group_sizes_tell_the_version[config1", "transformers", "4.51", "has no Qwen3"),
     ("test_the_trainers_split", "transformers", "4.53", "groups by the rules of its time: tests/golden/versions"),
     ("full qwen2]", "transformers", "4.53", "groups by the rules of its time: tests/golden/versions"),
+    ("[GreedyLR]", "transformers", "5.0", "has no GreedyLR"),
+    ("[greedy-", "transformers", "5.0", "has no GreedyLR"),
     ("test_what_these_libraries_raise", "transformers", "5.0", "does not raise, or something else"),
     ("bias_lora_only", "peft", "0.21", "its files lack the biases"),
     ("biases and a saved head", "peft", "0.21", "its files lack the biases"),

@@ -6,12 +6,15 @@ import ast
 import zipfile
 import zlib
 from collections.abc import Mapping
+from itertools import accumulate
+from shutil import copyfileobj
+from tempfile import NamedTemporaryFile
 from typing import Final
 
 from lora_state_format.errors import FileError, RefusedError
 from lora_state_format.foreign.zips import Archive
 from lora_state_format.model.dtypes import SPELLED
-from lora_state_format.model.sources import Memory, Source, Stream
+from lora_state_format.model.sources import File, Range, Source, Stream
 from lora_state_format.model.tensors import Tensor, contiguous
 
 __all__ = ["names_in", "read_npz"]
@@ -29,10 +32,10 @@ def names_in(source: Source, path: object = None) -> list[str]:
 
 
 def read_npz(source: Source, path: object = None) -> Mapping[str, Tensor]:
-    """Return the arrays of an archive by name: lazily, or where they are compressed, unpacked in memory.
+    """Return the arrays of an archive by name, lazily; where they are compressed, they are unpacked on disk.
 
     Raises ``FileError`` for a damaged one, ``RefusedError`` for arrays that are pickled, of types that safetensors does
-    not have, or of more than 1 GiB packed.
+    not have, or of more than 16 GiB that were compressed.
     """
     archive = Archive(source, path)
     try:
@@ -42,20 +45,29 @@ def read_npz(source: Source, path: object = None) -> Mapping[str, Tensor]:
     return {name.removesuffix(SUFFIX): _array(member, name, path) for name, member in members.items()}
 
 
-MOST: Final = 1 << 30
-"""Bytes that are unpacked in memory."""
+MOST: Final = 16 << 30
+"""Bytes that are unpacked on disk."""
 
 
 def _unpacked(source: Source, path: object) -> Mapping[str, Source]:
-    """Return the members of an archive that was compressed, as ``numpy.savez_compressed`` does it."""
+    """Return the members of an archive that was compressed, as ``numpy.savez_compressed`` does it.
+
+    They lie one after the other in a file without a name, which goes with the last reference to them.
+    """
     try:
-        with zipfile.ZipFile(Stream(source)) as archive:  # checks each member's size and CRC-32
+        with zipfile.ZipFile(Stream(source)) as archive, NamedTemporaryFile() as unpacked:
             infos = [info for info in archive.infolist() if info.filename.endswith(SUFFIX)]
             if sum(info.file_size for info in infos) > MOST:
                 raise RefusedError(
                     f"its compressed arrays unpack to more than {MOST >> 30} GiB: save them with numpy.savez", path=path
                 )
-            return {info.filename: Memory(archive.read(info)) for info in infos}
+            for info in infos:
+                with archive.open(info) as member:  # checks its size and CRC-32
+                    copyfileobj(member, unpacked)
+            unpacked.flush()
+            file = File(unpacked.name)
+        starts = accumulate((info.file_size for info in infos), initial=0)
+        return {info.filename: Range(file, start, info.file_size) for info, start in zip(infos, starts, strict=False)}
     except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError, ValueError) as error:
         if isinstance(error, FileError):
             raise

@@ -229,13 +229,16 @@ class _Machine:
         stack: list[Any] = []
         marks: list[list[Any]] = []
         memo: list[Any] = []
-        built = at = 0
+        built = at = payload = 0
+        begin = i
         try:
             while i < end:
                 # The lists grow by one entry at most with each byte: looking now and then is enough.
                 lists = 9 * (len(stack) + len(memo) + sum(map(len, marks)))
                 if built + lists + self._built > MAX_BUILT:
                     raise _MalformedError(f"the pickle builds more than {MAX_BUILT} bytes of objects")
+                if i - begin - payload > MAX_PICKLE:
+                    raise _MalformedError(f"the pickle has more than {MAX_PICKLE} bytes that are no array's")
                 stop = min(end, i + CHECKED)
                 # The branches stand in the order of their frequency.
                 while i < stop:
@@ -374,6 +377,7 @@ class _Machine:
                         if i > end:
                             raise _CutShortError
                         built += 64 + len(value)
+                        payload += size
                         stack.append(self._sized(op, value))
                     elif op == PROTO:
                         self.protocol = data[i]
@@ -911,9 +915,12 @@ def load(source: Source, path: object = None, *, alike: dict[bytes, Pickled] | N
         return _load_zip(source, path, alike) if kind == "zip archive" else _load_stream(source, path)
 
 
-def load_plain(data: bytes, path: object = None) -> Any:
-    """Return the value of a pickle that torch did not write and that holds no tensors: DCP's ``.metadata``, for one."""
-    if len(data) > MAX_PICKLE:
+def load_plain(data: bytes, path: object = None, *, payload: bool = False) -> Any:
+    """Return the value of a pickle that torch did not write and that holds no tensors: DCP's ``.metadata``, for one.
+
+    With ``payload`` the bytes of arrays in it do not count towards the limit of a pickle, only towards that of memory.
+    """
+    if len(data) > MAX_PICKLE and not payload:
         raise FileError(f"a pickle of {len(data)} bytes; the limit is {MAX_PICKLE}", path=path)
     with paused():
         return _Machine(data, path, "the file").run()[0]

@@ -10,8 +10,9 @@ from typing import Any, Final
 
 import pytest
 
-from lora_state_format.converters import mlx, paddlenlp
+from lora_state_format.converters import mlx
 from lora_state_format.foreign import optax
+from lora_state_format.foreign.paddle import LAYOUTS as PADDLE
 from lora_state_format.mapping.algorithms import REFUSED, RuleLayout
 from lora_state_format.mapping.maps import MAPS, MapRule
 
@@ -21,7 +22,7 @@ DOCUMENT: Final = ROOT / "spec" / "mappings.md"
 LAYOUTS: Final[Mapping[str, Iterable[RuleLayout]]] = {
     "optax": optax.LAYOUTS,
     "MLX": mlx.LAYOUTS,
-    "Paddle": paddlenlp.LAYOUTS,
+    "Paddle": PADDLE,
 }
 
 GOES_ON: Final[Mapping[str, Mapping[str, str]]] = {

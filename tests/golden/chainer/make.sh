@@ -4,7 +4,7 @@ set -euo pipefail
 cd "$(dirname "$0")"
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
-python3.8 -m venv "$work/venv"
+PYENV_VERSION=${PYENV_VERSION-3.8} python3.8 -m venv "$work/venv"
 "$work/venv/bin/pip" install --quiet "numpy<1.24" "setuptools<60" wheel
 "$work/venv/bin/pip" install --quiet --no-build-isolation chainer==7.8.1
 "$work/venv/bin/python" -W ignore make.py "$work/files"
