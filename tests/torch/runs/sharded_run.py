@@ -231,7 +231,8 @@ def run(case: str) -> dict[str, Any]:
         if rank == 0:
             (out / "folder").write_text("a file where a folder is wanted")
         dist.barrier()
-        return {"error": failed(lambda: save_optimizer(optimizer, net, target))}
+        remote = failed(lambda: save_optimizer(optimizer, net, "memory://bucket/optimizer.safetensors"))
+        return {"error": failed(lambda: save_optimizer(optimizer, net, target)), "remote": remote}
     if case == "disagree":
         train(net, optimizer, 0, 1)
         if rank == 1:
