@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
+from lora_state_format.errors import Remedy
 from lora_state_format.model.states import Optimizer, Value
 from lora_state_format.model.tensors import Digest
 from lora_state_format.optimizers.classes import Known, known
@@ -109,4 +110,4 @@ class Problem:
     kind: str
     title: str
     items: tuple[str, ...] = ()
-    hints: tuple[str, ...] = ()
+    hints: tuple[Remedy, ...] = ()

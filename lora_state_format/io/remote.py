@@ -88,6 +88,8 @@ def version_of(path: Path) -> tuple[Any, ...] | None:
 class Remote(File):
     """A file on another machine. Each read is a request for a range, and is tried by fsspec as often as it does."""
 
+    readable_together = False  # it reads ahead in one place
+
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self._descriptor = -1
         self.path = os.fspath(path)

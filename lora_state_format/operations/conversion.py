@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -18,13 +17,14 @@ from lora_state_format.format import envelope, writing
 from lora_state_format.io.atomic import made_folders, refuse_existing
 from lora_state_format.io.files import reading as opened_files
 from lora_state_format.io.remote import is_remote
-from lora_state_format.mapping.algorithms import find
+from lora_state_format.mapping.algorithms import ALGORITHMS, find
 from lora_state_format.model import digests, notebook
 from lora_state_format.model.digests import ALGORITHM
 from lora_state_format.model.states import Checkpoint, Naming, OptimizerState, PositionalState, Slot, walk
 from lora_state_format.model.tensors import Digest, Tensor
+from lora_state_format.model.text import expression
 from lora_state_format.naming.evidence import head_size
-from lora_state_format.naming.rules import Described
+from lora_state_format.naming.rules import Described, rules_called
 from lora_state_format.naming.sources import ADAPTER_CONFIG, CONFIG, Named, Names, config_of, name_state, split_names
 from lora_state_format.operations.entries import tensors
 from lora_state_format.operations.look import Found
@@ -38,6 +38,7 @@ from lora_state_format.operations.report import (
     naming_json,
 )
 from lora_state_format.optimizers import quantised, rounded
+from lora_state_format.optimizers.classes import full_path
 
 if TYPE_CHECKING:
     from lora_state_format.naming.evidence import Evidence, Pairing
@@ -154,6 +155,8 @@ def read(
 
 def read_either(path: str | os.PathLike[str], **reading: Any) -> OptimizerState:
     """Return what ``read`` returns; what says how to name parameters is for a state that needs it."""
+    if reading.get("rule") is not None:
+        rules_called(reading["rule"])
     try:
         return read(path, **{**reading, "names": None, "rule": None, "trainable": ()})
     except MissingNamesError:
@@ -162,8 +165,10 @@ def read_either(path: str | os.PathLike[str], **reading: Any) -> OptimizerState:
 
 def look_closer(
     path: str | os.PathLike[str],
+    converter: Converter,
+    match: Match,
     *,
-    source_format: str | None = None,
+    whole: bool = False,
     names: Names | None = None,
     rule: str | None = None,
     optimizer: str | None = None,
@@ -173,15 +178,14 @@ def look_closer(
     """Return the state in a checkpoint, and names for it where they cost nothing.
 
     No tensor is read, so nothing is weighed; no model is built unless ``names``, ``rule`` or ``trainable`` is given.
-    Takes the arguments of ``read`` and raises what ``read`` raises; what cannot be named stays without names, unless
-    names were asked for.
+    Takes the arguments of ``read``, its converter and match found, and raises what ``read`` raises; what cannot be
+    named stays without names, unless names were asked for. ``whole`` is whether all files of a folder are read.
     """
     path = Path(path)
-    converter, match = registry.find(path, source_format)
     renaming = renaming_of(names, options, converter)
     reading = _Reading(renaming, rule, optimizer, trainable)
     registry.check_options(renaming.options, converter)
-    checkpoint = _checkpoint(converter, match, path, reading)
+    checkpoint = _checkpoint(converter, match, path, reading, glance=not whole)
     asked = names is not None or rule is not None or bool(trainable) or renaming.layout is not None
 
     def build(folder: Path, adapter: Path | None = None) -> Sequence[Described]:
@@ -196,8 +200,7 @@ def look_closer(
         except ConversionError as error:
             if asked:
                 raise
-            reason = str(error).split("\n")[0].removeprefix(f"{path}: ")
-            return Found(checkpoint.state, converter.NAME, f"none: {reason}")
+            return Found(checkpoint.state, converter.NAME, error)
         _check_trainable(named.state, trainable, path)
         return Found(named.state, converter.NAME)
 
@@ -326,15 +329,21 @@ def _read(converter: Converter, match: Match, path: Path, reading: _Reading) -> 
         return reading.renaming.apply(named)
 
 
-def _checkpoint(converter: Converter, match: Match, path: Path, reading: _Reading) -> Checkpoint:
-    """Return what the converter reads, with the optimizer's class and the adapter that the caller names."""
+def _checkpoint(
+    converter: Converter, match: Match, path: Path, reading: _Reading, *, glance: bool = False
+) -> Checkpoint:
+    """Return what the converter reads, with the optimizer's class and the adapter that the caller names.
+
+    ``glance`` is whether some of a folder's files are enough, where the converter knows how.
+    """
     options, optimizer = reading.renaming.options, reading.optimizer
     asks = "optimizer" in registry.options(converter)
     if optimizer is not None and asks:
         options = {"optimizer": optimizer, **options}
-    with converter.read(match, registry.own_options(options, converter)).closed_on_error() as checkpoint:
+    read = getattr(converter, "glance", converter.read) if glance else converter.read
+    with read(match, registry.own_options(options, converter)).closed_on_error() as checkpoint:
         if optimizer is not None and not asks:
-            checkpoint = replace(checkpoint, state=_classed(checkpoint.state, optimizer, path))
+            checkpoint = replace(checkpoint, state=_classed(checkpoint.state, _class_called(optimizer), path))
         named = isinstance(checkpoint.state, OptimizerState)
         return checkpoint if named else _with_weights(checkpoint, split_names(reading.renaming.names)[1])
 
@@ -391,10 +400,7 @@ def only_trainable(described: Sequence[Described], trainable: Sequence[str]) -> 
     """
     found: set[str] = set()
     for text in trainable:
-        try:
-            pattern = re.compile(text)
-        except re.error as error:
-            raise OptionError(f"'{text}' is not a regular expression: {error}") from error
+        pattern = expression(text)
         matching = {item.name for item in described if pattern.search(item.name)}
         if not matching:
             raise OptionError(
@@ -413,9 +419,22 @@ def _check_trainable(state: OptimizerState, trainable: Sequence[str], path: Path
         )
 
 
+def _class_called(name: str) -> str:
+    """Return the path of the class that a caller means: by its path, or by the rule that the class stands for."""
+    if "." in name:
+        return full_path(name)
+    rules = {algorithm.name: algorithm.class_path for algorithm in reversed(ALGORITHMS)}  # the first row of a name
+    if name not in rules:
+        raise OptionError(
+            f"'{name}' is neither the path of a class nor a rule; the rules are: {', '.join(reversed(rules))}",
+            remedy=Remedy("pass {optimizer}", {"optimizer": "torch.optim.AdamW"}),
+        )
+    return rules[name]
+
+
 def _classed(state: OptimizerState | PositionalState, class_path: str, path: Path) -> OptimizerState | PositionalState:
     for found in state.optimizers:
-        if found.class_path not in (None, class_path):
+        if found.class_path is not None and full_path(found.class_path) != class_path:
             raise OptionError(f"{path}: the optimizer is {found.class_path}, not {class_path}")
     return replace(state, optimizers=tuple(replace(found, class_path=class_path) for found in state.optimizers))
 

@@ -34,6 +34,7 @@ from lora_state_format.model.states import (
     Scalar,
     Slot,
     Value,
+    mapped,
     walk,
 )
 from lora_state_format.model.tensors import Digest, Tensor, memory_order
@@ -533,7 +534,7 @@ def _slots(
         if isinstance(raw, torch.Tensor) and (reason := refusal(raw)):
             raise UnrepresentableError(f"'{name}': slot '{'.'.join(map(str, path))}' is a tensor {reason}")
     slots = reader.slots(entry, options, (name,))
-    fitted = {key: _fitted(value, named.shape(name)) for key, value in slots.items()}
+    fitted: Mapping[str, Value] = mapped(slots, lambda leaf, _: _fitted(leaf, named.shape(name)))
     for path, slot in walk(fitted) if name in named.parts else ():
         if isinstance(slot, Slot) and slot.role is not Role.PARAM:
             raise UnrepresentableError(
@@ -543,16 +544,11 @@ def _slots(
     return fitted
 
 
-def _fitted(value: Any, shape: tuple[int, ...]) -> Any:
-    """Return slots that are called like ones of the parameter's shape, and have another, are opaque."""
-    if isinstance(value, Slot):
-        other = value.role is Role.PARAM and value.tensor.shape != shape
-        return Slot(value.tensor, order=memory_order(value.tensor)) if other else value
-    if isinstance(value, Mapping):
-        return {key: _fitted(inner, shape) for key, inner in value.items()}
-    if isinstance(value, (list, tuple)):
-        return type(value)(_fitted(inner, shape) for inner in value)
-    return value
+def _fitted(leaf: Value, shape: tuple[int, ...]) -> Value:
+    """Return a slot that is called like one of the parameter's shape, and has another, as an opaque one."""
+    if isinstance(leaf, Slot) and leaf.role is Role.PARAM and leaf.tensor.shape != shape:
+        return Slot(leaf.tensor, order=memory_order(leaf.tensor))
+    return leaf
 
 
 def _globals(reader: Reader, optimizers: Sequence[torch.optim.Optimizer]) -> Mapping[str, Value]:

@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import json
-import os
-import socket
-import subprocess
-import sys
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -30,30 +26,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def said(folder: Path) -> Said:
+def said(folder: Path, ranks_said: Callable[[str, Path, Mapping[int, str]], Said]) -> Said:
     """What each rank of each case of ``sharded_run.py`` has to say, by case and number of ranks."""
-    result: Said = {}
-    for world, cases in CASES.items():
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        script = Path(__file__).parent / "runs" / "sharded_run.py"
-        ranks = [
-            subprocess.Popen(
-                [sys.executable, str(script), str(folder), str(rank), str(world), str(port), cases],
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                env={**os.environ, "OMP_NUM_THREADS": "1"},
-                text=True,
-            )
-            for rank in range(world)
-        ]
-        outputs = [rank.communicate(timeout=300)[0] for rank in ranks]
-        assert [rank.returncode for rank in ranks] == [0] * world, "\n".join(outputs)[-3000:]
-        for case in cases.split(","):
-            texts = [(folder / f"{case}.{world}.{rank}.json").read_text() for rank in range(world)]
-            result[case, world] = [json.loads(text) for text in texts]
-    return result
+    return ranks_said("sharded_run", folder, CASES)
 
 
 def test_all_ranks_know_what_rank_0_has_written(said: Said, folder: Path) -> None:

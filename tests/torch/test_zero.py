@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import json
-import os
 import re
-import socket
-import subprocess
-import sys
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+Said = dict[tuple[str, int], list[dict[str, Any]]]
 
 pytestmark = pytest.mark.frameworks
 
@@ -20,30 +18,8 @@ CASES = {2: "plain,1,2,3,2-offload,3-offload,2-bf16,1-bf16,3-bf16", 3: "1,3,3-bf
 
 
 @pytest.fixture(scope="module")
-def said(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, int], list[dict[str, Any]]]:
-    folder = tmp_path_factory.mktemp("zero")
-    script = Path(__file__).parent / "runs" / "zero_run.py"
-    found: dict[tuple[str, int], list[dict[str, Any]]] = {}
-    for world, cases in CASES.items():
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        ranks = [
-            subprocess.Popen(
-                [sys.executable, str(script), str(folder), str(rank), str(world), str(port), cases],
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                env={**os.environ, "OMP_NUM_THREADS": "1"},
-                text=True,
-            )
-            for rank in range(world)
-        ]
-        outputs = [rank.communicate(timeout=600)[0] for rank in ranks]
-        assert [rank.returncode for rank in ranks] == [0] * world, "\n".join(outputs)[-3000:]
-        for case in cases.split(","):
-            texts = [(folder / f"{case}.{world}.{rank}.json").read_text() for rank in range(world)]
-            found[case, world] = [json.loads(text) for text in texts]
-    return found
+def said(tmp_path_factory: pytest.TempPathFactory, ranks_said: Callable[[str, Path, Mapping[int, str]], Said]) -> Said:
+    return ranks_said("zero_run", tmp_path_factory.mktemp("zero"), CASES)
 
 
 RUN = [(case, world) for world in CASES for case in CASES[world].split(",")]
