@@ -5,7 +5,8 @@
 FSDP2 with AdamW; every contender works on the same state in turn, in rotated order, and the ratio of a round is that
 of its own times. Columns: ours / ``dcp.save``; what stands still in a save behind the run / a copy of the rank's share,
 for ours and for ``dcp.async_save``; ours / ``dcp.load``, without and with verifying; bytes read / share for both;
-rank 0's ``torch.save`` of a full state dict / ``dcp.save``; and by how much a rank's memory grows in a save, in MiB.
+rank 0's ``torch.save`` of a full state dict / ``dcp.save``; by how much a rank's memory grows in a save, in MiB; and
+ours / ``dcp.save`` in processor time of all ranks, which other programs on the machine change less.
 ``docs/scale.md`` has the figures.
 """
 
@@ -122,15 +123,28 @@ def measure(folder: Path, megabytes: int, rounds: int) -> None:
     dist.all_reduce(grown, dist.ReduceOp.MAX)
     contenders["dcp.save"]()
     times: list[dict[str, float]] = []
+    processor: list[dict[str, float]] = []
+
+    def used() -> float:
+        usage = resource.getrusage(resource.RUSAGE_SELF)
+        return usage.ru_utime + usage.ru_stime
+
     for number in range(rounds):
         names = list(contenders)
         turned = names[number % len(names) :] + names[: number % len(names)]
         times.append({name: contenders[name]() for name in turned})
+        processor.append({})
+        for name in ("save", "save without weights", "dcp.save"):
+            before = used()
+            contenders[name]()
+            spent = torch.tensor([used() - before])
+            dist.all_reduce(spent)
+            processor[-1][name] = float(spent)
     plain = read(lambda: load_optimizer(optimizer, model, ours, verify=False))
     checked = read(lambda: load_optimizer(optimizer, model, ours))
 
-    def ratio(one: str, other: str) -> str:
-        return f"{statistics.median(item[one] / item[other] for item in times):.2f}"
+    def ratio(one: str, other: str, rounds: list[dict[str, float]] = times) -> str:
+        return f"{statistics.median(item[one] / item[other] for item in rounds):.2f}"
 
     if rank == 0:
         cells = [
@@ -138,6 +152,7 @@ def measure(folder: Path, megabytes: int, rounds: int) -> None:
             ratio("save without weights", "dcp.save"),
             ratio("full", "dcp.save"), ratio("stall", "copy"), ratio("async", "copy"), ratio("load", "dcp.load"),
             ratio("load verified", "dcp.load"), f"{plain:.2f}, {checked:.2f}", str(int(grown)),
+            ratio("save", "dcp.save", processor), ratio("save without weights", "dcp.save", processor),
         ]  # fmt: skip
         print("| " + " | ".join(cells) + " |", flush=True)
     dist.barrier()
@@ -153,8 +168,11 @@ def main() -> None:
     chosen = arguments.parse_args()
     if "RANK" in os.environ:
         measure(chosen.folder, chosen.megabytes, chosen.rounds)
-    print("| ranks | MB | save | without weights | full on rank 0 | stall | async's | load | verified | read | MiB |")
-    print("|" + 11 * "---|", flush=True)
+    print(
+        "| ranks | MB | save | without weights | full on rank 0 | stall | async's | load | verified | read | MiB "
+        "| processor time of save | without weights |"
+    )
+    print("|" + 13 * "---|", flush=True)
     for world in chosen.ranks:
         folder = Path(tempfile.mkdtemp(dir=chosen.folder))
         command = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--standalone"]

@@ -51,6 +51,7 @@ def test_a_state_saved_by_two_ranks_is_loaded_by_any(said: Said, case: str, worl
     for rank in said[case, world]:
         assert rank["equal"]
         assert rank["again"]
+        assert rank["strided"] == (case == "tensor-parallel")  # rows that FSDP cuts within those of tensor parallel
         assert rank["read"] <= 1.05 * rank["share"]
         assert rank["report"] == "restored 5/5 parameters, 2 slots each, step 3; weights match 5/5"
         assert rank["continued"] or not continues
@@ -150,6 +151,11 @@ def test_a_rank_that_cannot_write_stops_all(said: Said, folder: Path) -> None:
     first, second = said["refused-save", 2]
     assert first["error"] == f"FileExistsError: [Errno 17] File exists: '{folder}/folder'"
     assert second["error"] == f"RankError: rank 0 failed: {first['error']}"
+    remote = (
+        "OptionError: memory:/bucket/optimizer.safetensors: the ranks of a sharded model write into a folder that all "
+        "of them see; save there, then convert(that path, 'memory:/bucket/optimizer.safetensors')"
+    )
+    assert [first["remote"], second["remote"]] == [remote, remote]
 
 
 def test_a_rank_that_cannot_read_stops_all_and_nothing_changes(said: Said, folder: Path) -> None:

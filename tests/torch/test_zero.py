@@ -62,7 +62,7 @@ def test_float32_masters_go_on_bit_for_bit(said: Any, case: str, world: int) -> 
         if world == 2:
             assert rank["equal"]
             assert rank["equal masters"]
-        assert rank["off"] <= (0 if world == 2 else 1e-2)  # a mean over three ranks is rounded to bfloat16
+        assert rank["off"] <= (0 if world == 2 else 1e-3)  # a mean over three ranks is rounded to bfloat16
     strange = [rank["strange"] for rank in said[case, world]]
     assert any(REFUSED.fullmatch(text) for text in strange)
     assert all(text.startswith(("BindError: '", "RankError: rank ")) for text in strange)

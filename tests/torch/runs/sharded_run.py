@@ -31,6 +31,7 @@ from torch.distributed.device_mesh import init_device_mesh  # noqa: E402
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard  # noqa: E402
 from torch.distributed.tensor import DTensor, Replicate, Shard  # noqa: E402
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module  # noqa: E402
+from torch.distributed.tensor.placement_types import _StridedShard  # noqa: E402
 
 from lora_state_format import open_state, verify  # noqa: E402
 from lora_state_format.model.sources import File  # noqa: E402
@@ -230,7 +231,8 @@ def run(case: str) -> dict[str, Any]:
         if rank == 0:
             (out / "folder").write_text("a file where a folder is wanted")
         dist.barrier()
-        return {"error": failed(lambda: save_optimizer(optimizer, net, target))}
+        remote = failed(lambda: save_optimizer(optimizer, net, "memory://bucket/optimizer.safetensors"))
+        return {"error": failed(lambda: save_optimizer(optimizer, net, target)), "remote": remote}
     if case == "disagree":
         train(net, optimizer, 0, 1)
         if rank == 1:
@@ -318,6 +320,8 @@ def run(case: str) -> dict[str, Any]:
     result = {"read": total[0] - header, "share": share(net), "equal": equals_the_file(net, optimizer)}
     total[0] = 0
     report = load_optimizer(optimizer, net, path)
+    placed = [p for parameter in net.parameters() if isinstance(parameter, DTensor) for p in parameter.placements]
+    result["strided"] = any(isinstance(placement, _StridedShard) for placement in placed)
     result |= {"report": report.line(), "read verified": total[0] - header, "again": equals_the_file(net, optimizer)}
     train(net, optimizer, 3, 6)
     final = torch.load(out / "final.pt", weights_only=True)
