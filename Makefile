@@ -3,7 +3,7 @@ PYTHON ?= python3
 PYTHONS ?= 3.10 3.12 3.13
 
 .DEFAULT_GOAL := help
-.PHONY: bench bench-figure crashes demo docs escapes fuzz growth help lint readers test test-browser test-cuda test-frameworks test-lowest test-lowest-core test-middle test-pythons test-torches
+.PHONY: bench bench-figure crashes demo docs escapes fuzz growth help links lint readers test test-browser test-cuda test-frameworks test-lowest test-lowest-core test-middle test-pythons test-tools test-torches
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*##  */\1@/p' $(MAKEFILE_LIST) | awk -F@ '{ printf "make %-16s %s\n", $$1, $$2 }'
@@ -29,6 +29,9 @@ test-cuda:  ## what needs a CUDA device: fused, capturable, bf16, pinned, NCCL, 
 
 docs: .venv/docs  ## the documentation as a site, warnings are errors
 	.venv/bin/mkdocs build --strict
+
+links:  ## ask every address on the web that a page links to; needs the network
+	$(PYTHON) docs/links.py
 
 fuzz: .venv/ready  ## ten minutes of random inputs for every reader
 	.venv/bin/python tests/hostile/fuzz.py --seconds 600
@@ -111,11 +114,24 @@ readers:  ## the readers in JavaScript and Rust, and the matrix of all readers a
 		&& npm run --silent types; else echo "without npm: no check of types, nor of the Hub's parser"; fi
 	cd readers/js && node --test
 	cargo test --quiet --offline --manifest-path readers/rust/Cargo.toml
-	$(PYTHON) spec/conformance/run.py
+	$(or $(and $(wildcard .venv/ready),.venv/bin/python),$(PYTHON)) spec/conformance/run.py
 
 test-browser: .venv-browser/ready  ## the viewer in a headless Chromium
 	$(call program,chromedriver,chromium chromium-driver)
 	.venv-browser/bin/pytest -m browser tests/web
+
+# Without the tools' own bounds: bergson asks for torchvision, which it does not use, LESS for transformers of 2023.
+SOURCES := https://github.com/princeton-nlp/LESS https://github.com/pmahdavi/ota-merge
+
+test-tools: .venv-tools/ready  ## what others read moments with: bergson, LESS and OTA-Merge; two gigabytes and the network
+	PYTHONPATH=.venv-tools/LESS:.venv-tools/ota-merge .venv-tools/bin/pytest -m tools tests/tools
+
+.venv-tools/ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv-tools
+	.venv-tools/bin/pip install --quiet --constraint constraints.txt --editable '.[demo,tools]' hypothesis pytest
+	.venv-tools/bin/pip install --quiet --no-deps bergson traker
+	for source in $(SOURCES); do git clone --quiet --depth 1 $$source .venv-tools/$$(basename $$source) || exit 1; done
+	touch $@
 
 # A folder is ready until its constraints or the project's requirements change.
 .venv/ready: pyproject.toml constraints.txt

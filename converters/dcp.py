@@ -47,7 +47,9 @@ def _folders(path: Path) -> list[Path]:
     if not path.is_dir() or (path / "metadata.json").exists():  # metadata.json: Megatron
         return []
     candidates = [path] if is_folder(path) else [folder for folder in folders_in(path) if is_folder(folder)]
-    return [folder for folder in candidates if any(word in metadata(folder) for word in (b"param_groups", _PER_NAME))]
+    found = [folder for folder in candidates if any(word in metadata(folder) for word in (b"param_groups", _PER_NAME))]
+    parts = len(found) == 1 or all(folder.name.startswith("optim") for folder in found)
+    return found if parts else []  # the checkpoints of a run, step after step
 
 
 def read(match: Match, options: Mapping[str, Any]) -> Checkpoint:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
 from importlib import import_module
 from pathlib import Path
@@ -250,17 +250,7 @@ def detect(path: str | os.PathLike[str]) -> tuple[Converter, Match]:
         return named, match
     if not path.exists():
         raise FileNotFoundError(f"{path}: no such file or folder")
-    others = [converter for converter in available() if converter is not named]
-    if (kind := certain_kind(path)) is not None:  # an image is no msgpack, whatever it begins with
-        others = [c for c in others if c.NAME not in BUILT_IN or c.NAME in READERS.get(kind, ())]
-    found: list[tuple[Converter, Match]] = []
-    damaged: list[FileError] = []
-    for converter in others:
-        try:
-            if match := _asked(converter, path):
-                found.append((converter, match))
-        except FileError as error:  # noqa: PERF203 # what one cannot read is no reason not to ask the next
-            damaged.append(error)
+    found, damaged = _claims(path, [converter for converter in _possible(path) if converter is not named])
     found = [(converter, match) for converter, match in found if not match.generic] or found
     if len(found) > 1:
         claims = "; ".join(f"{converter.NAME} ({match.reason})" for converter, match in found)
@@ -276,6 +266,27 @@ def detect(path: str | os.PathLike[str]) -> tuple[Converter, Match]:
     return found[0]
 
 
+def _possible(path: Path) -> list[Converter]:
+    """Return the converters that may read what is there: an image is not msgpack, whatever it begins with."""
+    kind = certain_kind(path)
+    if kind is None:
+        return available()
+    return [c for c in available() if c.NAME not in BUILT_IN or c.NAME in READERS.get(kind, ())]
+
+
+def _claims(path: Path, asked: Iterable[Converter]) -> tuple[list[tuple[Converter, Match]], list[FileError]]:
+    """Return who takes a path for theirs, and what those say who found it damaged."""
+    found: list[tuple[Converter, Match]] = []
+    damaged: list[FileError] = []
+    for converter in asked:
+        try:
+            if match := _asked(converter, path):
+                found.append((converter, match))
+        except FileError as error:  # noqa: PERF203 # what one cannot read is no reason not to ask the next
+            damaged.append(error)
+    return found, damaged
+
+
 def latest(path: str | os.PathLike[str]) -> Path:
     """Return the newest checkpoint of a run's folder: of its folders with a number, the highest that holds state.
 
@@ -285,6 +296,8 @@ def latest(path: str | os.PathLike[str]) -> Path:
     if not path.is_dir():
         raise FileNotFoundError(f"{path}: no such folder")
     newest = _newest(path, available())
+    if newest is None and any(_asked(converter, path) for converter in available()):
+        raise UnknownFormatError(f"{path}: a checkpoint itself, and no folder in it is a newer one")
     if newest is None:
         raise UnknownFormatError(_nothing_here(path, available()))
     return newest

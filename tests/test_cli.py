@@ -5,6 +5,7 @@ import dataclasses
 import json
 import os
 import pickle
+import re
 import shutil
 import subprocess
 import sys
@@ -522,19 +523,18 @@ def test_check_tells_whether_a_checkpoint_would_bind_to_a_model(
     members = json.loads(lora_state.out)
     assert (members["ok"], members["restored"], members["parameters"]) == (False, 0, 392)
     (problem,) = members["problems"]
-    assert (problem["kind"], problem["title"], len(problem["items"])) == ("shape", "of another shape (392):", 392)
     rank = config["r"]
-    (hint,) = problem["hints"]
-    assert hint == (
-        f"the rank is {2 * rank} in the model and {rank} in the file; mismatch='resize' cuts and pads the moments, for "
-        "weights that were cut and padded alike; mismatch='fresh' lets these parameters start without state"
+    assert (problem["kind"], problem["title"], len(problem["items"])) == (
+        "shape",
+        f"of another shape (392; the rank is {2 * rank} in the model and {rank} in the file):",
+        392,
     )
+    assert problem["hints"] == [
+        "--mismatch resize cuts and pads the moments, for weights that were cut and padded alike",
+        "--mismatch fresh lets these parameters start without state",
+    ]
     assert lora_state("check", founding.path, "--model", tmp_path) == 1
-    assert lora_state.out.splitlines()[-1] == (
-        f"hint: the rank is {2 * rank} in the model and {rank} in the file; --mismatch resize cuts and pads the "
-        "moments, for weights that were cut and padded alike; --mismatch fresh lets these parameters start without "
-        "state"
-    )
+    assert lora_state.out.splitlines()[-2:] == [f"hint: {hint}" for hint in problem["hints"]]
     assert lora_state("check", founding.path, "--model", tmp_path, "--mismatch", "resize") == 0
     assert lora_state.out.startswith("fits: 392/392 parameters would be restored\n")
 
@@ -750,15 +750,54 @@ def test_libraries_do_not_speak_first(founding: Founding, tmp_path: Path) -> Non
     assert result.stderr == ""
 
 
-@pytest.mark.parametrize("command", ["convert", "inspect"])
-def test_a_damaged_source_is_a_digest_that_does_not_match(
-    command: str, lora_state: Output, converted: Path, tmp_path: Path
+WRITES = {command: arguments for command, arguments in READERS.items() if "{target}" in arguments}
+READ = "tensor 'base_model.model.model.layers.27.mlp.down_proj.lora_B.default.weight/exp_avg_sq' does not match "
+SOURCE = f"error: {READ}the digest in the file that it comes from [R21]\n"
+
+
+@pytest.mark.parametrize("command", [*READERS, "report", "verify"])
+def test_a_changed_header_is_a_digest_that_does_not_match(
+    command: str, lora_state: Output, converted: Path, founding: Founding, tmp_path: Path
 ) -> None:
-    """Exit code 1 for changed bytes: in the header at once, in a tensor by whatever reads it."""
+    founding.model.config.save_pretrained(tmp_path / "base")
+    shutil.copy(founding.path / "adapter_config.json", tmp_path)
+    damaged = tmp_path / "a.safetensors"
     data = bytearray(converted.read_bytes())
     data[200] ^= 1
-    (tmp_path / "a.safetensors").write_bytes(data)
-    assert lora_state(command, tmp_path / "a.safetensors", *([tmp_path / "b"] if command == "convert" else [])) == 1
+    damaged.write_bytes(data)
+    arguments = {**READERS, "report": ["{path}", "-o", "{target}"], "verify": ["{path}"]}[command]
+    filled = [text.format(path=damaged, target=tmp_path / "t", base=tmp_path / "base") for text in arguments]
+    assert lora_state(command, *filled) == 1
+    message = (
+        f"{damaged}: the header does not match its digest: it was changed after it was written; take a copy that "
+        "`verify` accepts [R9]\n"
+    )
+    assert (lora_state.err, lora_state.out) in [(f"error: {message}", ""), ("", message)]
+    assert not (tmp_path / "t").exists()
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["inspect", "{path}", "--stats"],
+        ["report", "{path}", "-o", "{target}"],
+        ["report", "{good}", "-o", "{target}", "--compare", "{path}"],
+        ["export", "{path}", "{target}", "--slot", "exp_avg_sq"],
+        *([command, *rest] for command, rest in WRITES.items() if command != "export"),
+    ],
+    ids=lambda arguments: "-".join(word.strip("{}-") for word in arguments[:4]),
+)
+def test_a_changed_tensor_is_found_by_whatever_reads_it(
+    arguments: list[str], lora_state: Output, converted: Path, tmp_path: Path
+) -> None:
+    damaged = tmp_path / "a.safetensors"
+    data = bytearray(converted.read_bytes())
+    data[-20] ^= 1
+    damaged.write_bytes(data)
+    filled = [text.format(path=damaged, good=converted, target=tmp_path / "t") for text in arguments]
+    assert lora_state(*filled) == 1
+    assert (lora_state.out, lora_state.err.replace("lora_B.other", "lora_B.default")) == ("", SOURCE)
+    assert not (tmp_path / "t").exists()
 
 
 def test_a_flipped_bit_in_an_archive(lora_state: Output, founding: Founding, tmp_path: Path) -> None:
@@ -771,6 +810,109 @@ def test_a_flipped_bit_in_an_archive(lora_state: Output, founding: Founding, tmp
     assert lora_state.err.startswith(f"error: {folder}/optimizer.pt: optimizer/data/")
     assert lora_state.err.endswith(" does not have the CRC-32 that the container states: the file is damaged\n")
     assert not (tmp_path / "a.safetensors").exists()
+
+
+GONE = [
+    "verify {gone}",
+    "inspect {gone} --recursive",
+    "report {gone} -o {target}",
+    "prune-checkpoints {gone} --keep 1",
+    "names {gone}",
+    "check {good} --model {gone} --base {base}",
+    "check {good} --base {gone}",
+    "convert {gone} {target} --latest",
+    "convert {alone} {target} --names {gone}",
+    "verify {good} --weights {gone}",
+    "report {good} -o {target} --weights {gone}",
+    "report {good} -o {target} --compare {gone}",
+]
+"""Paths that commands take, those of ``READERS`` and of ``convert --base`` aside."""
+
+
+@pytest.mark.parametrize("command", GONE)
+def test_whatever_is_not_there_is_named(
+    command: str, lora_state: Output, converted: Path, founding: Founding, tmp_path: Path
+) -> None:
+    founding.model.config.save_pretrained(tmp_path / "base")
+    alone = shutil.copy(founding.path / "optimizer.pt", tmp_path)
+    gone = tmp_path / "nosuch"
+    paths = {"gone": gone, "good": converted, "alone": alone, "target": tmp_path / "t", "base": tmp_path / "base"}
+    assert lora_state(*command.format(**paths).split()) == 3
+    assert re.fullmatch(rf"error: {gone}: (?:[Nn]o such [^/]+|not a file or folder)\n", lora_state.err), lora_state.err
+    assert not (tmp_path / "t").exists()
+
+
+def test_a_folder_without_what_is_looked_for(lora_state: Output, converted: Path, tmp_path: Path) -> None:
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    assert lora_state("verify", converted, "--weights", empty) == 3
+    assert lora_state.err == (
+        f"error: {empty}: no weights in this folder; looked for adapter_model.safetensors, adapter_model.bin, "
+        "model.safetensors, model.safetensors.index.json, pytorch_model.bin, pytorch_model.bin.index.json, "
+        "pytorch_model_fsdp.bin\n"
+    )
+    assert lora_state("inspect", empty, "--recursive") == 3
+    assert lora_state.err == f"error: {empty}: no checkpoint of a known format here or in the folders below\n"
+    assert lora_state("names", empty) == 4
+    assert lora_state.err == f"error: {empty}: has no config.json, which describes the model\n"
+
+
+def test_the_newest_checkpoint_of_a_checkpoint(lora_state: Output, founding: Founding, tmp_path: Path) -> None:
+    assert lora_state("convert", founding.path, tmp_path / "t", "--latest") == 3
+    assert lora_state.err == f"error: {founding.path}: a checkpoint itself, and no folder in it is a newer one\n"
+
+
+@pytest.mark.parametrize("command", READERS)
+def test_what_is_not_known_is_usage(
+    command: str, lora_state: Output, converted: Path, founding: Founding, tmp_path: Path
+) -> None:
+    """Exit code 2 for a class, a rule, a format, a map, an option of a format and a flag that do not exist."""
+    founding.model.config.save_pretrained(tmp_path / "base")
+    shutil.copy(founding.path / "adapter_config.json", tmp_path)
+    state = shutil.copy(converted, tmp_path)
+    paths = {"path": state, "target": tmp_path / "t", "base": tmp_path / "base"}
+    filled = [text.format(**paths) for text in READERS[command]]
+    for told in ("--optimizer nosuch", "--rule nosuch", "--from nosuch", "--map nosuch", "--option no=1", "--nosuch"):
+        assert lora_state(command, *filled, *told.split()) == 2, told
+        assert lora_state.err.startswith("error: "), told
+    assert lora_state(command, *filled, "--optimizer", "nosuch") == 2
+    assert lora_state.err == (
+        "error: 'nosuch' is neither the path of a class nor a rule; the rules are: adam, adamw, adam_uncorrected, "
+        "adamw_uncorrected, adamax, sgd, lion, adagrad, adadelta, rmsprop, adafactor; pass --optimizer "
+        "torch.optim.AdamW\n"
+    )
+    assert not (tmp_path / "t").exists()
+
+
+@pytest.mark.parametrize("command", ["rename", "check"])
+@pytest.mark.parametrize(
+    ("pair", "message"),
+    [
+        (["(", "x"], "'(' is not a regular expression: missing ), unterminated subpattern at position 0"),
+        (["q_proj", r"\9"], r"rename: '\9' cannot replace 'q_proj': invalid group reference 9 at position 1"),
+    ],
+)
+def test_a_rule_of_renaming_that_cannot_be_followed(
+    command: str, pair: list[str], message: str, lora_state: Output, converted: Path, founding: Founding, tmp_path: Path
+) -> None:
+    founding.model.config.save_pretrained(tmp_path / "base")
+    rest = ["--model", founding.path, "--base", tmp_path / "base"] if command == "check" else [tmp_path / "t"]
+    assert lora_state(command, converted, *rest, "--rename", *pair) == 2
+    assert lora_state.err == f"error: {message}\n"
+
+
+@pytest.mark.parametrize("named", ["adamw", "torch.optim.AdamW", "torch.optim.adamw.AdamW"])
+def test_a_class_is_written_by_its_full_path(
+    named: str, lora_state: Output, founding: Founding, tmp_path: Path
+) -> None:
+    assert lora_state("convert", founding.path, tmp_path / "t.safetensors", "--optimizer", named) == 0
+    with lsf.open_state(tmp_path / "t.safetensors") as state:
+        assert [found.class_path for found in state.optimizers] == ["torch.optim.adamw.AdamW"]
+    assert lora_state("inspect", tmp_path / "t.safetensors", "--optimizer", named) == 0
+    assert lora_state("inspect", tmp_path / "t.safetensors", "--optimizer", "sgd") == 2
+    assert lora_state.err == (
+        f"error: {tmp_path}/t.safetensors: the optimizer is torch.optim.adamw.AdamW, not torch.optim.sgd.SGD\n"
+    )
 
 
 def test_an_optimizer_that_is_not_known(lora_state: Output, founding: Founding, tmp_path: Path) -> None:

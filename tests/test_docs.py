@@ -249,3 +249,50 @@ def test_every_command_is_shown(capsys: pytest.CaptureFixture[str]) -> None:
                     command.make_context(arguments[0], arguments[1:], parent=click.Context(cli.commands))
                     found += 1
     assert found > 10
+
+
+def test_every_claim_of_the_comparison_is_shown() -> None:
+    """The last column of each row: a test that is there, another page of the docs, or an address (``make links``)."""
+    root = DOCS.parent
+    table = [row.split("|")[1:-1] for row in (DOCS / "comparison.md").read_text().splitlines() if row.startswith("| ")]
+    _, *rows = table
+    assert len(rows) >= 9
+    for row in rows:
+        shown = row[-1]
+        tests = re.findall(r"`(tests/[\w/.]+)::(\w+)`", shown)
+        for file, function in tests:
+            assert f"def {function}(" in (root / file).read_text(encoding="utf-8"), shown
+        links = re.findall(r"\]\(([^)]+)\)", shown)
+        assert all("://" in link or (DOCS / link).is_file() for link in links), shown
+        assert tests or links, row[0]
+
+
+def slugs(page: str) -> set[str]:
+    """The anchors of a page's headings, as GitHub makes them."""
+    text = re.sub(r"^```.*?^```", "", page, flags=re.MULTILINE | re.DOTALL)
+    headings = re.findall(r"^#+ (.*)$", text, re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def test_links_within_the_repository_lead_somewhere() -> None:
+    """Files and headings, of every page; addresses on the web are asked by ``make links``."""
+    links = runpy.run_path(str(DOCS / "links.py"))
+    pages = list(links["pages"]())
+    assert {DOCS / "guides.md", DOCS.parent / "README.md", DOCS.parent / "spec" / "format.md"} <= set(pages)
+    found, missing = 0, []
+    for page in pages:
+        text = re.sub(r"^```.*?^```", "", page.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
+        for target, anchor in re.findall(r"\]\((?!https?:)([^)#\s]*)(?:#([^)\s]*))?\)", text):
+            path = source_of((page.parent / target).resolve()) if target else page
+            whole = not anchor or (path.is_file() and anchor in slugs(path.read_text(encoding="utf-8")))
+            found += 1
+            if not path.exists() or not whole:
+                missing.append(f"{page.relative_to(DOCS.parent)}: {target}{'#' if anchor else ''}{anchor}")
+    assert found > 100
+    assert missing == []
+
+
+def source_of(path: Path) -> Path:
+    """The file that a page of the site shows: some lie elsewhere in the repository."""
+    elsewhere = runpy.run_path(str(DOCS / "hooks.py"))["ELSEWHERE"]
+    return DOCS.parent / elsewhere[path.name] if path.parent == DOCS and path.name in elsewhere else path

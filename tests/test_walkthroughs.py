@@ -211,10 +211,10 @@ def test_another_rank(lora: Run, tmp_path: Path) -> None:
     wider = get_peft_model(base(), config)
     code, printed = command("check", lora.path, "--model", model_folder(wider, tmp_path))
     assert code == 1
-    assert printed.splitlines()[-1] == (
-        "hint: the rank is 16 in the model and 8 in the file; --mismatch resize cuts and pads the moments, for weights "
-        "that were cut and padded alike; --mismatch fresh lets these parameters start without state"
-    )
+    assert printed.splitlines()[-2:] == [
+        "hint: --mismatch resize cuts and pads the moments, for weights that were cut and padded alike",
+        "hint: --mismatch fresh lets these parameters start without state",
+    ]
     resize_adapter(wider, lora.path)
     tokens = rows()[0]["input_ids"][None]
     with torch.no_grad():

@@ -12,14 +12,15 @@ export const drawable = (dtype) => FLOATS.includes(dtype) || CODES.includes(dtyp
 /**
  * Read a tensor and return what its elements are.
  *
+ * @param {AbortSignal} [signal] ends it, which rejects the promise
  * @returns {Promise<object>} counts; `bars` are pairs of a label and a count: of magnitudes by half decades for floats, of
  *   eight codes for integers
  */
-export async function statistics(tensor) {
+export async function statistics(tensor, signal) {
   const result = { elements: 0, zeros: 0, broken: 0, smallest: Infinity, largest: -Infinity, squares: 0 };
   const floats = FLOATS.includes(tensor.dtype);
   const bins = new Map();
-  for await (const piece of tensor.pieces()) {
+  for await (const piece of tensor.pieces(signal)) {
     for (const value of numbers(tensor.dtype, piece)) {
       result.elements++;
       if (!Number.isFinite(value)) {

@@ -9,19 +9,39 @@ const DEEPEST = 24; // levels of the tree of modules
 const shape = (sizes) => (sizes.length === 0 ? "no axes" : sizes.join(" × "));
 const total = (tensors) => tensors.reduce((sum, tensor) => sum + tensor.byteLength, 0);
 
-/** Return a button that runs something once, and shows in its place what it gives or what went wrong. */
+/**
+ * Return a button that runs something, and shows in its place what it gives or what went wrong. Another button, which is there
+ * meanwhile, stops it; so does another file in the page's place.
+ */
 function action(label, run) {
   const button = element("button", { type: "button" }, label);
+  const note = element("span", { role: "status" });
   button.addEventListener("click", async () => {
+    const controller = new AbortController();
+    const stop = element("button", { type: "button", onclick: () => controller.abort() }, "Stop");
+    const say = (text) => {
+      button.textContent = text;
+      if (!button.isConnected) controller.abort();
+    };
     button.disabled = true;
     button.textContent = `${label} …`;
+    note.replaceChildren(" ", stop);
+    button.after(note);
     let result;
     try {
-      result = await run((text) => (button.textContent = text));
+      result = await run(say, controller.signal);
     } catch (error) {
+      if (controller.signal.aborted) {
+        note.replaceChildren(" Stopped.");
+        button.textContent = label;
+        button.disabled = false;
+        button.focus({ preventScroll: true });
+        return;
+      }
       result = [element("span", { class: "bad" }, shown(error.message, "value"))];
       if (!(error instanceof Refused)) console.error(error);
     }
+    note.remove();
     const place = element("div", { role: "status", tabindex: "-1" }, result);
     button.replaceWith(place);
     place.focus({ preventScroll: true });
@@ -50,8 +70,9 @@ function summary(state, rows) {
   const tensors = [...state.tensors.values()];
   const algorithms = new Set(tensors.map(({ digest }) => digest.algorithm));
   const unknown = [...algorithms].filter((algorithm) => algorithm !== "xxh3-128");
-  const check = tensors.length === 0 ? "none" : action(`Compare all ${count(tensors.length, "tensor")} (${bytes(total(tensors))})`, async (say) => {
-    const { verified, compared } = await verify(state, (done, all) => say(`${done.toLocaleString("en")} of ${count(all, "tensor")} compared …`));
+  const check = tensors.length === 0 ? "none" : action(`Compare all ${count(tensors.length, "tensor")} (${bytes(total(tensors))})`, async (say, signal) => {
+    const progress = (done, all) => say(`${done.toLocaleString("en")} of ${count(all, "tensor")} compared …`);
+    const { verified, compared } = await verify(state, progress, signal);
     return verified
       ? element("span", { class: "good" }, `All ${count(compared, "tensor")} are as they were written.`)
       : element("span", { class: "warn" }, `${count(compared, "tensor")} compared; digests by `, unknown.map((name) => shown(name)), " are not known here.");
@@ -129,18 +150,18 @@ function tensor(found, roleName = null) {
   const meaning = roleName === null ? "" : ` — ${roleName}: ${role(roleName)}`;
   const tools = element("div", { class: "line" });
   if (found.digest !== null) {
-    tools.append(action("Compare digest", async () =>
-      (await found.verify())
+    tools.append(action("Compare digest", async (say, signal) =>
+      (await found.verify(signal))
         ? element("span", { class: "good" }, `As it was written (${found.digest.algorithm} ${found.digest.value}).`)
         : element("span", { class: "warn" }, "Not verified: ", shown(found.digest.algorithm), " is not known here.")));
   }
-  if (drawable(found.dtype) && found.byteLength > 0) tools.append(action("Histogram", async () => histogram(found)));
+  if (drawable(found.dtype) && found.byteLength > 0) tools.append(action("Histogram", async (say, signal) => histogram(found, signal)));
   return element("span", {}, element("span", { class: "value" }, `${found.dtype} ${shape(found.shape)}`),
     element("span", { class: "faint" }, `, ${bytes(found.byteLength)}${meaning}`), tools);
 }
 
-async function histogram(found) {
-  const numbers = await statistics(found);
+async function histogram(found, signal) {
+  const numbers = await statistics(found, signal);
   const [least, most] = [numbers.smallest, numbers.largest].map((number) => number.toPrecision(4));
   const rms = Math.sqrt(numbers.squares / Math.max(numbers.elements - numbers.broken, 1)).toPrecision(4);
   const finite = numbers.elements > numbers.broken ? `from ${least} to ${most}, root mean square ${rms}` : "none is finite";

@@ -9,13 +9,14 @@ of ``torch/distributed/checkpoint/{metadata,filesystem}.py``.
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import pairwise
 from math import prod
 from pathlib import Path
 from types import MappingProxyType, NoneType
-from typing import Any, Final
+from typing import Any, ClassVar, Final, cast
 
 from lora_state_format.errors import FileError, MissingDependencyError, RefusedError, UnrepresentableError
 from lora_state_format.foreign import pickles
@@ -49,6 +50,7 @@ class Folder:
 
     entries: Mapping[tuple[Any, ...], Any]
     files: Files
+    readable_together: ClassVar = True
 
     def tree(self) -> dict[Any, Any]:
         """Return the entries as nested dicts; the keys of what was a list are integers."""
@@ -133,11 +135,11 @@ def open_folder(path: Path, *, raw: bool = False) -> Folder:
 
 @dataclass
 class _Data:
-    """A data file: its safetensors part, where it has one, and the item that was decompressed last."""
+    """A data file: its safetensors part, where it has one, and the item that each thread decompressed last."""
 
     file: PooledFile
     archives: int = 0
-    inflated: tuple[Any, Any] = (None, None)
+    inflated: Any = field(default_factory=threading.local)
     header: Header | None = None
 
     def tensor(self, key: str) -> Tensor | None:
@@ -248,17 +250,17 @@ class _Item:
     def _source(self) -> Source:
         """Return the archive's member, which states a CRC, if it is exactly the tensor in C order; else the tensor.
 
-        Of what was compressed only one item is kept in memory.
+        Of what was compressed only one item for each thread is kept in memory.
         """
         if self._opened is not None:
             return self._opened
-        data = self.place.data
-        if data.inflated[0] is self:
-            kept: Source = data.inflated[1]
-            return kept
+        inflated = self.place.data.inflated
+        owner, kept = getattr(inflated, "item", (None, None))
+        if owner is self:
+            return cast("Source", kept)
         opened = self._open()
         if self.place.compressed:
-            data.inflated = self, opened
+            inflated.item = self, opened
         else:
             self._opened = opened
         return opened

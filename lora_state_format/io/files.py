@@ -7,6 +7,7 @@ import os
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from threading import Lock
 from typing import Final
 
 from lora_state_format.errors import FileError, RefusedError
@@ -66,8 +67,10 @@ class Files:
 
     All that is read below each of ``folders`` has to be of the folder that is there now: a writer may put another one
     in its place at any time, and files of two checkpoints would not be told apart by their names. Closed by ``close``,
-    or with the last reference to it and to what reads from its files.
+    or with the last reference to it and to what reads from its files. Several threads may read at once.
     """
+
+    readable_together = True
 
     def __init__(self, *folders: Path) -> None:
         self._files: dict[Path, PooledFile] = {}
@@ -105,19 +108,24 @@ class _Pool:
 
     def __init__(self, folders: Iterable[Path]) -> None:
         self._open: OrderedDict[Path, File] = OrderedDict()
+        self._lock = Lock()
         self._folders = {folder: _identity(folder) for folder in folders}
 
     def opened(self, path: Path) -> tuple[File, bool]:
-        """Return the open file at a path, and whether it had to be opened: the one used longest ago may close."""
-        file = self._open.get(path)
-        fresh = file is None
-        if file is None:
-            file = self._open[path] = File(path)
-            self.check_folders()
-            if len(self._open) > MAX_OPEN:
-                self._open.popitem(last=False)[1].close()
-        self._open.move_to_end(path)
-        return file, fresh
+        """Return the open file at a path, and whether it had to be opened.
+
+        The file used longest ago may leave, and closes as soon as no other thread reads it.
+        """
+        with self._lock:
+            file = self._open.get(path)
+            fresh = file is None
+            if file is None:
+                file = self._open[path] = File(path)
+                self.check_folders()
+                if len(self._open) > MAX_OPEN:
+                    self._open.popitem(last=False)
+            self._open.move_to_end(path)
+            return file, fresh
 
     def check_folders(self) -> None:
         for folder, identity in self._folders.items():

@@ -12,7 +12,7 @@ import xxhash
 from lora_state_format.errors import FileError
 from lora_state_format.model.digests import check_hash, stated_hash
 from lora_state_format.model.sources import Range, Source
-from lora_state_format.model.tensors import CHUNK, Tensor
+from lora_state_format.model.tensors import CHUNK, Piece, Tensor
 
 if TYPE_CHECKING:
 
@@ -102,7 +102,7 @@ class Ledger:
                 source = self._noted(source)
             elif (parts := self._note(source)) is not None:
                 source = _Noting(source, parts)
-            pieces.append(replace(piece, source=source))
+            pieces.append(Piece(source, piece.offset, piece.where, piece.strides))
         return replace(tensor, pieces=tuple(pieces))
 
     def _note(self, source: Source) -> list[tuple[int, int, int]] | None:

@@ -8,7 +8,7 @@ import re
 import stat
 import sys
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
 from lora_state_format.errors import FileError
@@ -16,7 +16,7 @@ from lora_state_format.errors import FileError
 if TYPE_CHECKING:
     from types import TracebackType
 
-__all__ = ["File", "Memory", "Range", "Source", "Stream", "Unread", "bytes_of"]
+__all__ = ["File", "Memory", "Range", "Source", "Stream", "Unread", "bytes_of", "readable_together"]
 
 
 COPIED: Final = 1 << 20
@@ -64,6 +64,7 @@ class File:
     """
 
     crc32 = None
+    readable_together = True
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = os.fspath(path)
@@ -74,7 +75,8 @@ class File:
         self._opened = os.fstat(descriptor)
         if not stat.S_ISREG(self._opened.st_mode):
             self.close()
-            raise FileError("not a regular file", path=self.path)
+            folder = stat.S_ISDIR(self._opened.st_mode)
+            raise FileError("a folder, not a file" if folder else "a pipe or a device, not a file", path=self.path)
         self.size = self._opened.st_size
         if self.size <= MAX_POINTER and (size := _pointer(bytes(self.read(0, self.size)))):
             self.close()
@@ -223,3 +225,8 @@ def bytes_of(source: Source) -> Iterator[memoryview]:
         chunk = buffer[: source.size - offset]
         source.readinto(offset, chunk)
         yield chunk
+
+
+def readable_together(resources: Iterable[object]) -> bool:
+    """Return whether several threads may read at once from what keeps these resources; decoders say nothing of it."""
+    return all(getattr(resource, "readable_together", False) for resource in resources)

@@ -16,6 +16,7 @@ from typing import Any, Final, TypeAlias
 from lora_state_format.errors import ConversionError, MissingNamesError, OptionError
 from lora_state_format.model.states import Parameter
 from lora_state_format.model.tensors import Tensor
+from lora_state_format.model.text import expression
 from lora_state_format.naming.modules import in_module_order
 
 __all__ = [
@@ -268,7 +269,8 @@ def rename(names: Sequence[str], rule: Rename) -> dict[str, str]:
     """Return each name under its new name.
 
     A mapping renames whole names; pairs are applied by ``re.sub`` one after the other; a function is called with each
-    name. Raises ``OptionError`` if a mapping names an unknown parameter, or two names become one.
+    name. Raises ``OptionError`` if a mapping names an unknown parameter, a text is not a regular expression, or two
+    names become one.
     """
     if isinstance(rule, Mapping):
         absent = [old for old in rule if old not in set(names)]
@@ -278,7 +280,8 @@ def rename(names: Sequence[str], rule: Rename) -> dict[str, str]:
     elif callable(rule):
         result = {name: rule(name) for name in names}
     else:
-        result = {name: _substituted(name, rule) for name in names}
+        pairs = [(expression(pattern), replacement) for pattern, replacement in rule]
+        result = {name: _substituted(name, pairs) for name in names}
     origins: dict[str, str] = {}
     for old, new in result.items():
         if origins.setdefault(new, old) != old:
@@ -286,10 +289,17 @@ def rename(names: Sequence[str], rule: Rename) -> dict[str, str]:
     return result
 
 
-def _substituted(name: str, pairs: Sequence[tuple[str | re.Pattern[str], str]]) -> str:
+def _substituted(name: str, pairs: Sequence[tuple[re.Pattern[str], str]]) -> str:
     for pattern, replacement in pairs:
-        name = re.sub(pattern, replacement, name)
+        name = _replaced(name, pattern, replacement)
     return name
+
+
+def _replaced(name: str, pattern: re.Pattern[str], replacement: str) -> str:
+    try:
+        return pattern.sub(replacement, name)
+    except (re.error, IndexError) as error:
+        raise OptionError(f"rename: '{replacement}' cannot replace '{pattern.pattern}': {error}") from error
 
 
 def read_names(path: str | os.PathLike[str]) -> list[str]:

@@ -75,11 +75,11 @@ def check(
 
 
 def _described(folder: Path, base: str | os.PathLike[str] | None) -> Sequence[Described]:
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{folder}: no such folder of a model's configs")
     if base is not None:
         adapter = folder / ADAPTER_CONFIG
         return rebuild(Path(base), adapter if adapter.exists() else None)
-    if not folder.exists():
-        raise FileNotFoundError(f"{folder}: no such folder of a model's configs")
     if not (folder / CONFIG).exists() and not (folder / ADAPTER_CONFIG).exists():
         raise ConversionError(
             f"{folder}: has no {CONFIG}", remedy=Remedy("pass {model} with the folder of the model's configs", MODEL)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -17,13 +16,15 @@ from lora_state_format.foreign.weights import weights_at
 from lora_state_format.format import envelope, writing
 from lora_state_format.io.atomic import made_folders, refuse_existing
 from lora_state_format.io.files import reading as opened_files
-from lora_state_format.mapping.algorithms import find
+from lora_state_format.io.remote import is_remote
+from lora_state_format.mapping.algorithms import ALGORITHMS, find
 from lora_state_format.model import digests, notebook
 from lora_state_format.model.digests import ALGORITHM
 from lora_state_format.model.states import Checkpoint, Naming, OptimizerState, PositionalState, Slot, walk
 from lora_state_format.model.tensors import Digest, Tensor
+from lora_state_format.model.text import expression
 from lora_state_format.naming.evidence import head_size
-from lora_state_format.naming.rules import Described
+from lora_state_format.naming.rules import Described, rules_called
 from lora_state_format.naming.sources import ADAPTER_CONFIG, CONFIG, Named, Names, config_of, name_state, split_names
 from lora_state_format.operations.entries import tensors
 from lora_state_format.operations.look import Found
@@ -37,6 +38,7 @@ from lora_state_format.operations.report import (
     naming_json,
 )
 from lora_state_format.optimizers import quantised, rounded
+from lora_state_format.optimizers.classes import full_path
 
 if TYPE_CHECKING:
     from lora_state_format.naming.evidence import Evidence, Pairing
@@ -153,6 +155,8 @@ def read(
 
 def read_either(path: str | os.PathLike[str], **reading: Any) -> OptimizerState:
     """Return what ``read`` returns; what says how to name parameters is for a state that needs it."""
+    if reading.get("rule") is not None:
+        rules_called(reading["rule"])
     try:
         return read(path, **{**reading, "names": None, "rule": None, "trainable": ()})
     except MissingNamesError:
@@ -196,8 +200,7 @@ def look_closer(
         except ConversionError as error:
             if asked:
                 raise
-            reason = str(error).split("\n")[0].removeprefix(f"{path}: ")
-            return Found(checkpoint.state, converter.NAME, f"none: {reason}")
+            return Found(checkpoint.state, converter.NAME, error)
         _check_trainable(named.state, trainable, path)
         return Found(named.state, converter.NAME)
 
@@ -237,6 +240,8 @@ def convert(
     writer = registry.writer(target_format)
     source, target = Path(source), _target(target, writer)
     refuse_existing(target, force=force)
+    if is_remote(target) and target_format != registry.NAMED:
+        raise OptionError(f"{target}: only files of named state are sent to a URL; convert into a folder and copy that")
     converter, match = registry.find(source, source_format)
     options = options or {}
     reading = _Reading(renaming_of(names, options, converter, writer), rule, optimizer, trainable)
@@ -338,7 +343,7 @@ def _checkpoint(
     read = getattr(converter, "glance", converter.read) if glance else converter.read
     with read(match, registry.own_options(options, converter)).closed_on_error() as checkpoint:
         if optimizer is not None and not asks:
-            checkpoint = replace(checkpoint, state=_classed(checkpoint.state, optimizer, path))
+            checkpoint = replace(checkpoint, state=_classed(checkpoint.state, _class_called(optimizer), path))
         named = isinstance(checkpoint.state, OptimizerState)
         return checkpoint if named else _with_weights(checkpoint, split_names(reading.renaming.names)[1])
 
@@ -395,10 +400,7 @@ def only_trainable(described: Sequence[Described], trainable: Sequence[str]) -> 
     """
     found: set[str] = set()
     for text in trainable:
-        try:
-            pattern = re.compile(text)
-        except re.error as error:
-            raise OptionError(f"'{text}' is not a regular expression: {error}") from error
+        pattern = expression(text)
         matching = {item.name for item in described if pattern.search(item.name)}
         if not matching:
             raise OptionError(
@@ -417,9 +419,22 @@ def _check_trainable(state: OptimizerState, trainable: Sequence[str], path: Path
         )
 
 
+def _class_called(name: str) -> str:
+    """Return the path of the class that a caller means: by its path, or by the rule that the class stands for."""
+    if "." in name:
+        return full_path(name)
+    rules = {algorithm.name: algorithm.class_path for algorithm in reversed(ALGORITHMS)}  # the first row of a name
+    if name not in rules:
+        raise OptionError(
+            f"'{name}' is neither the path of a class nor a rule; the rules are: {', '.join(reversed(rules))}",
+            remedy=Remedy("pass {optimizer}", {"optimizer": "torch.optim.AdamW"}),
+        )
+    return rules[name]
+
+
 def _classed(state: OptimizerState | PositionalState, class_path: str, path: Path) -> OptimizerState | PositionalState:
     for found in state.optimizers:
-        if found.class_path not in (None, class_path):
+        if found.class_path is not None and full_path(found.class_path) != class_path:
             raise OptionError(f"{path}: the optimizer is {found.class_path}, not {class_path}")
     return replace(state, optimizers=tuple(replace(found, class_path=class_path) for found in state.optimizers))
 

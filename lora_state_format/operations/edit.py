@@ -7,13 +7,13 @@ like a success.
 from __future__ import annotations
 
 import contextlib
-import re
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
 from typing import NamedTuple
 
 from lora_state_format.errors import OptionError, Remedy
 from lora_state_format.model.states import OptimizerState, Parameter, Scalar, Value
+from lora_state_format.model.text import expression
 from lora_state_format.naming import names
 from lora_state_format.naming.names import Rename, peft_key, split_adapter
 
@@ -148,10 +148,7 @@ def _like(key: str, old: Value, new: Value) -> Value:
 
 
 def _matcher(match: str) -> Callable[[Parameter], bool]:
-    try:
-        pattern = re.compile(match)
-    except re.error as error:
-        raise OptionError(f"'{match}' is not a regular expression: {error}") from error
+    pattern = expression(match)
     return lambda parameter: pattern.search(parameter.name) is not None
 
 

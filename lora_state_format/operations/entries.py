@@ -11,6 +11,7 @@ from typing import Final, NamedTuple, overload
 from lora_state_format.errors import OptionError
 from lora_state_format.model.states import OptimizerState, PositionalState, Scalar, Slot, Value, walk
 from lora_state_format.model.tensors import Tensor
+from lora_state_format.model.text import expression
 
 __all__ = ["Entry", "Kind", "dotted", "entries", "kind_of", "kinds", "matching", "span", "tensors"]
 
@@ -101,10 +102,7 @@ def matching(state: OptimizerState | PositionalState, match: str) -> OptimizerSt
 
     Raises ``OptionError`` for an expression that is not one, or that finds no parameter.
     """
-    try:
-        pattern = re.compile(match)
-    except re.error as error:
-        raise OptionError(f"'{match}' is not a regular expression: {error}") from error
+    pattern = expression(match)
     found = list(entries(state))
     kept = [place for place, entry in enumerate(found) if pattern.search(entry.label)]
     if not kept:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from lora_state_format import registry
+from lora_state_format.errors import ConversionError
 from lora_state_format.model.states import OptimizerState, PositionalState
 
 __all__ = ["Found", "look"]
@@ -18,7 +20,14 @@ class Found:
 
     state: OptimizerState | PositionalState
     source_format: str
-    unnamed: str = ""
+    unnamed: ConversionError | None = None
+
+    def why_unnamed(self, path: Path, *, on_command_line: bool = False) -> str:
+        """Return on one line why the state at ``path`` has no names, in the words of Python or of the command line."""
+        if self.unnamed is None:
+            return ""
+        text = self.unnamed.on_command_line() if on_command_line else str(self.unnamed)
+        return f"none: {text.splitlines()[0].removeprefix(f'{path}: ')}"
 
 
 def look(

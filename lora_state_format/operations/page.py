@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from importlib.metadata import version
 from importlib.resources import files
@@ -12,11 +12,10 @@ from pathlib import Path
 from typing import Any, Final
 
 from lora_state_format.errors import ConversionError, MissingDependencyError
+from lora_state_format.foreign.weights import weights_at
 from lora_state_format.io.atomic import TemporaryFile, check_target
-from lora_state_format.io.safetensors import read_header
-from lora_state_format.model.sources import File
+from lora_state_format.io.files import Files
 from lora_state_format.model.states import OptimizerState, PositionalState, Scalar
-from lora_state_format.model.tensors import Tensor
 from lora_state_format.model.text import printable
 from lora_state_format.naming.names import peft_key
 from lora_state_format.operations.conversion import read
@@ -25,7 +24,7 @@ from lora_state_format.operations.entries import Entry, entries
 from lora_state_format.operations.figures import Cells, Figure, heat_map, histogram, rms_by_place
 from lora_state_format.operations.findings import SQUARES
 from lora_state_format.operations.look import look
-from lora_state_format.operations.report import parameter_rows, summary
+from lora_state_format.operations.overview import parameter_rows, summary
 from lora_state_format.operations.statistics import Measure, Statistics, measure, measure_tensor
 from lora_state_format.operations.tables import Table
 
@@ -128,7 +127,7 @@ def _side(
         state = read(path, **reading)
     except ConversionError:
         found = look(path, whole=True, **reading)
-        state, unnamed = found.state, found.unnamed
+        state, unnamed = found.state, found.why_unnamed(path)
     opened.callback(state.close)
     statistics = measure(state, progress)
     own = () if weights is None else tuple(_weights(state, Path(weights)))
@@ -137,11 +136,8 @@ def _side(
 
 def _weights(state: OptimizerState | PositionalState, path: Path) -> Iterable[Measure | None]:
     """Yield the measure of each parameter's own values, where the file has them."""
-    if path.is_dir():
-        names = ("adapter_model.safetensors", "model.safetensors")
-        path = next((path / name for name in names if (path / name).exists()), path / names[0])
-    with File(path) as file:
-        tensors: Mapping[str, Tensor] = read_header(file).tensors
+    with closing(Files()) as opened:
+        tensors = {key: tensor for found in weights_at(path, opened) for key, tensor in found.tensors.items()}
         for entry in entries(state):
             key = peft_key(entry.label)
             tensor = tensors.get(entry.label) or (tensors.get(key[0]) if key else None)

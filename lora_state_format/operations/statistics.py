@@ -8,11 +8,12 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final
 
+from lora_state_format.io.ledger import Ledger
 from lora_state_format.model.dtypes import FLOATS, decoded, item_size
-from lora_state_format.model.sources import File
+from lora_state_format.model.sources import readable_together
 from lora_state_format.model.states import OptimizerState, PositionalState, Slot, Value, walk
 from lora_state_format.model.tensors import Tensor
-from lora_state_format.operations.entries import Entry, entries
+from lora_state_format.operations.entries import Entry, dotted, entries
 from lora_state_format.operations.findings import number_of
 
 if TYPE_CHECKING:
@@ -70,7 +71,7 @@ class Measure:
         if least < 0:
             self.negative += int(np.count_nonzero(values < 0))
         wide = values.astype("f8", copy=False)
-        self.squares += float(wide @ wide)
+        self.squares += float(np.einsum("i,i->", wide, wide))  # not @, whose threads fight with ours: 6 s became 3.3
         self.largest = max(self.largest, -least, most)
 
     def merge(self, other: Measure) -> None:
@@ -116,15 +117,21 @@ class Update:
 
         m, v = m.astype("f8"), v.astype("f8")
         good = np.isfinite(m) & np.isfinite(v) & (v >= 0)
-        m, root = np.abs(m[good]), np.sqrt(v[good])
+        if not good.all():
+            m, v = m[good], v[good]
+        m, root = np.abs(m), np.sqrt(v)
         if rule.bound is not None:
-            self.beyond += int(((m > rule.bound * TOLERANCE * root) & (v[good] > TINY)).sum())
-        with np.errstate(divide="ignore", invalid="ignore"):
-            sizes = np.nan_to_num((m / rule.first) / (root / math.sqrt(rule.second) + rule.eps), nan=0.0, posinf=0.0)
-        self.sizes.add(sizes)
-        moving = sizes[sizes > 0]
-        self.still += int(sizes.size - moving.size)
-        places = np.clip((np.log10(moving) - LOWEST) * BINS / (HIGHEST - LOWEST), 0, BINS - 1).astype(np.int64)
+            self.beyond += int(((m > rule.bound * TOLERANCE * root) & (v > TINY)).sum())
+        with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
+            sizes = (m / rule.first) / (root / math.sqrt(rule.second) + rule.eps)
+            if not np.isfinite(sizes).all():
+                sizes = np.nan_to_num(sizes, nan=0.0, posinf=0.0)
+            self.sizes.add(sizes)
+            # The logarithms as float32, which has them for many elements at once: a tenth of the time.
+            logs = np.log10(sizes.astype("f4"))
+        moving = sizes > 0
+        self.still += int(sizes.size - np.count_nonzero(moving))
+        places = np.clip((logs[moving] - LOWEST) * BINS / (HIGHEST - LOWEST), 0, BINS - 1).astype(np.int64)
         for place, count in enumerate(np.bincount(places, minlength=BINS)):
             self.bins[place] += int(count)
 
@@ -156,7 +163,9 @@ class _Rule:
 
 
 def measure(state: OptimizerState | PositionalState, progress: Callable[[int, int], None] | None = None) -> Statistics:
-    """Read every tensor of a state once and measure it; integers, the codes of quantised moments, are left out.
+    """Read every tensor of a state once, compare it with its digest, and measure it.
+
+    Integers, the codes of quantised moments, are not measured.
 
     Args:
         state: The state. Blocks of ``BLOCK`` elements are held, whatever its size.
@@ -164,6 +173,10 @@ def measure(state: OptimizerState | PositionalState, progress: Callable[[int, in
 
     Returns:
         The statistics, parameter by parameter in the state's order.
+
+    Raises:
+        DigestError: A tensor does not have the digest that its file states.
+        FileError: Bytes do not have the CRC-32 that their container states, or a file changed meanwhile.
     """
     from concurrent.futures import ThreadPoolExecutor
 
@@ -172,56 +185,78 @@ def measure(state: OptimizerState | PositionalState, progress: Callable[[int, in
     total = sum(leaf.tensor.size for entry in found for _, leaf in walk(entry.state or {}) if isinstance(leaf, Slot))
     done = 0
 
-    def one(entry: Entry) -> tuple[dict[str, Measure], Update | None, int]:
-        return _measured(entry, {} if entry.group is None else options[entry.group])
+    ledger = Ledger()
 
-    readable_together = all(type(resource) is File for resource in state.resources)
-    with ThreadPoolExecutor(os.cpu_count() if readable_together else 1) as cores:
+    def one(entry: Entry) -> tuple[dict[str, Measure], Update | None, int]:
+        return _measured(entry, {} if entry.group is None else options[entry.group], ledger)
+
+    with ThreadPoolExecutor(os.cpu_count() if readable_together(state.resources) else 1) as cores:
         results = []
         for slots, update, size in cores.map(one, found):
             results.append((slots, update))
             done += size
             if progress:
                 progress(done, total)
+    for path, leaf in walk(state.globals):
+        if isinstance(leaf, Slot):
+            _pass_by(leaf.tensor, ledger, dotted(path))
+    ledger.check()
     return Statistics(tuple(slots for slots, _ in results), tuple(update for _, update in results))
 
 
 def measure_tensor(tensor: Tensor) -> Measure:
     """Read a tensor and measure it; integers are not measured."""
     found = Measure()
-    for block in _blocks(tensor) if tensor.dtype in FLOATS else ():
+    for block in _blocks(tensor, Ledger()) if tensor.dtype in FLOATS else ():
         found.add(block)
     return found
 
 
-def _measured(entry: Entry, options: Mapping[str, Value]) -> tuple[dict[str, Measure], Update | None, int]:
-    tensors = {
-        ".".join(map(str, path)): leaf.tensor for path, leaf in walk(entry.state or {}) if isinstance(leaf, Slot)
-    }
+def _measured(
+    entry: Entry, options: Mapping[str, Value], ledger: Ledger
+) -> tuple[dict[str, Measure], Update | None, int]:
+    tensors = {dotted(path): leaf.tensor for path, leaf in walk(entry.state or {}) if isinstance(leaf, Slot)}
     measures = {slot: Measure() for slot, tensor in tensors.items() if tensor.dtype in FLOATS}
     pair = next((p for p in PAIRS if set(p) <= set(measures) and tensors[p[0]].shape == tensors[p[1]].shape), None)
     update = Update() if pair else None
     for slot, tensor in tensors.items():
-        if slot in measures and not (pair and slot in pair):
-            for block in _blocks(tensor):
+        if slot not in measures:
+            _pass_by(tensor, ledger, f"{entry.label}/{slot}")
+        elif not (pair and slot in pair):
+            for block in _blocks(tensor, ledger, f"{entry.label}/{slot}"):
                 measures[slot].add(block)
     if pair and update:
         rule = _rule(entry.state or {}, options)
-        for m, v in zip(_blocks(tensors[pair[0]]), _blocks(tensors[pair[1]]), strict=True):
+        first, second = (_blocks(tensors[slot], ledger, f"{entry.label}/{slot}") for slot in pair)
+        for m, v in zip(first, second, strict=True):
             measures[pair[0]].add(m)
             measures[pair[1]].add(v)
             update.add(m, v, rule)
     return measures, update, sum(tensor.size for tensor in tensors.values())
 
 
-def _blocks(tensor: Tensor) -> Iterator[np.ndarray[Any, Any]]:
+def _blocks(tensor: Tensor, ledger: Ledger, key: str = "") -> Iterator[np.ndarray[Any, Any]]:
     """Yield a tensor's elements, a block at a time, which is valid until the next one is asked for."""
-    width = item_size(tensor.dtype)
-    buffer = memoryview(bytearray(min(BLOCK, tensor.count) * width))
-    for first in range(0, tensor.count, BLOCK):
-        part = buffer[: min(BLOCK, tensor.count - first) * width]
-        tensor.readinto(first * width, part)
-        yield decoded(part, tensor.dtype)
+    whole = BLOCK * item_size(tensor.dtype)
+    held = bytearray()  # of a tensor that lies in several places, whose parts may end anywhere
+    left = tensor.size
+    for chunk in ledger.chunks(tensor, memoryview(bytearray(max(min(whole, left), 1))), key):
+        if not held and len(chunk) == min(whole, left):
+            left -= len(chunk)
+            yield decoded(chunk, tensor.dtype)
+            continue
+        held += chunk
+        while left and len(held) >= min(whole, left):
+            block = bytes(held[: min(whole, left)])
+            del held[: len(block)]
+            left -= len(block)
+            yield decoded(memoryview(block), tensor.dtype)
+
+
+def _pass_by(tensor: Tensor, ledger: Ledger, key: str) -> None:
+    """Read a tensor for its digest alone."""
+    for _ in ledger.chunks(tensor, memoryview(bytearray(min(1 << 20, max(tensor.size, 1)))), key):
+        pass
 
 
 def _rule(state: Mapping[str, Value], options: Mapping[str, Value]) -> _Rule:

@@ -38,7 +38,7 @@ class Surveyed:
 
     def __str__(self) -> str:
         if self.reason is not None:
-            return f"{self.path} ({self.format or 'unknown'}): {self.reason.splitlines()[0]}"
+            return f"{self.path} ({self.format or 'unknown'}): {self.reason}".replace("\n", "\n  ")
         step = "" if self.global_step is None else f", step {self.global_step}"
         place = f", {self.place}" if self.place else ""
         return f"{self.path} ({self.format}): {self.parameters} parameters{step}; names: {self.source}{place}"
@@ -52,15 +52,21 @@ def survey(path: str | os.PathLike[str]) -> Iterator[Surveyed]:
     """Yield every checkpoint at a path and in the folders below it, in the order of their paths.
 
     What belongs to a checkpoint's folder is not listed again. Links to folders are not followed. No tensor is read, but
-    for those that speak for an order of names.
+    for those that speak for an order of names. Raises ``FileNotFoundError`` where there is nothing at the path.
     """
     path = Path(path)
+    if not path.exists():
+        raise FileNotFoundError(f"{path}: no such file or folder")
+    return _below(path)
+
+
+def _below(path: Path) -> Iterator[Surveyed]:
     found = _surveyed(path)
     if found is not None:
         yield found
     elif path.is_dir() and not path.is_symlink():
         for inner in sorted(path.iterdir()):
-            yield from survey(inner)
+            yield from _below(inner)
 
 
 def _surveyed(path: Path) -> Surveyed | None:
@@ -68,10 +74,10 @@ def _surveyed(path: Path) -> Surveyed | None:
     try:
         converter, _ = registry.find(path)
     except UnknownFormatError as error:
-        return Surveyed(str(path), reason=str(error)) if getattr(error, "matches", ()) else None
+        return Surveyed(str(path), reason=_told(error)) if getattr(error, "matches", ()) else None
     except (FileError, OSError) as error:
         return (
-            Surveyed(str(path), reason=str(error)) if path.is_file() and kind_of_file(path) != "a text file" else None
+            Surveyed(str(path), reason=_told(error)) if path.is_file() and kind_of_file(path) != "a text file" else None
         )
     try:
         with read(path) as state:
@@ -89,4 +95,9 @@ def _surveyed(path: Path) -> Surveyed | None:
     except (StateFormatError, OSError) as error:
         if isinstance(error, FileError) and error.detail.startswith(NO_OPTIMIZER):
             return None
-        return Surveyed(str(path), converter.NAME, reason=str(error))
+        return Surveyed(str(path), converter.NAME, reason=_told(error))
+
+
+def _told(error: StateFormatError | OSError) -> str:
+    """Return what an error says, its remedy as options of a command: a survey is a command's."""
+    return error.on_command_line() if isinstance(error, StateFormatError) else str(error)

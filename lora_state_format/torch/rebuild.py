@@ -78,10 +78,12 @@ def rebuild(folder: str | os.PathLike[str], adapter_config: str | os.PathLike[st
     adapter's configuration where it lies elsewhere. No weights are read, no code of the checkpoint is run, nothing is
     fetched; ``MAX_SECONDS`` are the limit, where this is the main thread. Raises ``MissingDependencyError`` without
     transformers and peft, ``FileError`` for a configuration that is no JSON object or describes too much,
-    ``ConversionError`` for one that these do not know.
+    ``ConversionError`` for one that these do not know, ``FileNotFoundError`` where there is no such folder.
     """
     folder = Path(folder)
     adapter = Path(adapter_config) if adapter_config else folder / ADAPTER_CONFIG
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{folder}: no such folder of a model's configs")
     try:
         import huggingface_hub.constants
         import peft
@@ -92,9 +94,7 @@ def rebuild(folder: str | os.PathLike[str], adapter_config: str | os.PathLike[st
         ) from error
     members = read_json_object(adapter) if os.path.lexists(adapter) else None
     if not (folder / CONFIG).exists():
-        base = (members or {}).get("base_model_name_or_path")
-        named = f" of the base model, {base}," if base else ""
-        raise ConversionError(f"{folder}: has no {CONFIG}; put that{named} next to {ADAPTER_CONFIG}")
+        raise ConversionError(f"{folder}: has no {CONFIG}{_whose(members, adapter, folder)}")
     described = _bare(read_json_object(folder / CONFIG), folder / CONFIG)
     with warnings.catch_warnings(), _replaced(huggingface_hub.constants, "HF_HUB_OFFLINE", True):
         warnings.simplefilter("ignore")
@@ -111,6 +111,16 @@ def rebuild(folder: str | os.PathLike[str], adapter_config: str | os.PathLike[st
                 f"from its configs: {error}"
             ) from error
     return describe(model)
+
+
+def _whose(members: dict[str, Any] | None, adapter: Path, folder: Path) -> str:
+    """Return whose ``config.json`` is missing in a folder, as far as an adapter's configuration says it."""
+    if members is None:
+        return ", which describes the model"
+    base = members.get("base_model_name_or_path")
+    if adapter.parent == folder:
+        return f"; put that{f' of the base model, {base},' if base else ''} next to {ADAPTER_CONFIG}"
+    return f", which describes the base model{f', {base}' if base else ''}"
 
 
 def describe(model: Models) -> list[Described]:

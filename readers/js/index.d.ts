@@ -44,13 +44,13 @@ export class Tensor {
   readonly digest: Digest | null;
   bytes(): Promise<Uint8Array>;
   values(): Promise<Elements>;
-  /** Read the bytes in pieces of 4 MiB. */
-  pieces(): AsyncGenerator<Uint8Array>;
+  /** Read the bytes in pieces of 4 MiB; a signal ends that before the next piece, which throws its reason. */
+  pieces(signal?: AbortSignal): AsyncGenerator<Uint8Array>;
   /**
    * Compare the bytes with the digest (R21): true, or null where the algorithm is not known here.
    * @throws {Refused} R21, if the bytes were changed
    */
-  verify(): Promise<true | null>;
+  verify(signal?: AbortSignal): Promise<true | null>;
 }
 
 /** A tensor without axes. */
@@ -141,12 +141,14 @@ export function openURL(url: string | URL, options?: RequestInit): Promise<State
 /**
  * Compare every tensor with its digest (R21).
  * @param progress called behind each tensor
+ * @param signal ends it, which rejects the promise with the signal's reason
  * @returns `verified` only if every tensor was compared
  * @throws {Refused} R21, at the first tensor that was changed
  */
 export function verify(
   state: State,
   progress?: (done: number, total: number) => void,
+  signal?: AbortSignal,
 ): Promise<{ verified: boolean; compared: number; total: number }>;
 
 /** Read the header of any strict safetensors file (R1 to R6), named optimizer state or not. */

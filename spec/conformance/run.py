@@ -13,6 +13,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
@@ -48,11 +49,13 @@ class Reader(NamedTuple):
     language: str
     command: tuple[str, ...]
     build: tuple[str, ...] = ()
+    needs: tuple[str, ...] = ()
 
     def missing(self) -> str | None:
-        """Return the program that this machine lacks, or None."""
+        """Return the program or the module of Python that this machine lacks, or None."""
         programs = [command[0] for command in (self.build, self.command) if command]
-        return next((p for p in programs if "/" not in p and shutil.which(p) is None), None)
+        lacking = [p for p in programs if "/" not in p and shutil.which(p) is None]
+        return next(iter([*lacking, *(module for module in self.needs if find_spec(module) is None)]), None)
 
 
 def vectors() -> list[Vector]:
@@ -74,7 +77,7 @@ def readers() -> list[Reader]:
     for reader in described:
         commands = {key: tuple(reader.get(key, ())) for key in ("command", "build")}
         commands = {key: tuple(sys.executable if p == "python" else p for p in c) for key, c in commands.items()}
-        found.append(Reader(reader["name"], reader["language"], **commands))
+        found.append(Reader(reader["name"], reader["language"], **commands, needs=tuple(reader.get("needs", ()))))
     return found
 
 

@@ -475,6 +475,22 @@ def test_a_set_of_seventy_billion_parameters(page: Page, make: ModuleType) -> No
     assert page.texts("details.branch summary") == ["model 722 parameters, 556 GB"]
     page.choose("input[type=search]", "layers.79.mlp")
     assert len(page.all("button.row")) == 3
+    stop_and_go_on(page)
+
+
+def stop_and_go_on(page: Page) -> None:
+    """A comparison that would read 564 GB is stopped, begun again, and ends with the page that it is of."""
+    label = "Compare all 1,446 tensors (564 GB)"
+    for _ in range(2):
+        page.click(label)
+        assert f"{label} … Stop" in page.panel("Summary")
+        page.click("Stop")
+        page.until(lambda: f"{label} Stopped." in page.panel("Summary"))
+        assert page.driver.switch_to.active_element.text == label
+    asked = len(page.site.log)
+    time.sleep(0.5)
+    assert len(page.site.log) == asked
+    assert page.problems() == []
 
 
 def test_thirty_thousand_parameters_are_shown_a_page_at_a_time(page: Page, make: ModuleType) -> None:

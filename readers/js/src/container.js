@@ -64,17 +64,20 @@ export class Tensor {
     return numbers(this.dtype, await this.bytes());
   }
 
-  /** Read its bytes in pieces of 4 MiB. */
-  async *pieces() {
+  /** Read its bytes in pieces of 4 MiB; an AbortSignal ends that before the next piece. */
+  async *pieces(signal) {
     const end = this.offset + this.byteLength;
-    for (let at = this.offset; at < end; at += PIECE) yield exactly(this.source, at, Math.min(at + PIECE, end), "R6");
+    for (let at = this.offset; at < end; at += PIECE) {
+      signal?.throwIfAborted();
+      yield exactly(this.source, at, Math.min(at + PIECE, end), "R6");
+    }
   }
 
   /** Compare its bytes with its digest (R21): true, or null where the algorithm is not known here. */
-  async verify() {
+  async verify(signal) {
     if (this.digest?.algorithm !== "xxh3-128") return null;
     const hash = new Xxh3();
-    for await (const piece of this.pieces()) hash.update(piece);
+    for await (const piece of this.pieces(signal)) hash.update(piece);
     check(hash.digest() === this.digest.value, "R21", () => `the tensor ${quoted(this.key)} was changed`, "digest");
     return true;
   }

@@ -203,14 +203,16 @@ export async function openURL(url, options = {}) {
  *
  * @param {object} state
  * @param {(done: number, total: number) => void} [progress] called behind each tensor
+ * @param {AbortSignal} [signal] ends it, which rejects the promise with the signal's reason
  * @returns {Promise<{verified: boolean, compared: number, total: number}>} verified: every tensor was compared
  */
-export async function verify(state, progress = () => {}) {
+export async function verify(state, progress = () => {}, signal = undefined) {
   const total = state.tensors.size;
   let compared = 0;
   let done = 0;
   for (const tensor of state.tensors.values()) {
-    if (await tensor.verify()) compared++;
+    signal?.throwIfAborted();
+    if (await tensor.verify(signal)) compared++;
     progress(++done, total);
   }
   return { verified: compared === total, compared, total };

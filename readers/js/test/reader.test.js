@@ -162,6 +162,20 @@ test("a shard alone says what to open", async () => {
   assert.deepEqual(await verify(state), { verified: true, compared: 13, total: 13 });
 });
 
+test("a comparison that is stopped reads nothing more", async () => {
+  const state = await openPath(join(VALID, "set", "optimizer.safetensors"));
+  const stop = new AbortController();
+  const told = [];
+  const stopped = verify(state, (...numbers) => {
+    told.push(numbers);
+    stop.abort();
+  }, stop.signal);
+  await assert.rejects(stopped, { name: "AbortError" });
+  assert.deepEqual(told, [[1, 13]]);
+  const [tensor] = state.tensors.values();
+  await assert.rejects(tensor.verify(stop.signal), { name: "AbortError" });
+});
+
 test("a set that is replaced while it is read is read again", async () => {
   const whole = async (set, name) => fromBlob(new Blob([await readFile(join(VALID, set, name))]), name);
   const index = "optimizer.safetensors.index.json";
