@@ -17,6 +17,9 @@ To add a format, write ``converters/FORMAT.py`` with
 ``write(state, path, *, base, force, options)``
     only if the format can hold the state exactly; raise ``UnrepresentableError`` for what it cannot hold. ``base`` is a
     checkpoint of the format to take the rest from (``--base``), or ``None``.
+``glance(match, options) -> Checkpoint``
+    only if a folder may have thousands of files: what ``read`` returns, from a few of them, for ``inspect``. Its
+    tensors read from ``model.sources.Unread``; ``origin["first_look"]`` says how many files were read (``io.files``).
 ``OPTIONS``
     only if something has to be told that no file says: a mapping from key to what it means (``--option KEY=VALUE``).
     ``options`` holds those that were given.

@@ -20,7 +20,7 @@ from lora_state_format.foreign import keyed
 from lora_state_format.foreign.dcp import Folder, is_folder, metadata, open_folder, write_folder
 from lora_state_format.foreign.state_dict import Found, from_state_dict, is_state_dict
 from lora_state_format.io.files import folders_in
-from lora_state_format.model.states import Checkpoint, OptimizerState, Scalar, Weights
+from lora_state_format.model.states import Checkpoint, OptimizerState, Weights, leaf_of
 from lora_state_format.model.tensors import Tensor
 from lora_state_format.registry import Match
 
@@ -150,7 +150,7 @@ def _flattened(node: Mapping[Any, Any]) -> dict[str, Any]:
     for key, value in node.items():
         if str(key).startswith("param_groups."):
             name, _, option = key.removeprefix("param_groups.").rpartition(".")
-            options.setdefault(name, {})[option] = _scalar(value) if isinstance(value, Tensor) else value
+            options.setdefault(name, {})[option] = leaf_of(value) if isinstance(value, Tensor) else value
     groups: list[dict[str, Any]] = []
     last = ""
     for name, chosen in options.items():
@@ -168,10 +168,6 @@ def _flattened(node: Mapping[Any, Any]) -> dict[str, Any]:
                 raise FileError(f"'{key}' is the state of no parameter that param_groups lists")
             state.setdefault(rest[:cut], {})[rest[cut + 1 :]] = value
     return {"state": state, "param_groups": groups}
-
-
-def _scalar(tensor: Tensor) -> Tensor | Scalar:
-    return tensor if tensor.shape else Scalar(tensor.dtype, bytes(tensor.bytes()))
 
 
 def _check_steps(found: Found) -> None:
@@ -209,28 +205,32 @@ def _check(tree: Mapping[str, Any], flattened: bool) -> None:
     """Raise ``UnrepresentableError`` for what would be read back as something else, or not at all."""
     if others := tree.keys() - {"state", "param_groups"}:
         raise UnrepresentableError(f"'{min(others)}' belongs to no parameter, and a DCP folder has no place for it")
-    listed = {identity for group in tree["param_groups"] for identity in group["params"]}
     for name, slots in tree["state"].items():
         _check_keys(slots, f"slot of '{name}'")
-        if flattened and (name not in listed or not slots or any("." in slot for slot in slots)):
-            raise UnrepresentableError(
-                f"'{name}' has no slots, one with a dot in its name, or is in no group: the flattened layout would "
-                "lose it; write the nested one"
-            )
-    groups = [{key: value for key, value in group.items() if key != "params"} for group in tree["param_groups"]]
-    for number, options in enumerate(groups):
-        _check_keys(options, f"option of group {number}")
-        if flattened and (not options or any("." in key for key in options)):
-            raise UnrepresentableError(
-                f"group {number} has no options, or one with a dot in its name: the flattened layout would lose it; "
-                "write the nested one"
-            )
-        again = number > 0 and repr(options) == repr(groups[number - 1])
-        if flattened and (again or not tree["param_groups"][number]["params"]):
-            raise UnrepresentableError(
-                f"group {number} has no parameters, or the same options as the one before: the flattened layout would "
-                "lose it; write the nested one"
-            )
+    for number, group in enumerate(tree["param_groups"]):
+        _check_keys({key: value for key, value in group.items() if key != "params"}, f"option of group {number}")
+    if flattened:
+        _check_flattened(tree)
+
+
+def _check_flattened(tree: Mapping[str, Any]) -> None:
+    """Raise ``UnrepresentableError`` for what the flattened layout would lose."""
+
+    def lost(what: str) -> UnrepresentableError:
+        return UnrepresentableError(f"{what}: the flattened layout would lose it; write the nested one")
+
+    listed = {identity for group in tree["param_groups"] for identity in group["params"]}
+    for name, slots in tree["state"].items():
+        if name not in listed or not slots or any("." in slot for slot in slots):
+            raise lost(f"'{name}' has no slots, one with a dot in its name, or is in no group")
+    before = ""
+    for number, group in enumerate(tree["param_groups"]):
+        options = {key: value for key, value in group.items() if key != "params"}
+        if not options or any("." in key for key in options):
+            raise lost(f"group {number} has no options, or one with a dot in its name")
+        if repr(options) == before or not group["params"]:
+            raise lost(f"group {number} has no parameters, or the same options as the one before")
+        before = repr(options)
 
 
 def _check_keys(node: Any, where: str) -> None:

@@ -172,18 +172,38 @@ def _with_experts(
     folder: Path, model: Mapping[str, Any], weights: Mapping[str, Tensor], files: Files
 ) -> tuple[dict[str, Any], list[str] | None]:
     """Return the state dict of all expert-parallel ranks together, and its parameters' names where they are known."""
+    paths = _expert_ranks(folder)
+    trees = {rank: _optimizer(pickles.load(files[path], path).value, path) for rank, path in paths.items()}
+    _check_alike(trees, folder)
+    of_experts = [name for name in weights if ".deepspeed_experts." in name]
+    experts = deepspeed.local_experts(of_experts)
+    _check_experts(experts, model, trees, folder)
+    tree = _all_experts(trees, paths)
+    kinds = [bool(group.get("moe")) for group in tree["param_groups"]]
+    if sorted(kinds) not in ([False, True], [True]):
+        return tree, None
+    dense = [name for name in weights if name not in of_experts and name not in (model.get("buffer_names") or ())]
+    by_rank = sorted(of_experts, key=lambda name: _rank_of(name, experts // len(trees)))
+    names = [name for moe in kinds for name in (by_rank if moe else dense)]
+    return tree, names if len(names) == sum(len(group["params"]) for group in tree["param_groups"]) else None
+
+
+def _expert_ranks(folder: Path) -> dict[int, Path]:
+    """Return the files of the expert-parallel ranks in their order. Raises ``FileError`` for a gap between them."""
     paths = {int(m[1]): folder / name for name in names_in(folder) if (m := _EXPERT_RANK.fullmatch(name))}
-    trees: dict[int, Mapping[str, Any]] = {}
     for rank in range(max(paths) + 1):
         if rank not in paths:
             raise FileError(
                 f"missing: there are files of expert-parallel ranks {sorted(paths)}",
                 path=folder / f"expp_rank_{rank}_mp_rank_00_optim_states.pt",
             )
-        trees[rank] = _optimizer(pickles.load(files[paths[rank]], paths[rank]).value, paths[rank])
-    _check_alike(trees, folder)
-    of_experts = [name for name in weights if ".deepspeed_experts." in name]
-    experts = deepspeed.local_experts(of_experts)
+    return dict(sorted(paths.items()))
+
+
+def _check_experts(
+    experts: int, model: Mapping[str, Any], trees: Mapping[int, Mapping[str, Any]], folder: Path
+) -> None:
+    """Raise ``FileError`` where fewer experts, or ranks with experts, left files than the files say that there were."""
     trained = model.get("num_experts")
     if isinstance(trained, list) and trained and experts != max(trained):
         raise FileError(
@@ -196,7 +216,10 @@ def _with_experts(
                 "number: a file is missing",
                 path=folder,
             )
-    local = experts // len(trees)
+
+
+def _all_experts(trees: Mapping[int, Mapping[str, Any]], paths: Mapping[int, Path]) -> dict[str, Any]:
+    """Return the state dict with the dense parameters of the first rank and the experts of all, rank by rank."""
     groups: list[dict[str, Any]] = []
     state: dict[int, Any] = {}
     count = 0
@@ -212,14 +235,7 @@ def _with_experts(
                     state[count] = slots
                 groups[-1]["params"].append(count)
                 count += 1
-    kinds = [bool(group.get("moe")) for group in groups]
-    named = None
-    if sorted(kinds) in ([False, True], [True]):
-        dense = [name for name in weights if name not in of_experts and name not in (model.get("buffer_names") or ())]
-        apart = [[name for name in of_experts if _rank_of(name, local) == rank] for rank in trees]
-        named = [name for moe in kinds for name in ([n for own in apart for n in own] if moe else dense)]
-        named = named if len(named) == count else None
-    return {"state": state, "param_groups": groups}, named
+    return {"state": state, "param_groups": groups}
 
 
 def _rank_of(name: str, local: int) -> int:

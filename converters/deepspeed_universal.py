@@ -26,7 +26,7 @@ from lora_state_format.io.atomic import refuse_existing, write_file
 from lora_state_format.io.files import Files, inside, is_plain, reading
 from lora_state_format.io.folders import new_folder, sweep
 from lora_state_format.model.sources import bytes_of
-from lora_state_format.model.states import Checkpoint, OptimizerState, Parameter, Scalar, Slot, Value
+from lora_state_format.model.states import Checkpoint, OptimizerState, Parameter, Scalar, Slot, Value, scalar_of
 from lora_state_format.model.tensors import Box, Piece, Run, Tensor
 from lora_state_format.registry import Match
 
@@ -202,15 +202,13 @@ def _check_alike(group: Mapping[str, Mapping[str, Any]], folder: Path) -> None:
         for slot in expected.keys() ^ slots.keys():
             lacking, having = (first, name) if slot in slots else (name, first)
             raise FileError(f"missing: '{having}' has this slot", path=folder / lacking / f"{slot}.pt")
-        ours, theirs = (_number(step) if isinstance(step := s.get("step"), Tensor) else step for s in (expected, slots))
+        ours, theirs = (
+            scalar_of(step).item() if isinstance(step := s.get("step"), Tensor) else step for s in (expected, slots)
+        )
         if ours != theirs:
             raise FileError(
                 f"is {theirs!r}, where '{first}' has {ours!r}: files of different steps", path=folder / name / "step.pt"
             )
-
-
-def _number(tensor: Tensor) -> Any:
-    return Scalar(tensor.dtype, bytes(tensor.bytes())).item()
 
 
 def _shaped(tensor: Tensor, shape: tuple[int, ...], path: Path) -> Tensor:

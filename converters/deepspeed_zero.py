@@ -32,7 +32,7 @@ from lora_state_format.foreign.weights import weights_at
 from lora_state_format.io.files import FEW, Files, PooledFile, first_look, names_in, reading
 from lora_state_format.model.dtypes import item_size
 from lora_state_format.model.sources import Unread
-from lora_state_format.model.states import Checkpoint, Scalar, Value
+from lora_state_format.model.states import Checkpoint, Value, scalar_of
 from lora_state_format.model.tensors import Flat, Piece, Run, Tensor, contiguous
 from lora_state_format.naming.names import peft_key
 from lora_state_format.registry import Match
@@ -319,6 +319,12 @@ def _rank(file: PooledFile) -> _Rank:
         stage = stage.args[0] if stage.args else stage.state
     if stage not in (1, 2, 3):
         raise RefusedError(f"ZeRO stage {stage!r}; stages 1, 2 and 3 are read", path=path)
+    if "local_sub_partitions_of_fp32_groups" in tree:
+        raise RefusedError(
+            "the sub-partitions of an older DeepSpeed's ZeRO stage 1 (0.3, which trained Pythia): load it with the "
+            "version that wrote it and save it without ZeRO",
+            path=path,
+        )
     if stage == 3:
         if "ds_zero_partition_groups" in tree:
             raise RefusedError(f"parameters are cut over groups of ranks of different sizes: {_WAY_OUT}", path=path)
@@ -447,13 +453,9 @@ def _plain(groups: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, Any]]:
             if not isinstance(value, Tensor):
                 yield key, value
             elif not value.shape:
-                yield key, _number(value)
+                yield key, scalar_of(value).item()
             else:
                 yield key, value.dtype
-
-
-def _number(tensor: Tensor) -> Any:
-    return Scalar(tensor.dtype, bytes(tensor.bytes())).item()
 
 
 def _split(ranks: Sequence[_Rank], number: int) -> tuple[dict[str, list[Tensor]], dict[str, Any]]:

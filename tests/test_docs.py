@@ -9,7 +9,9 @@ import re
 import runpy
 import shlex
 import shutil
+from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -115,16 +117,13 @@ def test_another_rank_and_a_loop_of_your_own(tmp_path: Path, monkeypatch: pytest
     assert namespace["report"].restored == 8
 
 
-def test_the_table_of_cluster_formats_names_every_case() -> None:
-    """Each golden folder and each run of the tests stands in the table, and nothing else does."""
-    table = (DOCS / "cluster.md").read_text().partition("## What is read")[2].partition("From source only")[0]
-    listed = {case for row in table.splitlines() if row.startswith("| ") for case in row.split("|")[4].split("`")[1::2]}
-    golden = {
-        path.name.removesuffix(".tar.xz")
-        for kind in ("megatron", "deepspeed")
-        for path in (Path(__file__).parent / "golden" / kind / "files").iterdir()
-    }
-    assert listed == golden | {"items", "zstd", "async", "hugging", "consolidated", "ranks", "replicas"}
+def test_the_table_of_parallelisms_is_that_of_the_tests(load_module: Callable[[Path], ModuleType]) -> None:
+    """The page has the table that is made of the cases; each case of torch's is one that the tests ask for."""
+    tests = Path(__file__).parent / "converters"
+    made = load_module(tests / "parallelism.py")
+    assert made.table() in (DOCS / "cluster.md").read_text(encoding="utf-8")
+    asked = "".join((tests / f"test_{name}.py").read_text() for name in ("dcp", "fsdp2_ranks"))
+    assert [case for case in made.TORCH if f'"{case}"' not in asked] == []
 
 
 # --- pages that a newcomer reads ----------------------------------------------------------------------------------

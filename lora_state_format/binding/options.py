@@ -11,7 +11,7 @@ from typing import Any, Final, TypeAlias
 from lora_state_format.binding.crossing import Crossing, Fit
 from lora_state_format.binding.live import LiveOptimizer, Problem
 from lora_state_format.errors import OptionError, Remedy
-from lora_state_format.model.states import OptimizerState, Scalar, Slot, Value
+from lora_state_format.model.states import OptimizerState, Scalar, Slot, Value, scalar_of
 from lora_state_format.optimizers.options import Kind, kind_of
 
 __all__ = ["Chosen", "choose"]
@@ -308,7 +308,7 @@ def _plain(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return tuple(_plain(item) for item in value)
     if isinstance(value, Slot):
-        return _plain(Scalar(value.tensor.dtype, bytes(value.tensor.bytes()))) if value.tensor.count == 1 else value
+        return _plain(scalar_of(value.tensor)) if value.tensor.count == 1 else value
     return value.item() if isinstance(value, Scalar) or getattr(value, "shape", None) == () else value
 
 

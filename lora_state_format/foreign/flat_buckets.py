@@ -228,16 +228,7 @@ def _fitting(master: Tensor, start: int, borders: set[int], index: _Index) -> li
 
 def _assigned(domain: str, places: Sequence[_Place], index: _Index, path: object) -> tuple[dict[_Place, _Shard], int]:
     """Return the shard of each range of a buffer, and how many of them the order had to tell apart."""
-    options = {place: list(index.alike[place.key]) for place in places}
-    sure = [shards[0] for shards in options.values() if len(shards) == 1]
-    ranks = {shard.index for shard in sure if shard.of > 1}
-    experts = {".experts." in shard.name for shard in sure}
-    for place, shards in options.items():
-        if len(ranks) == 1:
-            shards = [shard for shard in shards if shard.of == 1 or shard.index in ranks]
-        if len(experts) == 1:
-            shards = [shard for shard in shards if (".experts." in shard.name) in experts]
-        options[place] = shards
+    options = _of_one_place({place: index.alike[place.key] for place in places})
     left = sum(len(shards) != 1 for shards in options.values())
     if not left and len({shards[0].name for shards in options.values()}) == len(places):
         return {place: shards[0] for place, shards in options.items()}, 0
@@ -252,6 +243,22 @@ def _assigned(domain: str, places: Sequence[_Place], index: _Index, path: object
             tuple(names),
         )
     return dict(zip(options, solutions.pop(), strict=True)), left
+
+
+def _of_one_place(options: Mapping[_Place, Sequence[_Shard]]) -> dict[_Place, list[_Shard]]:
+    """Return the shards that may be in each range, without those that what is certain rules out.
+
+    All of a buffer is of one tensor-parallel rank, and of experts or of none.
+    """
+    sure = [shards[0] for shards in options.values() if len(shards) == 1]
+    ranks = {shard.index for shard in sure if shard.of > 1}
+    experts = {".experts." in shard.name for shard in sure}
+
+    def fits(shard: _Shard) -> bool:
+        of_rank = len(ranks) != 1 or shard.of == 1 or shard.index in ranks
+        return of_rank and (len(experts) != 1 or (".experts." in shard.name) in experts)
+
+    return {place: list(filter(fits, shards)) for place, shards in options.items()}
 
 
 def _in_order(options: Mapping[_Place, Sequence[_Shard]], order: Sequence[str]) -> Iterator[list[_Shard]]:

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Final, Protocol
 
 import xxhash
 
 from lora_state_format.errors import FileError
 from lora_state_format.model.digests import check_hash, stated_hash
 from lora_state_format.model.sources import Range, Source
-from lora_state_format.model.tensors import CHUNK, Tensor
+from lora_state_format.model.tensors import CHUNK, Piece, Tensor
 
 if TYPE_CHECKING:
 
@@ -30,6 +31,10 @@ else:
 __all__ = ["Ledger", "crc32"]
 
 
+NOTED: Final = 1 << 14
+"""Bytes that are read at a time, of which it is noted that they were: of fewer, notes would outgrow what they save."""
+
+
 class _Changeable(Protocol):
     def check_unchanged(self) -> None: ...
 
@@ -38,7 +43,7 @@ class Ledger:
     """Checks what sources and tensors state about their bytes while these stream by, and that no file changes.
 
     What streamed past is kept as (offset, size, crc) per source and combined at the end; only bytes that no tensor
-    covers, or that were gathered, are read once more.
+    covers, or that were gathered in small pieces or more than once, are read once more.
     """
 
     def __init__(self) -> None:
@@ -71,9 +76,7 @@ class Ledger:
 
     def _chunks(self, tensor: Tensor, buffer: memoryview) -> Iterator[memoryview]:
         if tensor.runs is None:
-            for piece in tensor.pieces:
-                self._note(piece.source)
-            yield from tensor.chunks(buffer)
+            yield from self._noted(tensor).chunks(buffer)
             return
         for run in tensor.runs:
             parts = self._note(run.source)
@@ -90,11 +93,19 @@ class Ledger:
             if parts is not None:
                 parts.append((run.offset, run.size, crc))
 
+    def _noted(self, tensor: Tensor) -> Tensor:
+        """Return a tensor whose elements have to be gathered, with sources that note what is read of them."""
+        pieces = []
+        for piece in tensor.pieces:
+            source = piece.source
+            if isinstance(source, Tensor):
+                source = self._noted(source)
+            elif (parts := self._note(source)) is not None:
+                source = _Noting(source, parts)
+            pieces.append(Piece(source, piece.offset, piece.where, piece.strides))
+        return replace(tensor, pieces=tuple(pieces))
+
     def _note(self, source: Source) -> list[tuple[int, int, int]] | None:
-        if isinstance(source, Tensor):
-            for piece in source.pieces:
-                self._note(piece.source)
-            return None
         root: Any = source
         while isinstance(root, Range):
             root = root.source
@@ -116,6 +127,33 @@ class Ledger:
                     f"{name} does not have the CRC-32 that the container states: the file is damaged",
                     path=getattr(source, "path", None),
                 )
+
+
+class _Noting:
+    """A source of which it is noted what was read: gathering reads spans, mostly one behind the other."""
+
+    crc32 = None
+
+    def __init__(self, source: Source, parts: list[tuple[int, int, int]]) -> None:
+        self._source = source
+        self._parts = parts
+        self.size = source.size
+
+    def readinto(self, offset: int, out: memoryview) -> None:
+        """Fill ``out`` with the bytes from ``offset`` on."""
+        self._source.readinto(offset, out)
+        if combine is None or len(out) < NOTED:
+            return
+        crc = crc32(out)
+        if self._parts and sum(self._parts[-1][:2]) == offset:
+            start, size, before = self._parts.pop()
+            self._parts.append((start, size + len(out), combine(before, crc, len(out))))
+        else:
+            self._parts.append((offset, len(out), crc))
+
+    def view(self, offset: int, size: int) -> memoryview | None:
+        """Return ``None``: whoever gathers reads."""
+        return None
 
 
 def _combined_crc(source: Source, parts: Sequence[tuple[int, int, int]], buffer: memoryview) -> int:

@@ -115,7 +115,17 @@ Value: TypeAlias = (
 
 def slot_of(tensor: Tensor) -> Slot | Scalar:
     """Return a tensor as a slot like its parameter; one without axes by its value."""
-    return Slot(tensor, Role.PARAM) if tensor.shape else Scalar(tensor.dtype, bytes(tensor.bytes()))
+    return Slot(tensor, Role.PARAM) if tensor.shape else scalar_of(tensor)
+
+
+def leaf_of(tensor: Tensor) -> Tensor | Scalar:
+    """Return a tensor as it is; one without axes by its value."""
+    return tensor if tensor.shape else scalar_of(tensor)
+
+
+def scalar_of(tensor: Tensor) -> Scalar:
+    """Return the value of a tensor of one element."""
+    return Scalar(tensor.dtype, bytes(tensor.bytes()))
 
 
 def walk(value: Value, path: tuple[Any, ...] = ()) -> Iterator[tuple[tuple[Any, ...], Value]]:

@@ -146,11 +146,13 @@ class Tensor:
     def runs(self) -> tuple[Run, ...] | None:
         """The tensor's bytes as runs of sources, in C order; ``None`` where elements have to be gathered.
 
+        Of a source that is a tensor itself, they are its runs: what their sources state of their bytes can be checked.
         Raises ``FileError`` if the pieces do not cover every element exactly once.
         """
         if len(self.pieces) == 1 and _is_whole(self.pieces[0], self.shape):  # kept, it would cost a dict for each
-            size = self.size
-            return (Run(self.pieces[0].source, self.pieces[0].offset, size),) if size else ()
+            size, source = self.size, self.pieces[0].source
+            if not isinstance(source, Tensor):
+                return (Run(source, self.pieces[0].offset, size),) if size else ()
         return self._runs
 
     @cached_property
@@ -162,7 +164,8 @@ class Tensor:
         if any(start is None for start, _, _ in extents):
             _check_disjoint(self)
             return None
-        runs, end = [], 0
+        runs: list[Run] = []
+        end = 0
         for start, count, piece in sorted(extents, key=lambda extent: extent[0]):
             if count == 0:
                 continue
@@ -170,7 +173,7 @@ class Tensor:
                 raise FileError(f"pieces of a tensor of shape {list(self.shape)} that do not meet at element {end}")
             if count * BITS[self.dtype] % 8:
                 raise FileError(f"a piece of {count} elements of {self.dtype}, which are not whole bytes")
-            runs.append(Run(piece.source, piece.offset, count * BITS[self.dtype] // 8))
+            runs.extend(_leaf_runs(piece.source, piece.offset, count * BITS[self.dtype] // 8))
             end = start + count
         return tuple(runs)
 
@@ -374,6 +377,21 @@ def intersection(a: Box, b: Box) -> Box | None:
     if any(x >= y for x, y in zip(start, stop, strict=True)):
         return None
     return Box(start, tuple(y - x for x, y in zip(start, stop, strict=True)))
+
+
+def _leaf_runs(source: Source, offset: int, size: int) -> Iterator[Run]:
+    """Yield the runs of a range of a source: those of its own sources, where it is a tensor that has runs."""
+    runs = source.runs if isinstance(source, Tensor) else None
+    if runs is None:
+        if size:
+            yield Run(source, offset, size)
+        return
+    position = 0
+    for run in runs:
+        low, high = max(offset, position), min(offset + size, position + run.size)
+        if low < high:
+            yield Run(run.source, run.offset + low - position, high - low)
+        position += run.size
 
 
 def _is_whole(piece: Piece, shape: tuple[int, ...]) -> bool:

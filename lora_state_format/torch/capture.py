@@ -34,6 +34,7 @@ from lora_state_format.model.states import (
     Scalar,
     Slot,
     Value,
+    leaf_of,
     mapped,
     walk,
 )
@@ -328,8 +329,7 @@ def _content(tensor: torch.Tensor, copy: bool = False) -> Tensor:
 def as_leaf(raw: Any, copy: bool = False) -> Tensor | Scalar | None:
     """Live tensors, or copies of them, and NumPy's scalars as Python numbers."""
     if isinstance(raw, torch.Tensor):
-        content = _content(raw, copy)
-        return content if content.shape else Scalar(content.dtype, bytes(content.bytes()))
+        return leaf_of(_content(raw, copy))
     numpy = sys.modules.get("numpy")
     if numpy is not None and isinstance(raw, numpy.generic) and not isinstance(raw, (numpy.str_, numpy.bytes_)):
         return cast("None", raw.item())

@@ -23,6 +23,8 @@ import sys
 import tempfile
 import time
 from collections import OrderedDict
+from collections.abc import Callable
+from functools import partial
 from math import prod
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -31,6 +33,9 @@ SHAPES = ((4096,), (1000, 33), (512, 2048), (1024, 4096))
 """Of the parameters, in turn; the first alone makes the folder that start-up is measured with."""
 
 RANKS = 2
+
+ODD = [rf".*{digit}\.weight" for digit in (1, 3, 5, 7, 9)]
+"""Patterns of the parameters that tensor-parallel ranks cut along the second axis: every other one, as in a model."""
 
 LIMIT = 1.15
 """Times ``cp -r``, by the clock and without start-up, that a folder of ZeRO 2, ZeRO 3 or DCP may take."""
@@ -46,53 +51,84 @@ def parameters(size: int) -> dict[str, tuple[int, ...]]:
     return found
 
 
+def experts(size: int) -> dict[str, tuple[int, ...]]:
+    """The same of the experts that one of the ranks has."""
+    return {
+        f"moe.deepspeed_experts.{number}.{name}": shape for number, (name, shape) in enumerate(parameters(size).items())
+    }
+
+
 def make_zero(folder: Path, size: int, stage: int, tensor: int = 1) -> None:
     """A ZeRO folder; of ``tensor`` ranks with slices of every parameter, if there are several."""
     for mp in range(tensor):
-        make_ranks(folder, size // tensor, stage, mp, tensor)
+        make_ranks(folder, [(parameters(size // tensor), RANKS)], stage, mp, tensor)
 
 
-def make_ranks(folder: Path, size: int, stage: int, mp: int, tensor: int) -> None:
+def make_experts(folder: Path, size: int) -> None:
+    """A ZeRO 2 folder of a mixture of experts: half of the bytes are dense, and each rank has experts of its own."""
+    make_ranks(folder, [(parameters(size // 2), RANKS), (experts(size // 2 // RANKS), 1)], 2, 0, 1)
+
+
+def make_ranks(
+    folder: Path, groups: list[tuple[dict[str, tuple[int, ...]], int]], stage: int, mp: int, tensor: int
+) -> None:
+    """The files of the ranks of a model-parallel rank. A group is its parameters, and over how many ranks it is cut."""
     import torch
     from deepspeed.runtime.fp16.loss_scaler import LossScaler
     from deepspeed.runtime.zero.config import ZeroStageEnum
-    from deepspeed.utils.tensor_fragment import fragment_address
 
     folder.mkdir(parents=True, exist_ok=True)
-    shapes = parameters(size)
     shared = {"loss_scaler": LossScaler(1.0), "dynamic_loss_scale": False, "overflow": False, "ds_version": "0.19.8"}
-    if stage == 3:
-        share = sum(-(-prod(shape) // RANKS) for shape in shapes.values())
-    else:
-        share = -(-sum(map(prod, shapes.values())) // RANKS)
+    options = {"lr": 1e-3, "betas": (0.9, 0.999), "eps": 1e-8}
     for rank in range(RANKS):
-        flat = {slot: torch.rand(share) for slot in ("exp_avg", "exp_avg_sq", "master")}
-        state = {0: {"step": torch.tensor(3.0), **{slot: flat[slot] for slot in ("exp_avg", "exp_avg_sq")}}}
-        base = {"state": state, "param_groups": [{"lr": 1e-3, "betas": (0.9, 0.999), "eps": 1e-8, "params": [0]}]}
+        state, masters, slices = {}, [], []
+        for number, (shapes, over) in enumerate(groups):
+            share, places = zero3(shapes) if stage == 3 else zero12(shapes, over, rank % over)
+            flat = {slot: torch.rand(share) for slot in ("exp_avg", "exp_avg_sq", "master")}
+            masters.append(flat.pop("master"))
+            slices.append(places)
+            state[number] = {"step": torch.tensor(3.0), **flat}
+        moe = [{} if over == RANKS else {"moe": True, "name": f"ep_size_{RANKS}"} for _, over in groups]
+        listed = [{**options, **own, "params": [number]} for number, own in enumerate(moe)]
+        base = {"state": state, "param_groups": listed}
         tree: dict[str, Any]
         if stage == 3:
-            tree = {"zero_stage": ZeroStageEnum(3), "partition_count": RANKS, "optimizer_state_dict": base}
-            tree |= {"fp32_flat_groups": [flat["master"]], **shared}
+            tree = {"partition_count": RANKS, "optimizer_state_dict": base, "fp32_flat_groups": masters}
         else:
-            slices: dict[str, Any] = OrderedDict()
-            start = 0
-            for name, shape in shapes.items():
-                low, high = max(start, rank * share), min(start + prod(shape), (rank + 1) * share)
-                if low < high:
-                    slices[name] = fragment_address(high - low, low - rank * share)
-                start += prod(shape)
-            tree = {"zero_stage": ZeroStageEnum(stage), "partition_count": [RANKS], "base_optimizer_state": base}
-            tree |= {"single_partition_of_fp32_groups": [flat["master"]], "param_slice_mappings": [slices], **shared}
+            tree = {"partition_count": [over for _, over in groups], "base_optimizer_state": base}
+            tree |= {"single_partition_of_fp32_groups": masters, "param_slice_mappings": slices}
+        tree |= {"zero_stage": ZeroStageEnum(stage), **shared}
         name = f"bf16_zero_pp_rank_{rank}_mp_rank_{mp:02d}_optim_states.pt"
         torch.save({"optimizer_state_dict": tree, "ds_version": "0.19.8"}, folder / name)
     model: dict[str, Any] = {
-        "module": OrderedDict(), "buffer_names": [], "param_shapes": [OrderedDict(map(_size, shapes.items()))],
+        "module": OrderedDict(), "buffer_names": [],
+        "param_shapes": [OrderedDict(map(_size, shapes.items())) for shapes, _ in groups],
         "frozen_param_shapes": None, "shared_params": {}, "global_steps": 3, "dp_world_size": RANKS,
         "ds_version": "0.19.8", "ds_config": {}, "iteration": 3, "mp_world_size": tensor,
-        "universal_checkpoint_info": {"parameter_with_row_parallelism_patterns": []},
+        "universal_checkpoint_info": {"parameter_with_row_parallelism_patterns": ODD},
     }  # fmt: skip
     for rank in range(RANKS if stage == 3 else 1):
         torch.save(model, folder / f"{f'zero_pp_rank_{rank}_' if stage == 3 else ''}mp_rank_{mp:02d}_model_states.pt")
+
+
+def zero3(shapes: dict[str, tuple[int, ...]]) -> tuple[int, dict[str, Any]]:
+    """How many elements each rank has of a group."""
+    return sum(-(-prod(shape) // RANKS) for shape in shapes.values()), {}
+
+
+def zero12(shapes: dict[str, tuple[int, ...]], over: int, rank: int) -> tuple[int, dict[str, Any]]:
+    """How many elements a rank has of a group, and where its parameters' parts are among them."""
+    from deepspeed.utils.tensor_fragment import fragment_address
+
+    share = -(-sum(map(prod, shapes.values())) // over)
+    slices: dict[str, Any] = OrderedDict()
+    start = 0
+    for name, shape in shapes.items():
+        low, high = max(start, rank * share), min(start + prod(shape), (rank + 1) * share)
+        if low < high:
+            slices[name] = fragment_address(high - low, low - rank * share)
+        start += prod(shape)
+    return share, slices
 
 
 def make_megatron(folder: Path, size: int) -> None:
@@ -150,6 +186,17 @@ def dcp_rank(rank: int, folder: str, size: int) -> None:
     save({"optimizer": {"state": state, "param_groups": groups}}, checkpoint_id=folder)
     dist.barrier()
     dist.destroy_process_group()
+
+
+MAKERS: dict[str, Callable[[Path, int], None]] = {
+    "zero2": partial(make_zero, stage=2),
+    "zero3": partial(make_zero, stage=3),
+    "dcp": make_dcp,
+    "megatron": make_megatron,
+    "tensor-zero1": partial(make_zero, stage=1, tensor=2),
+    "experts-zero2": make_experts,
+}
+"""What makes a folder of a kind: called with the folder and its size in bytes."""
 
 
 class Run(NamedTuple):
@@ -249,15 +296,12 @@ def main() -> None:
     arguments.add_argument("--gigabytes", type=float, nargs="+", default=[0.75, 3.0])
     arguments.add_argument("--rounds", type=int, default=9)
     arguments.add_argument("--folder", type=Path, default=Path("/dev/shm"))
-    arguments.add_argument("--only", nargs="+", default=[*LIMITED, "megatron", "tensor-zero1"])
+    arguments.add_argument("--only", nargs="+", choices=MAKERS, default=list(MAKERS))
     arguments.add_argument("--make", nargs=3, help=argparse.SUPPRESS)
     chosen = arguments.parse_args()
     if chosen.make:
         kind, folder, size = chosen.make[0], Path(chosen.make[1]), int(chosen.make[2])
-        makers = {"dcp": make_dcp, "megatron": make_megatron}
-        makers.get(kind, lambda f, s: make_zero(f, s, int(kind[-1]), 2 if kind.startswith("tensor") else 1))(
-            folder, size
-        )
+        MAKERS[kind](folder, size)
         return
     print("| folder | GB | (ours - start-up) / cp: median, min | limit | the same in processor time ", end="")
     print("| start-up s | peak MiB | inspect s | theirs / cp, processor time | their peak MiB |\n|" + 10 * "---|")

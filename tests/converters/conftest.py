@@ -60,4 +60,5 @@ def fsdp(tmp_path_factory: pytest.TempPathFactory, run_ranks: RunRanks) -> Calla
     run_ranks("fsdp_run", root, 2, two)
     run_ranks("fsdp_run", root, 3, "three,three-5")
     run_ranks("fsdp_run", root, 1, "full")
+    run_ranks("fsdp_run", root, 4, "grid")
     return lambda case: root / case

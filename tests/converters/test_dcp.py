@@ -43,7 +43,7 @@ def read(path: Path) -> OptimizerState:
     return state
 
 
-@pytest.mark.parametrize("case", ["nested", "flattened", "rows", "items", "zstd", "async"])
+@pytest.mark.parametrize("case", ["nested", "flattened", "grid", "rows", "items", "zstd", "async"])
 def test_it_holds_what_the_ranks_held(fsdp: Callable[[str], Path], assert_holds: Any, case: str) -> None:
     path = fsdp(case)
     converter, match = registry.detect(path)

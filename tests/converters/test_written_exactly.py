@@ -279,7 +279,10 @@ def check(state: OptimizerState, case: Case, folder: Path, plain_states: ModuleT
 
 def test_every_format_that_is_written_is_tried() -> None:
     writable = {name for name in registry.names() if hasattr(registry.get(name), "write")}
-    assert writable == {case.name for case in CASES.values()}
+    only_its_own = {
+        "megatron"
+    }  # whose groups have options of Megatron's; tests/converters/test_megatron.py writes them
+    assert writable == {case.name for case in CASES.values()} | only_its_own
 
 
 @pytest.mark.parametrize("name", CASES)

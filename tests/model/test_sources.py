@@ -205,3 +205,44 @@ def test_sources_without_a_crc_are_not_read_again() -> None:
     ledger = Ledger()
     stream(ledger, contiguous("U8", (5,), Memory(DATA)))
     assert ledger._seen == {}
+
+
+class Counted(Range):
+    """A range that counts the bytes that are read of it."""
+
+    read_so_far = 0
+
+    def readinto(self, offset: int, out: memoryview) -> None:
+        self.read_so_far += len(out)
+        super().readinto(offset, out)
+
+    def view(self, offset: int, size: int) -> memoryview | None:
+        return None
+
+
+@pytest.mark.parametrize("axis", [0, 1])
+def test_slices_are_joined_and_checked_in_one_reading(axis: int) -> None:
+    """As those of tensor-parallel ranks: each is a tensor of its own, out of an archive that states a CRC."""
+    shape = (128, 512)
+    for flipped in (None, 5, 70_000):
+        sources, pieces = [], []
+        for number in range(2):
+            data = bytearray(os.urandom(2 * 128 * 512))
+            crc = zlib.crc32(data)
+            if flipped is not None:
+                data[flipped] ^= 1
+            sources.append(Counted(Memory(bytes(data)), 0, len(data), crc))
+            halves = (Piece(sources[-1], 0, Flat(0, 1 << 15)), Piece(sources[-1], 1 << 16, Flat(1 << 15, 1 << 15)))
+            own = Tensor("BF16", shape, halves)
+            start = (128 * number, 0) if axis == 0 else (0, 512 * number)
+            pieces.append(Piece(own, 0, Box(start, shape)))
+        joined = Tensor("BF16", (256, 512) if axis == 0 else (128, 1024), tuple(pieces))
+        ledger = Ledger()
+        for _ in ledger.chunks(joined, memoryview(bytearray(1 << 17))):
+            pass
+        if flipped is None:
+            ledger.check()
+            assert [source.read_so_far for source in sources] == [1 << 17, 1 << 17]
+        else:
+            with pytest.raises(FileError):
+                ledger.check()

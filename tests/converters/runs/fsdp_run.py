@@ -2,9 +2,10 @@
 
 Usage: fsdp_run.py OUT RANK WORLD PORT CASE[,CASE..]
 Cases that save: nested, flattened, positional (DCP folders of FSDP2), rows (sharded along axis 1), three (nested, for
-three ranks; three-5 two steps later), full (FSDP1's one file), fsdp1 (its sharded folder), flat (its local
-state dicts, a folder and a file of each rank), local (FSDP2's per-rank
-files). Cases that load: load:FOLDER, load:FOLDER:flattened. OUT/CASE is what was saved, OUT/CASE.live.pt the gathered
+three ranks; three-5 two steps later), grid (flattened: FSDP2 over tensor parallelism on four ranks, as torchtitan and
+accelerate's parallelism_config have it: rows of a matrix are cut by both), full (FSDP1's one file), fsdp1 (its sharded
+folder), flat (its local state dicts, a folder and a file of each rank), local (FSDP2's per-rank files).
+Cases that load: load:FOLDER, load:FOLDER:flattened. OUT/CASE is what was saved, OUT/CASE.live.pt the gathered
 state: {name: {slot: tensor}} and its groups.
 """
 
@@ -42,18 +43,19 @@ from torch.distributed.fsdp import (  # noqa: E402
     StateDictType,
     fully_shard,
 )
-from torch.distributed.tensor import Shard  # noqa: E402
+from torch.distributed.tensor import Replicate, Shard  # noqa: E402
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module  # noqa: E402
 
 
 class Net(torch.nn.Module):
     """A frozen layer, and a parameter that never gets a gradient."""
 
-    def __init__(self, hidden: int) -> None:
+    def __init__(self, hidden: int, out: int = 11) -> None:
         super().__init__()
         self.base = torch.nn.Linear(7, hidden)
         self.lora_A = torch.nn.ModuleDict({"default": torch.nn.Linear(hidden, 3, bias=False)})
         self.norm = torch.nn.LayerNorm(3)
-        self.lora_B = torch.nn.ModuleDict({"default": torch.nn.Linear(3, 11)})
+        self.lora_B = torch.nn.ModuleDict({"default": torch.nn.Linear(3, out)})
         self.idle = torch.nn.Parameter(torch.ones(5))
         self.base.requires_grad_(False)
 
@@ -73,6 +75,18 @@ def optimizer_of(model: torch.nn.Module, *, named: bool = False) -> torch.optim.
 
 def sharded(case: str) -> tuple[torch.nn.Module, torch.optim.Optimizer]:
     torch.manual_seed(0)
+    if case == "grid":
+        mesh, tensor = init_device_mesh("cpu", (2, world // 2), mesh_dim_names=("data", "tensor")), Net(16, 12)
+        plan = {
+            "lora_A.default": RowwiseParallel(input_layouts=Replicate()),
+            "lora_B.default": ColwiseParallel(output_layouts=Replicate()),
+        }
+        parallelize_module(tensor, mesh["tensor"], plan)
+        fully_shard(tensor, mesh=mesh["data"])
+        optimizer = optimizer_of(tensor)
+        for group in optimizer.param_groups:
+            group["foreach"] = False  # torch has no such operations on parameters of two meshes
+        return tensor, optimizer
     model: Any = Net(14 if case == "rows" else 13)
     if case in ("full", "fsdp1", "flat"):
         strategy = ShardingStrategy.FULL_SHARD
@@ -150,7 +164,7 @@ def save(case: str) -> None:
     else:
         if case == "positional":
             state = {"optimizer": optimizer.state_dict(), "model": get_model_state_dict(model)}
-        elif case == "flattened":
+        elif case in ("flattened", "grid"):
             options = StateDictOptions(flatten_optimizer_state_dict=True)
             state = {**get_model_state_dict(model), **get_optimizer_state_dict(model, optimizer, options=options)}
         elif case in ("ranks", "replicas"):

@@ -1,0 +1,81 @@
+"""The table of parallelisms in docs/cluster.md, out of the cases that the tests prove: run this file to print it.
+
+A case's name says how it was made: ``tests/golden/megatron`` and ``tests/golden/deepspeed`` hold a folder for each,
+and ``test_megatron.py`` and ``test_deepspeed_parallel.py`` compare all that there are with what the ranks held.
+``fsdp_run.py`` makes those of torch when the tests run.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Final
+
+HERE: Final = Path(__file__).parent
+GOLDEN: Final = HERE.parent / "golden"
+
+FORMS: Final = {
+    "fp32": "not distributed", "full": "`fully_reshardable`", "bucket": "`dp_reshardable`",
+}  # fmt: skip
+WORDS: Final = {
+    "tp": "tensor {}", "pp": "pipeline {}", "vp": "virtual pipeline {}", "ep": "expert {}", "dp": "data {}",
+    "gated": "SwiGLU", "tied": "tied embeddings", "slow": "norms equal in bf16", "rms": "RMSNorm",
+}  # fmt: skip
+KINDS: Final = {
+    "pipeline": "pipeline 2", "tensor": "AutoTP 2", "experts": "expert 2", "hpz": "`zero_hpz_partition_size` 2",
+}  # fmt: skip
+TORCH: Final = {
+    "flattened": ("dcp", 2, "flattened", "FSDP2"),
+    "grid": ("dcp", 4, "flattened", "FSDP2 2, tensor 2"),
+    "nested": ("dcp", 2, "nested", "FSDP2"),
+    "rows": ("dcp", 2, "nested", "FSDP2 along the second axis"),
+    "items": ("dcp", 2, "safetensors items", "FSDP2"),
+    "zstd": ("dcp", 2, "Zstandard", "FSDP2"),
+    "async": ("dcp", 2, "asynchronous, cached plans", "FSDP2"),
+    "fsdp1": ("dcp", 2, "sharded", "FSDP1"),
+    "hugging": ("dcp_safetensors", 2, "`HuggingFaceStorageWriter`", "FSDP2"),
+    "consolidated": ("dcp_safetensors", 2, "the same, consolidated", "FSDP2"),
+    "ranks": ("fsdp2_ranks", 2, "a file of each rank", "FSDP2"),
+    "replicas": ("fsdp2_ranks", 2, "a file of each rank", "hybrid 2"),
+}
+"""Case of ``fsdp_run.py`` -> converter, ranks, form, parallelism."""
+
+
+def cases(framework: str) -> list[str]:
+    """The names of a framework's folders."""
+    return sorted(path.name.removesuffix(".tar.xz") for path in (GOLDEN / framework / "files").iterdir())
+
+
+def megatron(case: str) -> tuple[str, ...]:
+    form, *words = case.split("-")
+    found = [re.fullmatch(r"([a-z]+)(\d*)", word) for word in words]
+    says = [WORDS[match[1]].format(match[2]) for match in found if match]
+    return "Megatron-Core 0.16.1", "megatron", FORMS[form], ", ".join(says), case
+
+
+def deepspeed(case: str) -> tuple[str, ...]:
+    match = re.fullmatch(r"(\d)-([a-z]+)(\d)", case)
+    assert match
+    ranks, kind, stage = int(match[1]), match[2], match[3]
+    says = KINDS[kind] + (f", data {ranks // 2}" if ranks > 2 and kind != "hpz" else "")
+    converter = "deepspeed_zero" if stage != "0" else "deepspeed_plain"
+    return "DeepSpeed 0.19.8", converter, f"ZeRO {stage}" if stage != "0" else "without ZeRO", says, case
+
+
+def rows() -> Iterator[tuple[str, ...]]:
+    yield from map(megatron, cases("megatron"))
+    yield from map(deepspeed, cases("deepspeed"))
+    for case, (converter, ranks, form, says) in TORCH.items():
+        yield "torch 2.13", converter, form, f"{says}, {ranks} ranks", case
+
+
+def table() -> str:
+    """The table, as Markdown."""
+    lines = ["| written by | converter | form | parallelism | case |", "|---|---|---|---|---|"]
+    return "\n".join([*lines, *(f"| {w} | `{c}` | {form} | {says} | `{case}` |" for w, c, form, says, case in rows())])
+
+
+if __name__ == "__main__":
+    sys.stdout.write(f"{table()}\n")
