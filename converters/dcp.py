@@ -19,6 +19,7 @@ from lora_state_format.errors import FileError, UnrepresentableError
 from lora_state_format.foreign import keyed
 from lora_state_format.foreign.dcp import Folder, is_folder, metadata, open_folder, write_folder
 from lora_state_format.foreign.state_dict import Found, from_state_dict, is_state_dict
+from lora_state_format.io.files import folders_in
 from lora_state_format.model.states import Checkpoint, OptimizerState, Scalar, Weights
 from lora_state_format.model.tensors import Tensor
 from lora_state_format.registry import Match
@@ -45,15 +46,17 @@ def _folders(path: Path) -> list[Path]:
     """Return the DCP folders with optimizer state: the path itself, or folders in it (``optimizer_0``)."""
     if not path.is_dir() or (path / "metadata.json").exists():  # metadata.json: Megatron
         return []
-    candidates = [path] if is_folder(path) else sorted(folder for folder in path.iterdir() if is_folder(folder))
-    return [folder for folder in candidates if any(word in metadata(folder) for word in (b"param_groups", _PER_NAME))]
+    candidates = [path] if is_folder(path) else [folder for folder in folders_in(path) if is_folder(folder)]
+    found = [folder for folder in candidates if any(word in metadata(folder) for word in (b"param_groups", _PER_NAME))]
+    parts = len(found) == 1 or all(folder.name.startswith("optim") for folder in found)
+    return found if parts else []  # the checkpoints of a run, step after step
 
 
 def read(match: Match, options: Mapping[str, Any]) -> Checkpoint:
     """``options`` are for writing."""
     path = match.path
     places = _folders(path)
-    others = [] if is_folder(path) else sorted(f for f in path.iterdir() if is_folder(f) and f not in places)
+    others = [] if is_folder(path) else [f for f in folders_in(path) if is_folder(f) and f not in places]
     opened: list[Folder] = []
     try:
         opened.extend(map(open_folder, (*places, *others)))

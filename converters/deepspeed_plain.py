@@ -21,7 +21,7 @@ from lora_state_format.foreign import deepspeed, pickles
 from lora_state_format.foreign.deepspeed import EXPERT, MODEL, Slices
 from lora_state_format.foreign.masters import SAMPLE, elements
 from lora_state_format.foreign.state_dict import from_state_dict, is_state_dict
-from lora_state_format.io.files import Files, reading
+from lora_state_format.io.files import Files, names_in, reading
 from lora_state_format.model.states import Checkpoint, Value
 from lora_state_format.model.tensors import Tensor
 from lora_state_format.registry import Match
@@ -42,7 +42,7 @@ def detect(path: Path) -> Match | None:
 
 
 def _holds(folder: Path) -> bool:
-    names = [file.name for file in folder.iterdir()]
+    names = names_in(folder)
     return any(map(MODEL.fullmatch, names)) and not any("zero" in name and name != "zero_to_fp32.py" for name in names)
 
 
@@ -67,7 +67,7 @@ def read(match: Match, options: Mapping[str, Any]) -> Checkpoint:
             path=folder,
         )
     with reading() as files:
-        paths = {int(m[1]): file for file in sorted(folder.iterdir()) if (m := MODEL.fullmatch(file.name))}
+        paths = {int(m[1]): folder / name for name in names_in(folder) if (m := MODEL.fullmatch(name))}
         models = {mp: pickles.load(files[path], path).value for mp, path in paths.items()}
         for mp, model in models.items():
             if not isinstance(model, dict):
@@ -75,7 +75,7 @@ def read(match: Match, options: Mapping[str, Any]) -> Checkpoint:
         stages, tensor = deepspeed.degrees(models, folder)
         slices = deepspeed.slices_of(tensor, models[min(models)], options.get("slices"), paths[min(paths)])
         weights = deepspeed.weights(folder, models, slices, files)
-        if any(_EXPERT_RANK.fullmatch(file.name) for file in folder.iterdir()):
+        if any(map(_EXPERT_RANK.fullmatch, names_in(folder))):
             if stages * tensor > 1:
                 raise RefusedError(
                     "experts together with pipeline stages or tensor parallelism: load it in DeepSpeed and save it "
@@ -172,7 +172,7 @@ def _with_experts(
     folder: Path, model: Mapping[str, Any], weights: Mapping[str, Tensor], files: Files
 ) -> tuple[dict[str, Any], list[str] | None]:
     """Return the state dict of all expert-parallel ranks together, and its parameters' names where they are known."""
-    paths = {int(m[1]): file for file in folder.iterdir() if (m := _EXPERT_RANK.fullmatch(file.name))}
+    paths = {int(m[1]): folder / name for name in names_in(folder) if (m := _EXPERT_RANK.fullmatch(name))}
     trees: dict[int, Mapping[str, Any]] = {}
     for rank in range(max(paths) + 1):
         if rank not in paths:

@@ -15,12 +15,12 @@ here: a parameter's slot is the list of its ranges in the rank files. The layout
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from itertools import accumulate, pairwise, zip_longest
 from math import prod
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, TypeAlias
 
 from lora_state_format.errors import FileError, RefusedError
 from lora_state_format.foreign import deepspeed, keyed, pickles
@@ -28,10 +28,13 @@ from lora_state_format.foreign.masters import check_masters
 from lora_state_format.foreign.pickles import Record
 from lora_state_format.foreign.state_dict import from_state_dict
 from lora_state_format.foreign.trees import member
-from lora_state_format.io.files import Files, PooledFile, reading
+from lora_state_format.foreign.weights import weights_at
+from lora_state_format.io.files import FEW, Files, PooledFile, first_look, names_in, reading
 from lora_state_format.model.dtypes import item_size
+from lora_state_format.model.sources import Unread
 from lora_state_format.model.states import Checkpoint, Scalar, Value
-from lora_state_format.model.tensors import Flat, Piece, Run, Tensor
+from lora_state_format.model.tensors import Flat, Piece, Run, Tensor, contiguous
+from lora_state_format.naming.names import peft_key
 from lora_state_format.registry import Match
 
 NAME: Final = "deepspeed_zero"
@@ -51,12 +54,12 @@ def detect(path: Path) -> Match | None:
     folder = deepspeed.tag_folder(path, _holds)
     if folder is None:
         return None
-    count = sum(bool(_OPTIM.fullmatch(file.name)) for file in folder.iterdir())
+    count = sum(bool(_OPTIM.fullmatch(name)) for name in names_in(folder))
     return Match(f"{count} ZeRO optimizer file{'s' if count > 1 else ''}, one per rank", folder)
 
 
 def _holds(folder: Path) -> bool:
-    return any(_OPTIM.fullmatch(file.name) for file in folder.iterdir())
+    return any(map(_OPTIM.fullmatch, names_in(folder)))
 
 
 @dataclass(frozen=True)
@@ -81,57 +84,160 @@ def read(match: Match, options: Mapping[str, Any]) -> Checkpoint:
         RefusedError: a layout that is not read; the message says what to do.
     """
     folder = match.path
-    if folder.is_file():
-        raise RefusedError(
-            f"one rank's share of a ZeRO checkpoint: give the folder, {folder.parent.name}, which has all ranks' files",
-            path=folder,
-        )
+    paths = _rank_files(folder)
     with reading(folder) as files:
-        ranks = {mp: [_rank(files[file]) for file in of] for mp, of in _rank_files(folder).items()}
-        every = [rank for of in ranks.values() for rank in of]
-        models = {mp: _model(folder, mp, ranks[mp], files) for mp in ranks}
-        _check_agreement(every)
-        for mp, model in models.items():
-            _check_model(model.tree, model.groups, ranks[mp], model.path)
-        trees = {mp: model.tree for mp, model in models.items()}
-        stages, tensor = deepspeed.degrees(trees, folder) if every[0].stage < 3 else (1, 1)
-        slices = deepspeed.slices_of(tensor, trees[0], options.get("slices"), models[0].path)
-        weights = deepspeed.weights(folder, trees, slices, files)
-        origin = _origin(every, trees[0], stages, tensor)
+        ranks = {mp: [_rank(files[file]) for file in of] for mp, of in paths.items()}
+        _check_agreement([rank for of in ranks.values() for rank in of])
+        save = _save(folder, ranks, options, files)
+        weights = deepspeed.weights(folder, save.trees, save.slices, files)
+        laid_out = _proven(save, weights)
+        skipped: tuple[str, ...] = ()
+        if save.stage == 3:  # whose own files hold no weights
+            laid_out, weights, skipped = _beside(laid_out, folder, files)
+        return _checkpoint(save, laid_out, weights, options, files, skipped)
 
-        def whole(ordered: bool) -> tuple[dict[str, Any], dict[str, tuple[int, ...]], dict[str, Tensor]]:
-            parts = {mp: _state_dict(ranks[mp], models[mp].groups, models[mp].path, ordered) for mp in ranks}
-            tree, shapes = _whole(parts, stages, slices, folder)
-            return tree, shapes, {name: slots.pop("master_param") for name, slots in tree["state"].items()}
 
-        tree, shapes, masters = whole(ordered=False)
+def glance(match: Match, options: Mapping[str, Any]) -> Checkpoint:
+    """Return what the folder holds by the names of all files and the first rank's file of each model-parallel rank.
+
+    A folder of up to ``FEW`` ranks is read as a whole. The tensors of a larger one cannot be read, and
+    ``origin["first_look"]`` says how many files were. Raises what ``read`` raises, for what is seen.
+    """
+    folder = match.path
+    paths = _rank_files(folder)
+    if sum(map(len, paths.values())) <= FEW:
+        return read(match, options)
+    with reading(folder) as files:
+        ranks = {mp: [_rank(files[of[0]])] * len(of) for mp, of in paths.items()}
+        _check_agreement([of[0] for of in ranks.values()])
+        save = _save(folder, ranks, options, files, seen=False)
+        laid_out = _Whole(*_whole(save, _unread), {"first_look": first_look(len(files), len(names_in(folder)))})
+        return _checkpoint(save, laid_out, {}, options, files)
+
+
+@dataclass(frozen=True)
+class _Save:
+    """All files of a save, by model-parallel rank, and how those make up the model."""
+
+    folder: Path
+    ranks: Mapping[int, Sequence[_Rank]]
+    models: Mapping[int, _Model]
+    stages: int
+    slices: deepspeed.Slices
+
+    @property
+    def trees(self) -> dict[int, Mapping[str, Any]]:
+        """What the model's files hold."""
+        return {mp: model.tree for mp, model in self.models.items()}
+
+    @property
+    def stage(self) -> int:
+        """The stage of ZeRO."""
+        return self.ranks[0][0].stage
+
+
+@dataclass(frozen=True)
+class _Whole:
+    """The state dict of all ranks together, with masters; the shapes of its parameters; what there is to say of it."""
+
+    tree: dict[str, Any]
+    shapes: dict[str, tuple[int, ...]]
+    said: Mapping[str, Value]
+
+
+def _save(
+    folder: Path, ranks: Mapping[int, Sequence[_Rank]], options: Mapping[str, Any], files: Files, *, seen: bool = True
+) -> _Save:
+    """Return what the ranks' files and the model's have to say; ``seen`` is whether tensors are there to be compared.
+
+    Raises ``FileError`` where they do not agree.
+    """
+    models = {mp: _model(folder, mp, ranks[mp], files) for mp in ranks}
+    for mp, model in models.items():
+        _check_model(model.tree, model.groups, ranks[mp], model.path)
+    trees = {mp: model.tree for mp, model in models.items()}
+    stages, tensor = deepspeed.degrees(trees, folder) if ranks[0][0].stage < 3 else (1, 1)
+    slices = deepspeed.slices_of(tensor, trees[0], options.get("slices"), models[0].path, seen=seen)
+    return _Save(folder, ranks, models, stages, slices)
+
+
+def _proven(save: _Save, weights: Mapping[str, Tensor]) -> _Whole:
+    """Return the state in the order that the masters prove: that of the files' mappings, or of ``param_shapes``.
+
+    Raises:
+        FileError: the masters are not the model's weights in either order.
+    """
+    found = _Whole(*_whole(save, _cut_stage3 if save.stage == 3 else _cut_stage12), {})
+    try:
+        return _compared(found, weights, save.folder)
+    except FileError as error:
+        if save.stage == 3:
+            raise
         try:
-            origin["masters_compared"] = check_masters(masters, weights, folder)
-        except FileError as error:
-            if every[0].stage == 3:
-                raise
-            try:
-                tree, shapes, masters = whole(ordered=True)
-                origin["masters_compared"] = check_masters(masters, weights, folder)
-            except FileError:
-                raise error from None
-            origin["layout"] = "param_shapes, as the masters prove: param_slice_mappings are those of another order"
-        if options.get("masters"):
-            for name, slots in tree["state"].items():
-                slots["master_param"] = masters[name]
-        state = from_state_dict(
-            tree,
-            origin=origin,
-            global_step=step if isinstance(step := trees[0].get("global_steps"), int) else None,
-            resources=(files,),
+            found = _compared(_Whole(*_whole(save, _cut_in_order), {}), weights, save.folder)
+        except FileError:
+            raise error from None
+        layout = "param_shapes, as the masters prove: param_slice_mappings are those of another order"
+        return replace(found, said={**found.said, "layout": layout})
+
+
+def _beside(found: _Whole, folder: Path, files: Files) -> tuple[_Whole, dict[str, Tensor], tuple[str, ...]]:
+    """Return the state compared with the weights in the folder above, those weights, and what there is to warn of.
+
+    ``stage3_gather_16bit_weights_on_model_save`` and transformers' Trainer put them there. They may be of another step.
+    """
+    place = folder.parent
+    try:
+        held = weights_at(place, files)[0].tensors
+    except FileNotFoundError:
+        return found, {}, ()
+    except FileError as error:
+        return found, {}, (f"{error}; it was skipped",)
+    weights = {
+        name: held[key]
+        for name, shape in found.shapes.items()
+        for key in (name, *(peft_key(name) or ())[:1])
+        if key in held and held[key].shape == shape
+    }
+    try:
+        return _compared(found, weights, place), weights, ()
+    except FileError:
+        warning = (
+            f"{place}: the weights in it are not what the fp32 masters in {folder.name} round to: either they are of "
+            "another step, or files of ranks were exchanged; they were not used"
         )
-        tied = {k: v for model in trees.values() for k, v in _tied(model).items()}
-        return Checkpoint(
-            keyed.named(state, shapes=shapes, weights=weights, tied=tied),
-            weights={
-                name: weights[name] for name in tree["state"] if name in weights and weights[name].shape == shapes[name]
-            },
-        )
+        return found, {}, (warning,)
+
+
+def _compared(found: _Whole, weights: Mapping[str, Tensor], folder: Path) -> _Whole:
+    masters = {name: slots["master_param"] for name, slots in found.tree["state"].items()}
+    return replace(found, said={"masters_compared": check_masters(masters, weights, folder)})
+
+
+def _checkpoint(
+    save: _Save,
+    laid_out: _Whole,
+    weights: Mapping[str, Tensor],
+    options: Mapping[str, Any],
+    files: Files,
+    skipped: tuple[str, ...] = (),
+) -> Checkpoint:
+    """Return the result, masters in it where they were asked for."""
+    entries = laid_out.tree["state"]
+    if not options.get("masters"):
+        for slots in entries.values():
+            del slots["master_param"]
+    step = save.models[0].tree.get("global_steps")
+    state = from_state_dict(
+        laid_out.tree,
+        origin={**_origin(save), **laid_out.said},
+        global_step=step if isinstance(step, int) else None,
+        resources=(files,),
+    )
+    tied = {alias: name for model in save.trees.values() for alias, name in _tied(model).items()}
+    shapes = laid_out.shapes
+    own = {name: weights[name] for name in entries if name in weights and weights[name].shape == shapes[name]}
+    return Checkpoint(keyed.named(state, shapes=shapes, weights=weights, tied=tied), own, skipped=skipped)
 
 
 @dataclass(frozen=True)
@@ -154,9 +260,15 @@ def _model(folder: Path, mp: int, ranks: Sequence[_Rank], files: Files) -> _Mode
 
 def _rank_files(folder: Path) -> dict[int, list[Path]]:
     """Return the files of each model-parallel rank in the order of its ranks; a gap between them is an error."""
+    if folder.is_file():
+        raise RefusedError(
+            f"one rank's share of a ZeRO checkpoint: give the folder, {folder.parent.name}, which has all ranks' files",
+            path=folder,
+        )
     found: dict[int, dict[int, Path]] = {}
-    for file in sorted(folder.iterdir()):
-        if match := _OPTIM.fullmatch(file.name):
+    for name in names_in(folder):
+        if match := _OPTIM.fullmatch(name):
+            file = folder / name
             if match[3]:
                 raise RefusedError(f"written by DeepSpeed 0.3 or older: {_WAY_OUT}", path=file)
             rank, of = int(match[1]), found.setdefault(int(match[2]), {})
@@ -173,10 +285,10 @@ def _rank_files(folder: Path) -> dict[int, list[Path]]:
     return {mp: [of[rank] for rank in range(len(of))] for mp, of in sorted(found.items())}
 
 
-def _whole(
-    parts: Mapping[int, dict[str, Any]], stages: int, slices: deepspeed.Slices, folder: Path
-) -> tuple[dict[str, Any], dict[str, tuple[int, ...]]]:
-    """Return the state dict of all model-parallel ranks together, and the shapes of its parameters."""
+def _whole(save: _Save, cut: _Cut) -> tuple[dict[str, Any], dict[str, tuple[int, ...]]]:
+    """Return the state dict of all model-parallel ranks together, masters too, and the shapes of its parameters."""
+    folder, stages, slices = save.folder, save.stages, save.slices
+    parts = {mp: _state_dict(save.ranks[mp], model.groups, model.path, cut) for mp, model in save.models.items()}
     entries: dict[str, dict[str, Any]] = {}
     groups: list[dict[str, Any]] = [{**group, "params": []} for group in parts[0]["param_groups"]]
     for stage in range(stages):
@@ -255,13 +367,11 @@ def _check_model(model: Mapping[str, Any], groups: Sequence[Any], ranks: Sequenc
 
 
 def _state_dict(
-    ranks: Sequence[_Rank], named: Sequence[Mapping[str, Any]], model_file: Path, ordered: bool
+    ranks: Sequence[_Rank], named: Sequence[Mapping[str, Any]], model_file: Path, cut: _Cut
 ) -> dict[str, Any]:
     """Return the state dict that one rank would have had, masters too, with names for ids.
 
-    With ``ordered``, parameters of stages 1 and 2 stand end to end in the order of ``param_shapes``, whatever
-    ``param_slice_mappings`` says: with ``round_robin_gradients``, DeepSpeed (seen with 0.19.8) writes the mappings of
-    the order that it had before (``_link_all_hp_params`` in ``stage_1_and_2.py``).
+    ``cut`` takes the parameters of a group out of the ranks' flat tensors.
     """
     first = ranks[0]
     entries: dict[str, dict[str, Any]] = {}
@@ -273,7 +383,6 @@ def _state_dict(
         for expert_rank in range(parallel):
             own = ranks[expert_rank::parallel]
             flat, common = _split(own, number)
-            cut = _cut_stage3 if first.stage == 3 else _cut_in_order if ordered else _cut_stage12
             for local, slots in cut(own, number, shapes, flat, model_file.parent):
                 name = deepspeed.global_expert(local, expert_rank, deepspeed.local_experts(list(shapes)))
                 if name in entries:
@@ -293,11 +402,11 @@ def _state_dict(
     return {"state": entries, "param_groups": groups}
 
 
-def _origin(ranks: Sequence[_Rank], model: Mapping[str, Any], stages: int, tensor: int) -> dict[str, Value]:
-    version = model.get("ds_version")
-    origin: dict[str, Value] = {"format": NAME, "stage": ranks[0].stage, "ranks": len(ranks)}
-    if stages * tensor > 1:
-        origin |= {"pipeline_stages": stages, "tensor_parallel": tensor}
+def _origin(save: _Save) -> dict[str, Value]:
+    version = save.models[0].tree.get("ds_version")
+    origin: dict[str, Value] = {"format": NAME, "stage": save.stage, "ranks": sum(map(len, save.ranks.values()))}
+    if save.stages * save.slices.count > 1:
+        origin |= {"pipeline_stages": save.stages, "tensor_parallel": save.slices.count}
     return {**origin, "deepspeed": version} if isinstance(version, str) else origin
 
 
@@ -389,6 +498,11 @@ def _cut_stage12(
 def _cut_in_order(
     ranks: Sequence[_Rank], number: int, named: Mapping[str, Any], flat: Mapping[str, Sequence[Tensor]], folder: Path
 ) -> Iterator[tuple[str, dict[str, Tensor]]]:
+    """Take parameters of stages 1 and 2 as they stand in ``param_shapes``, whatever ``param_slice_mappings`` says.
+
+    With ``round_robin_gradients``, DeepSpeed (seen with 0.19.8) writes the mappings of the order that it had before
+    (``_link_all_hp_params`` in ``stage_1_and_2.py``).
+    """
     ends = list(accumulate(rank.masters[number].count for rank in ranks))
     if ends[-1] != sum(map(prod, named.values())):
         raise FileError(
@@ -435,6 +549,21 @@ def _cut_stage3(
                 f"{start}: another number of ranks wrote it",
                 path=rank.path,
             )
+
+
+def _unread(
+    ranks: Sequence[_Rank], number: int, named: Mapping[str, Any], flat: Mapping[str, Sequence[Tensor]], folder: Path
+) -> Iterator[tuple[str, dict[str, Tensor]]]:
+    """Yield the parameters with their dtypes and shapes only; the ranks are the first one, as often as there are."""
+    for name, shape in named.items():
+        yield name, {slot: contiguous(of[0].dtype, shape, Unread(folder)) for slot, of in flat.items()}
+
+
+_Cut: TypeAlias = Callable[
+    [Sequence[_Rank], int, Mapping[str, Any], Mapping[str, Sequence[Tensor]], Path],
+    Iterator[tuple[str, dict[str, Tensor]]],
+]
+"""Takes a group's parameters out of its flat tensors: ranks, the group's number, shapes by name, tensors, folder."""
 
 
 def _joined(

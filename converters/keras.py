@@ -32,6 +32,7 @@ from lora_state_format.model.states import (
     Weights,
     slot_of,
 )
+from lora_state_format.model.tensors import Tensor
 from lora_state_format.registry import Match
 
 NAME: Final = "keras"
@@ -182,24 +183,15 @@ def _by_number(tree: Tree, config: Mapping[str, Any], path: Path, resources: tup
     """Return the state of a ``.keras`` or ``.weights.h5`` file by position, and the layers' variables to name it by."""
     called = str(tree.attributes.get("optimizer/vars", {}).get("name", ""))
     kind = str(config.get("class_name", called)).lower().replace("_", "")
-    options = _member(config, "config")
-    slots = SLOTS.get(kind)
     variables = [tree.tensors[f"{NUMBERED}{number}"] for number in range(_count(tree))]
     shared, own = variables[: len(SHARED)], variables[len(SHARED) :]
-    if slots is not None and kind == "sgd" and not own:
-        slots = ()
-    runs = [own[start : start + len(slots)] for start in range(0, len(own), len(slots))] if slots else []
-    told = any(options.get(option) for option in MORE) or (kind == "rmsprop" and options.get("momentum"))
-    if slots is None or told or any(len({tensor.shape for tensor in run}) > 1 or len(run) < len(slots) for run in runs):
+    entries = _slots_in_turn(kind, _member(config, "config"), own)
+    if entries is None:
         raise RefusedError(
             f"its optimizer '{called or kind}' has {len(variables)} numbered variables, and what each of them is "
             "is not known here: save the model as .h5 (model.save('model.h5')), which keeps their names",
             path=path,
         )
-    entries = {
-        number: {slot: slot_of(tensor) for slot, tensor in zip(slots, run, strict=True)}
-        for number, run in enumerate(runs)
-    }
     state = _state(
         tuple(entries),
         entries,
@@ -214,6 +206,25 @@ def _by_number(tree: Tree, config: Mapping[str, Any], path: Path, resources: tup
     }
     known = all(IN_ORDER.fullmatch(name) for name in model)
     return Checkpoint(state, candidates=((Weights(MEMBER, model, ordered=True),),) if known else ())
+
+
+def _slots_in_turn(
+    kind: str, options: Mapping[str, Any], variables: Sequence[Tensor]
+) -> dict[int, dict[str, Value]] | None:
+    """Return the slots of every parameter, whose variables follow each other; ``None`` where that is not sure."""
+    slots = SLOTS.get(kind)
+    more = any(options.get(option) for option in MORE) or (kind == "rmsprop" and options.get("momentum"))
+    if slots is None or more:
+        return None
+    if not variables and kind == "sgd":
+        return {}
+    runs = [variables[start : start + len(slots)] for start in range(0, len(variables), len(slots))]
+    if any(len(run) < len(slots) or len({tensor.shape for tensor in run}) > 1 for run in runs):
+        return None
+    return {
+        number: {slot: slot_of(tensor) for slot, tensor in zip(slots, run, strict=True)}
+        for number, run in enumerate(runs)
+    }
 
 
 def _count(tree: Tree) -> int:

@@ -14,7 +14,7 @@ from lora_state_format.errors import FileError, OptionError, UnrepresentableErro
 from lora_state_format.foreign.state_dict import Found, from_state_dict, to_state_dict
 from lora_state_format.foreign.weights import read_weights
 from lora_state_format.io import plain
-from lora_state_format.io.files import Files, reading
+from lora_state_format.io.files import Files, folders_in, reading
 from lora_state_format.io.folders import new_folder
 from lora_state_format.io.json_files import read_json
 from lora_state_format.io.strict_json import utf8
@@ -43,7 +43,7 @@ def _folders(path: Path) -> list[Path]:
         if _holds(folder):
             return [folder]
     root = path / "training_state" if (path / "training_state").is_dir() else path
-    return sorted(folder for folder in root.iterdir() if _holds(folder))
+    return [folder for folder in folders_in(root) if _holds(folder)]
 
 
 def _holds(folder: Path) -> bool:

@@ -16,19 +16,21 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from typing import Any, Final
 
-from lora_state_format.errors import FileError, RefusedError, Remedy
+from lora_state_format.errors import FileError, OptionError, RefusedError, Remedy, UnrepresentableError
 from lora_state_format.foreign import keyed, pickles
-from lora_state_format.foreign.dcp import METADATA, is_folder, open_folder
+from lora_state_format.foreign.dcp import METADATA, Folder, is_folder, open_folder, write_folder
 from lora_state_format.foreign.flat_buckets import MASTER, Bucket, take_apart
 from lora_state_format.foreign.masters import check_masters
 from lora_state_format.foreign.state_dict import Found, from_state_dict
+from lora_state_format.foreign.torch_save import with_items
 from lora_state_format.foreign.trees import member
 from lora_state_format.io.json_files import read_json_object
-from lora_state_format.model.sources import File, Memory
-from lora_state_format.model.states import Checkpoint, OptimizerState, Value
+from lora_state_format.model.sources import File, Memory, bytes_of
+from lora_state_format.model.states import Checkpoint, OptimizerState, Scalar, Value
 from lora_state_format.model.tensors import Box, Piece, Tensor, contiguous
 from lora_state_format.registry import Match
 
@@ -43,17 +45,20 @@ MERGE: Final = Remedy(
     "pass {options} to read them as one group with the options that all share", {"options": {"groups": "merge"}}
 )
 
+_DESCRIPTION: Final = "metadata.json"
+_COMMON: Final = "common.pt"
 _OPTIMIZER: Final = re.compile(r"(?:chained_(\d+)\.)?optimizer\.(.*)")
 _STATE: Final = re.compile(r"state\.([^.]+)\.(.+)")
 _BUCKET: Final = re.compile(r"distributed\.dp_group_idx_(\d+)\.gbuf_idx_(\d+)\.dtype_(.*)\.bucket_idx_(\d+)\.(\w+)")
 _GROUPS: Final = re.compile(r"distributed\.dp_group_idx_\d+\.optimizer/shard_0_1")
 _LAYERS: Final = re.compile(r"(.*\blayers)\.(?!\d)(.*)")
+MASTER_SLOT: Final = "master_param"
 _EXPERTS: Final = re.compile(r"(.*\.experts)\.experts\.(.*)")
 
 
 def detect(path: Path) -> Match | None:
     for folder in (path, path / "weights"):
-        description = folder / "metadata.json"
+        description = folder / _DESCRIPTION
         if is_folder(folder) and description.is_file() and "sharded_backend" in read_json_object(description):
             return Match("metadata.json with a sharded_backend next to .metadata", folder)
     return None
@@ -67,45 +72,63 @@ def read(match: Match, options: Mapping[str, Any]) -> Checkpoint:
         FileError: no optimizer state, or groups that are not those of Megatron's rule.
     """
     place = match.path
-    backend = read_json_object(place / "metadata.json").get("sharded_backend")
+    _check_backend(place)
+    folder = open_folder(place)
+    try:
+        return _checkpoint(folder, place, options)
+    except BaseException:
+        folder.close()
+        raise
+
+
+def _check_backend(place: Path) -> None:
+    backend = read_json_object(place / _DESCRIPTION).get("sharded_backend")
     if backend != "torch_dist":
         raise RefusedError(
             f"sharded_backend {backend!r}, where torch_dist is read: load the checkpoint in Megatron and save it with "
             "--ckpt-format torch_dist",
-            path=place / "metadata.json",
+            path=place / _DESCRIPTION,
         )
-    folder = open_folder(place)
-    try:
-        entries = {".".join(map(str, where)): value for where, value in folder.entries.items()}
-        weights = _weights(entries)
-        states, told = _states(entries, weights, place / METADATA)
-        if not states:
-            raise FileError("has no entry under optimizer.state or optimizer.distributed", path=place / METADATA)
-        masters = {
-            name: slots.pop(MASTER) for state in states.values() for name, slots in state.items() if MASTER in slots
-        }
-        origin: dict[str, Value] = {"format": NAME, "masters_compared": check_masters(masters, weights, place)}
-        if told:
-            origin["told_apart_by_order"] = told
-        if options.get("groups") != "merge":
-            origin["groups"] = "by Megatron's rule: biases and tensors with one axis are not decayed"
-        groups = _groups(place, entries)
-        found = []
-        for number, state in sorted(states.items()):
-            tree = _tree(state, groups.get(number), place, merge=options.get("groups") == "merge")
-            if options.get("masters"):
-                for name in state.keys() & masters.keys():
-                    tree["state"][name]["master_param"] = masters[name]
-            found.append(Found((number,) if len(states) > 1 else (), tree))
-        held = [name for state in states.values() for name in state]
-        weights = {name: weights[name] for name in held if name in weights}
-        result = keyed.named(from_state_dict(*found, origin=origin, resources=(folder,)), weights=weights)
-        assert isinstance(result, OptimizerState)  # every parameter has slots, which show its shape
-        details = {**result.naming.details, "order": "unknown"}
-        return Checkpoint(replace(result, naming=replace(result.naming, details=details)), weights)
-    except BaseException:
-        folder.close()
-        raise
+
+
+def _checkpoint(folder: Folder, place: Path, options: Mapping[str, Any]) -> Checkpoint:
+    entries = _by_key(folder)
+    weights = _weights(entries)
+    states, told = _states(entries, weights, place / METADATA)
+    if not states:
+        raise FileError("has no entry under optimizer.state or optimizer.distributed", path=place / METADATA)
+    masters = _masters(states, keep=bool(options.get("masters")))
+    origin: dict[str, Value] = {"format": NAME, "masters_compared": check_masters(masters, weights, place)}
+    if told:
+        origin["told_apart_by_order"] = told
+    merge = options.get("groups") == "merge"
+    if not merge:
+        origin["groups"] = "by Megatron's rule: biases and tensors with one axis are not decayed"
+    groups = _groups(place, entries)
+    found = [
+        Found((number,) if len(states) > 1 else (), _tree(state, groups.get(number), place, merge=merge))
+        for number, state in sorted(states.items())
+    ]
+    weights = {name: weights[name] for state in states.values() for name in state if name in weights}
+    result = keyed.named(from_state_dict(*found, origin=origin, resources=(folder,)), weights=weights)
+    assert isinstance(result, OptimizerState)  # every parameter has slots, which show its shape
+    details = {**result.naming.details, "order": "unknown"}
+    return Checkpoint(replace(result, naming=replace(result.naming, details=details)), weights)
+
+
+def _by_key(folder: Folder) -> dict[str, Any]:
+    return {".".join(map(str, where)): value for where, value in folder.entries.items()}
+
+
+def _masters(states: Mapping[int, Mapping[str, dict[str, Any]]], *, keep: bool) -> dict[str, Tensor]:
+    """Return the fp32 masters, which are taken out of the slots; with ``keep`` they get our name for them there."""
+    masters = {}
+    for name, slots in (item for state in states.values() for item in state.items()):
+        if MASTER in slots:
+            masters[name] = slots.pop(MASTER)
+            if keep:
+                slots[MASTER_SLOT] = masters[name]
+    return masters
 
 
 def _weights(entries: Mapping[str, Any]) -> dict[str, Tensor]:
@@ -179,7 +202,7 @@ def _groups(place: Path, entries: Mapping[str, Any]) -> dict[int, tuple[list[dic
             number, groups = int(match[1] or 0), member(value[0], "param_groups", list, place / METADATA)
             if found.setdefault(number, (groups, None))[0] != groups:
                 raise FileError(f"'{key}' has other groups than the ranks before it", path=place / METADATA)
-    path = place / "common.pt"
+    path = place / _COMMON
     if found or not path.is_file():
         return found
     with File(path) as file:
@@ -210,29 +233,40 @@ def _tree(
 ) -> dict[str, Any]:
     """Return the state dict that one rank with the whole model would have had, with names for ids."""
     groups, common_step = stated or ([], None)
-    options = [{key: value for key, value in group.items() if key not in ("params", "step")} for group in groups]
-    steps = [group.get("step", common_step) for group in groups] or [None]
+    steps = [group.get("step", common_step) for group in groups]
     if merge or not groups:
-        if len({repr(step) for step in steps}) > 1:
-            raise FileError(f"the groups are of steps {steps}: one group cannot have them all", path=place)
-        shared = {k: v for k, v in options[0].items() if all(g.get(k) == v for g in options)} if options else {}
-        members = [(shared, steps[0], list(state))]
+        options, steps, names = [_shared(groups)], [_one_step(steps, place)], [list(state)]
     else:
-        names = _by_rule(state, groups, place)
-        members = list(zip(options, steps, names, strict=True))
-    step_of = {name: step for _, step, names in members for name in names if step is not None}
+        options = [{key: value for key, value in group.items() if key not in ("params", "step")} for group in groups]
+        shapes = {name: next(slot.shape for slot in slots.values()) for name, slots in state.items()}
+        names = _by_rule(shapes, groups, place)
+    step_of = {name: step for step, own in zip(steps, names, strict=True) for name in own if step is not None}
     return {
         "state": {
             name: {**({"step": step_of[name]} if name in step_of else {}), **slots} for name, slots in state.items()
         },
-        "param_groups": [{**chosen, "params": names} for chosen, _, names in members],
+        "param_groups": [{**chosen, "params": own} for chosen, own in zip(options, names, strict=True)],
     }
 
 
-def _by_rule(
-    state: Mapping[str, Mapping[str, Any]], groups: Sequence[Mapping[str, Any]], place: Path
-) -> list[list[str]]:
-    """Return the parameters of each group by Megatron's rule."""
+def _shared(groups: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Return the options in which all groups agree."""
+    first = groups[0] if groups else {}
+    same = {key: value for key, value in first.items() if all(group.get(key) == value for group in groups)}
+    return {key: value for key, value in same.items() if key not in ("params", "step")}
+
+
+def _one_step(steps: Sequence[Any], place: Path) -> Any:
+    if len({repr(step) for step in steps}) > 1:
+        raise FileError(f"the groups are of steps {list(steps)}: one group cannot have them all", path=place)
+    return steps[0] if steps else None
+
+
+def _by_rule(shapes: Mapping[str, Sequence[int]], groups: Sequence[Mapping[str, Any]], place: Path) -> list[list[str]]:
+    """Return the parameters of each group by Megatron's rule.
+
+    Raises ``RefusedError`` if the rule does not tell the groups apart, or leaves a parameter out.
+    """
     kinds: dict[tuple[bool, bool], int] = {}
     for number, group in enumerate(groups):
         kind = bool(group.get("is_expert_parallel")), group.get("wd_mult", 1.0) != 0.0
@@ -245,8 +279,7 @@ def _by_rule(
             )
     several = any(expert for expert, _ in kinds)
     names: list[list[str]] = [[] for _ in groups]
-    for name, slots in state.items():
-        shape = next(slot.shape for slot in slots.values())
+    for name, shape in shapes.items():
         kind = several and ".experts." in name, not (name.endswith(".bias") or len(shape) == 1)
         if kind not in kinds:
             raise RefusedError(
@@ -257,3 +290,171 @@ def _by_rule(
             )
         names[kinds[kind]].append(name)
     return names
+
+
+# --- writing ------------------------------------------------------------------------------------------------------
+
+FULL: Final = "fully_reshardable"
+_CONTENT: Final = "distrib_optim_sharding_type"
+
+IDENTIFIERS: Final = ("wd_mult", "lr_mult", "is_expert_parallel", "is_decoupled_lr")
+"""Options by which Megatron finds a group again, whatever its parallelism (``param_group_identifier_keys``)."""
+
+
+def write(state: OptimizerState, path: Path, *, base: Path | None, force: bool, options: Mapping[str, Any]) -> None:
+    """Write a ``fully_reshardable`` folder, which Megatron-Core loads with any parallelism.
+
+    ``base`` is a folder of the same model, with or without optimizer state of any form: its weights, and all else that
+    is no optimizer state, are taken from it byte for byte. ``options`` are for reading.
+
+    Raises:
+        OptionError: there is no base.
+        UnrepresentableError: the state has other parameters, shapes, groups or slots than Megatron keeps for the model.
+    """
+    match = detect(base) if base is not None else None
+    if match is None:
+        raise OptionError(
+            f"{NAME} takes the weights from a torch_dist folder of the same model"
+            + ("" if base is None else f", which {base} is not"),
+            remedy=Remedy("pass it as {base}", {"base": ...}),
+        )
+    place = match.path
+    _check_backend(place)
+    with open_folder(place, raw=True) as folder, File(place / _COMMON) as common:
+        kept = {key: value for key, value in _by_key(folder).items() if not _OPTIMIZER.fullmatch(key)}
+        trees = [keyed.by_name(state, number) for number in range(len(state.optimizers))]
+        optimizers = [
+            {"optimizer": {"param_groups": _written_groups(tree)}, "param_state_sharding_type": FULL} for tree in trees
+        ]
+        entries = {(key,): value for key, value in (*kept.items(), *_written_slots(trees, kept, place))}
+        others = {
+            _DESCRIPTION: bytes_of(folder.files[place / _DESCRIPTION]),
+            _COMMON: with_items(common, _common_items(common, optimizers)),
+        }
+        write_folder(entries, path, force=force, others=others)
+
+
+def _common_items(common: File, optimizers: Sequence[Any]) -> dict[str, Any]:
+    """Return what changes in ``common.pt``: the optimizers, and what it says of the form of their state."""
+    items: dict[str, Any] = {"optimizer": dict(enumerate(optimizers)) if len(optimizers) > 1 else optimizers[0]}
+    tree = pickles.load(common).value
+    content = tree.get("content_metadata") if isinstance(tree, dict) else None
+    if isinstance(content, dict) and _CONTENT in content:
+        items["content_metadata"] = {**content, _CONTENT: FULL}
+    return items
+
+
+def _written_groups(tree: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Return an optimizer's groups as ``common.pt`` has them, with their steps.
+
+    Raises ``UnrepresentableError`` for groups that Megatron would not find again, or that would be read back as others.
+    """
+    if others := tree.keys() - {"state", "param_groups"}:
+        raise UnrepresentableError(f"'{min(others)}' belongs to no parameter, and Megatron has no place for it")
+    groups = []
+    for number, group in enumerate(tree["param_groups"]):
+        if lacking := [key for key in IDENTIFIERS if key not in group and f"pre_{key}" not in group]:
+            raise UnrepresentableError(
+                f"group {number} has no {lacking[0]}, by which Megatron finds a group again: only groups that Megatron "
+                "saved can be written"
+            )
+        steps = {_number(tree["state"].get(name, {}).get("step")) for name in group["params"]} - {None}
+        if len(steps) > 1:
+            raise UnrepresentableError(
+                f"the parameters of group {number} are at steps {sorted(steps)}, and Megatron counts the steps of a "
+                "group once"
+            )
+        options = {key: value for key, value in group.items() if key != "params"}
+        groups.append({**options, "step": steps.pop()} if steps else options)
+    _check_read_back(tree, groups)
+    return groups
+
+
+def _check_read_back(tree: Mapping[str, Any], groups: Sequence[Mapping[str, Any]]) -> None:
+    shapes = {
+        name: next((slot.shape for slot in slots.values() if isinstance(slot, Tensor) and slot.shape), ())
+        for name, slots in tree["state"].items()
+    }
+    try:
+        found = _by_rule(shapes, groups, Path())
+    except RefusedError as error:
+        raise UnrepresentableError(f"the groups would not be read back: {error.detail}") from None
+    for number, (own, group) in enumerate(zip(found, tree["param_groups"], strict=True)):
+        if odd := set(own) ^ set(group["params"]):
+            raise UnrepresentableError(
+                f"'{min(odd)}' is {'not ' if min(odd) in own else ''}in group {number}, and by Megatron's rule, by "
+                "which groups are read back, it is the other way round"
+            )
+
+
+def _number(step: Any) -> Any:
+    return step.item() if isinstance(step, Scalar) else step
+
+
+def _written_slots(
+    trees: Sequence[Mapping[str, Any]], kept: Mapping[str, Any], place: Path
+) -> Iterator[tuple[str, Tensor]]:
+    """Yield the optimizers' tensors with their keys: layers and experts stacked as those of the weights are.
+
+    Raises ``UnrepresentableError`` for other parameters than the weights', and for state that has no place.
+    """
+    left = {name: (number, slots) for number, tree in enumerate(trees) for name, slots in tree["state"].items()}
+    for key, weight in kept.items():
+        if not isinstance(weight, Tensor):
+            continue
+        parts = dict(_apart(key.removeprefix("model."), weight))
+        held = {name: left.pop(name) for name in parts if name in left}
+        if not held:
+            continue  # not trained
+        numbers = {number for number, _ in held.values()}
+        if len(numbers) > 1 or (parts.keys() - held.keys()):
+            raise UnrepresentableError(
+                f"{len(held)} of the {len(parts)} parameters that Megatron stacks as '{key}' have state, in optimizers "
+                f"{sorted(numbers)}: it keeps all of them or none, in one"
+            )
+        if weight.dtype == "F16":
+            raise UnrepresentableError(
+                f"'{key}' is F16, and the loss scale that Megatron keeps with the optimizer then is not in the state"
+            )
+        chained = f"chained_{numbers.pop()}." if len(trees) > 1 else ""
+        for slot, tensors in _slots({name: slots for name, (_, slots) in held.items()}, parts).items():
+            yield f"{chained}optimizer.state.{slot}.{key}", _stacked(weight.shape, tensors)
+    if left:
+        raise UnrepresentableError(f"'{min(left)}' is no parameter of the model in {place}")
+
+
+def _slots(held: Mapping[str, Mapping[str, Any]], weights: Mapping[str, Tensor]) -> dict[str, list[Tensor]]:
+    """Return each slot's tensors, one of every parameter. The master of an fp32 weight is the weight."""
+    kinds = {frozenset(slots) - {"step"} for slots in held.values()}
+    if len(kinds) > 1:
+        raise UnrepresentableError(f"'{min(held)}' and the others that Megatron stacks with it have different slots")
+    found: dict[str, list[Tensor]] = {}
+    for name, slots in held.items():
+        if MASTER_SLOT not in slots and weights[name].dtype != "F32":
+            raise UnrepresentableError(
+                f"'{name}' has no fp32 master weight: read the checkpoint with the option masters, which keeps it as a "
+                f"slot '{MASTER_SLOT}'"
+            )
+        for slot, value in {MASTER_SLOT: weights[name], **slots}.items():
+            if slot == "step":
+                continue
+            if not isinstance(value, Tensor) or value.shape != weights[name].shape:
+                raise UnrepresentableError(
+                    f"slot '{slot}' of '{name}' is no tensor of shape {list(weights[name].shape)}, and Megatron keeps "
+                    "no other"
+                )
+            found.setdefault(MASTER if slot == MASTER_SLOT else slot, []).append(value)
+    return found
+
+
+def _stacked(shape: tuple[int, ...], parts: Sequence[Tensor]) -> Tensor:
+    """Return tensors stacked along the first axes of a shape, in C order."""
+    own = parts[0].shape
+    ahead = shape[: len(shape) - len(own)]
+    if not ahead:
+        return parts[0]
+    pieces = [
+        Piece(part, 0, Box((*index, *(0 for _ in own)), (*(1 for _ in ahead), *own)))
+        for index, part in zip(product(*map(range, ahead)), parts, strict=True)
+    ]
+    return Tensor(parts[0].dtype, shape, tuple(pieces))

@@ -19,15 +19,10 @@ DESCRIPTION: Final = "named optimizer state: a .safetensors file of this package
 TARGET: Final = "optimizer.safetensors"
 """What the file is called in a folder that the caller names."""
 
-PLACES: Final = ("training_state/optimizer.safetensors", "optimizer.safetensors")
-"""Where the state lies in a checkpoint folder."""
-
 
 def detect(path: Path) -> Match | None:
-    for place in (path, *(path / place for place in PLACES)):
-        if envelope.is_state(place):
-            return Match("a safetensors file whose metadata holds 'optimizer_state'", place)
-    return None
+    place = envelope.find_state(path)
+    return Match("a safetensors file whose metadata holds 'optimizer_state'", place) if place else None
 
 
 def read(match: Match, options: Mapping[str, Any]) -> Checkpoint:

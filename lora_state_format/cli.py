@@ -11,11 +11,12 @@ import gc
 import io
 import logging
 import os
-import re
 import sys
 import threading
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, NoReturn
 
@@ -35,9 +36,11 @@ from lora_state_format.model.text import printable
 if TYPE_CHECKING:
     from click.shell_completion import CompletionItem
 
-    from lora_state_format.model.states import OptimizerState
+    from lora_state_format.model.states import OptimizerState, PositionalState
     from lora_state_format.operations.conversion import Progress
     from lora_state_format.operations.edit import Edited
+    from lora_state_format.operations.overview import Summary
+    from lora_state_format.operations.statistics import Statistics
 
 __all__ = ["commands", "main", "run"]
 
@@ -62,9 +65,6 @@ GARBAGE: Final = 50_000
 
 PATIENCE: Final = 1.0
 """Seconds before a progress bar comes up."""
-
-KEYWORD: Final = re.compile(r"\b([a-z_]+)=(?:True\b|'([^']*)'|(?=[\s,;:.)]|$))")
-"""A keyword of the Python interface in a message: ``force=True``, ``missing='fresh'``, ``names=``."""
 
 
 def main() -> NoReturn:
@@ -116,8 +116,7 @@ def run(arguments: Sequence[str]) -> int:
     except click.exceptions.Exit as done:
         return done.exit_code
     except StateFormatError as error:
-        message = error.on_command_line() if error.remedy else _in_options(str(error))
-        return fail(error, message, error.exit_code)
+        return fail(error, error.on_command_line(), error.exit_code)
     except click.ClickException as error:
         return fail(error, error.format_message() + _try(error), USAGE)
     except KeyboardInterrupt as error:
@@ -160,28 +159,6 @@ def _try(error: click.ClickException) -> str:
     return f"\nTry '{context.command_path} --help' for help." if context else ""
 
 
-def _in_options(message: str) -> str:
-    """Return a message with Python's keywords as the options of the command line: ``force=True`` as ``--force``."""
-    named = {"source_format": "from", "target_format": "to", "options": "option", "keys": "keys"}
-    known = {
-        name.lstrip("-").replace("-", "_")
-        for command in commands.commands.values()
-        for option in command.params
-        for name in option.opts
-        if name.startswith("--")
-    }
-
-    def option(match: re.Match[str]) -> str:
-        keyword, value = match.groups()
-        name = named.get(keyword, keyword)
-        if name.replace("-", "_") not in known:
-            return match.group()
-        shown = "" if value is None else f" {value}" if value.isidentifier() else f" '{value}'"
-        return f"--{name.replace('_', '-')}{shown}"
-
-    return re.sub(r"(--\S+) \(\1\)", r"\1", KEYWORD.sub(option, message))
-
-
 def _say(*lines: str) -> None:
     for line in lines:
         click.echo(printable(line))
@@ -189,7 +166,7 @@ def _say(*lines: str) -> None:
 
 def _warn(warnings: Iterable[str]) -> None:
     for warning in warnings:
-        click.echo(f"warning: {printable(_in_options(warning))}", err=True)
+        click.echo(f"warning: {printable(warning)}", err=True)
 
 
 def _say_json(members: Mapping[str, Any]) -> None:
@@ -460,9 +437,8 @@ def _survey(path: Path, as_json: bool) -> None:
         members = [checkpoint.to_json() for checkpoint in (first, *found)]
         _say_json({"schema_version": SCHEMA_VERSION, "checkpoints": members})
         return
-    _say(str(first))
-    for checkpoint in found:
-        _say(str(checkpoint))
+    for checkpoint in chain([first], found):
+        _say(*str(checkpoint).split("\n"))
 
 
 @_command(
@@ -500,7 +476,7 @@ def inspect(
 ) -> None:
     """Show what a checkpoint of any known format holds; no tensor is read without --stats."""
     from lora_state_format import registry
-    from lora_state_format.operations import report, tables
+    from lora_state_format.operations import overview, report
     from lora_state_format.operations.entries import matching
     from lora_state_format.operations.look import look
 
@@ -512,39 +488,54 @@ def inspect(
         raise click.UsageError("--sort update needs --stats", click.get_current_context())
     with contextlib.ExitStack() as stack:
         with _progress(f"reading {path.name}"):
-            found = look(path, **reading)
+            found = look(path, whole=stats, **reading)
             for resource in found.state.resources:
                 stack.enter_context(resource)
         state = found.state if match is None else matching(found.state, match)
-        statistics = None
-        if stats:
-            from lora_state_format.operations.statistics import measure
-
-            with _progress(f"measuring {path.name}") as progress:
-                statistics = measure(state, progress)
+        statistics = _measured(state, path.name) if stats else None
+        unnamed = found.why_unnamed(path, on_command_line=True)
         if as_json:
             members = report.to_json(state, statistics)
-            _say_json({**members, "path": str(path), "format": found.source_format, "unnamed": found.unnamed or None})
+            _say_json({**members, "path": str(path), "format": found.source_format, "unnamed": unnamed or None})
             return
         title = f"{path} ({found.source_format})"
         if as_tree:
-            _say(title, *report.tree(state))
+            _say(title, *overview.tree(state))
             return
-        summary = report.summary(state, statistics, unnamed=_in_options(found.unnamed))
-        short = sys.stdout.isatty() and not as_markdown
-        rows = (report.parameter_rows(state, statistics, sort, short=short),) if every else summary.tables
+        summary = overview.summary(state, statistics, unnamed=unnamed)
+        if every:
+            short = sys.stdout.isatty() and not as_markdown
+            summary = replace(summary, tables=(overview.parameter_rows(state, statistics, sort, short=short),))
     if as_markdown:
-        facts = tables.Table(title, ("", ""), summary.facts)
-        _say_lines(*(line for table in (facts, *rows) for line in (*tables.markdown(table), "")))
-        _say_lines(*(f"- {printable(str(finding))}" for finding in summary.findings))
-        return
-    width = None if every and not sys.stdout.isatty() else _width()
+        _say_markdown(title, summary)
+    else:
+        _say_summary(title, summary, None if every and not sys.stdout.isatty() else _width())
+
+
+def _measured(state: OptimizerState | PositionalState, name: str) -> Statistics:
+    from lora_state_format.operations.statistics import measure
+
+    with _progress(f"measuring {name}") as progress:
+        return measure(state, progress)
+
+
+def _say_markdown(title: str, summary: Summary) -> None:
+    from lora_state_format.operations import tables
+
+    facts = tables.Table(title, ("", ""), summary.facts)
+    _say_lines(*(line for table in (facts, *summary.tables) for line in (*tables.markdown(table), "")))
+    _say_lines(*(f"- {printable(str(finding))}" for finding in summary.findings))
+
+
+def _say_summary(title: str, summary: Summary, width: int | None) -> None:
+    from lora_state_format.operations import tables
+
     bold = functools.partial(_styled, bold=True)
     _say_lines(bold(printable(title)), *tables.facts_text(summary.facts, width, bold))
     for finding in summary.findings:
         lines = tables.wrapped(f"! {printable(str(finding))}", "  ", "    ", width)
         _say_lines(*(_styled(line, fg="yellow") for line in lines))
-    for table in rows:
+    for table in summary.tables:
         _say_lines("", *tables.text(table, width, bold))
 
 
@@ -712,12 +703,18 @@ def check(
         plan = check(path, model, base=base, into=into, policies=asked, **reading)
     if as_json:
         problems = [
-            {"kind": p.kind, "title": p.title, "items": list(p.items), "hints": list(p.hints)} for p in plan.problems
+            {
+                "kind": p.kind,
+                "title": p.title,
+                "items": list(p.items),
+                "hints": [hint.on_command_line() for hint in p.hints],
+            }
+            for p in plan.problems
         ]
         members = {"schema_version": SCHEMA_VERSION, "path": str(path), "ok": not plan.problems}
         _say_json({**members, "restored": plan.restored, "parameters": len(plan.bindings), "problems": problems})
     else:
-        _say(*_in_options(str(plan)).split("\n"))
+        _say(*plan.on_command_line().split("\n"))
     return FINDING if plan.problems else 0
 
 

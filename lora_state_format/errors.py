@@ -26,6 +26,7 @@ never at the text.
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final
@@ -66,7 +67,7 @@ class Remedy:
     Args:
         text: A clause with the name of each argument in braces: ``"pass {force} to replace it"``.
         arguments: Name of an argument -> its value; ``...`` for a value that the reader has to choose. ``options``
-            takes a mapping of a converter's options.
+            takes a mapping of a converter's options, ``rename`` a list of pairs.
 
     >>> remedy = Remedy("pass {force} to replace it", {"force": True})
     >>> remedy.in_python()
@@ -80,11 +81,18 @@ class Remedy:
 
     def in_python(self) -> str:
         """Return the text with keyword arguments: ``names=``, ``force=True``, ``options={'step': ...}``."""
-        return self.text.format(**{name: f"{name}={_literal(value)}" for name, value in self.arguments.items()})
+        return self._with({name: f"{name}={_literal(value)}" for name, value in self.arguments.items()})
 
     def on_command_line(self) -> str:
         """Return the text with options: ``--names``, ``--force``, ``--option step=...``."""
-        return self.text.format(**{name: _option(name, value) for name, value in self.arguments.items()})
+        return self._with({name: _option(name, value) for name, value in self.arguments.items()})
+
+    def _with(self, spelled: Mapping[str, str]) -> str:
+        """Return the text with the arguments in it; braces of a name from a file stay what they are."""
+        text = self.text
+        for name, words in spelled.items():
+            text = text.replace(f"{{{name}}}", words)
+        return text
 
 
 def _literal(value: Any) -> str:
@@ -98,6 +106,8 @@ def _option(name: str, value: Any) -> str:
     flag = SHORT_OPTIONS.get(name, f"--{name.replace('_', '-')}")
     if isinstance(value, Mapping):
         return " ".join(f"{flag} {key}={'...' if item is ... else item}" for key, item in value.items())
+    if isinstance(value, list):
+        return " ".join(f"{flag} {shlex.join(pair)}" for pair in value)
     return flag if value is ... or value is True else f"{flag} {value}"
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
 from lora_state_format.errors import DigestError, MissingDependencyError
@@ -11,7 +11,7 @@ from lora_state_format.format.reading import open_state
 from lora_state_format.model.digests import hash_tensor, stated_hash
 from lora_state_format.model.dtypes import DTYPES
 from lora_state_format.model.sources import Memory
-from lora_state_format.model.states import Scalar, Slot, Value
+from lora_state_format.model.states import Scalar, Slot, Value, mapped
 from lora_state_format.model.tensors import Tensor, contiguous
 
 if TYPE_CHECKING:
@@ -32,7 +32,9 @@ def load(path: str | os.PathLike[str], *, verify: bool = True) -> dict[str, dict
     """
     with open_state(path) as state:
         return {
-            name: None if parameter.state is None else _values(parameter.state, f"'{name}'", path if verify else None)
+            name: None
+            if parameter.state is None
+            else mapped(parameter.state, partial(_checked, name=name, file=path if verify else None))
             for name, parameter in state.items()
         }
 
@@ -51,15 +53,12 @@ def array(tensor: Tensor | Scalar) -> np.ndarray[Any, Any]:
     return np.frombuffer(tensor.bytes(), getattr(ml_dtypes, EXTENDED[tensor.dtype])).reshape(tensor.shape)
 
 
-def _values(value: Value, where: str, path: object) -> Any:
-    """Return a slot tree with arrays in it; digests are compared if there is a ``path`` to name."""
-    if isinstance(value, Mapping):
-        return {key: _values(inner, f"{where}: {key}", path) for key, inner in value.items()}
-    if isinstance(value, (list, tuple)):
-        return type(value)(_values(inner, where, path) for inner in value)
-    if isinstance(value, Slot):
-        stated = stated_hash(value.tensor)
-        if path is not None and stated and hash_tensor(value.tensor) != stated:
-            raise DigestError(f"{where} does not match its digest", path=path, rule="R21")
-        return array(value.tensor)
-    return array(value) if isinstance(value, Scalar) else value
+def _checked(leaf: Value, path: tuple[Any, ...], *, name: str, file: object) -> Any:
+    """Return a leaf of a slot tree, a tensor as an array; its digest is compared if there is a ``file`` to name."""
+    if isinstance(leaf, Slot):
+        stated = stated_hash(leaf.tensor)
+        if file is not None and stated and hash_tensor(leaf.tensor) != stated:
+            where = ": ".join([f"'{name}'", *map(str, path)])
+            raise DigestError(f"{where} does not match its digest", path=file, rule="R21")
+        return array(leaf.tensor)
+    return array(leaf) if isinstance(leaf, Scalar) else leaf

@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
 from importlib import import_module
 from pathlib import Path
@@ -105,7 +105,9 @@ class Match(NamedTuple):
 class Converter(Protocol):
     """A reader of one foreign format, under the name ``NAME``; ``DESCRIPTION`` says which files it recognises.
 
-    ``OPTIONS`` lists facts that its files lack and the caller may state: key -> meaning.
+    ``OPTIONS`` lists facts that its files lack and the caller may state: key -> meaning. One whose folders may have
+    very many files may also have ``glance(match, options)``: it returns what ``read`` does, from some of the files and
+    with tensors that cannot be read, and says so in ``origin["first_look"]``.
     """
 
     NAME: str
@@ -248,17 +250,7 @@ def detect(path: str | os.PathLike[str]) -> tuple[Converter, Match]:
         return named, match
     if not path.exists():
         raise FileNotFoundError(f"{path}: no such file or folder")
-    others = [converter for converter in available() if converter is not named]
-    if (kind := certain_kind(path)) is not None:  # an image is no msgpack, whatever it begins with
-        others = [c for c in others if c.NAME not in BUILT_IN or c.NAME in READERS.get(kind, ())]
-    found: list[tuple[Converter, Match]] = []
-    damaged: list[FileError] = []
-    for converter in others:
-        try:
-            if match := _asked(converter, path):
-                found.append((converter, match))
-        except FileError as error:  # noqa: PERF203 # what one cannot read is no reason not to ask the next
-            damaged.append(error)
+    found, damaged = _claims(path, [converter for converter in _possible(path) if converter is not named])
     found = [(converter, match) for converter, match in found if not match.generic] or found
     if len(found) > 1:
         claims = "; ".join(f"{converter.NAME} ({match.reason})" for converter, match in found)
@@ -272,6 +264,27 @@ def detect(path: str | os.PathLike[str]) -> tuple[Converter, Match]:
     if not found:
         raise UnknownFormatError(_nothing_here(path, available()))
     return found[0]
+
+
+def _possible(path: Path) -> list[Converter]:
+    """Return the converters that may read what is there: an image is not msgpack, whatever it begins with."""
+    kind = certain_kind(path)
+    if kind is None:
+        return available()
+    return [c for c in available() if c.NAME not in BUILT_IN or c.NAME in READERS.get(kind, ())]
+
+
+def _claims(path: Path, asked: Iterable[Converter]) -> tuple[list[tuple[Converter, Match]], list[FileError]]:
+    """Return who takes a path for theirs, and what those say who found it damaged."""
+    found: list[tuple[Converter, Match]] = []
+    damaged: list[FileError] = []
+    for converter in asked:
+        try:
+            if match := _asked(converter, path):
+                found.append((converter, match))
+        except FileError as error:  # noqa: PERF203 # what one cannot read is no reason not to ask the next
+            damaged.append(error)
+    return found, damaged
 
 
 def latest(path: str | os.PathLike[str]) -> Path:

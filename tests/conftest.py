@@ -6,6 +6,9 @@ import importlib.metadata
 import importlib.util
 import os
 import resource
+import socket
+import subprocess
+import sys
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -195,6 +198,28 @@ def load_module() -> Callable[[Path], ModuleType]:
 def spec_reader(load_module: Callable[[Path], ModuleType]) -> ModuleType:
     """``spec/reader.py``, the reader that shares no code with the package."""
     return load_module(Path(__file__).parent.parent / "spec" / "reader.py")
+
+
+@pytest.fixture(scope="session")
+def run_ranks() -> Callable[[Path, Path, int, str], None]:
+    """Start one process per rank of a script and wait for all: (script, folder for what it makes, ranks, cases)."""
+
+    def run(script: Path, out: Path, world: int, cases: str) -> None:
+        out.mkdir(parents=True, exist_ok=True)
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        started = []
+        for rank in range(world):
+            log = out / f"{script.stem}.{world}.{rank}.log"
+            command = [sys.executable, "-W", "ignore", str(script), str(out), str(rank), str(world), str(port), cases]
+            environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+            with log.open("w") as said:
+                started.append((subprocess.Popen(command, stdout=said, stderr=said, env=environment), log))
+        codes = [process.wait(timeout=600) for process, _ in started]
+        assert codes == [0] * world, "\n".join(log.read_text()[-3000:] for _, log in started)
+
+    return run
 
 
 @pytest.fixture(scope="session")

@@ -17,6 +17,7 @@ import pytest
 
 import lora_state_format
 from lora_state_format import cli, errors
+from lora_state_format.binding.policies import Policies
 from lora_state_format.errors import FileError, OptionError, Remedy, TargetExistsError
 from lora_state_format.operations import edit
 from lora_state_format.operations.conversion import belongs
@@ -84,14 +85,15 @@ def _remedies() -> list[tuple[str, set[str]]]:
     for path in SOURCES:
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "Remedy":
-                fields = {field for _, field, _, _ in Formatter().parse(ast.literal_eval(node.args[0])) if field}
+                texts = [part.value for part in ast.walk(node.args[0]) if isinstance(part, ast.Constant)]
+                fields = {field for _, field, _, _ in Formatter().parse("".join(map(str, texts))) if field}
                 found.append((f"{path.name}:{node.lineno}", fields))
     return found
 
 
 def test_every_remedy_names_arguments_that_exist() -> None:
     lsf = lora_state_format
-    functions: list[Callable[..., Any]] = [lsf.check, lsf.convert, lsf.export, belongs, edit.prune]
+    functions: list[Callable[..., Any]] = [lsf.check, lsf.convert, lsf.export, belongs, edit.prune, Policies]
     keywords = {name for function in functions for name in inspect.signature(function).parameters}
     options = {
         option

@@ -232,17 +232,14 @@ def test_another_rank(lora: Run, tmp_path: Path) -> None:
     code, printed = command("check", lora.path, "--model", model_folder(wider, tmp_path))
     pairs = zip(lora.model.named_parameters(), wider.named_parameters(), strict=True)
     shapes = [(name, list(new.shape), list(old.shape)) for (name, old), (_, new) in pairs if "lora_" in name]
-    hint = (
-        "hint: the rank is 16 in the model and 8 in the file; --mismatch resize cuts and pads the moments, for weights "
-        "that were cut and padded alike; --mismatch fresh lets these parameters start without state"
-    )
     assert code == 1
     assert printed.splitlines() == [
         "optimizer state does not fit: 16 parameters saved, 16 in the optimizer",
-        "  of another shape (16):",
+        "  of another shape (16; the rank is 16 in the model and 8 in the file):",
         *(f"    {name}  {new} in the model, {old} in the file" for name, new, old in shapes[:10]),
         "    ... and 6 more",
-        hint,
+        "hint: --mismatch resize cuts and pads the moments, for weights that were cut and padded alike",
+        "hint: --mismatch fresh lets these parameters start without state",
     ]
     resize_adapter(wider, lora.path)
     tokens = rows()[0]["input_ids"][None]
@@ -292,7 +289,8 @@ def test_layers_dropped(lora: Run, tmp_path: Path) -> None:
         f"    {PREFIX}.3.self_attn.q_proj.lora_B.default.weight  [16, 8]",
         f"    {PREFIX}.3.self_attn.v_proj.lora_A.default.weight  [8, 16]",
         f"    {PREFIX}.3.self_attn.v_proj.lora_B.default.weight  [8, 8]",
-        "hint: unexpected='carry' keeps their state for the next save, unexpected='ignore' drops it",
+        "hint: unexpected='carry' keeps their state for the next save",
+        "hint: unexpected='ignore' drops it",
     ]
     assert load_optimizer(optimizer, model, tmp_path / "named.safetensors", unexpected="ignore").restored == 12
     assert len(optimizer.state) == 12

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
 
 from lora_state_format.binding.crossing import Crossings, Fit, source_of, translated
 from lora_state_format.binding.live import LiveOptimizer
@@ -10,9 +11,10 @@ from lora_state_format.binding.matching import Matching
 from lora_state_format.binding.policies import Policies
 from lora_state_format.binding.resizing import Resize, differs, resize, scaling
 from lora_state_format.model.states import OptimizerState, Parameter
-from lora_state_format.optimizers.classes import Form
+from lora_state_format.optimizers.classes import UNKNOWN, Form
+from lora_state_format.optimizers.roles import MASTER
 
-__all__ = ["Binding", "bind"]
+__all__ = ["Binding", "bind", "describe_masters"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +62,7 @@ def bind(
         coded = live.known[live.groups[live.members[name]].optimizer].form is Form.BITSANDBYTES
         return Binding(
             name,
-            translated(saved, crossing, groups.get(saved.name, {})),
+            translated(_without_master(saved, live, name), crossing, groups.get(saved.name, {})),
             "F32" if crossing.quantise and coded else dtype,
             change,
             now / then if now and then else 1.0,
@@ -68,3 +70,41 @@ def bind(
         )
 
     return tuple(map(binding, live.members))
+
+
+def _without_master(saved: Parameter, live: LiveOptimizer, name: str) -> Parameter:
+    """Return a saved parameter without its float32 copy where nothing steps one; an unknown class may have its own."""
+    if live.parameters[name].narrow or not saved.state or MASTER not in saved.state:
+        return saved
+    row = live.known[live.groups[live.members[name]].optimizer]
+    if row is UNKNOWN or MASTER in row.slots:
+        return saved
+    return replace(saved, state={slot: value for slot, value in saved.state.items() if slot != MASTER})
+
+
+def describe_masters(live: LiveOptimizer, bindings: Iterable[Binding], saved: Mapping[str, Parameter]) -> Iterator[str]:
+    """Yield what there is to say of float32 copies that the file has and the optimizer has not, or the other way.
+
+    Args:
+        live: The live side.
+        bindings: What becomes of its parameters.
+        saved: The file's parameters, by live name.
+    """
+    left, lacking = [], []
+    for binding in bindings:
+        state = binding.saved.state if binding.saved else None
+        if state and live.parameters[binding.name].narrow and MASTER not in state:
+            lacking.append(binding.name)
+        if state and MASTER not in state and MASTER in (saved[binding.name].state or {}):
+            left.append(binding.name)
+    if left:
+        yield (
+            f"the float32 masters of {len(left)} parameters are left out (the first is '{left[0]}'): this optimizer "
+            f"steps the weights themselves; `lora-state export FILE masters.safetensors --slot {MASTER}` writes them "
+            "as plain weights"
+        )
+    if lacking:
+        yield (
+            f"the file has no float32 masters of {len(lacking)} parameters (the first is '{lacking[0]}'): DeepSpeed's "
+            "are its weights, rounded, so the run does not go on bit for bit"
+        )

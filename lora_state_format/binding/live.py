@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
+from lora_state_format.errors import Remedy
 from lora_state_format.model.states import Optimizer, Value
 from lora_state_format.model.tensors import Digest
 from lora_state_format.optimizers.classes import Known, known
@@ -35,7 +36,8 @@ class LiveParameter:
     """A parameter of the live model. ``dtype`` is spelled as in safetensors.
 
     ``digest()`` is that of its bytes now, ``corner(shape)`` that of its first elements along each axis; ``constant()``
-    says whether it is one value again and again. ``layer`` is known for an adapter's parameters.
+    says whether it is one value again and again. ``layer`` is known for an adapter's parameters. ``narrow`` is the
+    dtype of the weights where the optimizer steps a wider copy, which is a slot of its state (DeepSpeed's ZeRO).
     """
 
     name: str
@@ -47,6 +49,7 @@ class LiveParameter:
     corner: Callable[[tuple[int, ...]], Digest] | None = None
     constant: Callable[[], bool] | None = None
     layer: Layer | None = None
+    narrow: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,4 +110,4 @@ class Problem:
     kind: str
     title: str
     items: tuple[str, ...] = ()
-    hints: tuple[str, ...] = ()
+    hints: tuple[Remedy, ...] = ()

@@ -9,12 +9,15 @@ from typing import Final
 from lora_state_format.binding.crossing import Crossings, Fit
 from lora_state_format.binding.live import LiveOptimizer, Problem
 from lora_state_format.binding.policies import Policies
+from lora_state_format.errors import Remedy
 from lora_state_format.model.states import OptimizerState, Value
 
 __all__ = ["OUTSIDE", "Loose", "loose"]
 
 OUTSIDE: Final = "outside"
 """Member of ``origin``: what optimizers kept in attributes that no state dict has, and no file either."""
+
+AS_IT_IS: Final = Remedy("{missing} goes on with what the live optimizer has there", {"missing": "fresh"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +63,10 @@ def _homeless(state: OptimizerState, source: int, own: Value) -> Problem:
         "globals",
         f"optimizer {source} of the file, {path}, keeps {keys}, which belongs to no parameter; its parameters are not "
         "those of one live optimizer",
-        hints=("build the optimizers over the parameters that the saved ones had; missing='fresh' goes on without it",),
+        hints=(
+            Remedy("build the optimizers over the parameters that the saved ones had"),
+            Remedy("{missing} goes on without it", {"missing": "fresh"}),
+        ),
     )
 
 
@@ -71,7 +77,7 @@ def _outside(state: OptimizerState) -> Iterator[Problem]:
             "outside",
             f"the saved optimizer kept state in attributes, which is not in the file ({len(stated)}):",
             tuple(map(str, stated)),
-            ("missing='fresh' goes on with what the live optimizer has there",),
+            (AS_IT_IS,),
         )
 
 
@@ -81,5 +87,5 @@ def _lacking(live: LiveOptimizer, number: int, value: Mapping[str, Value]) -> It
         yield Problem(
             "outside",
             f"{live.title(number)} keeps {', '.join(lacking)} in its state dict, which the file does not have",
-            hints=("missing='fresh' goes on with what the live optimizer has there",),
+            hints=(AS_IT_IS,),
         )

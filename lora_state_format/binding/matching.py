@@ -178,7 +178,7 @@ def _comparable(parameter: Parameter, live: LiveOptimizer, name: str) -> bool:
     stated, own = parameter.weights, live.parameters[name]
     return (
         stated is not None
-        and (stated.algorithm, stated.dtype) == (ALGORITHM, own.dtype)
+        and (stated.algorithm, stated.dtype) == (ALGORITHM, own.narrow or own.dtype)
         and parameter.shape == own.shape
     )
 
@@ -233,8 +233,8 @@ def _moved_with(name: str, heads: Mapping[str, str]) -> str:
 # --- suggestions ----------------------------------------------------------------------------------------------------
 
 
-def suggestion(left: Sequence[Parameter], live: LiveOptimizer, matching: Matching) -> str | None:
-    """Return the ``rename=`` that would put every saved parameter that found no place on a live one of its shape.
+def suggestion(left: Sequence[Parameter], live: LiveOptimizer, matching: Matching) -> list[tuple[str, str]] | None:
+    """Return the pairs of ``rename`` that put every saved parameter that found no place on a live one of its shape.
 
     One run of segments is replaced by another: the first parameter's possible partners propose it, all must fit, and no
     name that has found its own may change. Where others have found their own, segments may only come or go, as where
@@ -242,14 +242,14 @@ def suggestion(left: Sequence[Parameter], live: LiveOptimizer, matching: Matchin
     """
     for pairs in _KNOWN:
         if left and _all_fit(pairs, left, live, matching):
-            return f"rename={list(pairs)!r}"
+            return list(pairs)
     free = {n: live.parameters[n].shape for n in live.members if n not in set(matching.found.values())}
     for candidate in (name for name, shape in free.items() if shape == left[0].shape):
         if matching.found and candidate.count(".") == left[0].name.count("."):
             continue
         for pair in _substitutions(left[0].name, candidate):
             if _all_fit((pair,), left, live, matching):
-                return f"rename=[{pair!r}]"
+                return [pair]
     return None
 
 

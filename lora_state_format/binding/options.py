@@ -10,7 +10,7 @@ from typing import Any, Final, TypeAlias
 
 from lora_state_format.binding.crossing import Crossing, Fit
 from lora_state_format.binding.live import LiveOptimizer, Problem
-from lora_state_format.errors import OptionError
+from lora_state_format.errors import OptionError, Remedy
 from lora_state_format.model.states import OptimizerState, Scalar, Slot, Value
 from lora_state_format.optimizers.options import Kind, kind_of
 
@@ -215,7 +215,10 @@ def _merging(key: str, number: int, values: Mapping[int, Value]) -> Problem:
     return Problem(
         "option",
         f"live group {number} is fed by saved groups that disagree on {key}: {stated}",
-        hints=(f"options={{{key!r}: 'current'}} keeps the live value, options={{{key!r}: ...}} sets another",),
+        hints=(
+            Remedy(f"options={{{key!r}: 'current'}} keeps the live value"),
+            Remedy(f"options={{{key!r}: ...}} sets another"),
+        ),
     )
 
 
@@ -224,7 +227,10 @@ def _splitting(key: str, source: int, saved: Value, values: Mapping[int, Value])
     return Problem(
         "option",
         f"saved group {source}, with {key} {_text(saved)}, feeds live groups that disagree on it: {stated}",
-        hints=(f"options={{{key!r}: 'current'}} keeps the live values, options={{{key!r}: 'saved'}} makes them alike",),
+        hints=(
+            Remedy(f"options={{{key!r}: 'current'}} keeps the live values"),
+            Remedy(f"options={{{key!r}: 'saved'}} makes them alike"),
+        ),
     )
 
 

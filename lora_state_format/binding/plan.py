@@ -7,12 +7,12 @@ is still a plan: it names all of them, each with its cause where it can be told.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Final
 
 from lora_state_format.binding import problems
-from lora_state_format.binding.bindings import Binding, bind
+from lora_state_format.binding.bindings import Binding, bind, describe_masters
 from lora_state_format.binding.crossing import Crossings, Fit, crossings_of
 from lora_state_format.binding.live import LiveOptimizer, Problem
 from lora_state_format.binding.loose import loose
@@ -21,7 +21,7 @@ from lora_state_format.binding.options import choose
 from lora_state_format.binding.policies import Policies
 from lora_state_format.binding.problems import count
 from lora_state_format.binding.resizing import scaling
-from lora_state_format.errors import BindError
+from lora_state_format.errors import BindError, Remedy
 from lora_state_format.model import notebook
 from lora_state_format.model.gc import paused
 from lora_state_format.model.states import OptimizerState, Parameter, Value
@@ -68,6 +68,13 @@ class LoadPlan:
         return notebook.lines(self)
 
     def __str__(self) -> str:
+        return self._text(Remedy.in_python)
+
+    def on_command_line(self) -> str:
+        """Return the report with the arguments of its hints as options of ``lora-state check``."""
+        return self._text(Remedy.on_command_line)
+
+    def _text(self, in_words: Callable[[Remedy], str]) -> str:
         if not self.problems:
             kept = [f"{len(ps)} {what}" for ps, what in ((self.carried, "carried"), (self.ignored, "ignored")) if ps]
             fits = f"fits: {self.restored}/{len(self.bindings)} parameters would be restored"
@@ -77,8 +84,7 @@ class LoadPlan:
         for problem in self.problems:
             lines.append(f"  {problem.title}")
             lines += [f"    {item}" for item in _capped(problem.items)]
-        lines += dict.fromkeys(f"hint: {hint}" for problem in self.problems for hint in problem.hints)
-        return "\n".join(lines)
+        return "\n".join([*lines, *dict.fromkeys(f"hint: {in_words(hint)}" for p in self.problems for hint in p.hints)])
 
 
 @paused()
@@ -128,6 +134,7 @@ def plan(state: OptimizerState, live: LiveOptimizer, policies: Policies | None =
             *_translations(crossings, policies),
             *_surgery(state, live, bindings),
             *_frozen(live, bindings),
+            *describe_masters(live, bindings, {target: state[name] for name, target in matching.found.items()}),
             *groups.notes,
         ),
     )

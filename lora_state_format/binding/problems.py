@@ -13,6 +13,7 @@ from lora_state_format.binding.matching import Matching, Weights, common, sugges
 from lora_state_format.binding.options import Chosen
 from lora_state_format.binding.policies import BY_WEIGHTS, Policies
 from lora_state_format.binding.resizing import RESIZABLE, differs, resize, unresizable
+from lora_state_format.errors import Remedy
 from lora_state_format.model.states import OptimizerState, Parameter, Role, Slot, Value
 from lora_state_format.naming.names import split_adapter
 
@@ -37,6 +38,24 @@ TWICE: Final = "base_model.model.base_model.model."
 """How names begin in a PeftModel around a PeftModel."""
 
 
+MISSING_FRESH: Final = Remedy(
+    "{missing} lets the parameters that are not in the file start without state", {"missing": "fresh"}
+)
+FRESH_CLASS: Final = Remedy(
+    "{mismatch_class} lets the parameters whose state does not serve start without state", {"mismatch_class": "fresh"}
+)
+TRANSLATE: Final = Remedy("{mismatch_class} goes on with what both classes keep", {"mismatch_class": "translate"})
+STATE_THE_CLASS: Final = Remedy("if it is the same class, convert the file with {optimizer}", {"optimizer": "CLASS"})
+RESIZE: Final = Remedy(
+    "{mismatch} cuts and pads the moments, for weights that were cut and padded alike", {"mismatch": "resize"}
+)
+FRESH_SHAPE: Final = Remedy("{mismatch} lets these parameters start without state", {"mismatch": "fresh"})
+CARRY_OR_IGNORE: Final = (
+    Remedy("{unexpected} keeps their state for the next save", {"unexpected": "carry"}),
+    Remedy("{unexpected} drops it", {"unexpected": "ignore"}),
+)
+
+
 # --- classes --------------------------------------------------------------------------------------------------------
 
 
@@ -46,11 +65,11 @@ def classes(crossings: Crossings, policies: Policies) -> Iterator[Problem]:
         refused = {"error": crossing.fit is not Fit.SAME, "translate": crossing.fit is Fit.OTHER, "fresh": False}
         if not refused[policies.mismatch_class]:
             continue
-        hints = ["mismatch_class='fresh' lets the parameters whose state does not serve start without state"]
+        hints = [FRESH_CLASS]
         if crossing.fit is Fit.TRANSLATED:
-            hints = ["mismatch_class='translate' goes on with what both classes keep"]
+            hints = [TRANSLATE]
         elif crossing.saved is None:
-            hints.append("if it is the same class, say so: convert(path, 'optimizer.safetensors', optimizer=CLASS)")
+            hints.append(STATE_THE_CLASS)
         yield Problem(
             "class",
             f"written by {crossing.saved or 'a class that the file does not state'}, and the optimizer is "
@@ -82,9 +101,9 @@ def moved(weights: Weights, policies: Policies) -> Iterator[Problem]:
         return
     items = tuple(f"{new}  was  {old}" for new, old in weights.moved.items())
     hint = (
-        "rename='weights' names them, and the other parameters of their modules, by these bytes"
+        Remedy("{rename} names them, and the other parameters of their modules, by these bytes", {"rename": BY_WEIGHTS})
         if policies.rename != BY_WEIGHTS
-        else "the bytes do not name all of them: give the names with rename={old: new}"
+        else Remedy("the bytes do not name all of them: give the names with {rename}", {"rename": [("OLD", "NEW")]})
     )
     yield Problem("weights", f"the weights say that these are other parameters ({len(items)}):", items, (hint,))
 
@@ -110,7 +129,7 @@ def missing(state: OptimizerState, live: LiveOptimizer, matching: Matching, poli
     )
 
 
-def _missing_hint(state: OptimizerState, live: LiveOptimizer, absent: Sequence[LiveParameter]) -> str:
+def _missing_hint(state: OptimizerState, live: LiveOptimizer, absent: Sequence[LiveParameter]) -> Remedy:
     frozen = sum(not parameter.requires_grad for parameter in absent)
     if frozen == len(absent) < len(live.members):
         gone = {parameter.name for parameter in absent}
@@ -119,18 +138,18 @@ def _missing_hint(state: OptimizerState, live: LiveOptimizer, absent: Sequence[L
             f"{idle} of those that the file has are frozen, too: call requires_grad_(True) on them, or pass "
             "is_trainable=True to PeftModel.from_pretrained, and then "
         )
-        return (
+        return Remedy(
             f"the optimizer was built over {len(live.members)} parameters and holds {frozen} frozen parameters, which "
             f"the saved one did not; {thaw if idle else ''}build it from [p for p in model.parameters() if "
             "p.requires_grad]"
         )
     adapters_only = bool(state) and all(split_adapter(name) for name in state)
     if adapters_only and not any(split_adapter(parameter.name) for parameter in absent):
-        return (
+        return Remedy(
             f"the saved run trained an adapter, and {len(absent)} parameters of its base model are trainable here: "
             "call requires_grad_(False) on them and build the optimizer from what is left"
         )
-    return "missing='fresh' lets the parameters that are not in the file start without state"
+    return MISSING_FRESH
 
 
 def unexpected(
@@ -147,23 +166,23 @@ def unexpected(
 
 def _unexpected_hints(
     left: Sequence[Parameter], causes: Sequence[str], live: LiveOptimizer, matching: Matching
-) -> Iterator[str]:
+) -> Iterator[Remedy]:
     if frozen := causes.count(FROZEN):
-        yield (
+        yield Remedy(
             f"{count(frozen, 'saved parameter is', 'saved parameters are')} frozen in this model: call "
             "requires_grad_(True) before the optimizer is built"
         )
         if any(split_adapter(p.name) for p, cause in zip(left, causes, strict=True) if cause == FROZEN):
-            yield "PeftModel.from_pretrained freezes an adapter unless it is called with is_trainable=True"
+            yield Remedy("PeftModel.from_pretrained freezes an adapter unless it is called with is_trainable=True")
     if any(name.startswith(TWICE) for name in live.parameters) and not any(p.name.startswith(TWICE) for p in left):
-        yield (
+        yield Remedy(
             "the model is a PeftModel inside a PeftModel, whose inner adapter is frozen and whose outer one is new: "
             "call get_peft_model or PeftModel.from_pretrained once, on the base model"
         )
     elif found := suggestion(left, live, matching):
-        yield f"if these are the same parameters under other names, pass {found}"
+        yield Remedy("if these are the same parameters under other names, pass {rename}", {"rename": found})
     else:
-        yield "unexpected='carry' keeps their state for the next save, unexpected='ignore' drops it"
+        yield from CARRY_OR_IGNORE
 
 
 def _cause(parameter: Parameter, live: LiveOptimizer, matching: Matching) -> str:
@@ -186,7 +205,7 @@ def uncarriable(carried: Sequence[Parameter], live: LiveOptimizer) -> Iterator[P
             "unexpected",
             f"cannot be carried, since their names are other parameters' now ({len(items)}):",
             items,
-            ("unexpected='ignore' drops them",),
+            (Remedy("{unexpected} drops them", {"unexpected": "ignore"}),),
         )
 
 
@@ -201,29 +220,27 @@ def shapes(state: OptimizerState, live: LiveOptimizer, matching: Matching, polic
         return
     reasons = {own.name: why for saved, own in pairs if isinstance(why := resize(state, saved, own), str)}
     stuck = {own.name: tuple(unresizable(saved)) for saved, own in pairs}
-    fresh = "mismatch='fresh' lets these parameters start without state"
     if policies.mismatch == "resize":
-        yield from _unresizable(reasons, stuck, fresh)
+        yield from _unresizable(reasons, stuck)
         return
     items = tuple(f"{p.name}  {list(p.shape)} in the model, {list(saved.shape)} in the file" for saved, p in pairs)
     if all(saved.shape == own.shape for saved, own in pairs):
         items = tuple(f"{own.name}  its rows are of other tokens than in the file" for _, own in pairs)
-    hint = fresh
-    if not reasons and not any(stuck.values()):
-        hint = f"mismatch='resize' cuts and pads the moments, for weights that were cut and padded alike; {fresh}"
+    hints = [FRESH_SHAPE] if reasons or any(stuck.values()) else [RESIZE, FRESH_SHAPE]
+    title = f"of another shape ({len(pairs)}):"
     if ranks := _rank_change(pairs):
-        hint = f"the rank is {ranks[1]} in the model and {ranks[0]} in the file; {hint}"
-    yield Problem("shape", f"of another shape ({len(pairs)}):", items, (hint,))
+        title = f"of another shape ({len(pairs)}; the rank is {ranks[1]} in the model and {ranks[0]} in the file):"
+    yield Problem("shape", title, items, tuple(hints))
 
 
-def _unresizable(reasons: Mapping[str, str], stuck: Mapping[str, Sequence[str]], hint: str) -> Iterator[Problem]:
+def _unresizable(reasons: Mapping[str, str], stuck: Mapping[str, Sequence[str]]) -> Iterator[Problem]:
     if reasons:
         items = tuple(f"{name}  {why}" for name, why in reasons.items())
-        yield Problem("shape", f"parameters that cannot be resized ({len(items)}):", items, (hint,))
+        yield Problem("shape", f"parameters that cannot be resized ({len(items)}):", items, (FRESH_SHAPE,))
     items = tuple(f"{name}  {slot}" for name, found in stuck.items() for slot in found if name not in reasons)
     if items:
-        hint = f"resized are slots of role param by these names: {', '.join(sorted(RESIZABLE))}"
-        yield Problem("shape", f"slots that cannot be resized ({len(items)}):", items, (hint,))
+        known = Remedy(f"resized are slots of role param by these names: {', '.join(sorted(RESIZABLE))}")
+        yield Problem("shape", f"slots that cannot be resized ({len(items)}):", items, (known,))
 
 
 def _rank_change(pairs: Sequence[tuple[Parameter, LiveParameter]]) -> tuple[int, int] | None:
@@ -255,7 +272,7 @@ def slots(state: OptimizerState, live: LiveOptimizer, bindings: Iterable[Binding
             "slot",
             f"{live.title(optimizer)} needs the slot '{slot}', which the file does not have for "
             + count(number, "parameter", "parameters"),
-            hints=(f"the file was written from {writers}",),
+            hints=(Remedy("the file was written from " + writers),),
         )
 
 
@@ -288,7 +305,12 @@ def dtypes(live: LiveOptimizer, bindings: Iterable[Binding], groups: Chosen, pol
         yield Problem(
             "dtype",
             f"{name} is {dtype} beside {own} parameters ({number}): the step of {title} raises on that",
-            hints=("dtype='param' casts the state to the dtype of its parameter, as torch's load_state_dict does",),
+            hints=(
+                Remedy(
+                    "{dtype} casts the state to the dtype of its parameter, as torch's load_state_dict does",
+                    {"dtype": "param"},
+                ),
+            ),
         )
 
 
@@ -309,7 +331,7 @@ def orders(state: OptimizerState, live: LiveOptimizer, bindings: Sequence[Bindin
                 "order",
                 f"{live.title(number)} keeps one state for all its parameters in their order; the saved order differs "
                 f"from position {at} on",
-                hints=(f"build {optimizer.class_path} over the parameters in the saved order",),
+                hints=(Remedy(f"build {optimizer.class_path} over the parameters in the saved order"),),
             )
 
 

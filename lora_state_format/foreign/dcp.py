@@ -9,13 +9,14 @@ of ``torch/distributed/checkpoint/{metadata,filesystem}.py``.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+import threading
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from itertools import pairwise
 from math import prod
 from pathlib import Path
-from types import NoneType
-from typing import Any, Final
+from types import MappingProxyType, NoneType
+from typing import Any, ClassVar, Final, cast
 
 from lora_state_format.errors import FileError, MissingDependencyError, RefusedError, UnrepresentableError
 from lora_state_format.foreign import pickles
@@ -27,11 +28,11 @@ from lora_state_format.io.folders import new_folder
 from lora_state_format.io.ledger import Ledger
 from lora_state_format.io.safetensors import Header, read_header
 from lora_state_format.model.dtypes import item_size
-from lora_state_format.model.sources import File, Memory, Range, Source
+from lora_state_format.model.sources import File, Memory, Range, Source, bytes_of
 from lora_state_format.model.states import Scalar
 from lora_state_format.model.tensors import Box, Piece, Tensor, is_tiling
 
-__all__ = ["METADATA", "Folder", "is_folder", "metadata", "open_folder", "write_folder"]
+__all__ = ["METADATA", "Folder", "Item", "is_folder", "metadata", "open_folder", "write_folder"]
 
 METADATA: Final = ".metadata"
 MAX_DIMENSIONS: Final = 64
@@ -49,6 +50,7 @@ class Folder:
 
     entries: Mapping[tuple[Any, ...], Any]
     files: Files
+    readable_together: ClassVar = True
 
     def tree(self) -> dict[Any, Any]:
         """Return the entries as nested dicts; the keys of what was a list are integers."""
@@ -90,8 +92,17 @@ def metadata(path: Path) -> bytes:
         return bytes(file.read(0, file.size))
 
 
-def open_folder(path: Path) -> Folder:
+@dataclass(frozen=True)
+class Item:
+    """The bytes of a value that is no tensor, as they were saved."""
+
+    source: Source
+
+
+def open_folder(path: Path, *, raw: bool = False) -> Folder:
     """Return the folder's entries, lazily: tensors as byte ranges, other values as they were pickled.
+
+    With ``raw``, other values are ``Item``, which ``write_folder`` copies, whatever is in them.
 
     Raises ``FileError`` for a missing or truncated file and for chunks that do not make up a tensor, ``RefusedError``
     for transformed (compressed) items.
@@ -115,7 +126,7 @@ def open_folder(path: Path) -> Folder:
                 raise FileError(f"places '{key}' at {where!r}, which is no path", path=meta)
             if where in entries:
                 raise FileError(f"has two entries at {where}", path=meta)
-            entries[where] = _entry(key, described[key], chunks.get(key, {}), meta)
+            entries[where] = _entry(key, described[key], chunks.get(key, {}), meta, raw=raw)
     except BaseException:
         files.close()
         raise
@@ -124,11 +135,11 @@ def open_folder(path: Path) -> Folder:
 
 @dataclass
 class _Data:
-    """A data file: its safetensors part, where it has one, and the item that was decompressed last."""
+    """A data file: its safetensors part, where it has one, and the item that each thread decompressed last."""
 
     file: PooledFile
     archives: int = 0
-    inflated: tuple[Any, Any] = (None, None)
+    inflated: Any = field(default_factory=threading.local)
     header: Header | None = None
 
     def tensor(self, key: str) -> Tensor | None:
@@ -165,6 +176,14 @@ class _Place:
     @property
     def file(self) -> PooledFile:
         return self.data.file
+
+    def item(self) -> Item:
+        """Return the bytes as they are. Raises ``RefusedError`` for those that only their description unfolds."""
+        if self.compressed:
+            raise RefusedError(
+                f"the item '{self.key}' is compressed, and would be copied as it is", path=self.file.path
+            )
+        return Item(Range(self.file, self.offset, self.length))
 
     def value(self, most: int) -> Any:
         """Return the value; ``most`` is how many bytes its archive may have, uncompressed."""
@@ -231,17 +250,17 @@ class _Item:
     def _source(self) -> Source:
         """Return the archive's member, which states a CRC, if it is exactly the tensor in C order; else the tensor.
 
-        Of what was compressed only one item is kept in memory.
+        Of what was compressed only one item for each thread is kept in memory.
         """
         if self._opened is not None:
             return self._opened
-        data = self.place.data
-        if data.inflated[0] is self:
-            kept: Source = data.inflated[1]
-            return kept
+        inflated = self.place.data.inflated
+        owner, kept = getattr(inflated, "item", (None, None))
+        if owner is self:
+            return cast("Source", kept)
         opened = self._open()
         if self.place.compressed:
-            data.inflated = self, opened
+            inflated.item = self, opened
         else:
             self._opened = opened
         return opened
@@ -336,13 +355,15 @@ def _file(name: str, files: Files, metadata: Path) -> PooledFile:
         raise FileError("missing: .metadata says that it holds a part of the state", path=path) from None
 
 
-def _entry(key: str, described: Any, places: Mapping[tuple[int, ...] | None, _Place], path: object) -> Any:
+def _entry(
+    key: str, described: Any, places: Mapping[tuple[int, ...] | None, _Place], path: object, *, raw: bool
+) -> Any:
     if not isinstance(described, Record) or described.name not in ("TensorStorageMetadata", "BytesStorageMetadata"):
         raise FileError(f"describes '{key}' in a way that is not known", path=path)
     if described.name == "BytesStorageMetadata":
         if list(places) != [None]:
             raise FileError(f"has {len(places)} places for '{key}', which is one value", path=path)
-        return places[None].value(pickles.MAX_PICKLE)
+        return places[None].item() if raw else places[None].value(pickles.MAX_PICKLE)
     dtype = _dtype(_state(described, "properties", Record, path), path)
     shape = _naturals(_state(described, "size", (list, tuple), path), path)
     pieces = []
@@ -377,11 +398,17 @@ _DATA: Final = "__0_0.distcp"
 _MODULE: Final = "torch.distributed.checkpoint.metadata"
 
 
-def write_folder(entries: Mapping[tuple[Any, ...], Any], path: Path, *, force: bool = False) -> None:
+def write_folder(
+    entries: Mapping[tuple[Any, ...], Any],
+    path: Path,
+    *,
+    force: bool = False,
+    others: Mapping[str, Iterable[bytes | memoryview]] = MappingProxyType({}),
+) -> None:
     """Write a folder that ``torch.distributed.checkpoint.load`` reads: one data file, one chunk per tensor.
 
-    ``entries`` are as in ``Folder``. Raises ``TargetExistsError``, and ``UnrepresentableError`` for two paths that DCP
-    would give one key, or for a value that torch cannot load.
+    ``entries`` are as in ``Folder``, ``others`` are files to write next to them. Raises ``TargetExistsError``, and
+    ``UnrepresentableError`` for two paths that DCP would give one key, or for a value that torch cannot load.
     """
     described: dict[str, Any] = {}
     places: dict[Any, Any] = {}
@@ -397,7 +424,7 @@ def write_folder(entries: Mapping[tuple[Any, ...], Any], path: Path, *, force: b
         ledger, position = Ledger(), 0
         for key, value in zip(paths, entries.values(), strict=True):
             start = position
-            for chunk in archive(value, ledger):
+            for chunk in bytes_of(value.source) if isinstance(value, Item) else archive(value, ledger):
                 yield chunk
                 position += len(chunk)
             places[_index(key, value)] = Record(
@@ -407,8 +434,10 @@ def write_folder(entries: Mapping[tuple[Any, ...], Any], path: Path, *, force: b
             )
         ledger.check()
 
-    with new_folder(path, force=force, replaces={METADATA, _DATA, *_files(path)}) as folder:
+    with new_folder(path, force=force, replaces={METADATA, _DATA, *others, *_files(path)}) as folder:
         folder.write((_DATA,), items())
+        for name, chunks in others.items():
+            folder.write((name,), chunks)
         members = {
             "state_dict_metadata": described,
             "planner_data": paths,

@@ -7,7 +7,6 @@ DeepSpeed's universal checkpoints, as patterns of names (``checkpoint/ds_to_univ
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from math import prod
@@ -17,7 +16,7 @@ from typing import Any, Final
 from lora_state_format.errors import FileError, RefusedError, Remedy
 from lora_state_format.foreign import pickles
 from lora_state_format.foreign.masters import SAMPLE, elements
-from lora_state_format.io.files import Files, is_plain
+from lora_state_format.io.files import Files, folders_in, is_plain, names_in
 from lora_state_format.io.json_files import read_json_object
 from lora_state_format.model.tensors import Box, Piece, Tensor
 
@@ -73,8 +72,7 @@ def tag_folder(path: Path, holds: Callable[[Path], bool]) -> Path | None:
         tag = latest.read_text(errors="replace").strip()
         inner = [path / tag] if is_plain(tag) else []
     else:
-        with os.scandir(path) as entries:  # which knows folders without asking for each of ten thousand files
-            folders = [folder for entry in entries if entry.is_dir() and holds(folder := Path(entry.path))]
+        folders = [folder for folder in folders_in(path) if holds(folder)]
         inner = folders if len(folders) == 1 else []
     return next((folder for folder in (path, *inner) if folder.is_dir() and holds(folder)), None)
 
@@ -87,7 +85,7 @@ def degrees(models: Mapping[int, Mapping[str, Any]], folder: Path) -> tuple[int,
     """
     first = next(iter(models.values()))
     stated = first.get("checkpoint_parallel_dimensions")
-    slices = {match[2] for file in folder.iterdir() if (match := LAYER.fullmatch(file.name))}
+    slices = {match[2] for name in names_in(folder) if (match := LAYER.fullmatch(name))}
     if isinstance(stated, dict) and all(type(stated.get(key)) is int for key in ("pp_degree", "tp_degree")):
         pipeline, tensor = stated["pp_degree"], stated["tp_degree"]
     elif slices:
@@ -121,11 +119,11 @@ def weights(folder: Path, models: Mapping[int, Mapping[str, Any]], slices: Slice
     for rank, model in models.items():
         add(model.get("module"), rank % slices.count)
     layers = {}
-    for file in folder.iterdir():
-        if match := LAYER.fullmatch(file.name):
-            layers[int(match[1]), int(match[2] or 0)] = file, f"{int(match[1])}."
-        elif match := EXPERT.fullmatch(file.name):
-            layers[1_000_000 + int(match[1]), int(match[2])] = file, ""
+    for entry in names_in(folder):
+        if match := LAYER.fullmatch(entry):
+            layers[int(match[1]), int(match[2] or 0)] = folder / entry, f"{int(match[1])}."
+        elif match := EXPERT.fullmatch(entry):
+            layers[1_000_000 + int(match[1]), int(match[2])] = folder / entry, ""
     for (layer, rank), (file, prefix) in sorted(layers.items()):
         add(pickles.load(files[file], file).value, rank if layer < 1_000_000 else 0, prefix)
     return {
@@ -170,10 +168,14 @@ def local_experts(names: Sequence[str]) -> int:
 class Slices:
     """How the slices of tensor-parallel ranks make up parameters."""
 
-    def __init__(self, count: int, patterns: Mapping[str, Any], path: object) -> None:
-        """``patterns`` are those of ``universal_checkpoint_info``; ``path`` is for messages."""
+    def __init__(self, count: int, patterns: Mapping[str, Any], path: object, *, seen: bool = True) -> None:
+        """``patterns`` are those of ``universal_checkpoint_info``; ``path`` is for messages.
+
+        ``seen`` is whether slices that should be the same can be compared.
+        """
         self.count = count
         self.path = path
+        self.seen = seen
         self._patterns = {key: _compiled(patterns.get(key), path) for key in (*REPLICATED, ROWS, HALVES)}
         unsupported = dict(patterns.get("autotp_unsupported_parameter_patterns") or {})
         several = [p for shape in patterns.get("parameter_with_sub_params") or () for p in shape.get("patterns", ())]
@@ -196,7 +198,8 @@ class Slices:
         if any(_matches(self._patterns[key], name) for key in REPLICATED):
             count = min(SAMPLE, slices[0].count)
             if any(
-                s.shape != slices[0].shape or elements(s, 0, count) != elements(slices[0], 0, count) for s in slices
+                s.shape != slices[0].shape or (self.seen and elements(s, 0, count) != elements(slices[0], 0, count))
+                for s in slices
             ):
                 raise RefusedError(
                     f"'{name}' is the same on all tensor-parallel ranks, and differs in it", path=self.path
@@ -207,8 +210,8 @@ class Slices:
         return _joined(slices, 1 if _matches(self._patterns[ROWS], name) else 0, 1)
 
 
-def slices_of(count: int, model: Mapping[str, Any], chosen: object, path: Path) -> Slices:
-    """Return how slices join: by what the model's file says, or by what the caller chose.
+def slices_of(count: int, model: Mapping[str, Any], chosen: object, path: Path, *, seen: bool = True) -> Slices:
+    """Return how slices join: by what the model's file says, or by what the caller chose; ``seen`` as in ``Slices``.
 
     Raises:
         RefusedError: there are slices, and nothing says how they join.
@@ -227,7 +230,7 @@ def slices_of(count: int, model: Mapping[str, Any], chosen: object, path: Path) 
                 {"options": {"slices": ...}},
             ),
         )
-    return Slices(count, patterns if isinstance(patterns, Mapping) else {}, path)
+    return Slices(count, patterns if isinstance(patterns, Mapping) else {}, path, seen=seen)
 
 
 def _joined(slices: Sequence[Tensor], axis: int, parts: int) -> Tensor:

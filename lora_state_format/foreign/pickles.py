@@ -873,8 +873,8 @@ def container(source: Source) -> str | None:
     start = _peek(source, 0, 9)
     if start.startswith(b"PK\3\4"):
         return "zip archive"
-    if start[:1] == b"\x80" and start[1:2] in (b"\2", b"\3", b"\4", b"\5"):
-        return "pickle"
+    if start[:1] == b"\x80" and start[1:2] in (b"\2", b"\3", b"\4", b"\5") and start[2:3] != b"\0":
+        return "pickle"  # no opcode is 0: that is a safetensors file whose header is, by chance, of such a length
     return "tar archive" if start == b"sys_info\0" else None
 
 
@@ -1002,7 +1002,7 @@ def _elsewhere(known: Pickled, open_storage: Callable[[str, int], Range]) -> Pic
     if any(storages[key].size != old.size for key, old in known.storages.items()):
         return None
     moved = {id(old): storages[key] for key, old in known.storages.items()}
-    pieces = tuple(replace(piece, source=moved[id(piece.source)]) for piece in known.value.pieces)
+    pieces = tuple(piece._replace(source=moved[id(piece.source)]) for piece in known.value.pieces)
     return replace(known, value=replace(known.value, pieces=pieces), storages=storages)
 
 

@@ -12,12 +12,13 @@ of ``state`` that no group lists belongs to no parameter.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from itertools import islice
-from typing import Any, Final, TypeAlias
+from dataclasses import dataclass, field, replace
+from itertools import count, islice
+from typing import Any, Final, TypeAlias, TypeVar
 
 from lora_state_format.errors import FileError, UnrepresentableError
 from lora_state_format.foreign.pickles import Foreign, Global, NumpyScalar, Record, array
+from lora_state_format.foreign.stated import group_labels, stated_names
 from lora_state_format.foreign.torchao import pack_torchao, unpack_torchao
 from lora_state_format.io.ledger import crc32
 from lora_state_format.model.gc import paused
@@ -38,15 +39,25 @@ Place: TypeAlias = "tuple[Any, ...]"
 """The keys that lead to a value from the top of the checkpoint."""
 
 
+T = TypeVar("T")
+
+_Listed: TypeAlias = "tuple[int | str | None, Mapping[str, Value] | None]"
+"""A parameter of a group: its id, and its slots if it took a step."""
+
+
 # --- reading ------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """A state dict inside a checkpoint; ``path`` is empty where it is the whole."""
+    """A state dict inside a checkpoint; ``path`` is empty where it is the whole.
+
+    ``around`` are the dicts that hold it, the innermost first, where it is the only one of the checkpoint.
+    """
 
     path: tuple[str | int, ...]
     tree: Mapping[str, Any]
+    around: tuple[Mapping[Any, Any], ...] = ()
 
     @property
     def where(self) -> str:
@@ -66,7 +77,20 @@ def is_state_dict(tree: Any) -> bool:
 
 def find(tree: Any) -> list[Found]:
     """Return every optimizer's state dict in a checkpoint, wherever it lies (``optimizer``, ``optimizer_states.0``)."""
-    return list(_search(tree, ()))
+    found = list(_search(tree, ()))
+    return [replace(found[0], around=tuple(_around(tree, found[0].path)))] if len(found) == 1 else found
+
+
+def _around(tree: Any, path: Sequence[str | int]) -> list[Mapping[Any, Any]]:
+    """Return the dicts on the way to a value, the innermost first."""
+    passed: list[Mapping[Any, Any]] = []
+    for step in path:
+        if not isinstance(tree, Mapping):
+            tree = tree[step]
+            continue
+        passed.insert(0, tree)
+        tree = next(inner for key, inner in tree.items() if step in (key, str(key)))
+    return passed
 
 
 def _search(tree: Any, path: tuple[str | int, ...]) -> Iterator[Found]:
@@ -183,27 +207,37 @@ def from_state_dict(
     its place.
     """
     found = [tree if isinstance(tree, Found) else Found((), tree) for tree in trees]
+    several = len(found) > 1
     reader = Reader(leaf)
     with paused():
-        parts = [_read_one(reader, item, i, f"{i}:" if len(found) > 1 else None) for i, item in enumerate(found)]
-    names = [name for part in parts for name in part.names or ()]
+        parts = [_read_one(reader, item, i, f"{i}:" if several else None) for i, item in enumerate(found)]
     ids = tuple(identity for part in parts for identity in part.ids)
-    stated = {identity: name for part in parts for identity, name in part.stated.items()}
-    several = len(found) > 1
     return PositionalState(
         optimizers=tuple(Optimizer(class_path, item.where if several else None) for item in found),
         groups=tuple(group for part in parts for group in part.groups),
         ids=ids,
-        entries={identity: entry for part in parts for identity, entry in part.entries.items()},
-        names=tuple(names) if len(set(names)) == len(ids) else None,
-        stated=stated if len(set(stated.values())) == len(stated) else {},
-        globals={str(index): part.globals for index, part in enumerate(parts) if part.globals}
-        if several
-        else parts[0].globals,
+        entries=_joined(part.entries for part in parts),
+        names=_one_each([name for part in parts for name in part.names or ()], ids),
+        stated=_unique(_joined(part.stated for part in parts)),
+        globals=_globals_by_index(parts) if several else parts[0].globals,
         origin={**(origin or {}), **({"converted": reader.converted} if reader.converted else {})},
         global_step=global_step,
         resources=resources,
     )
+
+
+def _joined(mappings: Iterable[Mapping[int | str, T]]) -> dict[int | str, T]:
+    return {key: value for mapping in mappings for key, value in mapping.items()}
+
+
+def _one_each(names: Sequence[str], ids: Sequence[int | str]) -> tuple[str, ...] | None:
+    """Return the names if every id has one of its own."""
+    return tuple(names) if len(set(names)) == len(ids) else None
+
+
+def _unique(stated: dict[int | str, str]) -> dict[int | str, str]:
+    """Return the names by id, or none of them where two ids have the same."""
+    return stated if len(set(stated.values())) == len(stated) else {}
 
 
 @dataclass(frozen=True, slots=True)
@@ -219,10 +253,27 @@ class _Part:
 def _read_one(reader: Reader, found: Found, index: int, prefix: str | None) -> _Part:
     if not is_state_dict(found.tree):
         raise FileError(f"{found.where or 'the value'} is no optimizer's state dict")
-    state, raw_groups = found.tree["state"], found.tree["param_groups"]
+    groups, members = _read_groups(reader, found, index)
+    entries, loose = _read_entries(reader, found, members)
+    others = {key: value for key, value in found.tree.items() if key not in ("state", "param_groups")}
+    beside = {str(key): reader.value(value, (*found.path, key)) for key, value in others.items()}
+    stated = stated_names(members, found.tree, found.around)
+    names = [*stated.values()] if stated.keys() == members.keys() else group_labels(found.tree["param_groups"])
+    return _Part(
+        groups,
+        [_prefixed(identity, prefix) for identity in members],
+        {_prefixed(identity, prefix): entry for identity, entry in entries.items()},
+        names,
+        {_prefixed(identity, prefix): name for identity, name in stated.items()},
+        {**({"state": loose} if loose else {}), **beside},
+    )
+
+
+def _read_groups(reader: Reader, found: Found, index: int) -> tuple[list[Group], dict[int | str, Mapping[str, Any]]]:
+    """Return the groups of optimizer ``index``, and for every id, in order, the members of its group."""
     groups: list[Group] = []
     members: dict[int | str, Mapping[str, Any]] = {}
-    for number, raw in enumerate(raw_groups):
+    for number, raw in enumerate(found.tree["param_groups"]):
         place = (*found.path, "param_groups", number)
         for identity in raw["params"]:
             if type(identity) not in (int, str):
@@ -233,91 +284,33 @@ def _read_one(reader: Reader, found: Found, index: int, prefix: str | None) -> _
         options = tuple((key, reader.value(raw[key], (*place, key))) for key in raw if key != "params")
         name = raw.get("name")
         groups.append(Group(index, options, len(raw["params"]), name if isinstance(name, str) else None))
+    return groups, members
+
+
+def _read_entries(
+    reader: Reader, found: Found, members: Mapping[int | str, Mapping[str, Any]]
+) -> tuple[dict[int | str, Mapping[str, Value]], dict[Any, Value]]:
+    """Return the slots of every id that a group lists, and what else ``state`` holds."""
     entries: dict[int | str, Mapping[str, Value]] = {}
     loose: dict[Any, Value] = {}
-    for key, raw in state.items():
+    for key, raw in found.tree["state"].items():
         place = (*found.path, "state", key)
         if key not in members:
             _check_key(key, place[:-1])
             loose[key] = reader.value(raw, place)
         elif isinstance(raw, Mapping):
-            entries[key if prefix is None else f"{prefix}{key}"] = reader.slots(raw, members[key], place)
+            entries[key] = reader.slots(raw, members[key], place)
         else:
             raise FileError(f"{_dotted(place)} is {_kind(raw)}, not the slots of a parameter")
-    others = {key: value for key, value in found.tree.items() if key not in ("state", "param_groups")}
-    beside = {str(key): reader.value(value, (*found.path, key)) for key, value in others.items()}
-    stated = _stated(members, found)
-    names = [*stated.values()] if stated.keys() == members.keys() else _labels(members, raw_groups)
-    return _Part(
-        groups,
-        [_prefixed(identity, prefix) for identity in members],
-        entries,
-        names,
-        {_prefixed(identity, prefix): name for identity, name in stated.items()},
-        {**({"state": loose} if loose else {}), **beside},
-    )
+    return entries, loose
+
+
+def _globals_by_index(parts: Sequence[_Part]) -> dict[str, Value]:
+    return {str(index): part.globals for index, part in enumerate(parts) if part.globals}
 
 
 def _prefixed(identity: int | str, prefix: str | None) -> int | str:
     return identity if prefix is None else f"{prefix}{identity}"
-
-
-IN_GROUPS: Final = ("param_names", "names", "parameter_names", "fqns")
-"""Options that list the names of a group's parameters: torch since 2.6, timm, mmengine, OLMo; LoRA-FA; others."""
-
-IN_ENTRIES: Final = ("param_name", "name", "fqn")
-"""Slots that hold the name of the parameter: tools that attribute gradients, optimizers with hooks."""
-
-IN_STATE_DICTS: Final = ("names", "param_names", "id_to_name")
-"""Members next to ``state`` and ``param_groups`` that map ids to names, or list names in the order of the ids."""
-
-
-def _stated(ids: Iterable[int | str], found: Found) -> dict[int | str, str]:
-    """Return the names that a state dict states of its parameters, by id, in the order of the ids.
-
-    They may stand in groups, in the entries of ``state``, next to both, or be the ids themselves. Not every parameter
-    has to have one. Names that are not unique are no names.
-
-    Raises ``FileError`` if two of these places call one parameter by two names.
-    """
-    ids = list(ids)
-    state, groups = found.tree["state"], found.tree["param_groups"]
-    if ids and all(isinstance(identity, str) and not identity.isdecimal() for identity in ids):
-        return {identity: str(identity) for identity in ids}
-    statements: dict[str, dict[int | str, Any]] = {}
-    for key in IN_GROUPS:
-        lists = [group.get(key) for group in groups]
-        if all(_parallel(names, group["params"]) for names, group in zip(lists, groups, strict=True)):
-            listed = (name for names in lists for name in names)
-            statements[f"param_groups' {key}"] = dict(zip(ids, listed, strict=True))
-    for key in IN_ENTRIES:
-        entries = {identity: entry for identity in ids if isinstance(entry := state.get(identity), Mapping) and entry}
-        statements[f"state's {key}"] = {identity: entry.get(key) for identity, entry in entries.items()}
-    for key in IN_STATE_DICTS:
-        names: Any = found.tree.get(key)
-        if _parallel(names, ids):
-            statements[key] = dict(zip(ids, names, strict=True))
-        elif isinstance(names, Mapping):
-            statements[key] = {identity: names.get(identity, names.get(str(identity))) for identity in ids}
-    result: dict[int | str, tuple[str, str]] = {}
-    for place, named in statements.items():
-        if all(isinstance(name, str) for name in named.values()) and len(set(named.values())) == len(named):
-            for identity, name in named.items():
-                known, where = result.setdefault(identity, (name, place))
-                if known != name:
-                    raise FileError(f"id {identity!r} is called '{known}' in {where}, but '{name}' in {place}")
-    return {identity: result[identity][0] for identity in ids if identity in result}
-
-
-def _parallel(names: Any, ids: Sequence[Any]) -> bool:
-    return isinstance(names, (list, tuple)) and len(names) == len(ids)
-
-
-def _labels(ids: Iterable[int | str], groups: Sequence[Mapping[str, Any]]) -> list[str] | None:
-    """Return the groups' own names where each has one parameter: Adam-mini and Gaussian splatting name theirs so."""
-    names = [group.get("name", group.get("param_name")) for group in groups]
-    alone = all(len(group["params"]) == 1 for group in groups)
-    return names if alone and names and all(isinstance(name, str) for name in names) else None
 
 
 # --- writing ------------------------------------------------------------------------------------------------------
@@ -330,42 +323,50 @@ def to_state_dict(state: OptimizerState | PositionalState, optimizer: int = 0) -
     ``Scalar``. Raises ``UnrepresentableError`` for carried parameters, which are in no group, and where the order of
     the parameters is not a torch optimizer's.
     """
+    members = _members_of(state) if isinstance(state, OptimizerState) else _entries_of(state)
     several = len(state.optimizers) > 1
-    if isinstance(state, OptimizerState):
-        nameless = any(parameter.original_id is None for parameter in state.parameters)
-        if nameless and state.naming.details.get("order") == "unknown":
-            raise UnrepresentableError(
-                f"the parameters stand in the order of a file of format {state.origin.get('format')!r}, and positions "
-                "would have to be those of a torch optimizer: load the state by name"
-            )
-        carried = [p.name for p in state.carried if p.state is not None]
-        if carried:
-            raise UnrepresentableError(
-                f"{len(carried)} parameters are in no group (the first is '{carried[0]}'): a state dict lists only "
-                "those of its groups"
-            )
-        members = [[(p.original_id, p.state) for p in group] for group in state.members()]
-    else:
-        rest = iter(state.ids)
-        members = [[(i, state.entries.get(i)) for i in islice(rest, group.count)] for group in state.groups]
     entries: dict[int | str, Any] = {}
     groups = []
-    position = 0
+    position = count()
     for group, listed in zip(state.groups, members, strict=True):
-        if group.optimizer != optimizer:
-            continue
-        ids = []
-        for original, slots in listed:
-            identity = position if original is None else _without_index(original) if several else original
-            ids.append(identity)
-            position += 1
-            if slots is not None:
-                entries[identity] = _plain(slots)
-        groups.append({**{key: _plain(value) for key, value in group.options}, "params": ids})
+        if group.optimizer == optimizer:
+            ids = [_identity(original, next(position), several) for original, _ in listed]
+            entries |= {i: _plain(slots) for i, (_, slots) in zip(ids, listed, strict=True) if slots is not None}
+            groups.append({**{key: _plain(value) for key, value in group.options}, "params": ids})
     beside = state.globals.get(str(optimizer), {}) if several else state.globals
     assert isinstance(beside, Mapping)
     others = {key: _plain(value) for key, value in beside.items() if key != "state"}
     return {"state": {**entries, **_plain(beside.get("state", {}))}, "param_groups": groups, **others}
+
+
+def _members_of(state: OptimizerState) -> list[list[_Listed]]:
+    """Return the original id and the slots of every parameter, group by group."""
+    nameless = any(parameter.original_id is None for parameter in state.parameters)
+    if nameless and state.naming.details.get("order") == "unknown":
+        raise UnrepresentableError(
+            f"the parameters stand in the order of a file of format {state.origin.get('format')!r}, and positions "
+            "would have to be those of a torch optimizer: load the state by name"
+        )
+    carried = [p.name for p in state.carried if p.state is not None]
+    if carried:
+        raise UnrepresentableError(
+            f"{len(carried)} parameters are in no group (the first is '{carried[0]}'): a state dict lists only "
+            "those of its groups"
+        )
+    return [[(p.original_id, p.state) for p in group] for group in state.members()]
+
+
+def _entries_of(state: PositionalState) -> list[list[_Listed]]:
+    """Return the id and the slots of every parameter, group by group."""
+    rest = iter(state.ids)
+    return [[(i, state.entries.get(i)) for i in islice(rest, group.count)] for group in state.groups]
+
+
+def _identity(original: int | str | None, position: int, several: bool) -> int | str:
+    """Return the id that a parameter has in its optimizer's state dict; ``position`` where it never had one."""
+    if original is None:
+        return position
+    return _without_index(original) if several else original
 
 
 def _without_index(identity: int | str) -> int | str:

@@ -13,17 +13,19 @@ from itertools import chain
 from pathlib import Path
 from typing import Any, Final
 
-from lora_state_format.errors import UnrepresentableError
+from lora_state_format.errors import RefusedError, UnrepresentableError
+from lora_state_format.foreign import pickles
 from lora_state_format.foreign.pickles import Global, Record
+from lora_state_format.foreign.zips import Archive
 from lora_state_format.io.atomic import write_file
 from lora_state_format.io.ledger import Ledger, crc32
 from lora_state_format.io.strict_json import utf8
 from lora_state_format.model.dtypes import NAMES
-from lora_state_format.model.sources import Memory
+from lora_state_format.model.sources import Memory, Source
 from lora_state_format.model.states import Scalar, Slot
 from lora_state_format.model.tensors import CHUNK, Tensor, c_strides, contiguous
 
-__all__ = ["archive", "dumps", "pack", "save"]
+__all__ = ["archive", "dumps", "pack", "save", "with_items"]
 
 ALIGNMENT: Final = 64
 _STREAMED: Final = 0x0808  # sizes and CRC follow the data; names are UTF-8
@@ -65,13 +67,52 @@ def archive(value: Any, ledger: Ledger, root: str = "archive") -> Iterator[bytes
     pickler = _Pickler()
     data = pickler.dump(value)
     small = {"data.pkl": data, "byteorder": b"little", "version": b"3\n"}
-    members = {name: contiguous("U8", (len(content),), Memory(content)) for name, content in small.items()}
+    members = {name: _bytes(Memory(content)) for name, content in small.items()}
     members |= {f"data/{key}": tensor for key, tensor in enumerate(pickler.tensors)}
+    yield from _zipped({f"{root}/{name}": tensor for name, tensor in members.items()}, ledger)
+
+
+def with_items(source: Source, items: Mapping[str, Any], path: object = None) -> Iterator[bytes | memoryview]:
+    """Yield the bytes of a file that ``torch.save`` wrote, with other items in the dict that it holds.
+
+    All else that it holds is not looked at, and may be objects of any class: what sets the items is put in front of the
+    pickle's end.
+
+    Args:
+        source: The file, which holds a dict.
+        items: Values without tensors, which replace those of the same keys.
+        path: The file, for messages.
+
+    Raises:
+        RefusedError: Another protocol of pickles than torch writes, or a file from before torch 1.6.
+    """
+    held = pickles.load(source, path)
+    if (held.container, held.protocol) != ("zip", 2) or not isinstance(held.value, dict):
+        raise RefusedError(
+            f"is a {held.container} of pickle protocol {held.protocol} with a {type(held.value).__name__}: a dict as "
+            "torch saves it today is expected",
+            path=path,
+        )
+    old = Archive(source, path)
+    place = next(name for name in old if name.endswith("/data.pkl"))
+    end = b"".join(_plain(key) + dumps(value)[2:-1] + b"s" for key, value in items.items())
+    data = bytes(old[place].bytes())[:-1] + end + b"."
+    ledger = Ledger()
+    yield from _zipped({name: _bytes(Memory(data) if name == place else old[name]) for name in old}, ledger)
+    ledger.check()
+
+
+def _bytes(source: Source) -> Tensor:
+    return contiguous("U8", (source.size,), source)
+
+
+def _zipped(members: Mapping[str, Tensor], ledger: Ledger) -> Iterator[bytes | memoryview]:
+    """Yield an archive of stored members, as ``archive`` does."""
     buffer = memoryview(bytearray(CHUNK))
     position = 0
     directory = []
     for name, tensor in members.items():
-        encoded = f"{root}/{name}".encode()
+        encoded = name.encode()
         big = tensor.size >= _BIG
         extra = struct.pack("<2H2Q", 1, 16, 0, 0) if big else b""
         padding = -(position + 30 + len(encoded) + len(extra) + 4) % ALIGNMENT

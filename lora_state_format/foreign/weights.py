@@ -51,7 +51,7 @@ def read_weights(path: Path, files: Files) -> dict[str, Tensor]:
 
 
 def _moved(tensor: Tensor, source: PooledFile) -> Tensor:
-    return replace(tensor, pieces=tuple(replace(piece, source=source) for piece in tensor.pieces))
+    return replace(tensor, pieces=tuple(piece._replace(source=source) for piece in tensor.pieces))
 
 
 def _tensors(tree: Any) -> dict[str, Tensor]:
@@ -139,13 +139,13 @@ def next_to(path: Path, files: Files) -> tuple[list[tuple[Weights, ...]], list[s
 def weights_at(path: Path, files: Files) -> tuple[Weights, ...]:
     """Return what may be a model in a file of weights, or in the first such file of a folder.
 
-    Raises ``FileError`` for a file that cannot be read or holds none, and ``FileNotFoundError`` for such a folder.
+    Raises ``FileError`` for a file that cannot be read or holds none, and for a folder without such a file.
     """
     if path.is_dir():
-        found_name = next((name for name in STANDARD if (path / name).is_file()), None)
-        if found_name is None:
-            raise FileNotFoundError(f"{path}: no weights in this folder; looked for {', '.join(STANDARD)}")
-        path /= found_name
+        file = next((path / name for name in STANDARD if (path / name).is_file()), None)
+        if file is None:
+            raise FileError(f"no weights in this folder; looked for {', '.join(STANDARD)}", path=path)
+        path = file
     elif not path.exists():
         raise FileNotFoundError(f"{path}: no such file or folder of weights")
     found = _opened(path, files)

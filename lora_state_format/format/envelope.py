@@ -18,7 +18,7 @@ from lora_state_format.io.remote import exists, is_file, open_file
 from lora_state_format.io.safetensors import ALIGNMENT, Header, Raw
 from lora_state_format.io.strict_json import dumps, loads
 
-__all__ = ["INDEX_SUFFIX", "is_state"]
+__all__ = ["INDEX_SUFFIX", "find_state", "is_state"]
 
 MAX_SHARDS: Final = 256
 
@@ -26,6 +26,9 @@ MAX_INDEX: Final = 64 << 20
 """Bytes of a set's index."""
 
 INDEX_SUFFIX: Final = ".index.json"
+
+PLACES: Final = ("training_state/optimizer.safetensors", "optimizer.safetensors")
+"""Where the state lies in a checkpoint folder."""
 
 ZERO: Final = "0" * 32
 
@@ -64,6 +67,11 @@ def is_state(path: str | os.PathLike[str]) -> bool:
         return False
     with open_file(index or path) as file:
         return file.size >= start + len(prefix) and file.read(start, len(prefix)) == prefix
+
+
+def find_state(path: Path) -> Path | None:
+    """Return where named state is: at the path itself, or where a checkpoint's folder has it."""
+    return next((place for place in (path, *(path / place for place in PLACES)) if is_state(place)), None)
 
 
 def manifest_members(raw: Raw, header: Header, path: object) -> dict[str, Any]:

@@ -16,8 +16,10 @@ from typing import Any, NamedTuple
 from lora_state_format.errors import DigestError, FileError
 from lora_state_format.format.envelope import (
     INDEX_SUFFIX,
+    PLACES,
     ZERO,
     find_index,
+    find_state,
     header_digest,
     index_of,
     is_ours,
@@ -82,7 +84,9 @@ class _Opened(NamedTuple):
 
 
 def open_state(path: str | os.PathLike[str]) -> OptimizerState:
-    """Return the state in a file, or in the set whose index is next to the path. Tensors are read on request.
+    """Return the state in a file, in the set whose index is next to the path, or in a checkpoint's folder.
+
+    Tensors are read on request.
 
     The header's digest is checked, every rule of the format too; the tensors' digests are checked by ``verify`` and by
     whatever copies or loads them.
@@ -92,7 +96,23 @@ def open_state(path: str | os.PathLike[str]) -> OptimizerState:
         DigestError: The header was changed after it was written.
         FileNotFoundError: There is no such file.
     """
-    return unstowed(_open(Path(path))[0])
+    return unstowed(_open(_place(Path(path)))[0])
+
+
+def _place(path: Path) -> Path:
+    """Return where the state of a checkpoint's folder is; any other path as it is.
+
+    Raises ``FileError`` for a folder without one.
+    """
+    if not path.is_dir():
+        return path
+    if (place := find_state(path)) is None:
+        raise FileError(
+            f"a folder with neither {' nor '.join(PLACES)} in it: read opens a checkpoint of another format, and "
+            "convert makes such a file of it",
+            path=path,
+        )
+    return place
 
 
 def _open(path: Path) -> tuple[OptimizerState, list[_Opened]]:
@@ -151,13 +171,13 @@ def _open_file(path: Path) -> _Opened:
 
 
 def verify(path: str | os.PathLike[str]) -> Verification:
-    """Read every byte of a file or set and compare every digest (R21).
+    """Read every byte of a file, a set, or the state in a checkpoint's folder, and compare every digest (R21).
 
     A header that breaks a rule raises ``FileError``, as in ``open_state``; a digest that does not match is a problem in
     the result.
     """
     try:
-        state, parts = _open(Path(path))
+        state, parts = _open(_place(Path(path)))
     except DigestError as error:
         return Verification(0, 0, (str(error),))
     problems: list[str] = []

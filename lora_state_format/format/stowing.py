@@ -6,11 +6,11 @@ stands in the extension ``layouts``, which whoever does not know it may ignore.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, Final
 
-from lora_state_format.model.states import OptimizerState, Role, Slot, Value, walk
+from lora_state_format.model.states import OptimizerState, Role, Slot, Value, mapped, walk
 
 __all__ = ["stowed", "unstowed"]
 
@@ -102,7 +102,7 @@ def _with_layouts(state: OptimizerState) -> OptimizerState:
         own = found.get(name)
         if not isinstance(own, Mapping):
             return tree
-        return _mapped(tree, (), lambda path, slot: _laid_out(slot, own.get(_dotted(path))))
+        return mapped(tree, lambda leaf, path: _laid_out(leaf, own.get(_dotted(path))))
 
     parameters = tuple(
         replace(p, state=ordered(p.name, p.state)) if p.name in found and p.state else p for p in state.parameters
@@ -111,24 +111,13 @@ def _with_layouts(state: OptimizerState) -> OptimizerState:
     return replace(state, parameters=parameters, globals=ordered(GLOBALS, state.globals), extensions=extensions)
 
 
-def _laid_out(slot: Slot, axes: Value) -> Slot:
-    fits = (
-        slot.role is Role.OPAQUE
-        and isinstance(axes, list)
-        and all(type(axis) is int for axis in axes)
-        and sorted(map(int, axes)) == [*range(len(slot.tensor.shape))]  # type: ignore[arg-type]
-    )
-    return replace(slot, order=tuple(axes)) if fits and isinstance(axes, list) else slot  # type: ignore[arg-type]
-
-
-def _mapped(value: Any, path: tuple[Any, ...], change: Callable[[tuple[Any, ...], Slot], Slot]) -> Any:
-    if isinstance(value, Slot):
-        return change(path, value)
-    if isinstance(value, Mapping):
-        return {key: _mapped(item, (*path, key), change) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return type(value)(_mapped(item, (*path, index), change) for index, item in enumerate(value))
-    return value
+def _laid_out(leaf: Value, axes: Value) -> Value:
+    """Return an opaque tensor with its order of axes, if that is one; any other leaf as it is."""
+    if not isinstance(leaf, Slot) or leaf.role is not Role.OPAQUE or not isinstance(axes, list):
+        return leaf
+    order = tuple(axis for axis in axes if type(axis) is int)
+    whole = len(order) == len(axes) and sorted(order) == [*range(len(leaf.tensor.shape))]
+    return replace(leaf, order=order) if whole else leaf
 
 
 def _dotted(path: tuple[Any, ...]) -> str:

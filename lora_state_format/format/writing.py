@@ -8,12 +8,15 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
+from threading import Lock
 from typing import Final, NamedTuple, TypeAlias
 
-from lora_state_format.errors import OptionError, UnrepresentableError
+from lora_state_format.errors import OptionError, TargetExistsError, UnrepresentableError
 from lora_state_format.format.envelope import (
     INDEX_SUFFIX,
     MAX_INDEX,
@@ -31,13 +34,15 @@ from lora_state_format.format.envelope import (
 from lora_state_format.format.manifest import FORMAT, Manifest, ShardOf, check_names, encode
 from lora_state_format.format.stowing import stowed
 from lora_state_format.io import plain
-from lora_state_format.io.atomic import TemporaryFile, check_target, locked, sync_folder
+from lora_state_format.io.atomic import REPLACE, TemporaryFile, check_target, gathered, locked, sync_folder
 from lora_state_format.io.ledger import Ledger
+from lora_state_format.io.remote import exists, is_remote, remove, send
 from lora_state_format.io.safetensors import MAX_DIMENSIONS, is_too_large
 from lora_state_format.io.strict_json import MAX_VALUES, dumps, most_values, utf8
 from lora_state_format.model.digests import ALGORITHM
 from lora_state_format.model.dtypes import BITS
 from lora_state_format.model.gc import paused
+from lora_state_format.model.sources import readable_together
 from lora_state_format.model.states import OptimizerState, Parameter, Slot, Value
 from lora_state_format.model.tensors import CHUNK, Tensor
 
@@ -63,8 +68,11 @@ __all__ = [
 LARGEST_HEADER: Final = 25_000_000
 """Bytes of a header that are written at most (W7): where the Hugging Face Hub's parsers stop."""
 
-SMALL: Final = 1 << 16
-"""Bytes below which chunks of tensors are gathered before they are written."""
+PART: Final = 1 << 24
+"""Bytes, and what is left of a tensor then, that one thread copies at a time."""
+
+UNLINKING: Final = 4
+"""Files of an older set that are removed at once: it takes as long as a tenth of writing one, and all ranks wait."""
 
 SHARD_HEADER: Final = 16 << 20
 """Bytes of header that a shard is filled up to, as estimated."""
@@ -95,7 +103,8 @@ def write(
     """Write a state as one file, or as a set of shards where it would not fit into one.
 
     The target appears whole or not at all: bytes go to a temporary file in the same folder, are synced, and renamed.
-    Equal states give equal bytes.
+    Equal states give equal bytes. To an object store (a URL) a state is sent when it is whole on this machine, shards
+    first and the index last; what the path meant before is removed then.
 
     Args:
         state: The state; its tensors are read once, in chunks.
@@ -112,20 +121,25 @@ def write(
         OSError: The system refused.
     """
     path = Path(path)
+    if is_remote(path):
+        return _sent(path, force, lambda local: write(state, local, max_shard_size=max_shard_size, progress=progress))
     check_path(path, force)
     with paused():
+        state = stowed(state)
         bounds = bounds_of(state, max_shard_size)
         layouts = [lay_out(state, bounds, number) for number in range(len(bounds))]
+    readers = 2 if state.resources and readable_together(state.resources) else 1
     with contextlib.ExitStack() as stack:
         ledger = Ledger()
         files = [stack.enter_context(TemporaryFile(path)) for _ in layouts]
         for layout, file in zip(layouts, files, strict=True):
-            stream(layout, file, ledger, progress)
+            stream(layout, file, ledger, progress, readers=readers)
         ledger.check()
         state.check_unchanged()
-        if len(layouts) == 1:
-            return commit_file(path, layouts[0], files[0], force)
-        return _commit_set(path, layouts, files, force)
+        with paused():
+            if len(layouts) == 1:
+                return commit_file(path, layouts[0], files[0], force)
+            return _commit_set(path, layouts, files, force)
 
 
 class Layout(NamedTuple):
@@ -137,18 +151,22 @@ class Layout(NamedTuple):
 
     members: dict[str, str]
     tensors: tuple[tuple[str, Tensor], ...]
+    sizes: tuple[int, ...]
     entries: str
     digests: list[str]
     header_size: int
-    data_size: int
+
+    @property
+    def data_size(self) -> int:
+        """Bytes of all tensors."""
+        return sum(self.sizes)
 
 
 def lay_out(state: OptimizerState, bounds: Bounds, number: int) -> Layout:
-    """Return the layout of one file of a state: of the whole state, or of the shard ``number`` (from 0) of a set.
+    """Return the layout of one file of a state that is ``stowed``: of all of it, or of the shard ``number`` from 0 on.
 
     Raises ``UnrepresentableError`` for a state that has no form in a file.
     """
-    state = stowed(state)
     if len(bounds) == 1:
         return _layout(encode(state))
     if number == 0:
@@ -163,19 +181,23 @@ def _layout(manifest: Manifest) -> Layout:
     # the manifest lists the tensors of each parameter by label.
     held = ((key, slot.tensor) for key, slot in manifest.tensors.items())
     tensors = plain.in_data_order(held, lambda pair: pair[1].dtype)
+    sizes = []
     for key, tensor in tensors:
-        if tensor.count * BITS[tensor.dtype] % 8 or is_too_large(tensor.shape) or len(tensor.shape) > MAX_DIMENSIONS:
+        size, rest = divmod(tensor.count * BITS[tensor.dtype], 8)
+        if rest or is_too_large(tensor.shape) or len(tensor.shape) > MAX_DIMENSIONS:
             raise UnrepresentableError(
                 f"tensor {key!r} of type {tensor.dtype} and shape {list(tensor.shape)}: not whole bytes, or too large"
             )
-    entries = plain.entries((dumps(key), tensor.dtype, tensor.shape, tensor.size) for key, tensor in tensors)
+        sizes.append(size)
+    described = zip(tensors, sizes, strict=True)
+    entries = plain.entries((dumps(key), tensor.dtype, tensor.shape, size) for (key, tensor), size in described)
     layout = Layout(
         members={key: dumps(value) for key, value in manifest.members.items()},
         tensors=tuple(tensors),
+        sizes=tuple(sizes),
         entries="".join(f",{entry}" for entry in entries),
         digests=[],
         header_size=0,
-        data_size=sum(tensor.size for _, tensor in tensors),
     )
     return layout._replace(header_size=len(_header(layout._replace(digests=[ZERO] * len(tensors)))))
 
@@ -206,35 +228,57 @@ def _sealed(layout: Layout, identity: str = ZERO) -> bytes:
     return raw[:start] + header_digest(raw).encode() + raw[start + 32 :]
 
 
-def stream(layout: Layout, target: TemporaryFile, ledger: Ledger, progress: Callable[[int], None] | None) -> None:
+def stream(
+    layout: Layout,
+    target: TemporaryFile,
+    ledger: Ledger,
+    progress: Callable[[int], None] | None,
+    *,
+    readers: int = 1,
+) -> None:
     """Copy every tensor of a file behind the room for its header, and fill in the tensors' digests.
+
+    With two ``readers`` one thread reads and hashes while the other one writes: 1.0 times ``cp`` in memory, where one
+    thread takes 1.25 times.
 
     Raises ``DigestError`` for a tensor that does not match the digest in the file that it comes from.
     """
-    position = layout.header_size
-    buffer = memoryview(bytearray(CHUNK))
-    small = bytearray()  # tensors of some bytes go together: a write each of 200,000 takes a second
-    for key, tensor in layout.tensors:
-        for chunk in ledger.chunks(tensor, buffer, key, layout.digests):
-            if len(chunk) < SMALL:
-                small += chunk
-            if len(small) >= CHUNK or len(chunk) >= SMALL:
-                position = _written(target, position, small)
-            if len(chunk) >= SMALL:
-                position = _written(target, position, chunk)
+    turn = Lock()
+
+    def copy(part: _Part) -> list[str]:
+        buffer, digests = memoryview(bytearray(CHUNK)), list[str]()
+        chunks = (chunk for key, tensor in part.tensors for chunk in ledger.chunks(tensor, buffer, key, digests))
+        position = part.start
+        for chunk in gathered(chunks):
+            target.write(position, chunk)
+            position += len(chunk)
             if progress:
-                progress(len(chunk))
-    _written(target, position, small)
+                with turn:
+                    progress(len(chunk))
+        return digests
+
+    parts = _parts(layout)
+    with ThreadPoolExecutor(readers) as pool:
+        for digests in pool.map(copy, parts) if min(readers, len(parts)) > 1 else map(copy, parts):
+            layout.digests.extend(digests)
 
 
-def _written(target: TemporaryFile, position: int, data: bytearray | memoryview) -> int:
-    """Write bytes at a position, empty a buffer of small ones, and return the position after them."""
-    end = position + len(data)
-    if len(data):
-        target.write(position, data)
-    if isinstance(data, bytearray):
-        data.clear()
-    return end
+class _Part(NamedTuple):
+    """Tensors that stand next to each other in a file, from ``start`` on."""
+
+    start: int
+    tensors: Sequence[tuple[str, Tensor]]
+
+
+def _parts(layout: Layout) -> list[_Part]:
+    """Return the tensors of a file in parts of at least ``PART`` bytes, but for the last."""
+    parts, start, end, first = list[_Part](), layout.header_size, layout.header_size, 0
+    for number, size in enumerate(layout.sizes, 1):
+        end += size
+        if end - start >= PART or number == len(layout.sizes):
+            parts.append(_Part(start, layout.tensors[first:number]))
+            start, first = end, number
+    return parts
 
 
 def content(layout: Layout) -> str:
@@ -277,9 +321,9 @@ def committing(path: Path, force: bool, keep: set[str]) -> Iterator[None]:
     with locked(path.parent):
         check_path(path, force)
         yield
-        for sibling in files_of(path):
-            if sibling.name not in keep:
-                sibling.unlink()
+        old = [found for found in files_of(path) if found.name not in keep]
+        with ThreadPoolExecutor(UNLINKING) if len(old) > 1 else contextlib.nullcontext() as pool:
+            list((pool.map if pool else map)(Path.unlink, old))
         sync_folder(path.parent)
 
 
@@ -297,6 +341,36 @@ def files_of(path: Path) -> list[Path]:
         if shard.fullmatch(found.name) and found.name not in kept and is_state(found)
     ]
     return [found for found in (index_of(path), path) if os.path.lexists(found)] + shards
+
+
+# --- object stores ------------------------------------------------------------------------------------------------
+
+
+def _sent(path: Path, force: bool, make: Callable[[Path], Written]) -> Written:
+    """Let ``make`` write a state in a temporary folder, send its files to a URL in order, and remove older ones.
+
+    Each file appears whole, and the index, by which a set is opened, last: a path always means a whole state. Two
+    writers of one path are not kept apart, and shards of a writer that was killed stay, named by no index.
+    """
+    old = _sent_before(path)
+    if old and not force:
+        raise TargetExistsError(f"{path} exists", remedy=REPLACE)
+    with tempfile.TemporaryDirectory(prefix="lora-state-") as folder:
+        written = make(Path(folder, path.name))
+        files = [path.with_name(Path(name).name) for name in written.files]
+        for name, file in zip(written.files, files, strict=True):
+            send(Path(name), file)
+    for file in old:
+        if file not in files:
+            remove(file)
+    return replace(written, path=str(path), files=tuple(map(str, files)))
+
+
+def _sent_before(path: Path) -> list[Path]:
+    """Return the files of what a URL means now, the index first."""
+    index = index_of(path)
+    files = [index, *(path.with_name(item["file"]) for item in read_index(index)["shards"])] if exists(index) else []
+    return [*files, path] if exists(path) else files
 
 
 # --- sets of shards -----------------------------------------------------------------------------------------------

@@ -52,7 +52,11 @@ class NamedState(Callback):  # type: ignore[misc]
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Refuse strategies that save checkpoints in their own way."""
         if type(trainer.strategy).save_checkpoint is not Strategy.save_checkpoint:
-            raise OptionError(f"{type(trainer.strategy).__name__} saves optimizers in its own way")
+            raise OptionError(
+                f"{type(trainer.strategy).__name__} saves optimizers in its own way, of which NamedState cannot be a "
+                "part: leave it out, call save_optimizer(trainer.optimizers, trainer.lightning_module, path) on every "
+                "rank next to trainer.save_checkpoint, and load_optimizer(...) of the same in on_train_start"
+            )
         if not isinstance(trainer.strategy.checkpoint_io, _Beside):
             trainer.strategy.checkpoint_io = _Beside(trainer.strategy.checkpoint_io, self, trainer)
 

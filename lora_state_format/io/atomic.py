@@ -18,8 +18,10 @@ from pathlib import Path
 from typing import Any, Final
 
 from lora_state_format.errors import Remedy, TargetExistsError
+from lora_state_format.io.remote import is_remote
 
 __all__ = [
+    "REPLACE",
     "TemporaryFile",
     "check_target",
     "exchange",
@@ -74,7 +76,13 @@ def check_target(path: Path, *, force: bool) -> None:
 
 @contextlib.contextmanager
 def made_folders(path: Path) -> Iterator[None]:
-    """Make the folders on the way to a path; if the block raises, remove those that were missing and are empty."""
+    """Make the folders on the way to a path; if the block raises, remove those that were missing and are empty.
+
+    An object store has none to make.
+    """
+    if is_remote(path):
+        yield
+        return
     missing = [folder for folder in path.absolute().parents if not folder.exists()]
     path.parent.mkdir(parents=True, exist_ok=True)
     try:

@@ -15,7 +15,7 @@ from typing import Any, Final
 from lora_state_format.errors import FileError, MissingDependencyError, OptionError
 from lora_state_format.model.sources import File
 
-__all__ = ["Remote", "exists", "is_file", "is_remote", "open_file", "version_of"]
+__all__ = ["Remote", "exists", "is_file", "is_remote", "open_file", "remove", "send", "version_of"]
 
 URL: Final = re.compile(r"([a-z][a-z0-9+.-]+):/+")
 
@@ -60,6 +60,20 @@ def is_file(path: Path) -> bool:
     return exists(path) if is_remote(path) else path.is_file()
 
 
+def send(source: Path, path: Path) -> None:
+    """Make a file here one on another machine; an object store shows it whole or not at all."""
+    filesystem, place = _place(path)
+    filesystem.put_file(os.fspath(source), place)
+    filesystem.invalidate_cache()
+
+
+def remove(path: Path) -> None:
+    """Remove a file on another machine."""
+    filesystem, place = _place(path)
+    filesystem.rm_file(place)
+    filesystem.invalidate_cache()
+
+
 def version_of(path: Path) -> tuple[Any, ...] | None:
     """Return what changes when the file at a path is replaced; ``None`` if there is none."""
     if is_remote(path):
@@ -73,6 +87,8 @@ def version_of(path: Path) -> tuple[Any, ...] | None:
 
 class Remote(File):
     """A file on another machine. Each read is a request for a range, and is tried by fsspec as often as it does."""
+
+    readable_together = False  # it reads ahead in one place
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self._descriptor = -1

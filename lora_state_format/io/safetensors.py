@@ -15,7 +15,7 @@ from lora_state_format.model.gc import paused
 from lora_state_format.model.sources import Source
 from lora_state_format.model.tensors import Digest, Tensor, contiguous
 
-__all__ = ["MAX_DIMENSIONS", "Entry", "Header", "read_header"]
+__all__ = ["MAX_DIMENSIONS", "Header", "HeaderEntry", "read_header"]
 
 ALIGNMENT: Final = 64
 
@@ -45,7 +45,7 @@ class Readable(Source, Protocol):
         ...
 
 
-class Entry(NamedTuple):
+class HeaderEntry(NamedTuple):
     """A tensor in a header; ``begin`` and ``end`` are bytes of the data behind the header."""
 
     begin: int
@@ -68,7 +68,7 @@ class Header:
     """A safetensors header: its metadata, its tensors by key in data order, its ``size`` with the length in front."""
 
     metadata: Mapping[str, str]
-    entries: Mapping[str, Entry]
+    entries: Mapping[str, HeaderEntry]
     size: int
     file: Readable
 
@@ -144,7 +144,7 @@ def parse_header(raw: Raw, file: Readable, *, foreign: bool = False) -> Header:
     return Header(metadata, entries, len(raw), file)
 
 
-def _entry(name: str, item: Any, seen: dict[str, Spec], fail: Callable[[str, str], FileError]) -> Entry:
+def _entry(name: str, item: Any, seen: dict[str, Spec], fail: Callable[[str, str], FileError]) -> HeaderEntry:
     """Return a tensor as the header describes it (R4, R5). ``seen`` has the types and shapes that were found good."""
     try:
         dtype, shape, (begin, end) = item["dtype"], item["shape"], item["data_offsets"]
@@ -163,7 +163,7 @@ def _entry(name: str, item: Any, seen: dict[str, Spec], fail: Callable[[str, str
         raise fail(f"tensor {name!r} is described by {dumps(item)[:100]!r}", "R4")
     if spec.bits != (end - begin) * 8:
         raise fail(f"tensor {name!r} of type {dtype} and shape {shape} holds {end - begin} bytes", "R5")
-    return Entry(begin, end, name, spec.dtype, spec.shape)
+    return HeaderEntry(begin, end, name, spec.dtype, spec.shape)
 
 
 def is_too_large(shape: Sequence[int]) -> bool:

@@ -6,8 +6,9 @@ import io
 import os
 import re
 import stat
+import sys
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
 from lora_state_format.errors import FileError
@@ -15,7 +16,7 @@ from lora_state_format.errors import FileError
 if TYPE_CHECKING:
     from types import TracebackType
 
-__all__ = ["File", "Memory", "Range", "Source", "Stream", "bytes_of"]
+__all__ = ["File", "Memory", "Range", "Source", "Stream", "Unread", "bytes_of", "readable_together"]
 
 
 COPIED: Final = 1 << 20
@@ -63,6 +64,7 @@ class File:
     """
 
     crc32 = None
+    readable_together = True
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = os.fspath(path)
@@ -73,7 +75,8 @@ class File:
         self._opened = os.fstat(descriptor)
         if not stat.S_ISREG(self._opened.st_mode):
             self.close()
-            raise FileError("not a regular file", path=self.path)
+            folder = stat.S_ISDIR(self._opened.st_mode)
+            raise FileError("a folder, not a file" if folder else "a pipe or a device, not a file", path=self.path)
         self.size = self._opened.st_size
         if self.size <= MAX_POINTER and (size := _pointer(bytes(self.read(0, self.size)))):
             self.close()
@@ -143,6 +146,24 @@ class Range:
         return self.source.view(self.start + offset, size)
 
 
+class Unread:
+    """Bytes of a file that was not opened for a first look at its folder: there is nothing to read."""
+
+    crc32 = None
+    size = sys.maxsize
+
+    def __init__(self, path: object) -> None:
+        self.path = path
+
+    def readinto(self, offset: int, out: memoryview) -> None:
+        """Raise ``FileError``: what a first look returns has dtypes and shapes only."""
+        raise FileError("was only looked at, and none of its tensors can be read: open it with read()", path=self.path)
+
+    def view(self, offset: int, size: int) -> memoryview | None:
+        """Return ``None``: no bytes are in memory."""
+        return None
+
+
 class Memory:
     """A buffer; the caller must not change it while it is read."""
 
@@ -204,3 +225,8 @@ def bytes_of(source: Source) -> Iterator[memoryview]:
         chunk = buffer[: source.size - offset]
         source.readinto(offset, chunk)
         yield chunk
+
+
+def readable_together(resources: Iterable[object]) -> bool:
+    """Return whether several threads may read at once from what keeps these resources; decoders say nothing of it."""
+    return all(getattr(resource, "readable_together", False) for resource in resources)

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from lora_state_format.errors import FileError
 from lora_state_format.model.dtypes import BITS, DTYPES, item_size
@@ -48,8 +48,7 @@ MAX_CORNERS: Final = 1 << 20
 """Corners of all boxes of one tensor, 2 to the power of the axes that are cut for each: of 262,144 boxes in a plane."""
 
 
-@dataclass(frozen=True, slots=True)
-class Box:
+class Box(NamedTuple):
     """The part of a tensor that a piece holds: the elements from ``start`` on, ``shape`` of them along each axis."""
 
     start: tuple[int, ...]
@@ -64,8 +63,7 @@ class Flat:
     count: int
 
 
-@dataclass(frozen=True, slots=True)
-class Piece:
+class Piece(NamedTuple):
     """Elements of a tensor and where their bytes are.
 
     ``offset`` is in bytes from the start of ``source``. ``strides`` is in elements, one per axis, for a ``Box``;
@@ -78,8 +76,7 @@ class Piece:
     strides: tuple[int, ...] | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class Run:
+class Run(NamedTuple):
     """``size`` bytes of a source, from ``offset`` on."""
 
     source: Source
@@ -87,8 +84,7 @@ class Run:
     size: int
 
 
-@dataclass(frozen=True, slots=True)
-class Digest:
+class Digest(NamedTuple):
     """A checksum of a tensor's little-endian C-order bytes. ``dtype`` says of which type those bytes were."""
 
     algorithm: str
@@ -146,14 +142,19 @@ class Tensor:
         """Bytes."""
         return self.count * BITS[self.dtype] // 8
 
-    @cached_property
+    @property
     def runs(self) -> tuple[Run, ...] | None:
         """The tensor's bytes as runs of sources, in C order; ``None`` where elements have to be gathered.
 
         Raises ``FileError`` if the pieces do not cover every element exactly once.
         """
-        if len(self.pieces) == 1 and _is_whole(self.pieces[0], self.shape):
-            return (Run(self.pieces[0].source, self.pieces[0].offset, self.size),) if self.size else ()
+        if len(self.pieces) == 1 and _is_whole(self.pieces[0], self.shape):  # kept, it would cost a dict for each
+            size = self.size
+            return (Run(self.pieces[0].source, self.pieces[0].offset, size),) if size else ()
+        return self._runs
+
+    @cached_property
+    def _runs(self) -> tuple[Run, ...] | None:
         extents = [(*_extent(piece, self.shape), piece) for piece in self.pieces]
         covered = sum(count for _, count, _ in extents)
         if covered != self.count:

@@ -31,7 +31,16 @@ from lora_state_format.model.states import Naming, OptimizerState, Parameter, Po
 from lora_state_format.model.tensors import Tensor
 from lora_state_format.naming.evidence import Evidence, weigh
 from lora_state_format.naming.names import plain_name, split_adapter
-from lora_state_format.naming.rules import RULES, Candidate, Described, Split, Splits, rules_called, trainable_of
+from lora_state_format.naming.rules import (
+    PARTS,
+    RULES,
+    Candidate,
+    Described,
+    Split,
+    Splits,
+    rules_called,
+    trainable_of,
+)
 
 __all__ = ["ContradictedError", "candidates", "decide", "interchangeable"]
 
@@ -97,7 +106,7 @@ def decide(
     first = _live(positional, views[0], live or ()) or next((c for c in fitting if set(SURE) & set(c.rules)), None)
     found = _in_turn(positional, fitting, first if rule is None else None, adapters=_is_open(source, rule, first))
     if not found:
-        raise ConversionError(_nothing_fits(positional, views[0], reasons))
+        raise _nothing_fits(positional, views[0], reasons)
 
     def weighed(candidate: Candidate) -> _Weighed:
         state = positional.named(candidate.parameters, Naming(source, candidate.rules[0]))
@@ -169,6 +178,8 @@ def _fitting(
     for view in views[1:]:
         seen = {tuple(c.names) for c in found}
         found += [c for c in _survey(positional, view, rule)[0] if tuple(c.names) not in seen]
+    if not found and rule is None:
+        found = _survey(positional, views[0], PARTS)[0]
     if not found and partly:
         found, more_reasons = _survey(positional, views[0], rule, partly=True)
         reasons += [reason for reason in more_reasons if reason not in reasons]
@@ -399,7 +410,7 @@ def _shapes_differ(parameter: Parameter, identity: int | str, path: tuple[object
 
 def _nothing_fits(
     positional: PositionalState, parameters: Sequence[Described], reasons: Sequence[tuple[str, str]]
-) -> str:
+) -> ConversionError:
     trainable = len(trainable_of(parameters))
     count = f"{len(parameters)}" if trainable == len(parameters) else f"{len(parameters)} ({trainable} trainable)"
     head = (
@@ -410,21 +421,32 @@ def _nothing_fits(
     for name, reason in reasons:
         by_reason.setdefault(reason, []).append(name)
     lines = [head, *(f"  {', '.join(names)}: {reason}" for reason, names in by_reason.items())]
+    remedy = None
     if len(positional.ids) == 1 and not positional.entries:
-        lines.append("hint: a layer-wise optimizer leaves one dummy parameter here; its moments are in no file")
+        remedy = LAYERWISE
     elif len(positional.ids) > len(parameters):
-        lines.append(
-            "hint: the optimizer holds more parameters than these; if it was made of all of a model's, frozen ones "
-            "too, pass names= with the folder of the model's config.json"
-        )
+        remedy = NAME_FROZEN
     elif len(positional.ids) < trainable and any(item.classes for item in parameters):
-        lines.append(
-            "hint: if only a part of the model was trained, say which: trainable='REGEX' for each part, or "
-            "names= with a file of names in optimizer order"
-        )
+        remedy = NAME_TRAINED
     elif len(reasons) > 1:
-        lines.append("hint: pass names= with a file of names in optimizer order, or the model that was trained")
-    return "\n".join(lines)
+        remedy = NAME_ORDER
+    return ConversionError("\n".join(lines), remedy=remedy)
+
+
+LAYERWISE: Final = Remedy("a layer-wise optimizer leaves one dummy parameter here; its moments are in no file")
+NAME_FROZEN: Final = Remedy(
+    "the optimizer holds more parameters than these; if it was made of all of a model's, frozen ones too, pass {names} "
+    "with the folder of the model's config.json",
+    {"names": ...},
+)
+NAME_TRAINED: Final = Remedy(
+    "if only a part of the model was trained, say which: {trainable} for each part, or {names} with a file of names in "
+    "optimizer order",
+    {"trainable": "REGEX", "names": ...},
+)
+NAME_ORDER: Final = Remedy(
+    "pass {names} with a file of names in optimizer order, or the model that was trained", {"names": ...}
+)
 
 
 def _several_fit(found: Sequence[Candidate], weighed: bool) -> str:

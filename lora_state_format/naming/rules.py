@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import re
 from bisect import bisect_right
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import accumulate, compress
+from itertools import accumulate, compress, permutations
 from typing import Any, Final, NamedTuple, TypeAlias
 
 from lora_state_format.errors import OptionError
 from lora_state_format.model.states import Parameter, PositionalState
 from lora_state_format.naming.names import plain_name
 
-__all__ = ["RULES", "Candidate", "Described", "Rule", "rules_called"]
+__all__ = ["PARTS", "RULES", "Candidate", "Described", "Rule", "rules_called"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -183,16 +183,21 @@ def _stated(parameters: Sequence[Described], state: PositionalState) -> Iterator
     members = {identity: item for identity, item in found.items() if item is not None}
     if not names or len(members) < len(names) or len({item.name for item in members.values()}) < len(names):
         return
-    unnamed = [identity for identity in state.ids if identity not in names]
-    if unnamed:
-        taken = {item.name for item in members.values()}
-        rest = [item for item in trainable_of(parameters) if item.name not in taken]
-        bounds = list(accumulate(state.sizes()))
-        groups = {bisect_right(bounds, number) for number, i in enumerate(state.ids) if i not in names}
-        if len(rest) != len(unnamed) or len(groups) > 1:
-            return
-        members |= dict(zip(unnamed, rest, strict=True))
-    yield from _listed([members[identity] for identity in state.ids], state)
+    members |= _unstated(parameters, state, members)
+    if all(identity in members for identity in state.ids):
+        yield from _listed([members[identity] for identity in state.ids], state)
+
+
+def _unstated(
+    parameters: Sequence[Described], state: PositionalState, stated: Mapping[int | str, Described]
+) -> dict[int | str, Described]:
+    """Return the parameters of a single group whose names are not stated, in the model's order, if all are found."""
+    ids = [identity for identity in state.ids if identity not in stated]
+    taken = {item.name for item in stated.values()}
+    rest = [item for item in trainable_of(parameters) if item.name not in taken]
+    bounds = list(accumulate(state.sizes()))
+    groups = {bisect_right(bounds, number) for number, identity in enumerate(state.ids) if identity not in stated}
+    return dict(zip(ids, rest, strict=True)) if len(rest) == len(ids) and len(groups) == 1 else {}
 
 
 def _flat(parameters: Sequence[Described], state: PositionalState) -> Iterator[Splits]:
@@ -331,6 +336,22 @@ def _each(parameters: Sequence[Described], state: PositionalState) -> Iterator[S
     yield [Split([item]) for item in trainable_of(parameters)]
 
 
+def _parts_of_a_model(parameters: Sequence[Described], state: PositionalState) -> Iterator[Splits]:
+    """Yield a group for each part of the model, a backbone and a head say: few parts in any order, many in either."""
+    sizes, items = state.sizes(), trainable_of(parameters)
+    if len(sizes) < 2 or sum(sizes) != len(items):
+        return
+    numbers = range(len(sizes))
+    for order in permutations(numbers) if len(sizes) <= MAX_TURNED else (numbers, numbers[::-1]):
+        ends = list(accumulate(sizes[number] for number in order))
+        splits = {number: Split(items[end - sizes[number] : end]) for number, end in zip(order, ends, strict=True)}
+        yield [splits[number] for number in numbers]
+
+
+MAX_TURNED: Final = 4
+"""Parts of a model that are tried in every order."""
+
+
 def _whole_model(parameters: Sequence[Described], state: PositionalState) -> Iterator[Splits]:
     """Ids that are places in ``list(model.parameters())``, frozen ones counted too: they have holes, in any order."""
     ids = [identity for identity in state.ids if isinstance(identity, int)]
@@ -352,6 +373,8 @@ def _listed(parameters: Sequence[Described], state: PositionalState) -> Iterator
         start += size
     yield splits if start >= len(parameters) else [*splits, Split(parameters[start:])]
 
+
+PARTS: Final = "parts"
 
 RULES: Final[tuple[Rule, ...]] = (
     Rule("stated", "the names that the file itself states, where all of them are known", _stated),
@@ -382,6 +405,9 @@ RULES: Final[tuple[Rule, ...]] = (
     Rule("swift-galore", "ms-swift's GaLore: low rank, with decay, without", _low_rank("ldp")),
     Rule("one-per-parameter", "a group for each trainable parameter", _each),
     Rule("whole-model", "ids are places among all the model's parameters, as Lightning's FSDP has them", _whole_model),
+    Rule(
+        PARTS, "a group for each part of the model; asked where no other rule fits", _parts_of_a_model, automatic=False
+    ),
     Rule("sorted", "trainable parameters sorted by name as text", _sorted, automatic=False),
     Rule("listed", "the names stand in the optimizer's order already", _listed, automatic=False),
 )

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from itertools import islice, permutations
@@ -267,24 +267,17 @@ def _inferred(
     give different names, the one that is called as the optimizer is.
     """
     failures: dict[str, ConversionError | FileError] = {}
+
+    def named_by(weights: Weights, partly: bool) -> Named:
+        return decided(state, _of_weights(weights, checkpoint, rebuild)._replace(partly=partly))
+
     for tier in checkpoint.tiers():
         models = [*tier, *(part for weights in tier for part in _divided(weights))] if optimizer else tier
+        if state.names is not None:  # what the file itself states goes first
+            models = [weights for weights in models if _form(weights, checkpoint) != PLAIN]
         for partly in (False, True):
-            fitting: dict[tuple[str, ...], list[Named]] = {}
-            for weights in models:
-                form = _form(weights, checkpoint)
-                if (state.names is not None and form == PLAIN) or (partly and not weights.ordered):
-                    continue  # what the file itself states goes first
-                try:
-                    source = _of_weights(weights, checkpoint, rebuild)._replace(partly=partly)
-                    named = decided(state, source)
-                except order.ContradictedError:
-                    raise
-                except ConversionError as error:
-                    failures[weights.where] = error
-                else:
-                    fitting.setdefault(tuple(named.state), []).append(named)
-            if fitting:
+            asked = [weights for weights in models if weights.ordered or not partly]
+            if fitting := _fitting(asked, partial(named_by, partly=partly), failures):
                 return _nearest(fitting, optimizer, path)
     for source in _further(state, checkpoint, rebuild, failures):
         try:
@@ -295,10 +288,31 @@ def _inferred(
             failures[source.name] = error
     if failures:
         raise min(failures.values(), key=_weight)
-    if any(checkpoint.skipped):
-        told = "".join(f"\n  {skipped}" for skipped in checkpoint.skipped)
-        raise MissingNamesError(f"{_nothing_known(path, state)}; unreadable files were skipped:{told}", remedy=NAME_IT)
-    raise MissingNamesError(_nothing_known(path, state), remedy=NAME_IT)
+    told = "".join(f"\n  {skipped}" for skipped in checkpoint.skipped)
+    unreadable = f"; unreadable files were skipped:{told}" if told else ""
+    raise MissingNamesError(f"{_nothing_known(path, state)}{unreadable}", remedy=NAME_IT)
+
+
+def _fitting(
+    models: Iterable[Weights],
+    named_by: Callable[[Weights], Named],
+    failures: dict[str, ConversionError | FileError],
+) -> dict[tuple[str, ...], list[Named]]:
+    """Return the state under the names of every model that fits, by these names; ``failures`` gets why others do not.
+
+    Raises ``ContradictedError`` where the weights of a model contradict the order.
+    """
+    fitting: dict[tuple[str, ...], list[Named]] = {}
+    for weights in models:
+        try:
+            named = named_by(weights)
+        except order.ContradictedError:  # noqa: PERF203
+            raise
+        except ConversionError as error:
+            failures[weights.where] = error
+        else:
+            fitting.setdefault(tuple(named.state), []).append(named)
+    return fitting
 
 
 def _weight(error: ConversionError | FileError) -> int:

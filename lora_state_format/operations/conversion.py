@@ -16,6 +16,7 @@ from lora_state_format.foreign.weights import weights_at
 from lora_state_format.format import envelope, writing
 from lora_state_format.io.atomic import made_folders, refuse_existing
 from lora_state_format.io.files import reading as opened_files
+from lora_state_format.io.remote import is_remote
 from lora_state_format.mapping.algorithms import ALGORITHMS, find
 from lora_state_format.model import digests, notebook
 from lora_state_format.model.digests import ALGORITHM
@@ -164,8 +165,10 @@ def read_either(path: str | os.PathLike[str], **reading: Any) -> OptimizerState:
 
 def look_closer(
     path: str | os.PathLike[str],
+    converter: Converter,
+    match: Match,
     *,
-    source_format: str | None = None,
+    whole: bool = False,
     names: Names | None = None,
     rule: str | None = None,
     optimizer: str | None = None,
@@ -175,15 +178,14 @@ def look_closer(
     """Return the state in a checkpoint, and names for it where they cost nothing.
 
     No tensor is read, so nothing is weighed; no model is built unless ``names``, ``rule`` or ``trainable`` is given.
-    Takes the arguments of ``read`` and raises what ``read`` raises; what cannot be named stays without names, unless
-    names were asked for.
+    Takes the arguments of ``read``, its converter and match found, and raises what ``read`` raises; what cannot be
+    named stays without names, unless names were asked for. ``whole`` is whether all files of a folder are read.
     """
     path = Path(path)
-    converter, match = registry.find(path, source_format)
     renaming = renaming_of(names, options, converter)
     reading = _Reading(renaming, rule, optimizer, trainable)
     registry.check_options(renaming.options, converter)
-    checkpoint = _checkpoint(converter, match, path, reading)
+    checkpoint = _checkpoint(converter, match, path, reading, glance=not whole)
     asked = names is not None or rule is not None or bool(trainable) or renaming.layout is not None
 
     def build(folder: Path, adapter: Path | None = None) -> Sequence[Described]:
@@ -198,8 +200,7 @@ def look_closer(
         except ConversionError as error:
             if asked:
                 raise
-            reason = str(error).split("\n")[0].removeprefix(f"{path}: ")
-            return Found(checkpoint.state, converter.NAME, f"none: {reason}")
+            return Found(checkpoint.state, converter.NAME, error)
         _check_trainable(named.state, trainable, path)
         return Found(named.state, converter.NAME)
 
@@ -239,6 +240,8 @@ def convert(
     writer = registry.writer(target_format)
     source, target = Path(source), _target(target, writer)
     refuse_existing(target, force=force)
+    if is_remote(target) and target_format != registry.NAMED:
+        raise OptionError(f"{target}: only files of named state are sent to a URL; convert into a folder and copy that")
     converter, match = registry.find(source, source_format)
     options = options or {}
     reading = _Reading(renaming_of(names, options, converter, writer), rule, optimizer, trainable)
@@ -326,13 +329,19 @@ def _read(converter: Converter, match: Match, path: Path, reading: _Reading) -> 
         return reading.renaming.apply(named)
 
 
-def _checkpoint(converter: Converter, match: Match, path: Path, reading: _Reading) -> Checkpoint:
-    """Return what the converter reads, with the optimizer's class and the adapter that the caller names."""
+def _checkpoint(
+    converter: Converter, match: Match, path: Path, reading: _Reading, *, glance: bool = False
+) -> Checkpoint:
+    """Return what the converter reads, with the optimizer's class and the adapter that the caller names.
+
+    ``glance`` is whether some of a folder's files are enough, where the converter knows how.
+    """
     options, optimizer = reading.renaming.options, reading.optimizer
     asks = "optimizer" in registry.options(converter)
     if optimizer is not None and asks:
         options = {"optimizer": optimizer, **options}
-    with converter.read(match, registry.own_options(options, converter)).closed_on_error() as checkpoint:
+    read = getattr(converter, "glance", converter.read) if glance else converter.read
+    with read(match, registry.own_options(options, converter)).closed_on_error() as checkpoint:
         if optimizer is not None and not asks:
             checkpoint = replace(checkpoint, state=_classed(checkpoint.state, _class_called(optimizer), path))
         named = isinstance(checkpoint.state, OptimizerState)

@@ -33,8 +33,8 @@ DECAYS: Final[Mapping[str, int]] = {"exp_avg": 0, "exp_avg_sq": 1, "max_exp_avg_
 Every optimizer with these slots, a ``step`` and ``betas`` uses them so, but those whose means carry a step size
 (Prodigy's ``d``)."""
 
-SQUARES: Final = frozenset({"exp_avg_sq", "max_exp_avg_sq", "square_avg", "sum", "variance"})
-"""Slots that are means or sums of squared gradients."""
+DENOMINATORS: Final = frozenset({"exp_avg_sq", "max_exp_avg_sq", "square_avg", "sum", "variance"})
+"""Slots that are means or sums of squared gradients, whose square root a step divides by."""
 
 
 @dataclass(frozen=True)
@@ -140,8 +140,8 @@ def _correction(parameter: Parameter, slot: str, options: Mapping[str, Value]) -
 
 
 def _damping(parameter: Parameter, slot: str, options: Mapping[str, Value], eps: float | None) -> float:
-    if slot not in SQUARES:
-        raise OptionError(f"slot '{slot}' does not hold squares; those that do: {', '.join(sorted(SQUARES))}")
+    if slot not in DENOMINATORS:
+        raise OptionError(f"slot '{slot}' does not hold squares; those that do: {', '.join(sorted(DENOMINATORS))}")
     stated = _number(options.get("eps")) if eps is None else eps
     if stated is None:
         raise OptionError(f"'{parameter.name}': its group has no eps", remedy=Remedy("pass {eps}", {"eps": ...}))

@@ -24,7 +24,7 @@ from lora_state_format.operations.entries import Entry, entries
 from lora_state_format.operations.figures import Cells, Figure, heat_map, histogram, rms_by_place
 from lora_state_format.operations.findings import SQUARES
 from lora_state_format.operations.look import look
-from lora_state_format.operations.report import parameter_rows, summary
+from lora_state_format.operations.overview import parameter_rows, summary
 from lora_state_format.operations.statistics import Measure, Statistics, measure, measure_tensor
 from lora_state_format.operations.tables import Table
 
@@ -126,8 +126,8 @@ def _side(
     try:
         state = read(path, **reading)
     except ConversionError:
-        found = look(path, **reading)
-        state, unnamed = found.state, found.unnamed
+        found = look(path, whole=True, **reading)
+        state, unnamed = found.state, found.why_unnamed(path)
     opened.callback(state.close)
     statistics = measure(state, progress)
     own = () if weights is None else tuple(_weights(state, Path(weights)))

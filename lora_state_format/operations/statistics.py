@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from lora_state_format.io.ledger import Ledger
 from lora_state_format.model.dtypes import FLOATS, decoded, item_size
-from lora_state_format.model.sources import File
+from lora_state_format.model.sources import readable_together
 from lora_state_format.model.states import OptimizerState, PositionalState, Slot, Value, walk
 from lora_state_format.model.tensors import Tensor
 from lora_state_format.operations.entries import Entry, dotted, entries
@@ -71,7 +71,7 @@ class Measure:
         if least < 0:
             self.negative += int(np.count_nonzero(values < 0))
         wide = values.astype("f8", copy=False)
-        self.squares += float(wide @ wide)
+        self.squares += float(np.einsum("i,i->", wide, wide))  # not @, whose threads fight with ours: 6 s became 3.3
         self.largest = max(self.largest, -least, most)
 
     def merge(self, other: Measure) -> None:
@@ -117,15 +117,21 @@ class Update:
 
         m, v = m.astype("f8"), v.astype("f8")
         good = np.isfinite(m) & np.isfinite(v) & (v >= 0)
-        m, root = np.abs(m[good]), np.sqrt(v[good])
+        if not good.all():
+            m, v = m[good], v[good]
+        m, root = np.abs(m), np.sqrt(v)
         if rule.bound is not None:
-            self.beyond += int(((m > rule.bound * TOLERANCE * root) & (v[good] > TINY)).sum())
-        with np.errstate(divide="ignore", invalid="ignore"):
-            sizes = np.nan_to_num((m / rule.first) / (root / math.sqrt(rule.second) + rule.eps), nan=0.0, posinf=0.0)
-        self.sizes.add(sizes)
-        moving = sizes[sizes > 0]
-        self.still += int(sizes.size - moving.size)
-        places = np.clip((np.log10(moving) - LOWEST) * BINS / (HIGHEST - LOWEST), 0, BINS - 1).astype(np.int64)
+            self.beyond += int(((m > rule.bound * TOLERANCE * root) & (v > TINY)).sum())
+        with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
+            sizes = (m / rule.first) / (root / math.sqrt(rule.second) + rule.eps)
+            if not np.isfinite(sizes).all():
+                sizes = np.nan_to_num(sizes, nan=0.0, posinf=0.0)
+            self.sizes.add(sizes)
+            # The logarithms as float32, which has them for many elements at once: a tenth of the time.
+            logs = np.log10(sizes.astype("f4"))
+        moving = sizes > 0
+        self.still += int(sizes.size - np.count_nonzero(moving))
+        places = np.clip((logs[moving] - LOWEST) * BINS / (HIGHEST - LOWEST), 0, BINS - 1).astype(np.int64)
         for place, count in enumerate(np.bincount(places, minlength=BINS)):
             self.bins[place] += int(count)
 
@@ -184,8 +190,7 @@ def measure(state: OptimizerState | PositionalState, progress: Callable[[int, in
     def one(entry: Entry) -> tuple[dict[str, Measure], Update | None, int]:
         return _measured(entry, {} if entry.group is None else options[entry.group], ledger)
 
-    readable_together = all(type(resource) is File for resource in state.resources)
-    with ThreadPoolExecutor(os.cpu_count() if readable_together else 1) as cores:
+    with ThreadPoolExecutor(os.cpu_count() if readable_together(state.resources) else 1) as cores:
         results = []
         for slots, update, size in cores.map(one, found):
             results.append((slots, update))
@@ -212,18 +217,18 @@ def _measured(
 ) -> tuple[dict[str, Measure], Update | None, int]:
     tensors = {dotted(path): leaf.tensor for path, leaf in walk(entry.state or {}) if isinstance(leaf, Slot)}
     measures = {slot: Measure() for slot, tensor in tensors.items() if tensor.dtype in FLOATS}
-    pair = next((p for p in PAIRS if set(p) <= set(measures) and tensors[p[0]].shape == tensors[p[1]].shape), None)
-    update = Update() if pair else None
+    pair = next((p for p in PAIRS if set(p) <= set(measures) and tensors[p[0]].shape == tensors[p[1]].shape), ())
+    blocks = {slot: _blocks(tensors[slot], ledger, f"{entry.label}/{slot}") for slot in measures}
     for slot, tensor in tensors.items():
         if slot not in measures:
             _pass_by(tensor, ledger, f"{entry.label}/{slot}")
-        elif not (pair and slot in pair):
-            for block in _blocks(tensor, ledger, f"{entry.label}/{slot}"):
+        elif slot not in pair:
+            for block in blocks[slot]:
                 measures[slot].add(block)
-    if pair and update:
-        rule = _rule(entry.state or {}, options)
-        first, second = (_blocks(tensors[slot], ledger, f"{entry.label}/{slot}") for slot in pair)
-        for m, v in zip(first, second, strict=True):
+    update = None
+    if pair:
+        update, rule = Update(), _rule(entry.state or {}, options)
+        for m, v in zip(*(blocks[slot] for slot in pair), strict=True):
             measures[pair[0]].add(m)
             measures[pair[1]].add(v)
             update.add(m, v, rule)

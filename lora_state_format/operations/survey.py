@@ -38,7 +38,7 @@ class Surveyed:
 
     def __str__(self) -> str:
         if self.reason is not None:
-            return f"{self.path} ({self.format or 'unknown'}): {self.reason.splitlines()[0]}"
+            return f"{self.path} ({self.format or 'unknown'}): {self.reason}".replace("\n", "\n  ")
         step = "" if self.global_step is None else f", step {self.global_step}"
         place = f", {self.place}" if self.place else ""
         return f"{self.path} ({self.format}): {self.parameters} parameters{step}; names: {self.source}{place}"
@@ -74,10 +74,10 @@ def _surveyed(path: Path) -> Surveyed | None:
     try:
         converter, _ = registry.find(path)
     except UnknownFormatError as error:
-        return Surveyed(str(path), reason=str(error)) if getattr(error, "matches", ()) else None
+        return Surveyed(str(path), reason=_told(error)) if getattr(error, "matches", ()) else None
     except (FileError, OSError) as error:
         return (
-            Surveyed(str(path), reason=str(error)) if path.is_file() and kind_of_file(path) != "a text file" else None
+            Surveyed(str(path), reason=_told(error)) if path.is_file() and kind_of_file(path) != "a text file" else None
         )
     try:
         with read(path) as state:
@@ -95,4 +95,9 @@ def _surveyed(path: Path) -> Surveyed | None:
     except (StateFormatError, OSError) as error:
         if isinstance(error, FileError) and error.detail.startswith(NO_OPTIMIZER):
             return None
-        return Surveyed(str(path), converter.NAME, reason=str(error))
+        return Surveyed(str(path), converter.NAME, reason=_told(error))
+
+
+def _told(error: StateFormatError | OSError) -> str:
+    """Return what an error says, its remedy as options of a command: a survey is a command's."""
+    return error.on_command_line() if isinstance(error, StateFormatError) else str(error)

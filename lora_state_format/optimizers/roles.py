@@ -8,7 +8,10 @@ from typing import Any, Final
 from lora_state_format.model.states import Role
 from lora_state_format.optimizers.quantised import TORCHAO
 
-__all__ = ["role_of"]
+__all__ = ["MASTER", "role_of"]
+
+MASTER: Final = "master_param"
+"""The slot of the float32 copy that an optimizer steps where the model's weights are narrower."""
 
 # --- roles --------------------------------------------------------------------------------------------------------
 

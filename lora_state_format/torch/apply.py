@@ -16,9 +16,10 @@ from lora_state_format.binding.resizing import RESIZABLE, Resize
 from lora_state_format.errors import BindError
 from lora_state_format.io.ledger import Ledger
 from lora_state_format.model import notebook
-from lora_state_format.model.sources import File
+from lora_state_format.model.sources import readable_together
 from lora_state_format.model.states import Parameter, Role, Scalar, Slot, Value, mapped
 from lora_state_format.optimizers.classes import Known, known
+from lora_state_format.optimizers.roles import MASTER
 from lora_state_format.torch import carried as carrying
 from lora_state_format.torch.capture import Models, Optimizers, lineage_of, stepper
 from lora_state_format.torch.codes import Coded, coded
@@ -36,6 +37,7 @@ from lora_state_format.torch.tensors import (
     scalar_to_torch,
     to_torch,
 )
+from lora_state_format.torch.zero import check_master
 
 __all__ = ["LoadReport", "apply", "carry_out"]
 
@@ -194,8 +196,7 @@ def _staged(loading: LoadPlan, live: Live, ledger: Ledger) -> list[_Staged]:
         return _stage(binding, live, ledger)
 
     named = live.named
-    open_files = all(type(resource) is File for resource in loading.state.resources)
-    if not open_files or named.parts or any(map(is_sharded, named.tensors.values())):
+    if not readable_together(loading.state.resources) or named.parts or any(map(is_sharded, named.tensors.values())):
         return [*map(stage, loading.bindings)]
     with ThreadPoolExecutor(2) as readers:
         return [*readers.map(stage, loading.bindings)]
@@ -217,6 +218,8 @@ def _stage(binding: Binding, live: Live, ledger: Ledger) -> _Staged:
         ledger,
     )
     slots = _built(binding.saved.state, optimizer, place, ())
+    if part and live.side.parameters[binding.name].narrow and MASTER in slots:
+        check_master(binding.name, place.parameter, part, slots[MASTER])
     if not binding.quantise:
         return _Staged(slots)
     return _Staged(*coded(optimizer, place.parameter, slots))

@@ -34,6 +34,7 @@ from lora_state_format.model.states import (
     Scalar,
     Slot,
     Value,
+    mapped,
     walk,
 )
 from lora_state_format.model.tensors import Digest, Tensor, memory_order
@@ -70,7 +71,9 @@ __all__ = [
 logger = logging.getLogger("lora_state_format")
 
 Models: TypeAlias = "torch.nn.Module | Mapping[str, torch.nn.Module]"
-Optimizers: TypeAlias = "torch.optim.Optimizer | Sequence[torch.optim.Optimizer]"
+Optimizers: TypeAlias = (
+    "torch.optim.Optimizer | Sequence[torch.optim.Optimizer] | Mapping[torch.Tensor, torch.optim.Optimizer]"
+)
 
 WRAPPERS: Final[Mapping[str, str]] = {
     "torch._dynamo.eval_frame.OptimizedModule": "_orig_mod",
@@ -88,6 +91,10 @@ SHELLS: Final[Mapping[str, str]] = {
     "pytorch_lightning.core.optimizer.LightningOptimizer": "optimizer",
 }
 """Class of an optimizer that only hands on to another -> where it has that one."""
+
+
+HOLDERS: Final[Mapping[str, str]] = {"transformers.trainer_pt_utils.LayerWiseDummyOptimizer": "optimizer_dict"}
+"""Class of an optimizer that stands for others, one for each parameter -> where it has those, by parameter."""
 
 
 # --- names ----------------------------------------------------------------------------------------------------------
@@ -193,6 +200,8 @@ def _lineage(kind: type) -> tuple[str, ...]:
 def optimizers_of(optimizer: Optimizers) -> tuple[torch.optim.Optimizer, ...]:
     """Return the optimizers of a run, without the shells that frameworks put around them.
 
+    A dict of them, as loops keep that step each parameter in the backward pass, stands for its values.
+
     Raises ``OptionError`` for something that is no optimizer.
     """
     if isinstance(optimizer, torch.nn.Module) and view_of(optimizer) is None:
@@ -200,10 +209,12 @@ def optimizers_of(optimizer: Optimizers) -> tuple[torch.optim.Optimizer, ...]:
             f"the first argument is a {type(optimizer).__name__}, which is a model: pass the optimizer first, then the "
             "model, then the path"
         )
-    listed = optimizer if isinstance(optimizer, Sequence) else [optimizer]
     if isinstance(optimizer, Mapping):
-        raise OptionError("the first argument is a dict: pass the optimizer itself, not its state_dict()")
-    return tuple(map(_shelled, listed))
+        if not optimizer or not all(isinstance(value, torch.optim.Optimizer) for value in optimizer.values()):
+            raise OptionError("the first argument is a dict: pass the optimizer itself, not its state_dict()")
+        optimizer = list(optimizer.values())
+    listed = optimizer if isinstance(optimizer, Sequence) else [optimizer]
+    return tuple(one for found in listed for one in _several(_shelled(found)))
 
 
 def sharding(optimizer: Optimizers, model: Models) -> Literal["DTensor", "FSDP1"] | None:
@@ -219,6 +230,12 @@ def _shelled(optimizer: Any) -> torch.optim.Optimizer:
     while inner := next((SHELLS[path] for path in _lineage(type(optimizer)) if path in SHELLS), None):
         optimizer = getattr(optimizer, inner)
     return cast("torch.optim.Optimizer", view_of(optimizer) or optimizer)
+
+
+def _several(optimizer: torch.optim.Optimizer) -> Sequence[torch.optim.Optimizer]:
+    """Return the optimizers for which one without parameters of its own stands."""
+    held = next((HOLDERS[path] for path in _lineage(type(optimizer)) if path in HOLDERS), None)
+    return [optimizer] if held is None else list((getattr(optimizer, held) or {}).values())
 
 
 def stepper(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
@@ -365,6 +382,7 @@ def capture(
     return capture_parts(optimizer, model, named, weights=weights, extra=extra, global_step=global_step, copy=copy)
 
 
+@torch.no_grad()  # else every look at a DTensor's own part goes through autograd: a third of the time of a small copy
 def capture_parts(
     optimizer: Optimizers,
     model: Models,
@@ -516,7 +534,7 @@ def _slots(
         if isinstance(raw, torch.Tensor) and (reason := refusal(raw)):
             raise UnrepresentableError(f"'{name}': slot '{'.'.join(map(str, path))}' is a tensor {reason}")
     slots = reader.slots(entry, options, (name,))
-    fitted = {key: _fitted(value, named.shape(name)) for key, value in slots.items()}
+    fitted: Mapping[str, Value] = mapped(slots, lambda leaf, _: _fitted(leaf, named.shape(name)))
     for path, slot in walk(fitted) if name in named.parts else ():
         if isinstance(slot, Slot) and slot.role is not Role.PARAM:
             raise UnrepresentableError(
@@ -526,16 +544,11 @@ def _slots(
     return fitted
 
 
-def _fitted(value: Any, shape: tuple[int, ...]) -> Any:
-    """Return slots that are called like ones of the parameter's shape, and have another, are opaque."""
-    if isinstance(value, Slot):
-        other = value.role is Role.PARAM and value.tensor.shape != shape
-        return Slot(value.tensor, order=memory_order(value.tensor)) if other else value
-    if isinstance(value, Mapping):
-        return {key: _fitted(inner, shape) for key, inner in value.items()}
-    if isinstance(value, (list, tuple)):
-        return type(value)(_fitted(inner, shape) for inner in value)
-    return value
+def _fitted(leaf: Value, shape: tuple[int, ...]) -> Value:
+    """Return a slot that is called like one of the parameter's shape, and has another, as an opaque one."""
+    if isinstance(leaf, Slot) and leaf.role is Role.PARAM and leaf.tensor.shape != shape:
+        return Slot(leaf.tensor, order=memory_order(leaf.tensor))
+    return leaf
 
 
 def _globals(reader: Reader, optimizers: Sequence[torch.optim.Optimizer]) -> Mapping[str, Value]:

@@ -1,7 +1,8 @@
 """Whole tensors at the ranks that want them: exchanged in rounds of bounded size, read while they arrive.
 
 Of every tensor each rank holds some elements: a box (DTensor), or a run in C order (FSDP1, ZeRO). ``gather`` brings the
-bytes of each tensor to the one rank that wants it, by ``all_to_all_single``, in the order in which it reads them.
+bytes of each tensor to the one rank that wants it, in the order in which it reads them: ranks of one machine put theirs
+into its buckets, which they share, and others send them by ``all_to_all_single``.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import queue
 from bisect import bisect_left
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, Final, NamedTuple, TypeAlias, TypeVar
 
 import torch
@@ -20,8 +21,9 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 from torch.distributed.tensor.placement_types import _StridedShard
 
 from lora_state_format.errors import CaptureError, RankError
-from lora_state_format.model.tensors import Box, Flat, Tensor, boxes_between, contiguous, intersection, is_tiling
+from lora_state_format.model.tensors import CHUNK, Box, Flat, Tensor, boxes_between, contiguous, intersection, is_tiling
 from lora_state_format.optimizers.rounded import Rounded
+from lora_state_format.torch.shared import Buckets, shared_buckets
 from lora_state_format.torch.tensors import dtype_name, to_host
 
 __all__ = ["BUCKET", "Spread", "box_of", "gather", "run", "spread"]
@@ -34,6 +36,9 @@ Where: TypeAlias = "Box | Flat | None"
 BUCKET: Final = 16 << 20
 """Bytes that a rank sends, and receives, in one round. It holds four times as many: what it sends, what arrives, and
 two buckets of whole tensors, of which one is being read."""
+
+SHARED: Final = 64 << 20
+"""Bytes of the buckets of all ranks of a machine, where they share them. Each rank has two."""
 
 SMALLEST: Final = 1 << 20
 """Rounds do not become smaller than this, however much one rank has to send in them."""
@@ -62,7 +67,7 @@ class Spread:
         self.where = where
         self.local = local
         self.size = math.prod(shape) * width
-        self.incoming: _Incoming | None = None
+        self.incoming: _Incoming | _Local | None = None
 
     def readinto(self, offset: int, out: memoryview) -> None:
         """Fill ``out`` with the bytes from ``offset`` on, when they have arrived."""
@@ -77,7 +82,7 @@ class Spread:
         found = self._arrived().find(self, offset)
         return found[:size] if len(found) >= size else None
 
-    def _arrived(self) -> _Incoming:
+    def _arrived(self) -> _Incoming | _Local:
         if self.incoming is None:
             raise CaptureError("the model is sharded: call save_optimizer on every rank")
         return self.incoming
@@ -185,6 +190,13 @@ class _Holders:
         where = self.wheres[rank]
         return where is not None and _nearest(self._ranks[where], receiver) == rank
 
+    def has_all(self, rank: int, shape: tuple[int, ...]) -> bool:
+        """Whether a rank holds every element of a tensor of this shape itself."""
+        where = self.wheres[rank]
+        if isinstance(where, Flat):
+            return where.count == math.prod(shape)
+        return where is not None and where.shape == shape
+
     def senders(self, receiver: int) -> list[int]:
         """Return the ranks from which a receiver gets all elements."""
         return sorted(_nearest(ranks, receiver) for ranks in self._ranks.values())
@@ -252,6 +264,15 @@ class _Part(NamedTuple):
     def size(self) -> int:
         return math.prod(self.shape)
 
+    def taken(self) -> torch.Tensor:
+        """Return the bytes of this rank's own tensor."""
+        return self.spread.bytes_of_local[self.local]
+
+    def into_bucket(self, bucket: torch.Tensor, data: torch.Tensor) -> None:
+        """Copy bytes of shape ``shape`` to their place."""
+        whole = bucket[self.place : self.place + math.prod(self.run)].view(self.run)
+        whole[self.into].copy_(data)
+
 
 def _rounds(spreads: Sequence[Spread], size: int) -> list[list[_Segment]]:
     """Return the tensors that a rank wants, in order, cut into buckets of ``size`` bytes."""
@@ -307,19 +328,31 @@ class _Plan:
 
     def __init__(self, wanted: Sequence[Sequence[Spread]], group: Any) -> None:
         self.rank = dist.get_rank(group)
-        self._wanted = wanted
+        self.world = len(wanted)
         self._holders = _holders([spread for spreads in wanted for spread in spreads], group)
+        self._wanted = [
+            [spread for spread in spreads if not self._of(spread).has_all(rank, spread.shape)]
+            for rank, spreads in enumerate(wanted)
+        ]
         self.size = BUCKET
 
+    def exchanges(self, spread: Spread) -> bool:
+        """Whether bytes of a tensor that this rank wants come from others."""
+        return not self._of(spread).has_all(self.rank, spread.shape)
+
+    def longest(self) -> int:
+        """Return the bytes that the rank gets that gets most."""
+        return max(sum(spread.size + ALIGNMENT for spread in spreads) for spreads in self._wanted)
+
     def lay(self, size: int) -> None:
-        """Lay the rounds out for buckets of ``size`` bytes."""
+        """Lay the rounds out for buckets of ``size`` bytes; what a rank has itself it sends to itself."""
         self.size = size
         rounds = [_rounds(spreads, size) for spreads in self._wanted]
         self.count = max(map(len, rounds))
         self.own = rounds[self.rank] + [[] for _ in range(self.count - len(rounds[self.rank]))]
         self.sends: list[list[list[_Part]]] = [[[] for _ in rounds] for _ in range(self.count)]
         for receiver, theirs in enumerate(rounds):
-            for number, segments in enumerate(theirs if receiver != self.rank else ()):
+            for number, segments in enumerate(theirs):
                 for segment in segments:
                     holders = self._of(segment.spread)
                     if holders.sends(self.rank, receiver):
@@ -327,15 +360,21 @@ class _Plan:
 
     def most(self) -> int:
         """Return the bytes that this rank sends in the round in which it sends most."""
-        return max((sum(part.size for parts in sends for part in parts) for sends in self.sends), default=0)
+        return max(
+            (sum(part.size for parts in self.outward(n) for part in parts) for n in range(self.count)), default=0
+        )
 
-    def receives(self, number: int) -> list[list[_Part]]:
-        """Return what comes from each rank in a round, this one included."""
+    def outward(self, number: int) -> list[list[_Part]]:
+        """Return what goes to each other rank in a round."""
+        return [[] if receiver == self.rank else parts for receiver, parts in enumerate(self.sends[number])]
+
+    def inward(self, number: int) -> list[list[_Part]]:
+        """Return what comes from each other rank in a round."""
         found: list[list[_Part]] = [[] for _ in self._wanted]
         for segment in self.own[number]:
             holders = self._of(segment.spread)
             for sender in holders.senders(self.rank):
-                found[sender] += _parts(segment, holders.wheres[sender])
+                found[sender] += _parts(segment, holders.wheres[sender]) if sender != self.rank else ()
         return found
 
     def _of(self, spread: Spread) -> _Holders:
@@ -345,16 +384,16 @@ class _Plan:
 class _Incoming:
     """Buckets on their way from the thread that exchanges to the one that reads."""
 
-    def __init__(self, size: int) -> None:
+    def __init__(self, buckets: Sequence[torch.Tensor]) -> None:
         self._free: queue.SimpleQueue[torch.Tensor] = queue.SimpleQueue()
         self._full: queue.SimpleQueue[tuple[torch.Tensor, list[_Segment]] | None] = queue.SimpleQueue()
-        for _ in range(2):
-            self._free.put(torch.empty(size, dtype=torch.uint8))
+        for bucket in buckets:
+            self._free.put(bucket)
         self._bucket: torch.Tensor | None = None
         self._segments: dict[int, tuple[_Segment, memoryview]] = {}
 
     def free(self) -> torch.Tensor:
-        """Return a bucket to fill, when there is one that is not being read."""
+        """Return the next bucket to fill, when it is not being read any more; they take turns."""
         return self._free.get()
 
     def put(self, bucket: torch.Tensor, segments: list[_Segment]) -> None:
@@ -390,6 +429,16 @@ class _Incoming:
         return True
 
 
+class _Local:
+    """The bytes of tensors of which this rank holds every element: nothing has to arrive."""
+
+    def find(self, spread: Spread, offset: int) -> memoryview:
+        """Return some bytes of a tensor from ``offset`` on, at most a chunk of those on a device."""
+        flat = spread.bytes_of_local.reshape(-1)
+        found: memoryview = flat[offset : offset + CHUNK].cpu().numpy().data
+        return found
+
+
 # --- carrying it out ------------------------------------------------------------------------------------------------
 
 
@@ -410,22 +459,36 @@ def gather(wanted: Sequence[Sequence[Tensor]], read: Callable[[], T], group: Any
     if not any(spreads):
         return read()
     plan = _Plan(spreads, group)
-    device = "cuda" if dist.get_backend(group) == "nccl" else "cpu"
-    _fit(plan, device, group)
-    incoming = _Incoming(plan.size)
+    exchange, incoming = _prepared(plan, group)
     for source in spreads[plan.rank]:
-        source.incoming = incoming
-    with ThreadPoolExecutor(1, "lora_state_format exchange") as thread:
-        reading = thread.submit(_read, read, incoming)
-        try:
-            _exchange(plan, incoming, device, group)
-        finally:
-            incoming.end()
-        try:
+        source.incoming = incoming if plan.exchanges(source) else _Local()
+    try:
+        with ThreadPoolExecutor(1, "lora_state_format exchange") as thread:
+            reading = thread.submit(_read, read, incoming)
+            try:
+                exchange()
+            finally:
+                incoming.end()
             return reading.result()
-        finally:
-            for source in spreads[plan.rank]:
-                source.incoming = None
+    finally:
+        for source in spreads[plan.rank]:
+            source.incoming = None
+
+
+def _prepared(plan: _Plan, group: Any) -> tuple[Callable[[], None], _Incoming]:
+    """Lay the rounds out, and return what carries them out, and the buckets into which it brings the bytes."""
+    if not plan.longest():
+        return lambda: None, _Incoming([])
+    device = "cuda" if dist.get_backend(group) == "nccl" else "cpu"
+    size = min(BUCKET, max(SMALLEST, SHARED // 2 // plan.world), -(-plan.longest() // ALIGNMENT) * ALIGNMENT)
+    buckets = shared_buckets(2, size, group) if device == "cpu" else None
+    if buckets is not None:
+        plan.lay(size)
+        incoming = _Incoming(buckets[plan.rank])
+        return partial(_put_all, plan, incoming, buckets, group), incoming
+    _fit(plan, device, group)
+    incoming = _Incoming([torch.empty(plan.size, dtype=torch.uint8) for _ in range(2)])
+    return partial(_send_all, plan, incoming, device, group), incoming
 
 
 def _source(tensor: Tensor) -> Spread | None:
@@ -455,25 +518,48 @@ def _fit(plan: _Plan, device: str, group: Any) -> None:
         size = max(SMALLEST, size // 2)
 
 
-def _exchange(plan: _Plan, incoming: _Incoming, device: str, group: Any) -> None:
-    """Carry the rounds out. A rank that fails to pack goes on with what stands there, and raises at the end."""
+def _put_all(plan: _Plan, incoming: _Incoming, buckets: Buckets, group: Any) -> None:
+    """Carry the rounds out where all ranks write into all buckets. A rank that fails goes on, and raises at the end.
+
+    Behind a barrier every bucket of the round is full, and every bucket of the next round is free.
+    """
+    failure: Exception | None = None
+    own = incoming.free()
+    for number in range(plan.count):
+        try:
+            for receiver, parts in enumerate(plan.sends[number]):
+                for part in parts:
+                    part.into_bucket(buckets[receiver][number % 2], part.taken())
+        except Exception as error:
+            failure = failure or error
+        following = incoming.free() if number + 1 < plan.count else None
+        dist.barrier(group)
+        incoming.put(own, plan.own[number])
+        own = following if following is not None else own
+    if failure is not None:
+        raise failure
+
+
+def _send_all(plan: _Plan, incoming: _Incoming, device: str, group: Any) -> None:
+    """Carry the rounds out by messages. A rank that fails to pack sends what is there, and raises at the end."""
     sent = torch.empty(plan.most(), dtype=torch.uint8, device=device)
     arrived = torch.empty(0, dtype=torch.uint8, device=device)
     failure: Exception | None = None
     for number in range(plan.count):
-        sends, receives = plan.sends[number], plan.receives(number)
+        outward, inward = plan.outward(number), plan.inward(number)
         try:
-            _pack(sends, sent)
+            _pack(outward, sent)
         except Exception as error:
             failure = failure or error
-        outward = [sum(part.size for part in parts) for parts in sends]
-        inward = [sum(part.size for part in parts) if rank != plan.rank else 0 for rank, parts in enumerate(receives)]
-        if sum(inward) > len(arrived):
+        came, went = ([sum(part.size for part in parts) for parts in both] for both in (inward, outward))
+        if sum(came) > len(arrived):
             arrived = torch.empty(plan.size, dtype=torch.uint8, device=device)
-        dist.all_to_all_single(arrived[: sum(inward)], sent[: sum(outward)], inward, outward, group=group)
+        dist.all_to_all_single(arrived[: sum(came)], sent[: sum(went)], came, went, group=group)
         if plan.own[number]:
             bucket = incoming.free()
-            _unpack(receives, arrived, bucket, plan.rank)
+            for part in plan.sends[number][plan.rank]:
+                part.into_bucket(bucket, part.taken())
+            _unpack(inward, arrived, bucket)
             incoming.put(bucket, plan.own[number])
     if failure is not None:
         raise failure
@@ -483,18 +569,13 @@ def _pack(sends: Sequence[Sequence[_Part]], sent: torch.Tensor) -> None:
     place = 0
     for parts in sends:
         for part in parts:
-            taken = part.spread.bytes_of_local[part.local]
-            sent[place : place + part.size].view(part.shape).copy_(taken)
+            sent[place : place + part.size].view(part.shape).copy_(part.taken())
             place += part.size
 
 
-def _unpack(receives: Sequence[Sequence[_Part]], arrived: torch.Tensor, bucket: torch.Tensor, rank: int) -> None:
+def _unpack(receives: Sequence[Sequence[_Part]], arrived: torch.Tensor, bucket: torch.Tensor) -> None:
     place = 0
-    for sender, parts in enumerate(receives):
+    for parts in receives:
         for part in parts:
-            run = bucket[part.place : part.place + math.prod(part.run)].view(part.run)
-            if sender == rank:
-                run[part.into].copy_(part.spread.bytes_of_local[part.local])
-            else:
-                run[part.into].copy_(arrived[place : place + part.size].view(part.shape))
-                place += part.size
+            part.into_bucket(bucket, arrived[place : place + part.size].view(part.shape))
+            place += part.size

@@ -27,7 +27,7 @@ from lora_state_format.torch.capture import (
     stepper,
 )
 from lora_state_format.torch.nested import beside, wrapped
-from lora_state_format.torch.tensors import is_sharded
+from lora_state_format.torch.tensors import dtype_name, is_sharded
 
 __all__ = ["Live", "describe"]
 
@@ -74,6 +74,7 @@ def _parameter(name: str, tensor: torch.Tensor, named: Named) -> LiveParameter:
         _corner(tensor) if whole else None,
         (lambda: _constant(tensor)) if whole else None,
         named.layers.get(name),
+        own if name in named.parts and named.dtype(name) != (own := dtype_name(tensor.dtype)) else None,
     )
 
 

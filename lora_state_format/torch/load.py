@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -104,7 +105,8 @@ def _load_together(optimizer: Optimizers, model: Models, path: Path, policies: P
         spread = {name for name, tensor in named.tensors.items() if is_sharded(tensor) or name in named.parts}
         agree(False)
         if verify and any(parameter.weights for parameter in state.parameters):
-            found = hashes({name: weights_of(named, name) for name in live.side.members if name in spread})
+            own = {name: weights_of(named, name) for name in live.side.members if name in spread}
+            found = {name: Digest(ALGORITHM, own[name].dtype, value) for name, value in hashes(own).items()}
             live = replace(live, side=_with_digests(live.side, found))
         loading = _planned(state, live.side, policies)
         parts = {
@@ -131,14 +133,10 @@ def _step(saved: Parameter | None) -> Any:
     return step.item() if isinstance(step, Scalar) else step
 
 
-def _with_digests(live: LiveOptimizer, hashes: Mapping[str, str]) -> LiveOptimizer:
+def _with_digests(live: LiveOptimizer, found: Mapping[str, Digest]) -> LiveOptimizer:
     """Return the live side, with the digests of parameters of which this rank has only a part."""
-
-    def digest(parameter: LiveParameter) -> Callable[[], Digest]:
-        return lambda: Digest(ALGORITHM, parameter.dtype, hashes[parameter.name])
-
     parameters = {
-        name: replace(parameter, digest=digest(parameter)) if name in hashes else parameter
+        name: replace(parameter, digest=partial(found.__getitem__, name)) if name in found else parameter
         for name, parameter in live.parameters.items()
     }
     return replace(live, parameters=parameters)

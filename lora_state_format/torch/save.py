@@ -8,8 +8,11 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, overload
 
+from lora_state_format.errors import OptionError
 from lora_state_format.format import writing
 from lora_state_format.format.rotation import plan_rotation, remove_states, series_of
+from lora_state_format.io.atomic import made_folders
+from lora_state_format.io.remote import is_remote
 from lora_state_format.optimizers.rounded import check_stored, stored
 from lora_state_format.torch.background import BackgroundSave, settle, start
 from lora_state_format.torch.capture import (
@@ -86,8 +89,9 @@ def save_optimizer(
     """Write the state of an optimizer, or of several, under the model's names; see ``capture``.
 
     An older file at the path is replaced, as a training loop wants it; it stays whole until the new one is. Folders on
-    the way are made. With ``force=False`` an existing file is a ``TargetExistsError``. The optimizer is only read: no
-    step is run, and gradients may be there.
+    the way are made. The path may be a URL of an object store (``s3://``), to which the file is sent when it is whole.
+    With ``force=False`` an existing file is a ``TargetExistsError``. The optimizer is only read: no step is run, and
+    gradients may be there.
 
     The optimizer of a sharded model (FSDP2, tensor parallel, FSDP1 with ``use_orig_params=True``) is saved by all ranks
     together: call this on every one. Each writes files of its own, of about the same size; a state under 32 MiB is one
@@ -114,8 +118,8 @@ def save_optimizer(
     def whole() -> Callable[[], writing.Written]:
         state = capture(optimizer, model, weights=weights, **capturing)
         state = stored(state, store).state if store else state
-        path.parent.mkdir(parents=True, exist_ok=True)
-        return lambda: _rotated(writing.write(state, path, force=force, max_shard_size=max_shard_size), keep_last)
+        with made_folders(path):
+            return lambda: _rotated(writing.write(state, path, force=force, max_shard_size=max_shard_size), keep_last)
 
     def together() -> Callable[[], writing.Written]:
         import torch.distributed as dist
@@ -135,10 +139,23 @@ def save_optimizer(
         return write
 
     prepare = together if sharding(optimizer, model) else whole
+    if is_remote(path):
+        _check_remote(path, together=prepare is together, keep_last=keep_last)
     if background:
         return start(prepare)
     settle()
     return prepare()()
+
+
+def _check_remote(path: Path, *, together: bool, keep_last: int | None) -> None:
+    """Raise ``OptionError`` for what is not done in an object store."""
+    if together:
+        raise OptionError(
+            f"{path}: the ranks of a sharded model write into a folder that all of them see; save there, then "
+            f"convert(that path, {str(path)!r})"
+        )
+    if keep_last is not None:
+        raise OptionError(f"{path}: keep_last removes files of a folder, and this is a URL; leave keep_last out")
 
 
 def _rotated(written: writing.Written, keep_last: int | None) -> writing.Written:

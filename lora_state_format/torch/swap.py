@@ -14,8 +14,8 @@ from typing import Any, Final
 import torch
 
 from lora_state_format.errors import BindError
-from lora_state_format.model.states import Scalar, Slot, Value
-from lora_state_format.torch.tensors import scalar_to_torch, to_torch
+from lora_state_format.model.states import Scalar, Slot, Value, mapped
+from lora_state_format.torch.tensors import scalar_to_torch, tensors_in, to_torch
 
 __all__ = ["Change", "Options", "group_changes", "plain", "remembered", "swap"]
 
@@ -62,6 +62,8 @@ def group_changes(optimizers: Sequence[torch.optim.Optimizer], chosen: Sequence[
     wanted: dict[int, list[torch.Tensor]] = {}
     for group, options in zip(groups, chosen, strict=True):
         for key, current in group.items():
+            if key == "params":  # no option, and each would be copied
+                continue
             for tensor, value in _pairs(key, current, options.get(key, current)):
                 wanted.setdefault(id(tensor), []).append(value)
     split = {key for key, values in wanted.items() if any(not torch.equal(values[0], value) for value in values)}
@@ -113,13 +115,13 @@ def _changed(key: str, current: Any, value: Any, split: set[int], in_place: dict
 
 def plain(value: Value) -> Any:
     """Return a value of a state as torch has it: tensors of its own in CPU memory."""
-    if isinstance(value, Slot):
-        return to_torch(value.tensor, value.order)
-    if isinstance(value, Scalar):
-        return scalar_to_torch(value)
-    if isinstance(value, Mapping):
-        return {key: plain(inner) for key, inner in value.items()}
-    return type(value)(map(plain, value)) if isinstance(value, (list, tuple)) else value
+    return mapped(value, _plain)
+
+
+def _plain(leaf: Value, path: tuple[Any, ...]) -> Any:
+    if isinstance(leaf, Slot):
+        return to_torch(leaf.tensor, leaf.order)
+    return scalar_to_torch(leaf) if isinstance(leaf, Scalar) else leaf
 
 
 # --- the swap -------------------------------------------------------------------------------------------------------
@@ -153,11 +155,12 @@ def swap(changes: Sequence[Change], options: Options, finish: Callable[[], None]
 
 
 def remembered(optimizer: torch.optim.Optimizer) -> Callable[[], None]:
-    """Return what puts an optimizer back as it is now, the values of tensors among its options included."""
+    """Return what puts an optimizer back as it is now, the values included of tensors that a load fills in place."""
     attributes, state = dict(vars(optimizer)), dict(optimizer.state)
     mappings = [(mapping, dict(mapping)) for mapping in (*optimizer.param_groups, optimizer.defaults)]
     options = [value for _, before in mappings for key, value in before.items() if key != "params"]
-    tensors = [(tensor, tensor.detach().clone()) for tensor in _tensors(options)]
+    filled = (*tensors_in(options), *getattr(optimizer, "masters", ()))
+    tensors = [(tensor, tensor.detach().clone()) for tensor in filled]
 
     def back() -> None:
         vars(optimizer).clear()
@@ -170,12 +173,6 @@ def remembered(optimizer: torch.optim.Optimizer) -> Callable[[], None]:
                 _fill(tensor, values)
 
     return back
-
-
-def _tensors(value: Any) -> list[torch.Tensor]:
-    if isinstance(value, (list, tuple)):
-        return [tensor for item in value for tensor in _tensors(item)]
-    return [value] if isinstance(value, torch.Tensor) else []
 
 
 @torch.no_grad()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, Final
 
 import torch
@@ -15,7 +15,7 @@ from lora_state_format.io.ledger import Ledger
 from lora_state_format.model.digests import stated_hash
 from lora_state_format.model.dtypes import NAMES
 from lora_state_format.model.sources import Memory, Source
-from lora_state_format.model.states import Scalar
+from lora_state_format.model.states import Scalar, walk
 from lora_state_format.model.tensors import CHUNK, Box, Piece, Tensor, contiguous
 from lora_state_format.model.text import class_path
 
@@ -29,6 +29,7 @@ __all__ = [
     "read_into",
     "refusal",
     "scalar_to_torch",
+    "tensors_in",
     "to_host",
     "to_torch",
 ]
@@ -50,6 +51,14 @@ def is_sharded(tensor: Any) -> bool:
     """Return whether this is a DTensor, of which each rank has its part."""
     module = sys.modules.get("torch.distributed.tensor")
     return module is not None and isinstance(tensor, module.DTensor)
+
+
+def tensors_in(value: Any) -> Iterator[torch.Tensor]:
+    """Yield the live tensors in a value of an optimizer, in order."""
+    leaf: Any
+    for _, leaf in walk(value):
+        if isinstance(leaf, torch.Tensor):
+            yield leaf
 
 
 def refusal(tensor: torch.Tensor) -> str | None:

@@ -19,6 +19,7 @@ import torch
 from lora_state_format.errors import CaptureError, FileError
 from lora_state_format.format import writing
 from lora_state_format.format.envelope import MAX_SHARDS, index_of, set_id
+from lora_state_format.format.stowing import stowed
 from lora_state_format.io.atomic import TemporaryFile
 from lora_state_format.io.ledger import Ledger
 from lora_state_format.model.digests import ALGORITHM, hash_tensor
@@ -84,6 +85,7 @@ def write_together(
     state = _completed(captured, ranks)
     if captured.store:  # what it raises, it raises on every rank
         state = stored(state, captured.store).state
+    state = stowed(state)
     captured = replace(captured, state=state)
     bounds: list[tuple[int, int]] = []
     layouts: list[writing.Layout] = []

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 
 from lora_state_format.errors import CaptureError
 from lora_state_format.torch.nested import stepping
+from lora_state_format.torch.tensors import tensors_in
 
 __all__ = ["Versions"]
 
@@ -25,7 +25,7 @@ class Versions:
             for optimizer in optimizers
             for found in stepping(optimizer)
             for slots in found.state.values()
-            for tensor in _tensors(slots)
+            for tensor in tensors_in(slots)
             if not tensor.is_inference()
         ]
 
@@ -40,14 +40,3 @@ class Versions:
 
     def close(self) -> None:
         """Do nothing: the tensors are the optimizer's."""
-
-
-def _tensors(value: Any) -> Iterator[torch.Tensor]:
-    if isinstance(value, torch.Tensor):
-        yield value
-    elif isinstance(value, Mapping):
-        for item in value.values():
-            yield from _tensors(item)
-    elif isinstance(value, (list, tuple)):
-        for item in value:
-            yield from _tensors(item)

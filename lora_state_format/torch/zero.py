@@ -16,10 +16,11 @@ import torch
 
 from lora_state_format.errors import BindError, CaptureError
 from lora_state_format.model.text import class_path
+from lora_state_format.optimizers.roles import MASTER
 from lora_state_format.torch.fsdp1 import Part
 from lora_state_format.torch.tensors import dtype_name
 
-__all__ = ["ZeroView", "parts_of_zero", "view_of"]
+__all__ = ["ZeroView", "check_master", "parts_of_zero", "view_of"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,12 +160,17 @@ class _State(MutableMapping[Any, Mapping[str, Any]]):
         slots = self._state.get(place.flat, {})
         if not slots:
             raise KeyError(parameter)
-        return {key: place.of(value) if _is_flat(value, place.flat) else value for key, value in slots.items()}
+        held = {key: place.of(value) if _is_flat(value, place.flat) else value for key, value in slots.items()}
+        return {**held, MASTER: place.of(place.flat)} if _has_master(parameter, place) else held
 
     def __setitem__(self, parameter: torch.Tensor, slots: Mapping[str, Any]) -> None:
         place = self._places[id(parameter)]
         live = self._state.setdefault(place.flat, {})
         for key, value in slots.items():
+            if key == MASTER:
+                if _has_master(parameter, place):
+                    place.of(place.flat).data.copy_(value)
+                continue
             if not isinstance(value, torch.Tensor) or value.shape != (place.count,) or not value.dim():
                 live[key] = value
                 continue
@@ -188,6 +194,31 @@ class _State(MutableMapping[Any, Mapping[str, Any]]):
         return sum(1 for _ in self)
 
 
+def _has_master(parameter: torch.Tensor, place: _Place) -> bool:
+    """Return whether DeepSpeed steps a wider copy of a parameter, which its next step rounds into the weights."""
+    return place.flat.dtype != parameter.dtype
+
+
+def check_master(name: str, parameter: torch.Tensor, part: Part, master: torch.Tensor) -> None:
+    """Raise ``BindError`` unless a float32 master, rounded, is what this rank has of the live weights.
+
+    Args:
+        name: The parameter's.
+        parameter: The live one, of another dtype.
+        part: What this rank has of it.
+        master: The elements of that part.
+    """
+    own = part.own if part.own is not None else parameter.detach().reshape(-1)[part.start : part.start + part.count]
+    rounded = master.to(device=own.device, dtype=own.dtype)
+    differing = int((rounded != own).logical_and_(~(rounded.isnan() & own.isnan())).sum())
+    if differing:
+        raise BindError(
+            f"'{name}': the float32 master in the file, rounded to {dtype_name(own.dtype)}, differs from the live "
+            f"weights in {differing} of {own.numel()} elements, which the next step would overwrite: load the "
+            "weights of the same save into the model first"
+        )
+
+
 def _is_flat(value: Any, flat: torch.Tensor) -> bool:
     return isinstance(value, torch.Tensor) and value.shape == flat.shape and value.dim() > 0
 
@@ -200,6 +231,7 @@ class ZeroView:
         param_groups: Its groups, with the model's parameters.
         defaults: The inner optimizer's.
         state: What this rank has of each parameter's state.
+        masters: The partitions of wider copies of the weights, which a load fills in place.
     """
 
     def __init__(self, found: Any, groups: list[list[torch.Tensor]], places: dict[int, _Place]) -> None:
@@ -214,6 +246,8 @@ class ZeroView:
         self.param_groups = [_Group(o, g) for o, g in zip(base.param_groups, groups, strict=True)]
         self.state = _State(base.state, [p for group in groups for p in group], places, forgotten)
         self._places = places
+        wider = [places[id(p)].flat for group in groups for p in group if _has_master(p, places[id(p)])]
+        self.masters = list({id(flat): flat for flat in wider}.values())
 
     def check(self, steps: Mapping[int, Any]) -> None:
         """Raise ``BindError`` where parameters of one partition have taken different numbers of steps.

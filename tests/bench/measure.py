@@ -115,7 +115,7 @@ def machine(*packages: str) -> str:
 
 
 def row(title: str, own: Sequence[Run], first: Sequence[Run], limits: Mapping[str, float]) -> dict[str, Any]:
-    """Return what was measured of a case as JSON, next to its limits: ``seconds``, ``ratio``, ``peak``.
+    """Return what was measured of a case as JSON, next to its limits: ``cpu``, ``ratio``, ``peak``.
 
     ``first`` are the runs of the yardstick, which ratios of the same round are to.
     """
@@ -125,7 +125,7 @@ def row(title: str, own: Sequence[Run], first: Sequence[Run], limits: Mapping[st
     shown["ratio"] = spread([a.wall / b.wall for a, b in zip(own, first, strict=True)])
     shown["cpu_ratio"] = spread([a.cpu / max(b.cpu, 1e-6) for a, b in zip(own, first, strict=True)])
     shown["peak"] = max(run.peak for run in own)
-    shown["missed"] = [name for name, limit in limits.items() if _value(shown, name) > limit]
+    shown["missed"] = {name: over for name, limit in limits.items() if (over := _value(shown, name) - limit) > 0}
     return shown
 
 
@@ -143,7 +143,7 @@ def lines(title: str, rows: Sequence[Mapping[str, Any]]) -> list[str]:
     for found in rows:
         ratio, low, high = found["ratio"]
         limits = ", ".join(
-            f"{name} {limit:g}{': missed' if name in found['missed'] else ''}"
+            f"{name} {limit:g}: " + (f"missed by {found['missed'][name]:.2g}" if name in found["missed"] else "met")
             for name, limit in found["limits"].items()
         )
         numbers = [f"{found['least']:.2f}", f"{found['seconds'][0]:.2f}", f"{found['cpu'][0]:.2f}", f"{ratio:.2f}"]
@@ -157,11 +157,21 @@ def save(path: Path, about: str, tables: Mapping[str, Sequence[Mapping[str, Any]
     path.write_text(json.dumps({"machine": about, "tables": tables}, indent=1) + "\n", encoding="utf-8")
 
 
+def _compared(path: Path) -> dict[str, Any]:
+    """Print the tables of a file, and return it with those alone whose rows are to be compared with the first one."""
+    result: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    tables = result["tables"]
+    for table, rows in tables.items():
+        print("", result["machine"], "", *lines(table, rows), sep="\n")
+    compared = {table: rows for table, rows in tables.items() if any("ratio" in row["limits"] for row in rows)}
+    return {**result, "tables": compared}
+
+
 def draw(files: Sequence[Path], out: Path) -> None:
     """Draw the ratios to each table's yardstick, a colour for each machine, limits as marks; print the tables."""
     from matplotlib.figure import Figure
 
-    results = [json.loads(path.read_text(encoding="utf-8")) for path in files]
+    results = [_compared(path) for path in files]
     every = [(table, found) for result in results for table, rows in result["tables"].items() for found in rows[1:]]
     titles = list(dict.fromkeys((table, found["title"]) for table, found in every))
     figure = Figure(figsize=(8, 1 + 0.4 * len(titles)), layout="constrained")
@@ -174,8 +184,6 @@ def draw(files: Sequence[Path], out: Path) -> None:
         limited = [(place, row) for place, row in zip(places, found, strict=True) if "ratio" in row["limits"]]
         limits = [row["limits"]["ratio"] for _, row in limited]
         axes.plot(limits, [place for place, _ in limited], "k|", markersize=14)
-        for table, rows in result["tables"].items():
-            print("", result["machine"], "", *lines(table, rows), sep="\n")
     axes.set_yticks(range(len(titles)), [f"{table}: {title.replace('`', '')}" for table, title in titles], fontsize=7)
     axes.invert_yaxis()
     axes.axvline(1, color="black", linewidth=0.5)

@@ -54,15 +54,16 @@ def test_cases_take_turns_in_rotated_order() -> None:
 def test_ratios_are_of_one_round_and_limits_are_held() -> None:
     first = [Run(1.0, 1.0, 10), Run(10.0, 2.0, 10), Run(2.0, 1.0, 10)]
     own = [Run(1.2, 1.0, 50), Run(12.0, 4.0, 97), Run(2.4, 3.0, 20)]
-    row = measure.row("ours", own, first, {"ratio": 1.1, "peak": 96, "seconds": 3.0})
+    row = measure.row("ours", own, first, {"ratio": 1.1, "peak": 96, "cpu": 3.0})
     assert row["ratio"] == pytest.approx((1.2, 1.2, 1.2))
     assert row["cpu_ratio"] == (2.0, 1.0, 3.0)
     assert (row["seconds"][0], row["least"], row["peak"]) == (2.4, 1.2, 97)
-    assert row["missed"] == ["ratio", "peak"]
+    assert row["missed"] == {"ratio": pytest.approx(0.1), "peak": 1}
+    limits = "ratio 1.1: missed by 0.1, peak 96: missed by 1, cpu 3: met"
     assert measure.lines("convert", [row]) == [
         "| convert | least s | median s | cpu s | ratio | quarters | cpu ratio | peak MiB | limit |",
         "|---|---|---|---|---|---|---|---|---|",
-        "| ours | 1.20 | 2.40 | 3.00 | 1.20 | 1.20-1.20 | 2.00 | 97 | ratio 1.1: missed, peak 96: missed, seconds 3 |",
+        f"| ours | 1.20 | 2.40 | 3.00 | 1.20 | 1.20-1.20 | 2.00 | 97 | {limits} |",
     ]
 
 

@@ -167,7 +167,8 @@ def test_unexpected_parameters_with_their_causes() -> None:
         "    outside  [2, 3]  (in the model, but not in the optimizer)\n"
         "    gone  [2, 3]\n"
         "hint: 1 saved parameter is frozen in this model: call requires_grad_(True) before the optimizer is built\n"
-        "hint: unexpected='carry' keeps their state for the next save, unexpected='ignore' drops it"
+        "hint: unexpected='carry' keeps their state for the next save\n"
+        "hint: unexpected='ignore' drops it"
     )
     ignored = plan(saved, found, unexpected="ignore")
     carried = plan(saved, found, unexpected="carry")
@@ -199,7 +200,8 @@ def test_other_targets_are_refused_although_every_shape_fits() -> None:
         "  in the optimizer, not in the file (2):\n"
         f"    {PREFIX}o_proj.lora_A.default.weight  [2, 3]\n"
         f"    {PREFIX}o_proj.lora_B.default.weight  [2, 3]\n"
-        "hint: unexpected='carry' keeps their state for the next save, unexpected='ignore' drops it\n"
+        "hint: unexpected='carry' keeps their state for the next save\n"
+        "hint: unexpected='ignore' drops it\n"
         "hint: missing='fresh' lets the parameters that are not in the file start without state"
     )
 
@@ -246,7 +248,8 @@ def test_two_saved_names_that_would_become_one() -> None:
         "    _orig_mod.a.w  [2, 3]\n"
         "  in the optimizer, not in the file (1):\n"
         "    a.w  [2, 3]\n"
-        "hint: unexpected='carry' keeps their state for the next save, unexpected='ignore' drops it\n"
+        "hint: unexpected='carry' keeps their state for the next save\n"
+        "hint: unexpected='ignore' drops it\n"
         "hint: missing='fresh' lets the parameters that are not in the file start without state"
     )
 
@@ -309,7 +312,8 @@ def test_parameters_tied_now_only() -> None:
         "optimizer state does not fit: 2 parameters saved, 1 in the optimizer\n"
         "  in the file, not in the optimizer (1):\n"
         "    head.w  [2, 3]  ('embed.w' is the same tensor here)\n"
-        "hint: unexpected='carry' keeps their state for the next save, unexpected='ignore' drops it"
+        "hint: unexpected='carry' keeps their state for the next save\n"
+        "hint: unexpected='ignore' drops it"
     )
 
 
@@ -326,13 +330,13 @@ def test_another_rank() -> None:
     q, v = f"{PREFIX}q_proj", f"{PREFIX}v_proj"
     assert refused(plan(saved, found)) == (
         "optimizer state does not fit: 4 parameters saved, 4 in the optimizer\n"
-        "  of another shape (4):\n"
+        "  of another shape (4; the rank is 4 in the model and 8 in the file):\n"
         f"    {q}.lora_A.default.weight  [4, 6] in the model, [8, 6] in the file\n"
         f"    {q}.lora_B.default.weight  [6, 4] in the model, [6, 8] in the file\n"
         f"    {v}.lora_A.default.weight  [4, 6] in the model, [8, 6] in the file\n"
         f"    {v}.lora_B.default.weight  [6, 4] in the model, [6, 8] in the file\n"
-        "hint: the rank is 4 in the model and 8 in the file; mismatch='resize' cuts and pads the moments, for weights "
-        "that were cut and padded alike; mismatch='fresh' lets these parameters start without state"
+        "hint: mismatch='resize' cuts and pads the moments, for weights that were cut and padded alike\n"
+        "hint: mismatch='fresh' lets these parameters start without state"
     )
     assert plan(saved, found, mismatch="fresh").restored == 0
     resized = plan(saved, found, mismatch="resize")
@@ -416,7 +420,7 @@ def test_a_slot_that_the_step_needs_and_the_file_lacks() -> None:
         "    AdamW never reads momentum_buffer\n"
         "    AdamW keeps step, exp_avg, exp_avg_sq, which the file does not have\n"
         "hint: mismatch_class='fresh' lets the parameters whose state does not serve start without state\n"
-        "hint: if it is the same class, say so: convert(path, 'optimizer.safetensors', optimizer=CLASS)"
+        "hint: if it is the same class, convert the file with optimizer='CLASS'"
     )
 
 
@@ -472,7 +476,8 @@ def test_saved_groups_that_disagree_cannot_feed_one() -> None:
         "optimizer state does not fit: 2 parameters saved, 2 in the optimizer\n"
         "  live group 0 is fed by saved groups that disagree on weight_decay: 0.01 in saved group 0, 0.0 in "
         "saved group 1\n"
-        "hint: options={'weight_decay': 'current'} keeps the live value, options={'weight_decay': ...} sets another"
+        "hint: options={'weight_decay': 'current'} keeps the live value\n"
+        "hint: options={'weight_decay': ...} sets another"
     )
     for given, expected in (("current", None), (0.1, 0.1)):
         made = plan(saved, live(["a", "b"]), options={"weight_decay": given})
@@ -487,8 +492,8 @@ def test_live_groups_that_disagree_are_not_made_alike() -> None:
         "optimizer state does not fit: 2 parameters saved, 2 in the optimizer\n"
         "  saved group 0, with weight_decay 0.01, feeds live groups that disagree on it: 0.01 in live group 0, 0.0 in "
         "live group 1\n"
-        "hint: options={'weight_decay': 'current'} keeps the live values, options={'weight_decay': 'saved'} makes them "
-        "alike"
+        "hint: options={'weight_decay': 'current'} keeps the live values\n"
+        "hint: options={'weight_decay': 'saved'} makes them alike"
     )
     kept = plan(saved, found, options={"weight_decay": "current"})
     kept.check()

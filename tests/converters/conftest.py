@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import socket
-import subprocess
-import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -19,26 +15,9 @@ RunRanks = Callable[[str, Path, int, str], None]
 
 
 @pytest.fixture(scope="session")
-def run_ranks() -> RunRanks:
-    """Start one process per rank of a script in ``runs`` and wait for all: (script, folder, ranks, cases)."""
-
-    def run(script: str, out: Path, world: int, cases: str) -> None:
-        out.mkdir(parents=True, exist_ok=True)
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        path = Path(__file__).parent / "runs" / f"{script}.py"
-        started = []
-        for rank in range(world):
-            log = out / f"{script}.{rank}.log"
-            command = [sys.executable, "-W", "ignore", str(path), str(out), str(rank), str(world), str(port), cases]
-            environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-            with log.open("w") as said:
-                started.append((subprocess.Popen(command, stdout=said, stderr=said, env=environment), log))
-        for process, log in started:
-            assert process.wait(timeout=300) == 0, log.read_text()[-3000:]
-
-    return run
+def run_ranks(run_ranks: Callable[[Path, Path, int, str], None]) -> RunRanks:
+    """Run a script of ``runs``, by its name: (script, folder for what it makes, ranks, cases)."""
+    return lambda script, *rest: run_ranks(Path(__file__).parent / "runs" / f"{script}.py", *rest)
 
 
 @pytest.fixture(scope="session")

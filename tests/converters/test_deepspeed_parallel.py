@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from lora_state_format import registry
 from lora_state_format.errors import FileError, RefusedError
@@ -79,6 +80,40 @@ def check(folder: Path, target: Path) -> None:
         stage3 = case.endswith("3")  # its model files hold no weights
         assert all((parameter.weights is None) == stage3 for parameter in state.values())
         assert state.origin.get("masters_compared") == ((0 if stage3 else len(seen)) if zero else None)
+
+
+@pytest.mark.parametrize("folder", ["4-hpz3"], indirect=True)
+def test_weights_next_to_stage_3_prove_its_masters(folder: Path, tmp_path: Path) -> None:
+    """``stage3_gather_16bit_weights_on_model_save`` and Trainer leave the weights there: the masters, rounded."""
+    options = {"masters": True}
+    report = convert(folder, tmp_path / "alone.safetensors")
+    unseen = (
+        "no fp32 master was compared with a weight, for the files do not hold both: ranks' files that were exchanged, "
+        "or are of another save of the same step, would go unnoticed"
+    )
+    assert (report.paired, report.notes) == (0, (unseen,))
+    with read_any(folder, options=options) as state:
+        masters = {name: parameter["master_param"].torch() for name, parameter in state.items()}
+    weights = folder.parent / "model.safetensors"
+    save_file({name: master.bfloat16() for name, master in masters.items()}, weights)
+    report = convert(folder, tmp_path / "proven.safetensors")
+    assert (report.paired, report.notes, report.warnings) == (len(masters), (), ())
+    with read_any(folder) as state:
+        assert state.origin["masters_compared"] == len(masters)
+
+    files = [folder / f"bf16_zero_pp_rank_{rank}_mp_rank_00_optim_states.pt" for rank in (1, 2)]
+    files[0].rename(folder / "kept")
+    files[1].rename(files[0])
+    (folder / "kept").rename(files[1])
+    report = convert(folder, tmp_path / "exchanged.safetensors")
+    warning = (
+        f"{folder.parent}: the weights in it are not what the fp32 masters in global_step3 round to: either they are "
+        "of another step, or files of ranks were exchanged; they were not used"
+    )
+    assert (report.paired, report.notes, report.warnings) == (0, (unseen,), (warning,))
+    weights.write_bytes(b"nothing")
+    report = convert(folder, tmp_path / "damaged.safetensors")
+    assert [warning.endswith("; it was skipped") for warning in report.warnings] == [True]
 
 
 # --- refusals ---------------------------------------------------------------------------------------------------

@@ -12,7 +12,8 @@ import torch
 from lora_state_format import registry
 from lora_state_format.errors import AmbiguousFormatError, UnknownFormatError
 from lora_state_format.foreign.dcp import write_folder
-from lora_state_format.operations.report import NOTHING_HELD, summary
+from lora_state_format.operations.overview import summary
+from lora_state_format.operations.report import NOTHING_HELD
 
 
 def layout(path: Path, *files: str) -> Path:

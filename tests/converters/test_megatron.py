@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import tarfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +14,14 @@ import torch
 from safetensors.torch import load_file
 
 from lora_state_format import registry
-from lora_state_format.errors import ConversionError, FileError, OptionError, RefusedError
-from lora_state_format.foreign.dcp import write_folder
-from lora_state_format.model.sources import Memory
-from lora_state_format.model.tensors import contiguous
+from lora_state_format.converters import megatron
+from lora_state_format.errors import ConversionError, FileError, OptionError, RefusedError, UnrepresentableError
+from lora_state_format.foreign.dcp import Item, open_folder, write_folder
+from lora_state_format.model.sources import Memory, bytes_of
+from lora_state_format.model.states import OptimizerState
+from lora_state_format.model.tensors import Tensor, contiguous
 from lora_state_format.operations.conversion import convert, read
+from lora_state_format.operations.diff import diff
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -29,9 +33,13 @@ LIVE = ["full-tp2-gated", "bucket-tp2-gated"]
 @pytest.fixture
 def folder(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
     """A folder out of ``tests/golden``, by its case; what the ranks held lies next to it."""
-    with tarfile.open(GOLDEN / f"{request.param}.tar.xz") as archive:
-        archive.extractall(tmp_path, filter="data")
-    return tmp_path / str(request.param)
+    return unpack(request.param, tmp_path)
+
+
+def unpack(case: str, path: Path) -> Path:
+    with tarfile.open(GOLDEN / f"{case}.tar.xz") as archive:
+        archive.extractall(path, filter="data")
+    return path / case
 
 
 @pytest.mark.parametrize("folder", CASES, indirect=True)
@@ -44,6 +52,57 @@ def test_todays_megatron_writes_such_folders(tmp_path: Path, run_ranks: Any) -> 
     run_ranks("megatron_run", tmp_path, 2, ",".join(LIVE))
     for case in LIVE:
         check(tmp_path / case)
+
+
+@pytest.mark.parametrize(
+    "folder", ["bucket-tp2-dp2-gated", "bucket-ep2-gated", "bucket-pp2-vp2-gated", "fp32-pp2"], indirect=True
+)
+def test_any_form_is_written_fully_reshardable(folder: Path, tmp_path: Path) -> None:
+    target = tmp_path / "written"
+    convert(folder, target, target_format="megatron", base=folder, options={"masters": True})
+    with read(folder) as state, read(target) as written:
+        found = diff(state, written)
+        if folder.name.startswith("fp32"):  # whose steps are tensors
+            assert all(line.endswith(": step: 3.0 and 3.0") for line in found.slots)
+        else:
+            assert not found
+        assert [group.options for group in written.groups] == [group.options for group in state.groups]
+        assert written.origin["masters_compared"] == len(state)
+    common = torch.load(target / "common.pt", weights_only=True)
+    forms = [inner["param_state_sharding_type"] for inner in chained(common["optimizer"])]
+    assert forms == ["fully_reshardable"] * len(state.optimizers)
+    with open_folder(folder, raw=True) as ours, open_folder(target, raw=True) as theirs:
+        for where, value in ours.entries.items():
+            if "optimizer." not in where[0]:  # what is no optimizer state is there, byte for byte
+                copied = theirs.entries[where]
+                kind = Tensor if isinstance(value, Tensor) else Item
+                assert type(copied) is kind
+                assert raw(copied) == raw(value)
+
+
+def raw(value: Tensor | Item) -> bytes:
+    return bytes(value.bytes()) if isinstance(value, Tensor) else b"".join(bytes_of(value.source))
+
+
+def chained(optimizer: dict[Any, Any]) -> list[Any]:
+    return [optimizer[number] for number in range(2)] if 0 in optimizer else [optimizer]
+
+
+@pytest.mark.frameworks
+def test_megatron_loads_what_is_written(tmp_path: Path, run_ranks: Any) -> None:
+    """Its own ``load``, and with other parallelism than the source had; what it then saves holds the same bits."""
+    moved = {"full-tp2-gated-nl4": "bucket-pp2-vp2-gated", "full-ep2-gated": "bucket-ep2-gated"}
+    for case, source in moved.items():
+        unpack(source, tmp_path)
+        target, base = tmp_path / f"{case}.from", tmp_path / source
+        convert(base, target, target_format="megatron", base=base, options={"masters": True})
+    run_ranks("megatron_run", tmp_path, 2, ",".join(moved))
+    for case, source in moved.items():
+        check(tmp_path / case)
+        options = {"masters": True}
+        with read(tmp_path / source, options=options) as state, read(tmp_path / case, options=options) as loaded:
+            found = diff(state, loaded)  # which may stand in another order: the files have none
+            assert (found.run, found.removed, found.added, found.slots) == ((), (), (), ())
 
 
 def check(folder: Path) -> None:
@@ -95,6 +154,88 @@ def shard(value: torch.Tensor, axis: int | None, where: dict[str, Any], *, gated
         return value
     halves = value.chunk(2) if gated else (value,)
     return torch.cat([half.chunk(size, axis)[where["tp"]] for half in halves])
+
+
+@pytest.mark.parametrize("folder", ["bucket-dp2"], indirect=True)
+def test_what_megatron_would_not_read_back_is_not_written(folder: Path, tmp_path: Path) -> None:
+    """Each message whole; what it says to do is done in the tests above."""
+    target = tmp_path / "written"
+
+    def refused(state: OptimizerState, base: Path | None = folder) -> str:
+        with pytest.raises((UnrepresentableError, OptionError)) as error:
+            megatron.write(state, target, base=base, force=False, options={})
+        assert not target.exists()
+        return str(error.value)
+
+    def changed(number: int, **members: Any) -> OptimizerState:
+        parameters = list(state.parameters)
+        parameters[number] = replace(parameters[number], **members)
+        return replace(state, parameters=tuple(parameters))
+
+    with read(folder) as bare:
+        first = "embedding.word_embeddings.weight"
+        assert refused(bare) == (
+            f"'{first}' has no fp32 master weight: read the checkpoint with the option masters, which keeps it as a "
+            "slot 'master_param'"
+        )
+    with read(folder, options={"masters": True}) as state:
+        needs = "megatron takes the weights from a torch_dist folder of the same model"
+        assert refused(state, None) == f"{needs}; pass it as base="
+        assert refused(state, tmp_path) == f"{needs}, which {tmp_path} is not; pass it as base="
+        names = list(state)
+        fc1 = "decoder.layers.1.mlp.linear_fc1.weight"
+        layer, slots = names.index(fc1), state[fc1].state or {}
+        assert refused(changed(layer, name="decoder.layers.2.mlp.linear_fc1.weight")) == (
+            "1 of the 2 parameters that Megatron stacks as 'decoder.layers.mlp.linear_fc1.weight' have state, in "
+            "optimizers [0]: it keeps all of them or none, in one"
+        )
+        assert refused(changed(names.index(first), name="other.weight")) == (
+            f"'other.weight' is no parameter of the model in {folder}"
+        )
+        assert refused(changed(layer, state={**slots, "step": 4.0})) == (
+            "the parameters of group 0 are at steps [3.0, 4.0], and Megatron counts the steps of a group once"
+        )
+        assert refused(changed(layer, state={**slots, "max_exp_avg_sq": slots["exp_avg"]})) == (
+            "'decoder.layers.0.mlp.linear_fc1.weight' and the others that Megatron stacks with it have different slots"
+        )
+        other = state["decoder.layers.1.mlp.linear_fc2.weight"].state or {}
+        assert refused(changed(layer, state={**slots, "exp_avg": other["exp_avg"]})) == (
+            "slot 'exp_avg' of 'decoder.layers.1.mlp.linear_fc1.weight' is no tensor of shape [32, 16], and Megatron "
+            "keeps no other"
+        )
+        groups = [replace(g, options=tuple(o for o in g.options if o[0] != "wd_mult")) for g in state.groups]
+        assert refused(replace(state, groups=tuple(groups))) == (
+            "group 0 has no wd_mult, by which Megatron finds a group again: only groups that Megatron saved can be "
+            "written"
+        )
+        alike = [replace(group, options=state.groups[0].options) for group in state.groups]
+        assert refused(replace(state, groups=tuple(alike))) == (
+            "the groups would not be read back: groups 0 and 1 differ in more than decay and experts, and the file "
+            "does not say which parameters they had"
+        )
+        swapped = [replace(group, options=o.options) for group, o in zip(state.groups, state.groups[::-1], strict=True)]
+        assert refused(replace(state, groups=tuple(swapped))) == (
+            "'decoder.final_layernorm.bias' is not in group 0, and by Megatron's rule, by which groups are read back, "
+            "it is the other way round"
+        )
+        assert refused(replace(state, globals={"beside": 1})) == (
+            "'beside' belongs to no parameter, and Megatron has no place for it"
+        )
+
+
+def test_weights_in_fp16_have_a_loss_scale(tmp_path: Path) -> None:
+    group = {"wd_mult": 1.0, "lr_mult": 1.0, "is_expert_parallel": False, "is_decoupled_lr": False, "step": 3}
+    folder, entries = older(tmp_path, group)
+    half = contiguous("F16", (5, 2), Memory(torch.zeros(5, 2).half().numpy().tobytes()))
+    base = tmp_path / "half"
+    write_folder({**entries, (SINGLE,): half}, base)
+    for file in ("metadata.json", "common.pt"):
+        (base / file).write_bytes((folder / file).read_bytes())
+    with read(folder, options={"masters": True}) as state, pytest.raises(UnrepresentableError) as error:
+        megatron.write(state, tmp_path / "written", base=base, force=False, options={})
+    assert str(error.value) == (
+        f"'{SINGLE}' is F16, and the loss scale that Megatron keeps with the optimizer then is not in the state"
+    )
 
 
 # --- layouts of other versions, and refusals --------------------------------------------------------------------

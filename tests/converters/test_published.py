@@ -19,7 +19,8 @@ from lora_state_format.errors import ConversionError, OptionError  # noqa: E402
 from lora_state_format.mapping import maps  # noqa: E402
 from lora_state_format.mapping.apply import apply_to_weights  # noqa: E402
 from lora_state_format.model.states import OptimizerState  # noqa: E402
-from lora_state_format.operations.conversion import convert, look_closer, read  # noqa: E402
+from lora_state_format.operations.conversion import convert, read  # noqa: E402
+from lora_state_format.operations.look import look  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -94,7 +95,7 @@ def test_the_moments_and_the_model_are_hugging_faces(folder: Path, tmp_path: Pat
         assert torch.allclose(
             model(told["ids"]).logits, told["logits"], atol=1e-3 if case == "bloom" else 1e-5
         )  # another GELU
-    found = look_closer(source, options=options).state
+    found = look(source, options=options).state
     assert isinstance(found, OptimizerState)
     assert list(found) == live_names
 

@@ -6,6 +6,7 @@ import json
 import os
 import stat
 import struct
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Final
@@ -19,6 +20,7 @@ from lora_state_format.format import envelope, reading, writing
 from lora_state_format.format.envelope import is_state
 from lora_state_format.format.reading import Verification, open_state, verify
 from lora_state_format.format.writing import write
+from lora_state_format.io.atomic import TemporaryFile
 from lora_state_format.io.safetensors import read_header
 from lora_state_format.model import digests
 from lora_state_format.model.dtypes import BITS
@@ -160,6 +162,38 @@ def test_progress_counts_every_byte_of_the_tensors(path: Path) -> None:
     write(make(elements=300_000), path, progress=told.append)
     assert sum(told) == 8 * 300_000 * 4 + 4
     assert max(told) == 1 << 20
+
+
+def test_two_threads_write_what_one_writes(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From an open file, in parts of any size; a tensor that is damaged in any of them leaves no file."""
+    write(make(parameters=9, elements=40_000), path)
+    copy = path.with_name("copy")
+    writers: set[int] = set()
+
+    class Seen(TemporaryFile):
+        def write(self, position: int, data: Any) -> None:
+            writers.add(threading.get_ident())
+            super().write(position, data)
+
+    monkeypatch.setattr(writing, "TemporaryFile", Seen)
+    for size in (1, 300_000, 1 << 24):
+        monkeypatch.setattr(writing, "PART", size)
+        with open_state(path) as state:
+            told: list[int] = []
+            write(state, copy, force=True, progress=told.append)
+        assert copy.read_bytes() == path.read_bytes()
+        assert sum(told) == 18 * 160_000 + 4
+    assert len(writers) > 2  # this one writes headers
+    copy.unlink()
+    monkeypatch.setattr(writing, "PART", 300_000)
+    data = bytearray(path.read_bytes())
+    for place in (-1, -1_500_000, -18 * 160_000):
+        changed = bytearray(data)
+        changed[place] ^= 1
+        path.write_bytes(changed)
+        with open_state(path) as state, pytest.raises(DigestError):
+            write(state, copy)
+        assert names(path.parent) == [path.name]
 
 
 def test_headers_of_other_files(path: Path) -> None:

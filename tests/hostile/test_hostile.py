@@ -370,8 +370,8 @@ def moved(members: dict[str, Any], **info: Any) -> None:
 CHECKPOINTS: Final[dict[str, tuple[Callable[[dict[str, Any]], None], type[FileError], str]]] = {
     "a file elsewhere": (lambda m: moved(m, relative_path="../a"), RefusedError, "points at a file outside"),
     "an absolute file": (lambda m: moved(m, relative_path="/dev/zero"), RefusedError, "points at a file outside"),
-    "a device": (lambda m: moved(m, relative_path="zero"), FileError, "not a regular file"),
-    "a pipe": (lambda m: moved(m, relative_path="pipe"), FileError, "not a regular file"),
+    "a device": (lambda m: moved(m, relative_path="zero"), FileError, "a pipe or a device, not a file"),
+    "a pipe": (lambda m: moved(m, relative_path="pipe"), FileError, "a pipe or a device, not a file"),
     "behind the end": (lambda m: moved(m, length=1 << 62), FileError, "is cut short"),
     "in front of the start": (lambda m: moved(m, offset=-1), FileError, "is cut short"),
     "one item a thousand times": (repeated, FileError, "places more in __0_0.distcp than its"),

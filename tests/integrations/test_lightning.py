@@ -16,6 +16,7 @@ import torch
 
 import lora_state_format as lsf
 from lora_state_format.errors import FileError, OptionError
+from lora_state_format.torch import load_optimizer, save_optimizer
 
 pytestmark = [pytest.mark.frameworks, pytest.mark.filterwarnings("ignore")]
 
@@ -214,18 +215,37 @@ def test_a_checkpoint_after_the_run(loop: dict[str, Any], tmp_path: Path) -> Non
     assert sorted(tmp_path.glob("step=8*"))
 
 
-def test_a_strategy_that_saves_by_itself(loop: dict[str, Any], tmp_path: Path) -> None:
+def test_a_strategy_that_saves_by_itself(loop: dict[str, Any], plain: Any, tmp_path: Path) -> None:
+    from lightning.pytorch import Callback
     from lightning.pytorch.strategies import SingleDeviceStrategy
 
     class Own(SingleDeviceStrategy):  # type: ignore[misc]
         def save_checkpoint(self, *arguments: Any, **options: Any) -> None:
-            raise NotImplementedError
+            super().save_checkpoint(*arguments, **options)
 
     trainer = loop["make"](tmp_path, loop["NamedState"]("model"))
     trainer.strategy.__class__ = Own
     with pytest.raises(OptionError) as caught:
         fit(loop, trainer)
-    assert str(caught.value) == "Own saves optimizers in its own way"
+    assert str(caught.value) == (
+        "Own saves optimizers in its own way, of which NamedState cannot be a part: leave it out, call "
+        "save_optimizer(trainer.optimizers, trainer.lightning_module, path) on every rank next to "
+        "trainer.save_checkpoint, and load_optimizer(...) of the same in on_train_start"
+    )
+
+    class Loading(Callback):  # type: ignore[misc]
+        def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+            report = load_optimizer(trainer.optimizers, trainer.lightning_module, tmp_path / "optimizer.safetensors")
+            assert report.restored == 8
+
+    first = loop["make"](tmp_path, steps=4)
+    first.strategy.__class__ = Own
+    fit(loop, first)
+    save_optimizer(first.optimizers, first.lightning_module, tmp_path / "optimizer.safetensors")
+    first.save_checkpoint(tmp_path / "by-hand.ckpt")
+    again = loop["make"](tmp_path, Loading())
+    again.strategy.__class__ = Own
+    assert same(fit(loop, again, tmp_path / "by-hand.ckpt"), plain[1])
 
 
 def test_killed_while_it_saves(loop: dict[str, Any], whole: Any, tmp_path: Path) -> None:

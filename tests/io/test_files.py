@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,8 @@ import pytest
 from lora_state_format.errors import FileError, RefusedError
 from lora_state_format.io.files import MAX_OPEN, Files, inside, is_plain
 from lora_state_format.io.folders import new_folder
+from lora_state_format.io.remote import Remote
+from lora_state_format.model.sources import File, readable_together
 
 
 def test_more_files_than_may_be_open(tmp_path: Path) -> None:
@@ -26,6 +29,35 @@ def test_more_files_than_may_be_open(tmp_path: Path) -> None:
     assert len(list(Path("/proc/self/fd").iterdir())) - before == MAX_OPEN
     files.close()
     assert len(list(Path("/proc/self/fd").iterdir())) == before
+
+
+def test_threads_read_more_files_than_may_be_open(tmp_path: Path) -> None:
+    """A file that leaves is still read by whoever began to."""
+    files = Files()
+    paths = [tmp_path / str(number) for number in range(MAX_OPEN + 40)]
+    for number, path in enumerate(paths):
+        path.write_bytes(bytes([number]) * 1000)
+
+    def read(start: int) -> bool:
+        out = bytearray(1000)
+        for at in [*range(start, len(paths)), *range(start)] * 3:
+            files[paths[at]].readinto(0, memoryview(out))
+            if out != bytes([at]) * 1000:
+                return False
+        return True
+
+    with ThreadPoolExecutor(4) as threads:
+        assert all(threads.map(read, (0, 30, 60, 90)))
+    files.close()
+
+
+def test_what_may_be_read_by_several_threads(tmp_path: Path) -> None:
+    path = tmp_path / "x"
+    path.write_bytes(b"one")
+    with File(path) as file, Files() as files:
+        assert readable_together([file, files])
+        assert not readable_together([file, object()])  # a decoder, of whose library nothing is known
+    assert not Remote.readable_together
 
 
 def test_a_file_that_changes_is_noticed(tmp_path: Path) -> None:

@@ -58,7 +58,7 @@ def test_what_is_no_regular_file(kind: str, tmp_path: Path) -> None:
     make[kind]()
     with pytest.raises(FileError) as caught:
         File(path)
-    assert str(caught.value) == f"{path}: not a regular file"
+    assert str(caught.value) == f"{path}: {'a folder' if kind == 'folder' else 'a pipe or a device'}, not a file"
 
 
 def test_a_missing_file(tmp_path: Path) -> None:

@@ -200,8 +200,8 @@ def test_swift_multimodal() -> None:
 
 
 def test_every_rule_is_listed_once_with_what_it_is() -> None:
-    assert len({rule.name for rule in RULES}) == len(RULES) == 28
-    assert [rule.name for rule in RULES if not rule.automatic] == ["sorted", "listed"]
+    assert len({rule.name for rule in RULES}) == len(RULES) == 29
+    assert [rule.name for rule in RULES if not rule.automatic] == ["parts", "sorted", "listed"]
     assert all(rule.summary for rule in RULES)
 
 
@@ -295,7 +295,7 @@ def test_unknown_rule() -> None:
         "trainer-4.47, trainer-4.33, trainer-4.0, trainer-4.25, scripts, nanogpt, timm, ultralytics, "
         "peft-loraplus, llamafactory-loraplus, llamafactory-badam, "
         "llamafactory-galore, muon, galore, axolotl, unsloth, swift-multimodal, swift-galore, one-per-parameter, "
-        "whole-model, sorted, listed"
+        "whole-model, parts, sorted, listed"
     )
 
 

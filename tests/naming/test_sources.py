@@ -95,6 +95,25 @@ def test_a_state_dict_in_the_same_file(tmp_path: Path, keys: tuple[str, str], fr
     assert report.paired == report.parameters
 
 
+@pytest.mark.parametrize("turn", [(0, 1), (1, 0), (2, 0, 1), (4, 3, 2, 1, 0)])
+def test_a_group_for_each_part_of_a_model(tmp_path: Path, turn: tuple[int, ...]) -> None:
+    """A head before its backbone, layers from the last to the first: no framework's rule, and shapes leave one way."""
+    net = nn.Sequential(*(nn.Linear(n, n + 1) for n in range(3, 3 + len(turn))))
+    optimizer = stepped([{"params": net[number].parameters(), "lr": 0.1 * (number + 1)} for number in turn])
+    torch.save({"model": net.state_dict(), "optimizer": optimizer.state_dict()}, tmp_path / "last.pt")
+    naming = holds(tmp_path / "last.pt", {"": (net, optimizer)})
+    assert naming.rule == ("parts" if len(turn) > 2 or turn == (1, 0) else naming.rule)
+
+
+def test_parts_of_a_model_that_are_alike(tmp_path: Path) -> None:
+    net = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
+    optimizer = stepped([{"params": net[number].parameters()} for number in (1, 0)])
+    torch.save({"model": net.state_dict(), "optimizer": optimizer.state_dict()}, tmp_path / "last.pt")
+    with pytest.raises(AmbiguousOrderError) as caught:
+        lsf.read(tmp_path / "last.pt")
+    assert str(caught.value).startswith("2 orders fit")
+
+
 def test_frozen_ones_that_shapes_cannot_tell(tmp_path: Path) -> None:
     """Two layers are alike, and one of them is frozen: which, nothing says."""
     net = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3), nn.Linear(3, 2))

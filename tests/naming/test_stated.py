@@ -11,7 +11,7 @@ import torch
 import transformers
 
 import lora_state_format as lsf
-from lora_state_format.errors import ConversionError, FileError
+from lora_state_format.errors import ConversionError, FileError, MissingNamesError
 from lora_state_format.foreign.state_dict import from_state_dict
 from lora_state_format.torch import load_optimizer
 
@@ -77,6 +77,7 @@ PLACES = {
     "names by id": beside("names", lambda names: names),
     "names by id as text": beside("id_to_name", lambda names: {str(i): name for i, name in names.items()}),
     "a list of names": beside("param_names", lambda names: list(names.values())),
+    "ids by name": beside("param_name_to_id", lambda names: {name: i for i, name in names.items()}),
 }
 
 
@@ -90,6 +91,60 @@ def test_stated_names_go_before_the_order_of_the_config(tmp_path: Path, place: s
         assert list(state) == list(names.values())
         for name, p in model.named_parameters():
             assert state[name]["exp_avg"].torch().equal(optimizer.state[p]["exp_avg"]), name
+
+
+AROUND: dict[str, Callable[[dict[int, str]], Any]] = {
+    "param_names": lambda names: list(names.values()),
+    "optimizer_param_names": lambda names: [list(names.values())],
+    "param_id_to_name": lambda names: names,
+    "name_to_id": lambda names: {name: i for i, name in names.items()},
+    "fqns": lambda names: {str(i): name for i, name in names.items()},
+}
+
+
+@pytest.mark.parametrize("key", AROUND)
+@pytest.mark.parametrize("deep", [False, True])
+def test_names_next_to_the_only_optimizer_of_a_checkpoint(tmp_path: Path, key: str, deep: bool) -> None:
+    model, optimizer, names = trained(tmp_path)
+    tree: dict[str, Any] = {"optimizers": [optimizer.state_dict()]} if deep else {"optimizer": optimizer.state_dict()}
+    torch.save({"args": {"lr": 1}, key: AROUND[key](names), **tree}, tmp_path / "last.pt")
+    with lsf.read(tmp_path / "last.pt") as state:
+        assert list(state) == list(names.values())
+        for name, p in model.named_parameters():
+            assert state[name]["exp_avg"].torch().equal(optimizer.state[p]["exp_avg"]), name
+
+
+@pytest.mark.parametrize(
+    ("key", "said"),
+    [
+        ("names", lambda names: names),  # of classes, as detectors have them
+        ("slot_names", lambda names: list(names.values())),
+        ("param_names", lambda names: list(names.values())[1:]),
+        ("param_names", lambda names: dict.fromkeys(names.values(), 0)),
+    ],
+)
+def test_what_is_no_statement_of_names(tmp_path: Path, key: str, said: Callable[[dict[int, str]], Any]) -> None:
+    _, optimizer, names = trained(tmp_path)
+    (tmp_path / "config.json").unlink()
+    torch.save({"optimizer": optimizer.state_dict(), key: said(names)}, tmp_path / "last.pt")
+    with pytest.raises(MissingNamesError):
+        lsf.read(tmp_path / "last.pt")
+
+
+def test_a_list_of_all_names_says_nothing_of_several_groups(tmp_path: Path) -> None:
+    """It is in the order of the model: only a list for each group is in theirs."""
+    _, optimizer, names = trained(tmp_path)
+    (tmp_path / "config.json").unlink()
+    tree = optimizer.state_dict()
+    whole = tree["param_groups"].pop()
+    tree["param_groups"] = [{**whole, "params": ids} for ids in (list(range(5, 21)), list(range(5)))]
+    torch.save({"optimizer": tree, "param_names": list(names.values())}, tmp_path / "last.pt")
+    with pytest.raises(MissingNamesError):
+        lsf.read(tmp_path / "last.pt")
+    lists = [[names[i] for i in group["params"]] for group in tree["param_groups"]]
+    torch.save({"optimizer": tree, "param_names": lists}, tmp_path / "last.pt")
+    with lsf.read(tmp_path / "last.pt") as state:
+        assert list(state) == [*lists[0], *lists[1]]
 
 
 def test_a_live_optimizer_in_another_order_takes_the_stated_names(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import warnings
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -11,10 +12,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
+from torch.distributed.checkpoint.state_dict_saver import save
 
+import lora_state_format as lsf
 from lora_state_format import registry
 from lora_state_format.cli import run
-from lora_state_format.errors import UnknownFormatError
+from lora_state_format.errors import FileError, UnknownFormatError
+from lora_state_format.torch import save_optimizer
 
 VERSIONS = Path(__file__).parents[1] / "golden" / "versions"
 
@@ -59,6 +64,52 @@ def test_every_checkpoint_below_a_folder(many: Path, capsys: pytest.CaptureFixtu
         f"{many / 'run' / 'checkpoint-3'} (torch_optimizer): 10 parameters, step 3; names: adapter, "
         "adapter_model.safetensors"
     )
+
+
+def test_reasons_are_whole_and_in_the_words_of_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tree = {"state": {0: {"exp_avg": torch.ones(2, 2)}}, "param_groups": [{"lr": 1.0, "params": [0]}]}
+    torch.save({"model": {"a": torch.ones(3), "b": torch.ones(2)}, "optimizer": tree}, tmp_path / "last.pt")
+    assert run(["inspect", str(tmp_path), "--recursive"]) == 0
+    first, *lines, last = capsys.readouterr().out.splitlines()
+    assert first == (
+        f"{tmp_path / 'last.pt'} (torch_optimizer): no order of the 2 parameters fits the 1 of the optimizer, whose "
+        "groups hold [1]:"
+    )
+    assert "    one-per-parameter: makes groups of [1, 1]" in lines
+    assert last == "  hint: pass --names with a file of names in optimizer order, or the model that was trained"
+    (tmp_path / "names.txt").write_text("c")
+    assert run(["inspect", str(tmp_path / "last.pt"), "--names", str(tmp_path / "names.txt")]) == 0
+    torch.save(tree, tmp_path / "last.pt")
+    capsys.readouterr()
+    assert run(["inspect", str(tmp_path), "--recursive"]) == 0
+    assert "; pass --names with a file of names" in capsys.readouterr().out
+
+
+def test_weights_whose_header_is_as_long_as_a_pickle_begins(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A header of 0x280 bytes starts as a pickle of protocol 2 does."""
+    header = b'{"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}'.ljust(0x280)
+    (tmp_path / "adapter.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + bytes(4))
+    assert run(["inspect", str(tmp_path), "--recursive"]) == 0
+    assert capsys.readouterr().out == ""
+    with pytest.raises(UnknownFormatError, match="it is a safetensors file of weights"):
+        registry.detect(tmp_path / "adapter.safetensors")
+
+
+def test_the_dcp_folders_of_a_run_are_not_one_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = torch.nn.Linear(2, 2)
+    optimizer = torch.optim.AdamW(model.parameters())
+    model(torch.ones(1, 2)).sum().backward()
+    optimizer.step()
+    state = get_optimizer_state_dict(model, optimizer)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for name in ("step-5", "step-10", "split/optimizer_0", "split/optimizer_1"):
+            save({"optimizer": {**state, "index": name}}, checkpoint_id=tmp_path / name)
+    assert run(["inspect", str(tmp_path), "--recursive"]) == 0
+    assert [line.partition(":")[0] for line in capsys.readouterr().out.splitlines()] == [
+        f"{tmp_path / 'split'} (dcp)", f"{tmp_path / 'step-10'} (dcp)", f"{tmp_path / 'step-5'} (dcp)",
+    ]  # fmt: skip
+    assert registry.latest(tmp_path) == tmp_path / "step-10"
 
 
 def test_the_newest_checkpoint_of_a_run(many: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -122,3 +173,31 @@ def test_the_names_of_a_model_in_optimizer_order(folder: str, rule: str, capsys:
     assert json.loads(capsys.readouterr().out)["groups"] == groups
     assert run(["names", str(VERSIONS / folder), "--rule", "muon"]) == 2
     assert capsys.readouterr().err == "error: what the rule 'muon' makes depends on the optimizer's state\n"
+
+
+def test_a_folder_where_a_file_is_meant(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Functions that open this format alone take a checkpoint's folder too, and say what else to do with another."""
+    (tmp_path / "run").mkdir()
+    (tmp_path / "empty").mkdir()
+    model = torch.nn.Linear(2, 2)
+    save_optimizer(torch.optim.AdamW(model.parameters()), model, tmp_path / "run" / "optimizer.safetensors")
+    monkeypatch.chdir(tmp_path / "run")
+    assert lsf.verify(".").ok
+    assert list(lsf.open_state(".")) == ["weight", "bias"]
+    assert run(["verify", "."]) == 0
+    monkeypatch.chdir(tmp_path / "empty")
+    for opened in (lsf.verify, lsf.open_state):
+        with pytest.raises(FileError) as caught:
+            opened(".")
+        assert str(caught.value) == (
+            ".: a folder with neither training_state/optimizer.safetensors nor optimizer.safetensors in it: read opens "
+            "a checkpoint of another format, and convert makes such a file of it"
+        )
+    assert run(["verify", "../run", "--weights", "."]) == 3
+    assert capsys.readouterr().err == (
+        "error: .: no weights in this folder; looked for adapter_model.safetensors, adapter_model.bin, "
+        "model.safetensors, model.safetensors.index.json, pytorch_model.bin, pytorch_model.bin.index.json, "
+        "pytorch_model_fsdp.bin\n"
+    )

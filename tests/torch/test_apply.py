@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from lora_state_format.errors import (
     BindError,
@@ -278,6 +279,25 @@ def test_memory_follows_the_parameters_layout(tmp_path: Path) -> None:
     save_optimizer(optimizer, model, tmp_path / "again.safetensors", weights=False)
     load_optimizer(optimizer, model, tmp_path / "again.safetensors")
     assert torch.equal(optimizer.state[model.weight]["exp_avg"], expected)
+
+
+def test_a_load_copies_no_weights(tmp_path: Path) -> None:
+    model = linear()
+    save_optimizer(stepped(model, adamw(model)), model, tmp_path / "o.safetensors")
+    weights = {parameter.data_ptr() for parameter in model.parameters()}
+    used: list[str] = []
+
+    class Recorded(TorchDispatchMode):  # type: ignore[no-untyped-call]
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            tensors = [value for value in args if isinstance(value, torch.Tensor)]
+            if any(tensor.data_ptr() in weights for tensor in tensors):
+                used.append(str(func))
+            return func(*args, **(kwargs or {}))
+
+    optimizer = adamw(model)
+    with Recorded():  # type: ignore[no-untyped-call]
+        load_optimizer(optimizer, model, tmp_path / "o.safetensors")
+    assert {*used} <= {"aten.detach.default", "aten.view.default", "aten.view.dtype", "aten.empty_like.default"}
 
 
 def test_a_live_tensor_option_stays_the_object_that_it_is(tmp_path: Path) -> None:

@@ -180,11 +180,11 @@ def test_a_step_while_the_state_is_saved_is_noticed(tmp_path: Path, monkeypatch:
     before = (tmp_path / "o.safetensors").read_bytes()
     stream = writing.stream
 
-    def stepped(*arguments: Any) -> None:
+    def stepped(*arguments: Any, **options: Any) -> None:
         other = threading.Thread(target=step)
         other.start()
         other.join()
-        stream(*arguments)
+        stream(*arguments, **options)
 
     monkeypatch.setattr(writing, "stream", stepped)
     with pytest.raises(CaptureError) as caught:

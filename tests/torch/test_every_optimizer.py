@@ -301,7 +301,8 @@ def test_d_is_state_in_prodigy_and_an_option_in_adafactor(tmp_path: Path) -> Non
     assert str(caught.value) == (
         "optimizer state does not fit: 7 parameters saved, 7 in the optimizer\n"
         "  saved group 0, with d 1.0, feeds live groups that disagree on it: 2.0 in live group 0, 1.0 in live group 1\n"
-        "hint: options={'d': 'current'} keeps the live values, options={'d': 'saved'} makes them alike"
+        "hint: options={'d': 'current'} keeps the live values\n"
+        "hint: options={'d': 'saved'} makes them alike"
     )
     assert kind_of("d", ["lr", "d0", "d"]) is Kind.STATE
 

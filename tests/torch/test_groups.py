@@ -254,6 +254,33 @@ def test_an_optimizer_in_backward_goes_on_exactly_and_in_one_optimizer(tmp_path:
         assert [len(state.optimizers), len(state.groups)] == [4, 4]
 
 
+@pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")  # by torch itself
+def test_torchs_own_optimizers_in_backward_go_on_exactly_also_as_a_dict(tmp_path: Path) -> None:
+    from torch.distributed.optim.apply_optimizer_in_backward import (
+        _apply_optimizer_in_backward,
+        _get_in_backward_optimizers,
+    )
+
+    def started(model: Any) -> Any:
+        _apply_optimizer_in_backward(torch.optim.AdamW, model.parameters(), {"lr": 1e-2})
+        return model
+
+    model = started(linear())
+    train(model)
+    plain = linear()
+    plain.load_state_dict(model.state_dict())
+    middle = started(plain)
+    by_parameter = {p: p._in_backward_optimizers[0] for p in model.parameters()}
+    save_optimizer(by_parameter, model, tmp_path / "dict.safetensors")
+    save_optimizer(_get_in_backward_optimizers(model), model, tmp_path / "list.safetensors")
+    assert (tmp_path / "dict.safetensors").read_bytes() == (tmp_path / "list.safetensors").read_bytes()
+    train(model, steps=5)
+    report = load_optimizer(_get_in_backward_optimizers(middle), middle, tmp_path / "dict.safetensors")
+    assert str(report) == "restored 4/4 parameters, 2 slots each, step 3; weights match 4/4"
+    train(middle, steps=5)
+    assert same(model, middle)
+
+
 def test_one_call_saves_and_restores_several_models(tmp_path: Path) -> None:
     def run() -> tuple[dict[str, Any], torch.optim.Optimizer]:
         models = {"unet": linear(), "text_encoder": linear()}

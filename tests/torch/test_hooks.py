@@ -142,7 +142,8 @@ def test_what_does_not_fit_is_refused_and_nothing_changes() -> None:
         "    k.weight  [4, 4]  (in the model, but not in the optimizer)\n"
         "    v.weight  [4, 4]  (in the model, but not in the optimizer)\n"
         "    o.weight  [4, 4]  (in the model, but not in the optimizer)\n"
-        "hint: unexpected='carry' keeps their state for the next save, unexpected='ignore' drops it"
+        "hint: unexpected='carry' keeps their state for the next save\n"
+        "hint: unexpected='ignore' drops it"
     )
     assert not part.state
     assert part.param_groups[0]["lr"] == 0.5

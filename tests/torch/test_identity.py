@@ -574,7 +574,8 @@ def test_what_belongs_to_no_parameter_goes_where_the_parameters_go(tmp_path: Pat
     ]
     assert str(caught.value).splitlines()[1:] == [
         *stated,
-        "hint: build the optimizers over the parameters that the saved ones had; missing='fresh' goes on without it",
+        "hint: build the optimizers over the parameters that the saved ones had",
+        "hint: missing='fresh' goes on without it",
     ]
     load_optimizer(one, model, path, missing="fresh")
     assert "k" not in one.state

@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 import torch
 
-from lora_state_format import open_state, verify
+from lora_state_format import convert, open_state, verify
 from lora_state_format.cli import run
-from lora_state_format.errors import FileError, OptionError
+from lora_state_format.errors import FileError, OptionError, TargetExistsError
 from lora_state_format.torch import load_optimizer, save_optimizer
 
 pytestmark = [pytest.mark.frameworks, pytest.mark.filterwarnings("ignore")]
@@ -134,3 +134,83 @@ def test_a_file_that_changes_is_told(server: Server, tmp_path: Path) -> None:
         with pytest.raises(FileError) as raised:
             state.check_unchanged()
     assert raised.value.detail == "changed while it was read"
+
+
+# --- writing ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def store(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
+    """fsspec's own file system in memory; what is put and removed, in order."""
+    from fsspec.implementations.memory import MemoryFileSystem
+
+    done: list[str] = []
+    put, remove = MemoryFileSystem.put_file, MemoryFileSystem.rm_file
+
+    def put_file(self: Any, source: str, place: str, **options: Any) -> None:
+        done.append("put " + place.rpartition("/")[2])
+        put(self, source, place, **options)
+
+    def rm_file(self: Any, place: str) -> None:
+        done.append("rm " + place.rpartition("/")[2])
+        remove(self, place)
+
+    monkeypatch.setattr(MemoryFileSystem, "put_file", put_file)
+    monkeypatch.setattr(MemoryFileSystem, "rm_file", rm_file)
+    yield done
+    MemoryFileSystem.store.clear()
+
+
+URL = "memory://bucket/run/optimizer.safetensors"
+
+
+def test_a_set_is_sent_shards_first_and_the_index_last(store: list[str], tmp_path: Path) -> None:
+    model, optimizer = trained(1)
+    save_optimizer(optimizer, model, URL)
+    assert store == ["put optimizer.safetensors"]
+    store.clear()
+    written = save_optimizer(optimizer, model, URL, max_shard_size=5 << 20)
+    assert len(written.files) == 5
+    index = "optimizer.safetensors.index.json"
+    assert [done.partition(" ")[0] for done in store] == ["put"] * 5 + ["rm"]
+    assert store[4:] == [f"put {index}", "rm optimizer.safetensors"]
+    other, fresh = trained(0)
+    assert load_optimizer(fresh, other, URL).restored == 8
+    assert verify(URL).ok
+    store.clear()
+    save_optimizer(optimizer, model, URL, global_step=2)
+    assert store[:2] == ["put optimizer.safetensors", f"rm {index}"]  # the path means the old set until the second
+    assert [done.partition(" ")[0] for done in store[2:]] == ["rm"] * 4
+    with open_state(URL) as state:
+        assert state.global_step == 2
+    assert list(tmp_path.iterdir()) == []
+    assert not Path("memory:").exists()
+
+
+def test_what_is_there_is_replaced_only_when_asked_for(store: list[str], tmp_path: Path) -> None:
+    model, optimizer = trained(1)
+    save_optimizer(optimizer, model, tmp_path / "here.safetensors")
+    save_optimizer(optimizer, model, URL)
+    with pytest.raises(TargetExistsError) as raised:
+        convert(tmp_path / "here.safetensors", URL)
+    assert str(raised.value) == "memory:/bucket/run/optimizer.safetensors exists; pass force=True to replace it"
+    convert(tmp_path / "here.safetensors", URL, force=True)
+    assert len(store) == 2
+    assert verify(URL).ok
+
+
+def test_what_is_not_written_to_a_url(store: list[str], tmp_path: Path) -> None:
+    model, optimizer = trained(1)
+    save_optimizer(optimizer, model, tmp_path / "here.safetensors")
+    with pytest.raises(OptionError) as raised:
+        save_optimizer(optimizer, model, URL, keep_last=2)
+    assert str(raised.value) == (
+        "memory:/bucket/run/optimizer.safetensors: keep_last removes files of a folder, and this is a URL; leave "
+        "keep_last out"
+    )
+    with pytest.raises(OptionError) as raised:
+        convert(tmp_path / "here.safetensors", "memory://bucket/optimizer.pt", target_format="torch_optimizer")
+    assert str(raised.value) == (
+        "memory:/bucket/optimizer.pt: only files of named state are sent to a URL; convert into a folder and copy that"
+    )
+    assert store == []

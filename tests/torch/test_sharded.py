@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import json
-import os
-import socket
-import subprocess
-import sys
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +11,8 @@ import pytest
 Said = dict[tuple[str, int], list[dict[str, Any]]]
 
 CASES = {
-    2: "save,background,recipe,storage,columns,replicas,fsdp1,shards,shards-columns,refused-save,missing-file,damaged,"
-    "disagree",
+    2: "save,background,recipe,storage,columns,replicas,fsdp1,shards,shards-columns,shards-messages,refused-save,"
+    "missing-file,damaged,disagree",
     1: "load,shards,recipe",
     3: "load,shards",
     4: "load,hybrid,tensor-parallel,shards,shards-hybrid,shards-tensor-parallel,recipe",
@@ -30,30 +26,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def said(folder: Path) -> Said:
+def said(folder: Path, ranks_said: Callable[[str, Path, Mapping[int, str]], Said]) -> Said:
     """What each rank of each case of ``sharded_run.py`` has to say, by case and number of ranks."""
-    result: Said = {}
-    for world, cases in CASES.items():
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        script = Path(__file__).parent / "runs" / "sharded_run.py"
-        ranks = [
-            subprocess.Popen(
-                [sys.executable, str(script), str(folder), str(rank), str(world), str(port), cases],
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                env={**os.environ, "OMP_NUM_THREADS": "1"},
-                text=True,
-            )
-            for rank in range(world)
-        ]
-        outputs = [rank.communicate(timeout=300)[0] for rank in ranks]
-        assert [rank.returncode for rank in ranks] == [0] * world, "\n".join(outputs)[-3000:]
-        for case in cases.split(","):
-            texts = [(folder / f"{case}.{world}.{rank}.json").read_text() for rank in range(world)]
-            result[case, world] = [json.loads(text) for text in texts]
-    return result
+    return ranks_said("sharded_run", folder, CASES)
 
 
 def test_all_ranks_know_what_rank_0_has_written(said: Said, folder: Path) -> None:
@@ -85,12 +60,18 @@ def test_a_state_saved_by_two_ranks_is_loaded_by_any(said: Said, case: str, worl
 
 def test_sets_of_shards_are_those_of_one_process_whatever_the_placement(said: Said) -> None:
     sets = {key: ranks for key, ranks in said.items() if key[0].startswith("shards")}
-    assert len(sets) == 7
+    assert len(sets) == 8
     (expected,) = {rank["digest"] for rank in said["shards", 1]}
     for ranks in sets.values():
         assert {rank["digest"] for rank in ranks} == {expected}
     assert {rank["files"] for ranks in sets.values() for rank in ranks} == {5}
     assert all(rank["verified"] for ranks in sets.values() for rank in ranks)
+
+
+def test_ranks_of_one_machine_share_memory_and_others_send_messages(said: Said) -> None:
+    sets = {key: ranks for key, ranks in said.items() if key[0].startswith("shards")}
+    for (case, _), ranks in sets.items():
+        assert all((rank["messages"] > 0) == (case == "shards-messages") for rank in ranks)
 
 
 def test_a_damaged_tensor_stops_all_ranks_and_nothing_changes(said: Said) -> None:

@@ -2,7 +2,8 @@
 
 Usage: sharded_run.py OUT RANK WORLD PORT CASE[,CASE..]
 Cases: save, load, columns, hybrid, tensor-parallel, replicas, fsdp1, refused-save, missing-file, disagree, damaged,
-background; and shards, with -hybrid, -tensor-parallel, -columns, which load and save as a set of shards. Rank r writes
+background; and shards, with -hybrid, -tensor-parallel, -columns, which load and save as a set of shards, and -messages,
+where each rank believes to be on a machine of its own. Rank r writes
 what it has to say as JSON to OUT/CASE.WORLD.r.json; ``save`` writes OUT/weights.pt, OUT/state.safetensors and, three
 steps later, OUT/final.pt.
 """
@@ -35,7 +36,7 @@ from lora_state_format import open_state, verify  # noqa: E402
 from lora_state_format.model.sources import File  # noqa: E402
 from lora_state_format.model.states import Slot  # noqa: E402
 from lora_state_format.model.tensors import Tensor  # noqa: E402
-from lora_state_format.torch import capture, load_optimizer, save_optimizer  # noqa: E402
+from lora_state_format.torch import capture, load_optimizer, save_optimizer, shared  # noqa: E402
 from lora_state_format.torch.storage import NamedStorageWriter  # noqa: E402
 
 
@@ -295,9 +296,22 @@ def run(case: str) -> dict[str, Any]:
         return {"same": same, "digest": written.digest, "later": later, "after": verify(out / "after.safetensors").ok}
     if case.startswith("shards"):
         load_optimizer(optimizer, net, path)
-        target = out / f"{case}.{world}.safetensors"
+        target, messages, exchange = out / f"{case}.{world}.safetensors", [0], dist.all_to_all_single
+
+        def counting(*arguments: Any, **options: Any) -> Any:
+            messages[0] += 1
+            return exchange(*arguments, **options)
+
+        dist.all_to_all_single = counting
+        machine = shared._machine
+        if case == "shards-messages":
+            shared._machine = lambda: (f"machine {rank}", "")
         written = save_optimizer(optimizer, net, target, global_step=3, max_shard_size=300_000)
-        return {"digest": written.digest, "files": len(written.files), "verified": verify(target).ok}
+        dist.all_to_all_single, shared._machine = exchange, machine
+        return {
+            "digest": written.digest, "files": len(written.files), "verified": verify(target).ok,
+            "messages": messages[0],
+        }  # fmt: skip
     header = int.from_bytes(path.read_bytes()[:8], "little") + 8
     total = counted()
     load_optimizer(optimizer, net, path, verify=False)

@@ -1,0 +1,126 @@
+"""A first look at a folder of very many ranks reads a few of its files, and says so."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tarfile
+from pathlib import Path
+from typing import Any, Final
+
+import pytest
+
+from lora_state_format import registry
+from lora_state_format.cli import run
+from lora_state_format.errors import FileError
+from lora_state_format.foreign.pickles import Record
+from lora_state_format.foreign.torch_save import save
+from lora_state_format.io.files import FEW
+from lora_state_format.model.sources import Memory
+from lora_state_format.model.states import OptimizerState
+from lora_state_format.model.tensors import contiguous
+from lora_state_format.operations import report
+from lora_state_format.operations.conversion import read
+from lora_state_format.operations.look import look
+
+GOLDEN: Final = Path(__file__).parents[1] / "golden" / "deepspeed" / "files"
+ZERO: Final = sorted(
+    p.name.removesuffix(".tar.xz") for p in GOLDEN.iterdir() if p.name.removesuffix(".tar.xz")[-1] > "0"
+)
+SHAPES: Final = {"a.weight": (FEW + 1, 2), "b.weight": (5, 3)}
+
+
+def many(folder: Path, ranks: int) -> Path:
+    """A ZeRO 3 folder of many ranks, laid out as DeepSpeed 0.19 lays them out."""
+    folder.mkdir()
+    share = sum(-(-rows * columns // ranks) for rows, columns in SHAPES.values())
+
+    def flat(*shape: int) -> Any:
+        count = shape[0] if shape else 1
+        return contiguous("F32", shape, Memory(bytes(4 * count)))
+
+    slots = {"step": flat(), "exp_avg": flat(share), "exp_avg_sq": flat(share)}
+    base = {"state": {0: slots}, "param_groups": [{"lr": 1e-3, "params": [0]}]}
+    tree = {"zero_stage": 3, "partition_count": ranks, "optimizer_state_dict": base, "fp32_flat_groups": [flat(share)]}
+    shapes = {name: Record("torch", "Size", (shape,)) for name, shape in SHAPES.items()}
+    model = {"param_shapes": [shapes], "module": {}, "dp_world_size": ranks, "global_steps": 3}
+    save({"optimizer_state_dict": tree}, folder / "optimizer")
+    save(model, folder / "model")
+    for rank in range(ranks):
+        shutil.copy(folder / "optimizer", folder / f"zero_pp_rank_{rank}_mp_rank_00_optim_states.pt")
+        shutil.copy(folder / "model", folder / f"zero_pp_rank_{rank}_mp_rank_00_model_states.pt")
+    (folder / "optimizer").unlink()
+    (folder / "model").unlink()
+    return folder
+
+
+def shown(state: Any) -> dict[str, Any]:
+    """What ``inspect --json`` says of a state, where it came from aside."""
+    members = report.to_json(state)
+    return {key: value for key, value in members.items() if key != "origin"}
+
+
+def test_a_look_at_many_ranks_reads_two_files_and_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = many(tmp_path / "step", FEW + 1)
+    assert run(["inspect", str(folder), "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["origin"] == {
+        "format": "deepspeed_zero",
+        "stage": 3,
+        "ranks": 65,
+        "first_look": {"files_read": 2, "files": 130},
+    }
+    assert run(["inspect", str(folder)]) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    note = "2 of 130 files were read, and the others are taken to be like them; convert reads and compares all"
+    assert f"note a first look: {note} " in said
+    with read(folder) as whole:
+        assert shown(whole) == shown(look(folder).state)
+        assert whole.origin["masters_compared"] == 0
+
+    assert run(["inspect", str(folder), "--stats"]) == 0
+    assert "a first look" not in capsys.readouterr().out
+
+
+def test_what_was_not_read_is_not_claimed(tmp_path: Path) -> None:
+    folder = many(tmp_path / "step", FEW + 1)
+    state = look(folder).state
+    assert isinstance(state, OptimizerState)
+    with pytest.raises(FileError) as error:
+        state["a.weight"]["exp_avg"].bytes()
+    assert str(error.value) == (
+        f"{folder}: was only looked at, and none of its tensors can be read: open it with read()"
+    )
+    damaged = folder / "zero_pp_rank_7_mp_rank_00_optim_states.pt"
+    damaged.write_bytes(damaged.read_bytes()[:-100])
+    look(folder)
+    for whole in (lambda: read(folder), lambda: look(folder, whole=True)):
+        with pytest.raises(FileError) as error:
+            whole()
+        assert str(error.value) == f"{damaged}: the zip archive has no directory at its end: the file is cut short"
+    damaged.unlink()  # names alone show this
+    with pytest.raises(FileError) as error:
+        look(folder)
+    assert error.value.detail.startswith("missing: there are files of ranks [0, 1, 2,")
+
+
+def test_few_ranks_are_all_read(tmp_path: Path) -> None:
+    state = look(many(tmp_path / "step", FEW)).state
+    assert (state.origin["ranks"], "first_look" in state.origin) == (FEW, False)
+
+
+@pytest.mark.parametrize("case", ZERO)
+def test_a_look_shows_what_reading_shows(case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On what DeepSpeed itself wrote, with pipeline stages, slices and experts."""
+    with tarfile.open(GOLDEN / f"{case}.tar.xz") as archive:
+        archive.extractall(tmp_path, filter="data")
+    folder = next(tmp_path.glob("*/global_step3"))
+    monkeypatch.setattr(registry.get("deepspeed_zero"), "FEW", 0)
+    with read(folder) as whole:
+        looked = look(folder).state
+        assert "first_look" in looked.origin
+        assert shown(looked) == shown(whole)
+        assert {**looked.origin, "first_look": 0} == {
+            **{key: value for key, value in whole.origin.items() if key != "masters_compared"},
+            "first_look": 0,
+        }
