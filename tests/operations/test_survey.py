@@ -89,8 +89,10 @@ def test_weights_whose_header_is_as_long_as_a_pickle_begins(tmp_path: Path, caps
     """A header of 0x280 bytes starts as a pickle of protocol 2 does."""
     header = b'{"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}'.ljust(0x280)
     (tmp_path / "adapter.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + bytes(4))
-    assert run(["inspect", str(tmp_path), "--recursive"]) == 0
-    assert capsys.readouterr().out == ""
+    assert run(["inspect", str(tmp_path), "--recursive"]) == 3
+    assert (
+        capsys.readouterr().err == f"error: {tmp_path}: no checkpoint of a known format here or in the folders below\n"
+    )
     with pytest.raises(UnknownFormatError, match="it is a safetensors file of weights"):
         registry.detect(tmp_path / "adapter.safetensors")
 
