@@ -132,9 +132,16 @@ def missing(state: OptimizerState, live: LiveOptimizer, matching: Matching, poli
 def _missing_hint(state: OptimizerState, live: LiveOptimizer, absent: Sequence[LiveParameter]) -> Remedy:
     frozen = sum(not parameter.requires_grad for parameter in absent)
     if frozen == len(absent) < len(live.members):
+        gone = {parameter.name for parameter in absent}
+        idle = sum(not live.parameters[name].requires_grad for name in live.members if name not in gone)
+        thaw = (
+            f"{idle} of those that the file has are frozen, too: call requires_grad_(True) on them, or pass "
+            "is_trainable=True to PeftModel.from_pretrained, and then "
+        )
         return Remedy(
             f"the optimizer was built over {len(live.members)} parameters and holds {frozen} frozen parameters, which "
-            "the saved one did not; build it from [p for p in model.parameters() if p.requires_grad]"
+            f"the saved one did not; {thaw if idle else ''}build it from [p for p in model.parameters() if "
+            "p.requires_grad]"
         )
     adapters_only = bool(state) and all(split_adapter(name) for name in state)
     if adapters_only and not any(split_adapter(parameter.name) for parameter in absent):

@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import io
+import re
 import shutil
 from collections.abc import Callable
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from lora_state_format import registry
+from lora_state_format.cli import run
 from lora_state_format.errors import FileError, OptionError
 from lora_state_format.format.reading import open_state
 from lora_state_format.model.states import OptimizerState, Role
 from lora_state_format.operations.conversion import convert
 from lora_state_format.operations.conversion import read as read_any
+from lora_state_format.torch import load_optimizer
 
 pytestmark = [pytest.mark.frameworks, pytest.mark.filterwarnings("ignore")]
 
@@ -240,3 +246,67 @@ def test_a_model_parallel_rank_that_the_model_files_do_not_know(
         f"{folder / 'bf16_zero_pp_rank_0_mp_rank_01_optim_states.pt'}: says the state was cut over 2 ranks; there "
         "are 1 files"
     )
+
+
+# --- a walk-through -----------------------------------------------------------------------------------------------
+
+
+def command(*arguments: object) -> tuple[int, str]:
+    """Run a command; returns its exit code and all that it printed."""
+    with redirect_stdout(io.StringIO()) as out, redirect_stderr(out):
+        code = run([str(argument) for argument in arguments])
+    return code, out.getvalue()
+
+
+CONVERTED = """converted global_step3 (deepspeed_zero) to optimizer.safetensors (named)
+5 parameters in groups of [2, 3], step 3
+slots: step x 5, exp_avg x 5, exp_avg_sq x 5; 10 tensors, 712 bytes
+names: from the checkpoint itself
+weights: digests of 5 of 5 parameters kept with their state
+digest: {}
+"""
+EXPORTED = "exported master_param of 5 parameters from global_step3 to weights.safetensors, 356 bytes\n"
+
+
+@pytest.mark.parametrize("case", ["2-fp32-frozen", "2-bf16"])
+def test_from_the_folder_to_a_resumed_run_on_one_machine(
+    case: str, zero: Callable[[int, str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The commands of docs/guides.md, by a user who has the folder and the base model: its next steps."""
+    path = zero(2, case)
+    shutil.copytree(path / "global_step3", tmp_path / "global_step3")
+    monkeypatch.chdir(tmp_path)
+    code, printed = command("convert", "global_step3", "optimizer.safetensors")
+    digest = re.findall(r"^digest: ([0-9a-f]{32})$", printed, re.MULTILINE)
+    assert (code, printed) == (0, CONVERTED.format(*digest))
+    masters = ("--slot", "master_param", "--option", "masters")
+    assert command("export", "global_step3", "weights.safetensors", *masters) == (0, EXPORTED)
+
+    torch.manual_seed(0)
+    layers = {
+        "base": torch.nn.Linear(7, 13),
+        "lora_A": torch.nn.Linear(13, 3, bias=False),
+        "norm": torch.nn.LayerNorm(3),
+        "lora_B": torch.nn.Linear(3, 11),
+    }
+    model = torch.nn.ModuleDict(layers)
+    model["base"].requires_grad_(False)
+    found = model.load_state_dict(load_file("weights.safetensors"), strict=False)
+    assert (found.missing_keys, found.unexpected_keys) == (["base.weight", "base.bias"], [])
+    trained = [p for p in model.parameters() if p.requires_grad]
+    decay = [p for p in trained if p.dim() == 2]
+    plain = [p for p in trained if p.dim() == 1]
+    optimizer = torch.optim.AdamW([{"params": decay}, {"params": plain}])
+    matching = "; weights match 5/5" if "fp32" in case else ""
+    report = load_optimizer(optimizer, model, "optimizer.safetensors")
+    assert str(report).splitlines()[0] == f"restored 5/5 parameters, 2 slots each, step 3{matching}"
+
+    parameters = dict(model.named_parameters())
+    for gradients, expected in live_of(path)["steps"]:
+        for name, gradient in gradients.items():
+            parameters[name].grad = gradient.float()
+        optimizer.step()
+        for name, slots in expected.items():
+            assert torch.equal(parameters[name], slots["master_param"]), name
+            for slot in ("exp_avg", "exp_avg_sq"):
+                assert torch.equal(optimizer.state[parameters[name]][slot], slots[slot]), name
