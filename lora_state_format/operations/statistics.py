@@ -217,18 +217,18 @@ def _measured(
 ) -> tuple[dict[str, Measure], Update | None, int]:
     tensors = {dotted(path): leaf.tensor for path, leaf in walk(entry.state or {}) if isinstance(leaf, Slot)}
     measures = {slot: Measure() for slot, tensor in tensors.items() if tensor.dtype in FLOATS}
-    pair = next((p for p in PAIRS if set(p) <= set(measures) and tensors[p[0]].shape == tensors[p[1]].shape), None)
-    update = Update() if pair else None
+    pair = next((p for p in PAIRS if set(p) <= set(measures) and tensors[p[0]].shape == tensors[p[1]].shape), ())
+    blocks = {slot: _blocks(tensors[slot], ledger, f"{entry.label}/{slot}") for slot in measures}
     for slot, tensor in tensors.items():
         if slot not in measures:
             _pass_by(tensor, ledger, f"{entry.label}/{slot}")
-        elif not (pair and slot in pair):
-            for block in _blocks(tensor, ledger, f"{entry.label}/{slot}"):
+        elif slot not in pair:
+            for block in blocks[slot]:
                 measures[slot].add(block)
-    if pair and update:
-        rule = _rule(entry.state or {}, options)
-        first, second = (_blocks(tensors[slot], ledger, f"{entry.label}/{slot}") for slot in pair)
-        for m, v in zip(first, second, strict=True):
+    update = None
+    if pair:
+        update, rule = Update(), _rule(entry.state or {}, options)
+        for m, v in zip(*(blocks[slot] for slot in pair), strict=True):
             measures[pair[0]].add(m)
             measures[pair[1]].add(v)
             update.add(m, v, rule)
