@@ -102,8 +102,9 @@ def decide(
     contradict one that was inferred, and ``AmbiguousOrderError`` if several fit and nothing tells which.
     """
     views = [[_described(p) for p in view] for view in (parameters, *others)]
-    fitting, reasons = _fitting(positional, views, rule, partly)
-    first = _live(positional, views[0], live or ()) or next((c for c in fitting if set(SURE) & set(c.rules)), None)
+    lived = _live(positional, views[0], live or ())
+    fitting, reasons = _fitting(positional, views, rule, partly, weak=lived is None)
+    first = lived or next((c for c in fitting if set(SURE) & set(c.rules)), None)
     found = _in_turn(positional, fitting, first if rule is None else None, adapters=_is_open(source, rule, first))
     if not found:
         raise _nothing_fits(positional, views[0], reasons)
@@ -171,14 +172,17 @@ class _Weighed(NamedTuple):
 
 
 def _fitting(
-    positional: PositionalState, views: Sequence[Sequence[Described]], rule: str | None, partly: bool
+    positional: PositionalState, views: Sequence[Sequence[Described]], rule: str | None, partly: bool, weak: bool
 ) -> tuple[list[Candidate], list[tuple[str, str]]]:
-    """Return the orders that fit, by any way to see the parameters, and why rules fell away for the first way."""
+    """Return the orders that fit, by any way to see the parameters, and why rules fell away for the first way.
+
+    ``weak`` asks the rule for parts of a model too, if no other one fits: hardly an order contradicts it.
+    """
     found, reasons = _survey(positional, views[0], rule)
     for view in views[1:]:
         seen = {tuple(c.names) for c in found}
         found += [c for c in _survey(positional, view, rule)[0] if tuple(c.names) not in seen]
-    if not found and rule is None:
+    if not found and rule is None and weak:
         found = _survey(positional, views[0], PARTS)[0]
     if not found and partly:
         found, more_reasons = _survey(positional, views[0], rule, partly=True)
@@ -217,6 +221,10 @@ def interchangeable(parameters: Sequence[Parameter]) -> int:
     return sum(n for n in counts.values() if n > 1)
 
 
+WAY: Final = ", way "
+"""Stands before the number of a rule's second and further orders: where rivals are judged, each has its own label."""
+
+
 def _described(parameter: Parameter | Described) -> Described:
     return parameter if isinstance(parameter, Described) else Described(parameter)
 
@@ -229,6 +237,7 @@ def _survey(
     fitting: dict[tuple[str, ...], tuple[dict[str, None], tuple[Parameter, ...]]] = {}
     reasons: list[tuple[str, str]] = []
     for row in asked:
+        ways = 0
         for full in row.splits(parameters, positional):
             splits = _thinned(positional, full) if partly else full
             if isinstance(splits, str):
@@ -238,7 +247,10 @@ def _survey(
                 names = tuple(parameter.name for parameter in order)
                 reason = _regrouped(positional, splits) or (None if names in fitting else _unfit(positional, order))
                 if reason is None:
-                    fitting.setdefault(names, ({}, order))[0][row.name] = None
+                    rules, _ = fitting.setdefault(names, ({}, order))
+                    if not any(rule.partition(WAY)[0] == row.name for rule in rules):
+                        ways += 1
+                        rules[row.name if ways == 1 else f"{row.name}{WAY}{ways}"] = None
             if reason is not None and (row.name, reason) not in reasons:
                 reasons.append((row.name, reason))
     return [Candidate(tuple(rules), order) for rules, order in fitting.values()], reasons

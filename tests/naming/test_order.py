@@ -275,6 +275,16 @@ def test_rules_that_agree_are_one_candidate() -> None:
     assert {"trainer", "trainer-4.47", "nanogpt", "unsloth"} <= set(rules)
 
 
+def test_each_order_of_a_rule_has_a_label_of_its_own() -> None:
+    """Evidence says by label which rival is excluded: of three alike parts five are rivals, not one."""
+    parts = [described(f"{n}.weight", (2, 3)) for n in "abc"]
+    found = candidates(state([[part.parameter] for part in parts]), parts, rule="parts")
+    assert [candidate.rules for candidate in found] == [
+        ("parts",), *((f"parts, way {n}",) for n in range(2, 7))
+    ]  # fmt: skip
+    assert len({tuple(candidate.names) for candidate in found}) == 6
+
+
 def test_a_live_optimizers_order_goes_first() -> None:
     """Its empty groups do not count, and where it does not fit the rules are asked."""
     model = [parameter(name, 4) for name in ("a.weight", "b.weight", "c.weight")]
