@@ -52,6 +52,13 @@ NOT_COMPARED: Final = (
 )
 """What there is to say of a folder of ranks' files that nothing proves to be whole."""
 
+WITHOUT_CHECKSUMS: Final[Mapping[str, str]] = {
+    "dcp": "distributed checkpoint",
+    "dcp_safetensors": "Hugging Face writer",
+}
+"""Formats whose folders do not prove that their files belong together, and what of torch writes them."""
+
+
 # --- words --------------------------------------------------------------------------------------------------------
 
 
@@ -113,6 +120,11 @@ def describe_support(origin: Mapping[str, Value]) -> Iterator[str]:
         )
     if origin.get("masters_compared") == 0:
         yield NOT_COMPARED
+    if writer := WITHOUT_CHECKSUMS.get(str(origin.get("format"))):
+        yield (
+            f"torch's {writer} keeps no digest of a folder's files: one that was exchanged with that of another save "
+            "of the same shapes would go unnoticed"
+        )
     if sentence := describe_stored(origin):
         yield sentence
 
@@ -177,6 +189,7 @@ def to_json(state: OptimizerState | PositionalState, statistics: Statistics | No
         "naming": naming_json(state.naming) if isinstance(state, OptimizerState) else None,
         "origin": plain(state.origin),
         "globals": plain(state.globals),
+        "notes": list(describe_support(state.origin)),
         "findings": [
             {"kind": found.kind, "text": found.text, "parameters": list(found.parameters)}
             for found in findings(state, statistics)

@@ -23,6 +23,7 @@ from lora_state_format.model.states import OptimizerState, PositionalState, Role
 from lora_state_format.model.tensors import contiguous
 from lora_state_format.operations.conversion import convert
 from lora_state_format.operations.conversion import read as open_any
+from lora_state_format.operations.report import to_json
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -237,7 +238,13 @@ def test_it_converts_to_one_file_with_the_weights_digests(
 ) -> None:
     report = convert(fsdp("rows"), tmp_path / "optimizer.safetensors")
     assert (report.source_format, report.groups, report.paired) == ("dcp", (2, 4), 6)
+    unseen = (
+        "torch's distributed checkpoint keeps no digest of a folder's files: one that was exchanged with that of "
+        "another save of the same shapes would go unnoticed"
+    )
+    assert unseen in report.notes
     with open_state(report.target) as state:
+        assert to_json(state)["notes"] == [unseen]
         assert_holds(state, slots_of(live_of(fsdp("rows"))))
 
 
