@@ -322,8 +322,13 @@ def committing(path: Path, force: bool, keep: set[str]) -> Iterator[None]:
         check_path(path, force)
         yield
         old = [found for found in files_of(path) if found.name not in keep]
-        with ThreadPoolExecutor(UNLINKING) if len(old) > 1 else contextlib.nullcontext() as pool:
-            list((pool.map if pool else map)(Path.unlink, old))
+        means = [found for found in old if found in (index_of(path), path)]
+        for (
+            found
+        ) in means:  # an index before the shards that it names: whoever opens the path finds all or none of them
+            found.unlink()
+        with ThreadPoolExecutor(UNLINKING) as pool:
+            list(pool.map(Path.unlink, old[len(means) :]))
         sync_folder(path.parent)
 
 

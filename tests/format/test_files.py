@@ -7,6 +7,7 @@ import os
 import stat
 import struct
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Final
@@ -155,6 +156,24 @@ def test_the_mode_follows_the_umask(path: Path) -> None:
     finally:
         os.umask(old)
     assert {stat.S_IMODE(entry.stat().st_mode) for entry in path.parent.iterdir()} == {0o640}
+
+
+def test_an_index_goes_before_the_shards_that_it_names(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever is killed in between leaves shards that nothing names, not an index that names what is gone."""
+    write(make(), path, max_shard_size=50)
+    before, gone, unlink = len(names(path.parent)), list[str](), Path.unlink
+
+    def slow(file: Path) -> None:
+        if file.name.endswith(".index.json"):
+            time.sleep(0.1)  # shards are removed by several threads
+        unlink(file)
+        gone.append(file.name)
+
+    monkeypatch.setattr(Path, "unlink", slow)
+    write(make(), path, force=True)
+    assert gone[0] == f"{path.name}.index.json"
+    assert len(gone) == before > 3
+    assert names(path.parent) == [path.name]
 
 
 def test_progress_counts_every_byte_of_the_tensors(path: Path) -> None:
