@@ -20,13 +20,15 @@ import subprocess
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Final
 
 from lora_state_format import registry
 from lora_state_format.errors import StateFormatError
 from lora_state_format.foreign import torch_save
+from lora_state_format.foreign.dcp import write_folder
 from lora_state_format.foreign.pickles import Record
 from lora_state_format.format import reading, writing
 from lora_state_format.model.sources import Memory
@@ -57,13 +59,29 @@ LITTER: Final = re.compile(r"(^|/)\.[^/]+\.[0-9a-f]{16}\.(tmp|old|names)(/|$)")
 # --- the writers ------------------------------------------------------------------------------------------------------
 
 
-def a_state(number: int, elements: int = 64, *, masters: bool = False, optimizers: int = 1) -> OptimizerState:
+MEGATRON: Final[Mapping[str, Value]] = {
+    "wd_mult": 0.0,
+    "lr_mult": 1.0,
+    "is_expert_parallel": False,
+    "is_decoupled_lr": False,
+}
+"""What Megatron-Core finds a group again by."""
+
+
+def a_state(
+    number: int,
+    elements: int = 64,
+    *,
+    masters: bool = False,
+    optimizers: int = 1,
+    more: Mapping[str, Value] = MappingProxyType({}),
+) -> OptimizerState:
     slot = Slot(contiguous("F32", (elements,), Memory(bytes([number + 1]) * elements * 4)), Role.PARAM)
     slots: dict[str, Value] = {"step": Scalar.of("F32", 1.0), "exp_avg": slot, "exp_avg_sq": slot}
     if masters:
         slots["master_param"] = slot
     parameters = tuple(Parameter(name, (elements,), slots) for name in NAMES)
-    options = (("lr", 0.5 + number), ("betas", (0.9, 0.999)))
+    options = (("lr", 0.5 + number), ("betas", (0.9, 0.999)), *more.items())
     groups = tuple(Group(index, options, len(NAMES) // optimizers) for index in range(optimizers))
     return OptimizerState(
         (Optimizer("torch.optim.adamw.AdamW"),) * optimizers, groups, parameters, Naming("model"), global_step=1
@@ -71,7 +89,7 @@ def a_state(number: int, elements: int = 64, *, masters: bool = False, optimizer
 
 
 def make_base(folder: Path, elements: int = 64) -> None:
-    """What ``deepspeed_universal`` and ``lightning`` take the rest from."""
+    """What ``deepspeed_universal``, ``lightning`` and ``megatron`` take the rest from."""
     shapes = [{name: Record("torch", "Size", ((elements,),)) for name in NAMES}]
     inner = {"state": {0: {}}, "param_groups": [{"lr": 0.1, "params": [0]}]}
     optimizer = {"zero_stage": 1, "base_optimizer_state": inner}
@@ -81,15 +99,30 @@ def make_base(folder: Path, elements: int = 64) -> None:
     torch_save.save({"optimizer_state_dict": optimizer}, folder / "zero" / "zero_pp_rank_0_mp_rank_00_optim_states.pt")
     checkpoint = {"optimizer_states": [{"state": {}, "param_groups": []}], "pytorch-lightning_version": "2.6.6"}
     torch_save.save({**checkpoint, "state_dict": {}}, folder / "last.ckpt")
+    torch_save.save({"optimizer": {"param_groups": []}}, folder / "common.pt")
+    weights = {(name,): contiguous("F32", (elements,), Memory(bytes(4 * elements))) for name in NAMES}
+    others = {
+        "metadata.json": [b'{"sharded_backend": "torch_dist"}'],
+        "common.pt": [(folder / "common.pt").read_bytes()],
+    }
+    write_folder(weights, folder / "torch_dist", others=others)
 
 
 Write = Callable[[Path, int, Path], object]
 """Makes a state the one at a path, whatever was there, with a folder that ``make_base`` filled."""
 
 
-def to(name: str, base: str | None = None, *, masters: bool = False, optimizers: int = 1, **options: Any) -> Write:
+def to(
+    name: str,
+    base: str | None = None,
+    *,
+    masters: bool = False,
+    optimizers: int = 1,
+    more: Mapping[str, Value] = MappingProxyType({}),
+    **options: Any,
+) -> Write:
     def write(path: Path, number: int, folder: Path) -> None:
-        state = a_state(number, masters=masters, optimizers=optimizers)
+        state = a_state(number, masters=masters, optimizers=optimizers, more=more)
         given = folder / base if base else None
         registry.writer(name).write(state, path, base=given, force=True, options=options)
 
@@ -120,6 +153,7 @@ WRITERS: Final[dict[str, Write]] = {
     "lerobot": to("lerobot"),
     "lerobot, 2 optimizers": to("lerobot", optimizers=2),
     "lightning": to("lightning", "last.ckpt"),
+    "megatron": to("megatron", "torch_dist", more=MEGATRON),
     "mlx": to("mlx", map="none"),
     "paddlenlp": to("paddlenlp", masters=True, map="none"),
 }

@@ -146,8 +146,8 @@ def test_a_no_decay_group_is_never_made_to_decay_in_silence(tmp_path: Path) -> N
         "optimizer state does not fit: 4 parameters saved, 4 in the optimizer\n"
         "  saved group 0, with weight_decay 0.1, feeds live groups that disagree on it: 0.1 in live group 0, 0.0 in "
         "live group 1\n"
-        "hint: options={'weight_decay': 'current'} keeps the live values, options={'weight_decay': 'saved'} makes them "
-        "alike"
+        "hint: options={'weight_decay': 'current'} keeps the live values\n"
+        "hint: options={'weight_decay': 'saved'} makes them alike"
     )
     load_optimizer(two, model, tmp_path / "o.safetensors", options={"weight_decay": "current"})
     assert [group["weight_decay"] for group in two.param_groups] == [0.1, 0.0]

@@ -192,7 +192,7 @@ def test_errors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
             rebuild(tmp_path)
         return str(caught.value)
 
-    assert message() == f"{tmp_path}: has no config.json; put that next to adapter_config.json"
+    assert message() == f"{tmp_path}: has no config.json, which describes the model"
     adapter = tmp_path / "adapter_config.json"
     adapter.write_text(json.dumps({"peft_type": "LORA", "base_model_name_or_path": "some/base"}))
     assert (
