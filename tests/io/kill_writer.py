@@ -81,7 +81,7 @@ def a_state(
     if masters:
         slots["master_param"] = slot
     parameters = tuple(Parameter(name, (elements,), slots) for name in NAMES)
-    options = (("lr", 0.5 + number), ("betas", (0.9, 0.999)), *more.items())
+    options: tuple[tuple[str, Value], ...] = (("lr", 0.5 + number), ("betas", (0.9, 0.999)), *more.items())
     groups = tuple(Group(index, options, len(NAMES) // optimizers) for index in range(optimizers))
     return OptimizerState(
         (Optimizer("torch.optim.adamw.AdamW"),) * optimizers, groups, parameters, Naming("model"), global_step=1
