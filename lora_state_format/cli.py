@@ -443,7 +443,7 @@ def _survey(path: Path, as_json: bool) -> None:
 
 @_command(
     examples="lora-state inspect checkpoint-300\n"
-    "lora-state inspect optimizer.safetensors --match 'q_proj.*lora_B' --parameters\n"
+    "lora-state inspect optimizer.safetensors --match q_proj --parameters\n"
     "lora-state inspect checkpoint-300 --stats --parameters --sort update\n"
     "lora-state inspect optimizer.safetensors --markdown > state.md"
 )
@@ -647,8 +647,8 @@ def diff(first: Path, second: Path, reading: dict[str, Any], match: str | None, 
     examples="lora-state check checkpoint-300 --model ./model\n"
     "lora-state check checkpoint-300 --base ./base-model\n"
     "lora-state check checkpoint-300 --model ./wider --mismatch resize\n"
-    "lora-state check checkpoint-300 --model ./model --into torch.optim.Muon --mismatch-class fresh\n"
-    "lora-state check checkpoint-300 --model ./model --missing fresh --rename '\\.old\\.' .new."
+    "lora-state check checkpoint --into torch.optim.Muon --mismatch-class fresh\n"
+    "lora-state check checkpoint --missing fresh --rename '\\.old\\.' .new."
 )
 @click.argument("path", type=PATH)
 @click.option(
@@ -719,9 +719,9 @@ def check(
 
 
 @_command(
-    examples="lora-state export checkpoint-300 fisher.safetensors --slot exp_avg_sq --unbiased\n"
-    "lora-state export checkpoint-300 P.safetensors --slot exp_avg_sq --unbiased --inverse-root\n"
-    "lora-state export checkpoint-300 m.safetensors --slot exp_avg --keys peft --match q_proj"
+    examples="lora-state export checkpoint fisher.safetensors --slot exp_avg_sq\n"
+    "lora-state export checkpoint P.safetensors --slot exp_avg_sq --inverse-root\n"
+    "lora-state export checkpoint m.safetensors --slot exp_avg --keys peft"
 )
 @click.argument("source", type=PATH)
 @click.argument("target", type=PATH)
@@ -773,7 +773,7 @@ def export(
 @_command(
     examples="lora-state report checkpoint-300 -o report.html\n"
     "lora-state report checkpoint-300 -o report.html --weights checkpoint-300\n"
-    "lora-state report checkpoint-300 -o report.html --compare checkpoint-200 --figures figures"
+    "lora-state report checkpoint-300 -o report.html --compare checkpoint-200"
 )
 @click.argument("path", type=PATH)
 @click.option("-o", "--output", "target", type=PATH, required=True, metavar="FILE", help="The HTML file to write.")
@@ -837,7 +837,7 @@ def _rewrite(
 
 @_housekeeping(
     examples="lora-state edit a.safetensors b.safetensors --set lr=1e-5\n"
-    "lora-state edit a.safetensors b.safetensors --set 'betas=(0.9,0.99)' --group 0"
+    "lora-state edit a.safetensors b.safetensors --set 'betas=(0.9,0.99)'"
 )
 @click.option(
     "--set", "settings", multiple=True, required=True, metavar="OPTION=VALUE",
@@ -866,7 +866,7 @@ def _setting(text: str) -> tuple[str, Any]:
 
 
 @_housekeeping(
-    examples="lora-state rename a.safetensors b.safetensors --rename '\\.default\\.' .second.",
+    examples="lora-state rename a.safetensors b.safetensors --rename 'old\\.' new.",
 )
 @_rename
 def rename(rename: Sequence[tuple[str, str]], **options: Any) -> None:

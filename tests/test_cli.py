@@ -616,7 +616,9 @@ def test_what_says_how_to_read_is_taken_by_all(
 def test_every_help_has_examples(command: str, lora_state: Output) -> None:
     assert lora_state(command, "--help") == 0
     assert "\n  Examples:\n    " in lora_state.out
-    assert f"lora-state {command}" in lora_state.out.partition("Examples:")[2]
+    examples = lora_state.out.partition("Examples:")[2]
+    assert f"lora-state {command}" in examples
+    assert max(map(len, examples.splitlines())) <= 80
     assert "--traceback" in lora_state.out
 
 

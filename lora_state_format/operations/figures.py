@@ -117,7 +117,7 @@ def heat_map(name: str, title: str, text: str, cells: Cells, unit: str, *, aroun
         low, high = low - 0.5, high + 0.5
     scale, colours = Normalize(low, high), mpl.colormaps["RdBu_r" if around_zero else "viridis"]
     labels = _short(modules)
-    canvas = Canvas(figsize=(3.2 + 0.16 * max(len(layers), 14), 1.2 + 0.22 * len(modules)), layout="constrained")
+    canvas = Canvas(figsize=(2.4 + 0.16 * max(len(layers), 14), 1.9 + 0.22 * len(modules)), layout="constrained")
     axes = canvas.add_subplot()
     tips = {}
     for row, module in enumerate(modules):
@@ -136,7 +136,7 @@ def heat_map(name: str, title: str, text: str, cells: Cells, unit: str, *, aroun
     ticks = range(0, len(layers), every)
     axes.set_xticks([n + 0.5 for n in ticks], ["none" if layers[n] == NO_LAYER else str(layers[n]) for n in ticks])
     axes.set_xlabel("layer", color=INK)
-    bar = canvas.colorbar(ScalarMappable(scale, colours), ax=axes, fraction=0.05, pad=0.02)
+    bar = canvas.colorbar(ScalarMappable(scale, colours), ax=axes, location="bottom", aspect=40, pad=0.02)
     bar.set_label(f"{unit}, power of ten", color=INK)
     for part in (axes, bar.ax):
         _inked(part)
