@@ -143,8 +143,8 @@ def main() -> None:
         ending = "\n".join(told.split("\n")[-11:-2])
         screen(driver, ["demo"], "   ...\n" + ending, IMAGES / "demo.png", 120)
         screen(driver, SCREENS["inspect"], terminal(SCREENS["inspect"], out, 80), IMAGES / "inspect.png", 80)
-        picture(driver, page, IMAGES / "report.png", 1000, height=1000)
-        picture(driver, page, IMAGES / "report-dark.png", 1000, dark=True, height=1000)
+        picture(driver, page, IMAGES / "report.png", 1000, height=1160)
+        picture(driver, page, IMAGES / "report-dark.png", 1000, dark=True, height=1160)
 
 
 if __name__ == "__main__":
