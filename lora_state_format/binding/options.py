@@ -11,8 +11,8 @@ from typing import Any, Final, TypeAlias
 from lora_state_format.binding.crossing import Crossing, Fit
 from lora_state_format.binding.live import LiveOptimizer, Problem
 from lora_state_format.errors import OptionError, Remedy
-from lora_state_format.model.states import OptimizerState, Scalar, Slot, Value, scalar_of
-from lora_state_format.optimizers.options import Kind, kind_of
+from lora_state_format.model.states import OptimizerState, Scalar, Slot, Value
+from lora_state_format.optimizers.options import Kind, comparable, kind_of
 
 __all__ = ["Chosen", "choose"]
 
@@ -244,7 +244,7 @@ def _replaced(live: LiveOptimizer, chosen: Sequence[Options], given: Mapping[str
     for number in filled:
         for key, value in chosen[number].items():
             before = live.options[number].get(key)
-            if kind_of(key, live.options[number]) in _HYPERPARAMETERS and _plain(before) != _plain(value):
+            if kind_of(key, live.options[number]) in _HYPERPARAMETERS and comparable(before) != comparable(value):
                 change = f"{_text(before)} -> {_text(value)}"
                 changes.setdefault(key, {}).setdefault(change, []).append(number)
     for key, found in changes.items():
@@ -262,8 +262,8 @@ def _zero_rate(live: LiveOptimizer, chosen: Sequence[Options], given: Mapping[st
         str(number)
         for number, options in enumerate(chosen)
         if live.groups[number].parameters
-        and _plain(options.get("lr")) == 0
-        and _plain(live.options[number].get("lr")) != 0
+        and comparable(options.get("lr")) == 0
+        and comparable(live.options[number].get("lr")) != 0
     ]
     if zero and "lr" not in given:
         yield (
@@ -303,23 +303,14 @@ def _left_out(
         yield f"the live groups have no option {', '.join(strange)}: what the file says of it was left out"
 
 
-def _plain(value: Any) -> Any:
-    """Return tensors' values as numbers, lists and tuples alike: what makes two options the same."""
-    if isinstance(value, (list, tuple)):
-        return tuple(_plain(item) for item in value)
-    if isinstance(value, Slot):
-        return _plain(scalar_of(value.tensor)) if value.tensor.count == 1 else value
-    return value.item() if isinstance(value, Scalar) or getattr(value, "shape", None) == () else value
-
-
 def _distinct(values: Iterable[Value]) -> list[Value]:
     found: list[Value] = []
     for value in values:
-        if not any(_plain(value) == _plain(other) for other in found):
+        if not any(comparable(value) == comparable(other) for other in found):
             found.append(value)
     return found
 
 
 def _text(value: Value) -> str:
-    plain = _plain(value)
+    plain = comparable(value)
     return f"a tensor of shape {list(plain.tensor.shape)}" if isinstance(plain, Slot) else repr(plain)

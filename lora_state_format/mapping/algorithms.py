@@ -22,7 +22,7 @@ from lora_state_format.model.sources import Memory
 from lora_state_format.model.states import Group, OptimizerState, Parameter, Scalar, Slot, Value
 from lora_state_format.model.tensors import Box, Piece, Tensor
 from lora_state_format.optimizers.classes import ends
-from lora_state_format.optimizers.options import Kind, kind_of
+from lora_state_format.optimizers.options import Kind, comparable, kind_of
 from lora_state_format.optimizers.roles import role_of
 
 __all__ = [
@@ -235,7 +235,8 @@ def _check_options(number: int, options: Mapping[str, Value], algorithm: Algorit
         own = key in algorithm.options or algorithm.name in NEUTRAL.get(key, ())
         if not own and value and kind_of(key, options) in (Kind.MATH, Kind.STATE, Kind.CLASS):
             raise UnrepresentableError(
-                f"group {number} has {key}={_plain(value)!r}, which {algorithm.name} of other frameworks does not have"
+                f"group {number} has {key}={comparable(value)!r}, which {algorithm.name} of other frameworks does not "
+                "have"
             )
 
 
@@ -249,20 +250,13 @@ def check_alike(groups: Sequence[Group], algorithm: Algorithm, given: Mapping[st
     """
     held = [dict(group.options) for group in groups if group.count]
     for key in algorithm.options:
-        values = [_plain(options[key]) for options in held if key in options]
+        values = [comparable(options[key]) for options in held if key in options]
         if key not in given and any(value != values[0] for value in values):
             found = ", ".join(dict.fromkeys(map(repr, values)))
             raise UnrepresentableError(
                 f"groups differ in {key} ({found}), and the target has one for all",
                 remedy=Remedy("pass it as {options}", {"options": {key: ...}}),
             )
-
-
-def _plain(value: Value) -> Any:
-    """Return an option's value as numbers; a list and a tuple of the same numbers are the same."""
-    if isinstance(value, (list, tuple)):
-        return tuple(map(_plain, value))
-    return value.item() if isinstance(value, Scalar) else value
 
 
 def layout_of(state: OptimizerState, algorithm: Algorithm, layouts: Sequence[RuleLayout]) -> RuleLayout:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from enum import Enum
-from typing import Final
+from typing import Any, Final
 
-__all__ = ["OPTIONS", "Kind", "kind_of"]
+from lora_state_format.model.states import Scalar, Slot, scalar_of
+
+__all__ = ["OPTIONS", "Kind", "comparable", "kind_of"]
 
 
 class Kind(str, Enum):
@@ -47,3 +49,12 @@ OPTIONS: Final[Mapping[str, Kind]] = {
 def kind_of(option: str, beside: Collection[str] = ("d0",)) -> Kind:
     """Return the kind of an option of a group: ``d`` is state in Prodigy, where ``d0`` is its first value."""
     return Kind.MATH if option == "d" and "d0" not in beside else OPTIONS.get(option, Kind.MATH)
+
+
+def comparable(value: Any) -> Any:
+    """Return a hyperparameter as numbers, lists and tuples alike: what makes two of them the same."""
+    if isinstance(value, (list, tuple)):
+        return tuple(map(comparable, value))
+    if isinstance(value, Slot):
+        return comparable(scalar_of(value.tensor)) if value.tensor.count == 1 else value
+    return value.item() if isinstance(value, Scalar) or getattr(value, "shape", None) == () else value
