@@ -139,12 +139,12 @@ def next_to(path: Path, files: Files) -> tuple[list[tuple[Weights, ...]], list[s
 def weights_at(path: Path, files: Files) -> tuple[Weights, ...]:
     """Return what may be a model in a file of weights, or in the first such file of a folder.
 
-    Raises ``FileError`` for a file that cannot be read or holds none, and for a folder without such a file.
+    Raises ``FileError`` for a file that cannot be read or holds none, and ``FileNotFoundError`` for such a folder.
     """
     if path.is_dir():
         file = next((path / name for name in STANDARD if (path / name).is_file()), None)
         if file is None:
-            raise FileError(f"no weights in this folder; looked for {', '.join(STANDARD)}", path=path)
+            raise FileNotFoundError(f"{path}: no weights in this folder; looked for {', '.join(STANDARD)}")
         path = file
     elif not path.exists():
         raise FileNotFoundError(f"{path}: no such file or folder of weights")

@@ -91,7 +91,7 @@ def test_weights_next_to_stage_3_prove_its_masters(folder: Path, tmp_path: Path)
         "no fp32 master was compared with a weight, for the files do not hold both: ranks' files that were exchanged, "
         "or are of another save of the same step, would go unnoticed"
     )
-    assert (report.paired, report.notes) == (0, (unseen,))
+    assert (report.paired, report.notes, report.warnings) == (0, (unseen,), ())
     with read_any(folder, options=options) as state:
         masters = {name: parameter["master_param"].torch() for name, parameter in state.items()}
     weights = folder.parent / "model.safetensors"
