@@ -300,8 +300,8 @@ def group_options(algorithm: Algorithm, options: Mapping[str, Any]) -> tuple[tup
 
 
 def check_told(name: str, told: Value, held: Value, path: object) -> None:
-    """Raise ``OptionError`` where the file holds another value of an option; it may be rounded to float32."""
-    if told != held and _single(told) != held:
+    """Raise ``OptionError`` where the file holds another value of an option; it may be rounded to float32, or NaN."""
+    if told != held and _single(told) != held and repr(told) != repr(held):
         raise OptionError(f"{path} holds {name}={held!r}, not {told!r}")
 
 

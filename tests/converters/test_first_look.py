@@ -57,7 +57,7 @@ def many(folder: Path, ranks: int) -> Path:
 def shown(state: Any) -> dict[str, Any]:
     """What ``inspect --json`` says of a state, where it came from aside."""
     members = report.to_json(state)
-    return {key: value for key, value in members.items() if key != "origin"}
+    return {key: value for key, value in members.items() if key not in {"origin", "notes"}}
 
 
 def test_a_look_at_many_ranks_reads_two_files_and_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -19,6 +20,7 @@ from lora_state_format.format.reading import open_state
 from lora_state_format.format.writing import write
 from lora_state_format.io.plain import save
 from lora_state_format.mapping import apply
+from lora_state_format.mapping.algorithms import check_told
 from lora_state_format.mapping.maps import MAPS, Map, MapRule, load
 from lora_state_format.model.sources import Memory
 from lora_state_format.model.states import (
@@ -599,3 +601,17 @@ def test_weights_follow_their_parameters() -> None:
     key = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
     assert list(found) == [key]
     assert np.array_equal(found[key].numpy(), A.T)
+
+
+def test_a_told_value_may_be_what_float32_holds_of_it_or_not_a_number() -> None:
+    for told, held in (
+        (0.1, 0.10000000149011612),
+        (1, 1.0),
+        (math.nan, float("nan")),
+        ((0.1, math.nan), (0.1, math.nan)),
+    ):
+        check_told("lr", told, held, "x")
+    for told, held in ((0.1, 0.2), (math.nan, 0.1), (0.1, math.nan)):
+        with pytest.raises(OptionError) as caught:
+            check_told("lr", told, held, "x")
+        assert str(caught.value) == f"x holds lr={held!r}, not {told!r}"
