@@ -28,6 +28,7 @@ from lora_state_format.io.folders import new_folder, sweep
 from lora_state_format.model.sources import bytes_of
 from lora_state_format.model.states import Checkpoint, OptimizerState, Parameter, Scalar, Slot, Value, scalar_of
 from lora_state_format.model.tensors import Box, Piece, Run, Tensor
+from lora_state_format.optimizers.roles import MASTER as MASTER_SLOT
 from lora_state_format.registry import Match
 
 NAME: Final = "deepspeed_universal"
@@ -36,9 +37,6 @@ OPTIONS: Final = {"masters": "keep the fp32 master weights as a slot 'master_par
 
 MASTER: Final = "fp32"
 """What the files of the master weights are called."""
-
-MASTER_SLOT: Final = "master_param"
-"""What the slot of the master weights is called."""
 
 LATEST: Final = "latest_universal"
 """The file that names the tag to load."""

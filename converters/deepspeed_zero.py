@@ -35,6 +35,7 @@ from lora_state_format.model.sources import Unread
 from lora_state_format.model.states import Checkpoint, Value, scalar_of
 from lora_state_format.model.tensors import Flat, Piece, Run, Tensor, contiguous
 from lora_state_format.naming.names import peft_key
+from lora_state_format.optimizers.roles import MASTER
 from lora_state_format.registry import Match
 
 NAME: Final = "deepspeed_zero"
@@ -210,7 +211,7 @@ def _beside(found: _Whole, folder: Path, files: Files) -> tuple[_Whole, dict[str
 
 
 def _compared(found: _Whole, weights: Mapping[str, Tensor], folder: Path) -> _Whole:
-    masters = {name: slots["master_param"] for name, slots in found.tree["state"].items()}
+    masters = {name: slots[MASTER] for name, slots in found.tree["state"].items()}
     return replace(found, said={"masters_compared": check_masters(masters, weights, folder)})
 
 
@@ -226,7 +227,7 @@ def _checkpoint(
     entries = laid_out.tree["state"]
     if not options.get("masters"):
         for slots in entries.values():
-            del slots["master_param"]
+            del slots[MASTER]
     step = save.models[0].tree.get("global_steps")
     state = from_state_dict(
         laid_out.tree,
@@ -307,7 +308,7 @@ def _whole(save: _Save, cut: _Cut) -> tuple[dict[str, Any], dict[str, tuple[int,
                     slot: slices.join(name, [slots[slot] for slots in held]) if isinstance(value, Tensor) else value
                     for slot, value in held[0].items()
                 }
-    shapes = {name: slots["master_param"].shape for name, slots in entries.items()}
+    shapes = {name: slots[MASTER].shape for name, slots in entries.items()}
     return {"state": entries, "param_groups": groups}, shapes
 
 
@@ -475,7 +476,7 @@ def _split(ranks: Sequence[_Rank], number: int) -> tuple[dict[str, list[Tensor]]
                     "with one value per element can be told apart by parameter",
                     path=rank.path,
                 )
-    flat["master_param"] = [rank.masters[number] for rank in ranks]
+    flat[MASTER] = [rank.masters[number] for rank in ranks]
     return flat, other
 
 

@@ -32,6 +32,7 @@ from lora_state_format.io.json_files import read_json_object
 from lora_state_format.model.sources import File, Memory, bytes_of
 from lora_state_format.model.states import Checkpoint, OptimizerState, Scalar, Value
 from lora_state_format.model.tensors import Box, Piece, Tensor, contiguous
+from lora_state_format.optimizers.roles import MASTER as MASTER_SLOT
 from lora_state_format.registry import Match
 
 NAME: Final = "megatron"
@@ -52,7 +53,6 @@ _STATE: Final = re.compile(r"state\.([^.]+)\.(.+)")
 _BUCKET: Final = re.compile(r"distributed\.dp_group_idx_(\d+)\.gbuf_idx_(\d+)\.dtype_(.*)\.bucket_idx_(\d+)\.(\w+)")
 _GROUPS: Final = re.compile(r"distributed\.dp_group_idx_\d+\.optimizer/shard_0_1")
 _LAYERS: Final = re.compile(r"(.*\blayers)\.(?!\d)(.*)")
-MASTER_SLOT: Final = "master_param"
 _EXPERTS: Final = re.compile(r"(.*\.experts)\.experts\.(.*)")
 
 

@@ -13,7 +13,7 @@ from typing import Any, Final
 
 from lora_state_format.errors import FileError, RefusedError
 from lora_state_format.foreign import pickles
-from lora_state_format.foreign.paddle import LAYOUTS, MASTER, POWERS, state_of
+from lora_state_format.foreign.paddle import LAYOUTS, POWERS, state_of
 from lora_state_format.foreign.pickles import NumpyScalar, Record
 from lora_state_format.io.files import reading
 from lora_state_format.mapping import algorithms, apply
@@ -21,6 +21,7 @@ from lora_state_format.mapping.algorithms import HYPERPARAMETERS, OPTIMIZER
 from lora_state_format.model.sources import File
 from lora_state_format.model.states import Checkpoint
 from lora_state_format.model.tensors import Tensor
+from lora_state_format.optimizers.roles import MASTER
 from lora_state_format.registry import Match
 
 NAME: Final = "paddle"

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from lora_state_format.errors import FileError, OptionError, RefusedError, Remedy, UnrepresentableError
-from lora_state_format.foreign.paddle import LAYOUTS, MASTER, POWERS, betas_of, state_of
+from lora_state_format.foreign.paddle import LAYOUTS, POWERS, betas_of, state_of
 from lora_state_format.foreign.powers import power
 from lora_state_format.foreign.trees import member
 from lora_state_format.foreign.weights import read_weights
@@ -29,6 +29,7 @@ from lora_state_format.mapping.algorithms import HYPERPARAMETERS, OPTIMIZER, Alg
 from lora_state_format.model.sources import Memory
 from lora_state_format.model.states import Checkpoint, OptimizerState, Parameter
 from lora_state_format.model.tensors import Tensor, contiguous
+from lora_state_format.optimizers.roles import MASTER
 from lora_state_format.registry import Match
 
 NAME: Final = "paddlenlp"

@@ -19,8 +19,9 @@ from lora_state_format.mapping import algorithms
 from lora_state_format.mapping.algorithms import RuleLayout
 from lora_state_format.model.states import Group, Naming, Optimizer, OptimizerState, Role, Slot
 from lora_state_format.model.tensors import Tensor
+from lora_state_format.optimizers.roles import MASTER
 
-__all__ = ["LAYOUTS", "MASTER", "POWERS", "betas_of", "state_of"]
+__all__ = ["LAYOUTS", "POWERS", "betas_of", "state_of"]
 
 LAYOUTS: Final = (
     RuleLayout("adam", {"moment1_0": "exp_avg", "moment2_0": "exp_avg_sq"}),
@@ -28,8 +29,6 @@ LAYOUTS: Final = (
     RuleLayout("sgd", {"velocity_0": "momentum_buffer"}),
 )
 POWERS: Final = ("beta1_pow_acc_0", "beta2_pow_acc_0")
-
-MASTER: Final = "master_param"
 
 USUAL: Final = ((0.9, 0.999), (0.9, 0.95), (0.9, 0.98), (0.9, 0.99), (0.5, 0.999))
 """Betas that are tried where neither they nor the step are stated: both powers have to be theirs, bit for bit."""

@@ -323,9 +323,8 @@ def committing(path: Path, force: bool, keep: set[str]) -> Iterator[None]:
         yield
         old = [found for found in files_of(path) if found.name not in keep]
         means = [found for found in old if found in (index_of(path), path)]
-        for (
-            found
-        ) in means:  # an index before the shards that it names: whoever opens the path finds all or none of them
+        # An index before the shards that it names: whoever opens the path finds all or none of them.
+        for found in means:
             found.unlink()
         with ThreadPoolExecutor(UNLINKING) as pool:
             list(pool.map(Path.unlink, old[len(means) :]))
