@@ -25,6 +25,7 @@ from lora_state_format.errors import (
     UnknownFormatError,
 )
 from lora_state_format.foreign.kinds import READERS, certain_kind, kind_of_file
+from lora_state_format.io.files import steady
 
 if TYPE_CHECKING:
     from lora_state_format.model.states import Checkpoint, OptimizerState
@@ -48,6 +49,7 @@ __all__ = [
     "options",
     "own_options",
     "read",
+    "read_match",
     "writer",
 ]
 
@@ -215,7 +217,24 @@ def read(
     Raises ``UnknownFormatError`` for a path that is not of the format, and what ``detect`` and the converter raise.
     """
     converter, match = find(path, source_format)
-    return converter.read(match, own_options(options or {}, converter))
+    return read_match(converter, match, options or {})
+
+
+def read_match(converter: Converter, match: Match, options: Mapping[str, Any], *, glance: bool = False) -> Checkpoint:
+    """Read what a converter found.
+
+    Args:
+        converter: The converter.
+        match: What it found.
+        options: The options of converters; those of others are ignored.
+        glance: Whether some of a folder's files are enough, where the converter knows how.
+
+    Raises ``FileError`` for a folder that was replaced meanwhile, and what the converter raises.
+    """
+    read = getattr(converter, "glance", converter.read) if glance else converter.read
+    with steady(match.path):
+        checkpoint: Checkpoint = read(match, own_options(options, converter))
+    return checkpoint
 
 
 def find(path: str | os.PathLike[str], source_format: str | None = None) -> tuple[Converter, Match]:
@@ -226,12 +245,18 @@ def find(path: str | os.PathLike[str], source_format: str | None = None) -> tupl
     if source_format is None:
         return detect(path)
     converter, path = get(source_format), Path(path)
-    match = converter.detect(path) if path.exists() or source_format == NAMED else None
+    with steady(path):
+        return converter, _match(converter, path)
+
+
+def _match(converter: Converter, path: Path) -> Match:
+    """Return what the converter that the caller names finds at a path."""
+    match = converter.detect(path) if path.exists() or converter.NAME == NAMED else None
     if match is None:
         if not path.exists():
             raise FileNotFoundError(f"{path}: no such file or folder")
-        raise UnknownFormatError(f"{path}: not recognised as '{source_format}': expected {converter.DESCRIPTION}")
-    return converter, match
+        raise UnknownFormatError(f"{path}: not recognised as '{converter.NAME}': expected {converter.DESCRIPTION}")
+    return match
 
 
 def own_options(given: Mapping[str, Any], converter: Converter) -> dict[str, Any]:
@@ -243,9 +268,14 @@ def detect(path: str | os.PathLike[str]) -> tuple[Converter, Match]:
     """Return the converter that a path belongs to, and why.
 
     This package's own format comes first: in a folder that holds both it and the file it was converted from, the one
-    with names is meant. Raises ``FileNotFoundError``, ``UnknownFormatError`` and ``AmbiguousFormatError``.
+    with names is meant. Raises ``FileNotFoundError``, ``UnknownFormatError`` and ``AmbiguousFormatError``, and
+    ``FileError`` for what is damaged, and for a folder that was replaced meanwhile.
     """
-    path = Path(path)
+    with steady(Path(path)):
+        return _detected(Path(path))
+
+
+def _detected(path: Path) -> tuple[Converter, Match]:
     named = get(NAMED)
     if match := named.detect(path):  # a set's path need not be there itself: its index is
         return named, match

@@ -12,6 +12,7 @@ import pytest
 from lora_state_format import registry
 from lora_state_format.errors import (
     AmbiguousFormatError,
+    FileError,
     MissingDependencyError,
     OptionError,
     UnknownFormatError,
@@ -90,6 +91,39 @@ def test_another_package_adds_a_converter(package: Path) -> None:
     path.touch()
     converter, match = registry.detect(path)
     assert (converter.NAME, match.reason, match.path) == ("plugged", "the suffix .plugged", path)
+
+
+MOVER = """
+from lora_state_format.registry import Match
+NAME = "mover"
+DESCRIPTION = "folders that do not stay"
+def moved(path):
+    path.rename(path.with_name("old"))
+    path.mkdir()
+def detect(path):
+    if (path / "while detected").exists():
+        return moved(path)
+    return Match("it is a folder", path) if path.is_dir() else None
+def read(match, options):
+    if (match.path / "while read").exists():
+        moved(match.path)
+    return len(list(match.path.iterdir()))
+"""
+
+
+@pytest.mark.parametrize("when", ["while detected", "while read"])
+@pytest.mark.parametrize("source_format", ["mover", None])
+def test_a_folder_that_is_replaced(package: Path, when: str, source_format: str | None) -> None:
+    """Whatever was found in it, or missed: a writer may have put another one there, and be emptying the old one."""
+    install(package, "mover", "installed_mover", MOVER)
+    path = package / "checkpoint"
+    path.mkdir()
+    (path / "file").touch()
+    assert registry.read(path, source_format) == 1
+    (path / when).touch()
+    with pytest.raises(FileError) as caught:
+        registry.read(path, source_format)
+    assert str(caught.value) == f"{path}: was replaced while it was read: read it again"
 
 
 def test_a_name_that_is_taken(package: Path, caplog: pytest.LogCaptureFixture) -> None:

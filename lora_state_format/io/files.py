@@ -13,7 +13,7 @@ from typing import Final
 from lora_state_format.errors import FileError, RefusedError
 from lora_state_format.model.sources import File
 
-__all__ = ["FEW", "Files", "PooledFile", "first_look", "folders_in", "inside", "is_plain", "names_in", "reading"]
+__all__ = ["FEW", "Files", "PooledFile", "first_look", "folders_in", "inside", "is_plain", "names_in", "reading", "steady"]
 
 MAX_NAME: Final = 255
 """Bytes of a file's name, as most file systems have it."""
@@ -130,7 +130,7 @@ class _Pool:
     def check_folders(self) -> None:
         for folder, identity in self._folders.items():
             if _identity(folder) != identity:
-                raise FileError("was replaced while it was read: read it again", path=folder)
+                raise _replaced(folder)
 
     def close(self) -> None:
         for file in self._open.values():
@@ -145,6 +145,28 @@ def _identity(folder: Path) -> tuple[int, int] | None:
     except FileNotFoundError:
         return None
     return status.st_dev, status.st_ino
+
+
+def _replaced(folder: Path) -> FileError:
+    return FileError("was replaced while it was read: read it again", path=folder)
+
+
+@contextlib.contextmanager
+def steady(path: Path) -> Iterator[None]:
+    """Look into a folder that has to stay the one that it is.
+
+    Of one that makes room for another, a part of the files may be listed: what was found in it, and what was missed,
+    says nothing. Raises ``FileError`` if the folder was replaced, whatever the block says of it.
+    """
+    identity = _identity(path) if path.is_dir() else None
+    try:
+        yield
+    except Exception:
+        if identity is not None and _identity(path) != identity:
+            raise _replaced(path) from None
+        raise
+    if identity is not None and _identity(path) != identity:
+        raise _replaced(path)
 
 
 @contextlib.contextmanager

@@ -340,8 +340,7 @@ def _checkpoint(
     asks = "optimizer" in registry.options(converter)
     if optimizer is not None and asks:
         options = {"optimizer": optimizer, **options}
-    read = getattr(converter, "glance", converter.read) if glance else converter.read
-    with read(match, registry.own_options(options, converter)).closed_on_error() as checkpoint:
+    with registry.read_match(converter, match, options, glance=glance).closed_on_error() as checkpoint:
         if optimizer is not None and not asks:
             checkpoint = replace(checkpoint, state=_classed(checkpoint.state, _class_called(optimizer), path))
         named = isinstance(checkpoint.state, OptimizerState)

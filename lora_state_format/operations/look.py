@@ -50,7 +50,7 @@ def look(
     """
     converter, match = registry.find(path, source_format)
     if converter.NAME == registry.NAMED and not any(reading.values()):
-        return Found(converter.read(match, {}).state, converter.NAME)
+        return Found(registry.read_match(converter, match, {}).state, converter.NAME)
     from lora_state_format.operations.conversion import look_closer
 
     return look_closer(path, converter, match, whole=whole, **reading)

@@ -65,15 +65,18 @@ def test_a_reader_meanwhile(way: str, tmp_path: Path, load_module: Callable[[Pat
     )
     command = [sys.executable, "-c", code, str(SCRIPT.parent), way, str(target), str(base)]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
-        found = []
+        found, optimizers = [], set()
         while process.poll() is None:
             with contextlib.suppress(FileError, FileNotFoundError):
-                found.append(_numbers(registry.read(target, way.partition(",")[0], TOLD).state))
+                state = registry.read(target, way.partition(",")[0], TOLD).state
+                found.append(_numbers(state))
+                optimizers.add(len(state.optimizers))
         assert process.returncode == 0, process.communicate()[1]
     assert found
     wanted = [{number + 1, 0.5 + number} for number in (0, 1)]
     wanted += [{number + 1} for number in (0, 1)]  # Paddle's files hold no options
     assert all(numbers in wanted for numbers in found)
+    assert len(optimizers) == 1, "one of two would be a part"
 
 
 def _numbers(state: OptimizerState | PositionalState) -> set[float]:
