@@ -3,7 +3,7 @@ PYTHON ?= python3
 PYTHONS ?= 3.10 3.12 3.13
 
 .DEFAULT_GOAL := help
-.PHONY: bench bench-figure crashes demo docs escapes fuzz growth help links lint readers test test-browser test-cuda test-frameworks test-lowest test-lowest-core test-middle test-pythons test-tools test-torches
+.PHONY: bench bench-figure crashes demo docs escapes fuzz growth help links lint readers test test-browser test-cuda test-frameworks test-lowest test-lowest-core test-middle test-pythons test-stores test-tools test-torches
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*##  */\1@/p' $(MAKEFILE_LIST) | awk -F@ '{ printf "make %-16s %s\n", $$1, $$2 }'
@@ -119,6 +119,14 @@ readers:  ## the readers in JavaScript and Rust, and the matrix of all readers a
 test-browser: .venv-browser/ready  ## the viewer in a headless Chromium
 	$(call program,chromedriver,chromium chromium-driver)
 	.venv-browser/bin/pytest -m browser tests/web
+
+test-stores: .venv-stores/ready  ## states in S3, Google's store and the Hub, through their clients, against servers here
+	.venv-stores/bin/pytest -m stores tests/io/test_object_stores.py
+
+.venv-stores/ready: pyproject.toml constraints-stores.txt
+	$(PYTHON) -m venv .venv-stores
+	.venv-stores/bin/pip install --quiet --constraint constraints-stores.txt --editable '.[stores]'
+	touch $@
 
 # Without the tools' own bounds: bergson asks for torchvision, which it does not use, LESS for transformers of 2023.
 SOURCES := https://github.com/princeton-nlp/LESS https://github.com/pmahdavi/ota-merge

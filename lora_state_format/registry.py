@@ -26,6 +26,7 @@ from lora_state_format.errors import (
 )
 from lora_state_format.foreign.kinds import READERS, certain_kind, kind_of_file
 from lora_state_format.io.files import steady
+from lora_state_format.io.remote import is_remote, spelled
 
 if TYPE_CHECKING:
     from lora_state_format.model.states import Checkpoint, OptimizerState
@@ -254,9 +255,16 @@ def _match(converter: Converter, path: Path) -> Match:
     match = converter.detect(path) if path.exists() or converter.NAME == NAMED else None
     if match is None:
         if not path.exists():
-            raise FileNotFoundError(f"{path}: no such file or folder")
+            raise _missing(path)
         raise UnknownFormatError(f"{path}: not recognised as '{converter.NAME}': expected {converter.DESCRIPTION}")
     return match
+
+
+def _missing(path: Path) -> FileNotFoundError:
+    if is_remote(path):
+        what = "no file of named state, and of a URL only that is read; copy other checkpoints to this machine first"
+        return FileNotFoundError(f"{spelled(path)}: {what}")
+    return FileNotFoundError(f"{path}: no such file or folder")
 
 
 def own_options(given: Mapping[str, Any], converter: Converter) -> dict[str, Any]:
@@ -280,7 +288,7 @@ def _detected(path: Path) -> tuple[Converter, Match]:
     if match := named.detect(path):  # a set's path need not be there itself: its index is
         return named, match
     if not path.exists():
-        raise FileNotFoundError(f"{path}: no such file or folder")
+        raise _missing(path)
     found, damaged = _claims(path, [converter for converter in _possible(path) if converter is not named])
     found = [(converter, match) for converter, match in found if not match.generic] or found
     if len(found) > 1:

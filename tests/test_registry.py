@@ -6,6 +6,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -119,7 +120,8 @@ def test_a_folder_that_is_replaced(package: Path, when: str, source_format: str 
     path = package / "checkpoint"
     path.mkdir()
     (path / "file").touch()
-    assert registry.read(path, source_format) == 1
+    found: Any = registry.read(path, source_format)
+    assert found == 1
     (path / when).touch()
     with pytest.raises(FileError) as caught:
         registry.read(path, source_format)

@@ -36,7 +36,7 @@ from lora_state_format.format.stowing import stowed
 from lora_state_format.io import plain
 from lora_state_format.io.atomic import REPLACE, TemporaryFile, check_target, gathered, locked, sync_folder
 from lora_state_format.io.ledger import Ledger
-from lora_state_format.io.remote import exists, is_remote, remove, send
+from lora_state_format.io.remote import exists, is_remote, remove, send, spelled
 from lora_state_format.io.safetensors import MAX_DIMENSIONS, is_too_large
 from lora_state_format.io.strict_json import MAX_VALUES, dumps, most_values, utf8
 from lora_state_format.model.digests import ALGORITHM
@@ -358,7 +358,7 @@ def _sent(path: Path, force: bool, make: Callable[[Path], Written]) -> Written:
     """
     old = _sent_before(path)
     if old and not force:
-        raise TargetExistsError(f"{path} exists", remedy=REPLACE)
+        raise TargetExistsError(f"{spelled(path)} exists", remedy=REPLACE)
     with tempfile.TemporaryDirectory(prefix="lora-state-") as folder:
         written = make(Path(folder, path.name))
         files = [path.with_name(Path(name).name) for name in written.files]
@@ -367,7 +367,7 @@ def _sent(path: Path, force: bool, make: Callable[[Path], Written]) -> Written:
     for file in old:
         if file not in files:
             remove(file)
-    return replace(written, path=str(path), files=tuple(map(str, files)))
+    return replace(written, path=spelled(path), files=tuple(map(spelled, files)))
 
 
 def _sent_before(path: Path) -> list[Path]:

@@ -15,7 +15,7 @@ from typing import Any, Final
 from lora_state_format.errors import FileError, MissingDependencyError, OptionError
 from lora_state_format.model.sources import File
 
-__all__ = ["Remote", "exists", "is_file", "is_remote", "open_file", "remove", "send", "version_of"]
+__all__ = ["Remote", "exists", "is_file", "is_remote", "open_file", "remove", "send", "spelled", "version_of"]
 
 URL: Final = re.compile(r"([a-z][a-z0-9+.-]+):/+")
 
@@ -30,6 +30,11 @@ def is_remote(path: str | os.PathLike[str]) -> bool:
     """Return whether a path is a URL."""
     found = URL.match(os.fspath(path))
     return found is not None and found[1] != "file"
+
+
+def spelled(path: str | os.PathLike[str]) -> str:
+    """Return a path as its user writes it: a URL with two slashes, of which ``pathlib`` leaves one."""
+    return URL.sub(r"\1://", os.fspath(path), count=1) if is_remote(path) else os.fspath(path)
 
 
 def open_file(path: str | os.PathLike[str]) -> File:
@@ -92,7 +97,7 @@ class Remote(File):
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self._descriptor = -1
-        self.path = os.fspath(path)
+        self.path = spelled(path)
         self._filesystem, self._place = _place(path)
         self._lock = threading.Lock()
         self._known = self._info()
@@ -117,7 +122,9 @@ class Remote(File):
         goes_on = offset == self._end
         wanted = max(size, self._window) if goes_on else size
         stop = min(offset + wanted, self.size)
-        data: bytes = self._filesystem.cat_file(self._place, start=offset, end=stop)
+        # The Hub's client, which is not one of fsspec's asynchronous ones, would read 5 MiB around each range.
+        options = {} if self._filesystem.async_impl else {"cache_type": "none"}
+        data: bytes = self._filesystem.cat_file(self._place, start=offset, end=stop, **options)
         if len(data) != stop - offset:
             raise FileError(f"gave {len(data)} bytes where {stop - offset} were asked for", path=self.path)
         self._window = min(2 * self._window, LARGEST) if goes_on else size
@@ -136,7 +143,10 @@ class Remote(File):
 
     def _info(self) -> dict[str, Any]:
         self._filesystem.invalidate_cache()
-        found: dict[str, Any] = self._filesystem.info(self._place)
+        try:
+            found: dict[str, Any] = self._filesystem.info(self._place)
+        except FileNotFoundError:
+            raise FileNotFoundError(f"{self.path}: no such file") from None
         if found.get("type") == "directory" or found.get("size") is None:
             raise FileError("is no file of a known size", path=self.path)
         return found
@@ -144,7 +154,7 @@ class Remote(File):
 
 def _place(path: str | os.PathLike[str]) -> tuple[Any, str]:
     """Return the file system of a URL, and the path in it."""
-    url = URL.sub(r"\1://", os.fspath(path), count=1)
+    url = spelled(path)
     try:
         found: tuple[Any, str] = _fsspec().core.url_to_fs(url)
     except ImportError as error:

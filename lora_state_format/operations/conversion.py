@@ -16,7 +16,7 @@ from lora_state_format.foreign.weights import weights_at
 from lora_state_format.format import envelope, writing
 from lora_state_format.io.atomic import made_folders, refuse_existing
 from lora_state_format.io.files import reading as opened_files
-from lora_state_format.io.remote import is_remote
+from lora_state_format.io.remote import is_remote, spelled
 from lora_state_format.mapping.algorithms import ALGORITHMS, find
 from lora_state_format.model import digests, notebook
 from lora_state_format.model.digests import ALGORITHM
@@ -241,7 +241,9 @@ def convert(
     source, target = Path(source), _target(target, writer)
     refuse_existing(target, force=force)
     if is_remote(target) and target_format != registry.NAMED:
-        raise OptionError(f"{target}: only files of named state are sent to a URL; convert into a folder and copy that")
+        raise OptionError(
+            f"{spelled(target)}: only files of named state are sent to a URL; convert into a folder and copy that"
+        )
     converter, match = registry.find(source, source_format)
     options = options or {}
     reading = _Reading(renaming_of(names, options, converter, writer), rule, optimizer, trainable)
@@ -262,9 +264,9 @@ def convert(
             with made_folders(target):
                 digest = _write(writer, state, target, given, force, options, progress)
         return ConversionReport(
-            source=str(source),
+            source=spelled(source),
             source_format=converter.NAME,
-            target=str(target),
+            target=spelled(target),
             target_format=target_format,
             written=not dry_run,
             parameters=len(state.parameters),

@@ -12,7 +12,7 @@ from lora_state_format.errors import OptionError
 from lora_state_format.format import writing
 from lora_state_format.format.rotation import plan_rotation, remove_states, series_of
 from lora_state_format.io.atomic import made_folders
-from lora_state_format.io.remote import is_remote
+from lora_state_format.io.remote import is_remote, spelled
 from lora_state_format.optimizers.rounded import check_stored, stored
 from lora_state_format.torch.background import BackgroundSave, settle, start
 from lora_state_format.torch.capture import (
@@ -151,11 +151,13 @@ def _check_remote(path: Path, *, together: bool, keep_last: int | None) -> None:
     """Raise ``OptionError`` for what is not done in an object store."""
     if together:
         raise OptionError(
-            f"{path}: the ranks of a sharded model write into a folder that all of them see; save there, then "
-            f"convert(that path, {str(path)!r})"
+            f"{spelled(path)}: the ranks of a sharded model write into a folder that all of them see; save there, then "
+            f"convert(that path, {spelled(path)!r})"
         )
     if keep_last is not None:
-        raise OptionError(f"{path}: keep_last removes files of a folder, and this is a URL; leave keep_last out")
+        raise OptionError(
+            f"{spelled(path)}: keep_last removes files of a folder, and this is a URL; leave keep_last out"
+        )
 
 
 def _rotated(written: writing.Written, keep_last: int | None) -> writing.Written:

@@ -193,7 +193,7 @@ def test_what_is_there_is_replaced_only_when_asked_for(store: list[str], tmp_pat
     save_optimizer(optimizer, model, URL)
     with pytest.raises(TargetExistsError) as raised:
         convert(tmp_path / "here.safetensors", URL)
-    assert str(raised.value) == "memory:/bucket/run/optimizer.safetensors exists; pass force=True to replace it"
+    assert str(raised.value) == "memory://bucket/run/optimizer.safetensors exists; pass force=True to replace it"
     convert(tmp_path / "here.safetensors", URL, force=True)
     assert len(store) == 2
     assert verify(URL).ok
@@ -205,12 +205,12 @@ def test_what_is_not_written_to_a_url(store: list[str], tmp_path: Path) -> None:
     with pytest.raises(OptionError) as raised:
         save_optimizer(optimizer, model, URL, keep_last=2)
     assert str(raised.value) == (
-        "memory:/bucket/run/optimizer.safetensors: keep_last removes files of a folder, and this is a URL; leave "
+        "memory://bucket/run/optimizer.safetensors: keep_last removes files of a folder, and this is a URL; leave "
         "keep_last out"
     )
     with pytest.raises(OptionError) as raised:
         convert(tmp_path / "here.safetensors", "memory://bucket/optimizer.pt", target_format="torch_optimizer")
     assert str(raised.value) == (
-        "memory:/bucket/optimizer.pt: only files of named state are sent to a URL; convert into a folder and copy that"
+        "memory://bucket/optimizer.pt: only files of named state are sent to a URL; convert into a folder and copy that"
     )
     assert store == []

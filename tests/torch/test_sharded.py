@@ -152,8 +152,8 @@ def test_a_rank_that_cannot_write_stops_all(said: Said, folder: Path) -> None:
     assert first["error"] == f"FileExistsError: [Errno 17] File exists: '{folder}/folder'"
     assert second["error"] == f"RankError: rank 0 failed: {first['error']}"
     remote = (
-        "OptionError: memory:/bucket/optimizer.safetensors: the ranks of a sharded model write into a folder that all "
-        "of them see; save there, then convert(that path, 'memory:/bucket/optimizer.safetensors')"
+        "OptionError: memory://bucket/optimizer.safetensors: the ranks of a sharded model write into a folder that all "
+        "of them see; save there, then convert(that path, 'memory://bucket/optimizer.safetensors')"
     )
     assert [first["remote"], second["remote"]] == [remote, remote]
 
