@@ -2,7 +2,8 @@
 
 Of every tensor each rank holds some elements: a box (DTensor), or a run in C order (FSDP1, ZeRO). ``gather`` brings the
 bytes of each tensor to the one rank that wants it, in the order in which it reads them: ranks of one machine put theirs
-into its buckets, which they share, and others send them by ``all_to_all_single``.
+into its buckets, which they share, and others send them by ``all_to_all_single``. What the rank holds itself in one run
+of bytes, as rows of a matrix are, it reads where it is.
 """
 
 from __future__ import annotations
@@ -10,9 +11,10 @@ from __future__ import annotations
 import math
 import queue
 from bisect import bisect_left
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property, partial
+from operator import mul
 from typing import Any, Final, NamedTuple, TypeAlias, TypeVar
 
 import torch
@@ -21,7 +23,17 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 from torch.distributed.tensor.placement_types import _StridedShard
 
 from lora_state_format.errors import CaptureError, RankError
-from lora_state_format.model.tensors import CHUNK, Box, Flat, Tensor, boxes_between, contiguous, intersection, is_tiling
+from lora_state_format.model.tensors import (
+    CHUNK,
+    Box,
+    Flat,
+    Tensor,
+    boxes_between,
+    c_strides,
+    contiguous,
+    intersection,
+    is_tiling,
+)
 from lora_state_format.optimizers.rounded import Rounded
 from lora_state_format.torch.shared import Buckets, shared_buckets
 from lora_state_format.torch.tensors import dtype_name, to_host
@@ -67,7 +79,7 @@ class Spread:
         self.where = where
         self.local = local
         self.size = math.prod(shape) * width
-        self.incoming: _Incoming | _Local | None = None
+        self.incoming: _Incoming | None = None
 
     def readinto(self, offset: int, out: memoryview) -> None:
         """Fill ``out`` with the bytes from ``offset`` on, when they have arrived."""
@@ -82,7 +94,7 @@ class Spread:
         found = self._arrived().find(self, offset)
         return found[:size] if len(found) >= size else None
 
-    def _arrived(self) -> _Incoming | _Local:
+    def _arrived(self) -> _Incoming:
         if self.incoming is None:
             raise CaptureError("the model is sharded: call save_optimizer on every rank")
         return self.incoming
@@ -92,6 +104,12 @@ class Spread:
         """The local elements as bytes: the last axis is ``width`` times as long."""
         assert self.local is not None
         return self.local.contiguous().view(torch.uint8)
+
+    def some_of_local(self, offset: int, size: int) -> memoryview:
+        """Return ``size`` of those bytes in C order, or fewer: at most a chunk, which of a device is copied."""
+        flat = self.bytes_of_local.reshape(-1)
+        found: memoryview = flat[offset : offset + min(size, CHUNK)].cpu().numpy().data
+        return found
 
 
 def spread(tensor: DTensor, *, copy: bool = False) -> Tensor:
@@ -190,12 +208,18 @@ class _Holders:
         where = self.wheres[rank]
         return where is not None and _nearest(self._ranks[where], receiver) == rank
 
-    def has_all(self, rank: int, shape: tuple[int, ...]) -> bool:
-        """Whether a rank holds every element of a tensor of this shape itself."""
-        where = self.wheres[rank]
+    def run(self, rank: int, spread: Spread) -> tuple[int, int]:
+        """Return the first byte and the end of what a rank holds of a tensor, where it is one run; else nothing."""
+        where, width = self.wheres[rank], spread.width
         if isinstance(where, Flat):
-            return where.count == math.prod(shape)
-        return where is not None and where.shape == shape
+            return where.start * width, (where.start + where.count) * width
+        if where is None:
+            return 0, 0
+        axis = next((axis for axis, size in enumerate(where.shape) if size > 1), 0)  # the first that steps
+        if where.shape[axis + 1 :] != spread.shape[axis + 1 :]:
+            return 0, 0
+        first = sum(map(mul, where.start, c_strides(spread.shape))) * width
+        return first, first + math.prod(where.shape) * width
 
     def senders(self, receiver: int) -> list[int]:
         """Return the ranks from which a receiver gets all elements."""
@@ -274,18 +298,17 @@ class _Part(NamedTuple):
         whole[self.into].copy_(data)
 
 
-def _rounds(spreads: Sequence[Spread], size: int) -> list[list[_Segment]]:
-    """Return the tensors that a rank wants, in order, cut into buckets of ``size`` bytes."""
+def _rounds(missing: Sequence[tuple[Spread, int, int]], size: int) -> list[list[_Segment]]:
+    """Return the bytes of tensors that are brought to a rank, in order, cut into buckets of ``size`` bytes."""
     rounds: list[list[_Segment]] = []
     place = size
-    for spread in spreads:
-        first = 0
-        while first < spread.size:
+    for spread, first, end in missing:
+        while first < end:
             place += -place % ALIGNMENT
             if place >= size:
                 rounds.append([])
                 place = 0
-            last = min(spread.size, first + size - place)
+            last = min(end, first + size - place)
             rounds[-1].append(_Segment(spread, first, last, place))
             place, first = place + last - first, last
     return rounds
@@ -330,24 +353,21 @@ class _Plan:
         self.rank = dist.get_rank(group)
         self.world = len(wanted)
         self._holders = _holders([spread for spreads in wanted for spread in spreads], group)
-        self._wanted = [
-            [spread for spread in spreads if not self._of(spread).has_all(rank, spread.shape)]
+        self._missing = [
+            [(spread, *gap) for spread in spreads for gap in _around(self._of(spread).run(rank, spread), spread.size)]
             for rank, spreads in enumerate(wanted)
         ]
+        self.held = {id(spread): self._of(spread).run(self.rank, spread) for spread in wanted[self.rank]}
         self.size = BUCKET
-
-    def exchanges(self, spread: Spread) -> bool:
-        """Whether bytes of a tensor that this rank wants come from others."""
-        return not self._of(spread).has_all(self.rank, spread.shape)
 
     def longest(self) -> int:
         """Return the bytes that the rank gets that gets most."""
-        return max(sum(spread.size + ALIGNMENT for spread in spreads) for spreads in self._wanted)
+        return max(sum(last - first + ALIGNMENT for _, first, last in missing) for missing in self._missing)
 
     def lay(self, size: int) -> None:
-        """Lay the rounds out for buckets of ``size`` bytes; what a rank has itself it sends to itself."""
+        """Lay the rounds out for buckets of ``size`` bytes; a rank has short runs of its own brought as well."""
         self.size = size
-        rounds = [_rounds(spreads, size) for spreads in self._wanted]
+        rounds = [_rounds(missing, size) for missing in self._missing]
         self.count = max(map(len, rounds))
         self.own = rounds[self.rank] + [[] for _ in range(self.count - len(rounds[self.rank]))]
         self.sends: list[list[list[_Part]]] = [[[] for _ in rounds] for _ in range(self.count)]
@@ -370,7 +390,7 @@ class _Plan:
 
     def inward(self, number: int) -> list[list[_Part]]:
         """Return what comes from each other rank in a round."""
-        found: list[list[_Part]] = [[] for _ in self._wanted]
+        found: list[list[_Part]] = [[] for _ in self._missing]
         for segment in self.own[number]:
             holders = self._of(segment.spread)
             for sender in holders.senders(self.rank):
@@ -381,16 +401,23 @@ class _Plan:
         return self._holders[spread.kind, spread.shape]
 
 
-class _Incoming:
-    """Buckets on their way from the thread that exchanges to the one that reads."""
+def _around(run: tuple[int, int], size: int) -> list[tuple[int, int]]:
+    """Return the bytes of a tensor of ``size`` bytes before and behind a run, each as first byte and end."""
+    first, end = run
+    return [(0, first), (end, size)]
 
-    def __init__(self, buckets: Sequence[torch.Tensor]) -> None:
+
+class _Incoming:
+    """Buckets on their way from the thread that exchanges to the one that reads, and what need not come."""
+
+    def __init__(self, buckets: Sequence[torch.Tensor], held: Mapping[int, tuple[int, int]]) -> None:
+        self._held = held
         self._free: queue.SimpleQueue[torch.Tensor] = queue.SimpleQueue()
         self._full: queue.SimpleQueue[tuple[torch.Tensor, list[_Segment]] | None] = queue.SimpleQueue()
         for bucket in buckets:
             self._free.put(bucket)
         self._bucket: torch.Tensor | None = None
-        self._segments: dict[int, tuple[_Segment, memoryview]] = {}
+        self._segments: dict[int, list[tuple[_Segment, memoryview]]] = {}
 
     def free(self) -> torch.Tensor:
         """Return the next bucket to fill, when it is not being read any more; they take turns."""
@@ -404,11 +431,14 @@ class _Incoming:
         self._full.put(None)
 
     def find(self, spread: Spread, offset: int) -> memoryview:
-        """Return the bytes of a tensor from ``offset`` on, as far as they stand in one bucket."""
+        """Return the bytes of a tensor from ``offset`` on, as far as they stand in one piece."""
+        first, end = self._held[id(spread)]
+        if first <= offset < end:
+            return spread.some_of_local(offset - first, end - offset)
         while True:
-            found = self._segments.get(id(spread))
-            if found and found[0].first <= offset < found[0].last:
-                return found[1][offset - found[0].first :]
+            for segment, data in self._segments.get(id(spread), ()):
+                if segment.first <= offset < segment.last:
+                    return data[offset - segment.first :]
             if not self.advance():
                 raise RankError("the exchange between the ranks ended before all tensors had arrived")
 
@@ -424,19 +454,9 @@ class _Incoming:
         self._bucket, segments = item
         memory = self._bucket.numpy().data
         for segment in segments:
-            end = segment.place + segment.last - segment.first
-            self._segments[id(segment.spread)] = segment, memory[segment.place : end]
+            data = memory[segment.place : segment.place + segment.last - segment.first]
+            self._segments.setdefault(id(segment.spread), []).append((segment, data))
         return True
-
-
-class _Local:
-    """The bytes of tensors of which this rank holds every element: nothing has to arrive."""
-
-    def find(self, spread: Spread, offset: int) -> memoryview:
-        """Return some bytes of a tensor from ``offset`` on, at most a chunk of those on a device."""
-        flat = spread.bytes_of_local.reshape(-1)
-        found: memoryview = flat[offset : offset + CHUNK].cpu().numpy().data
-        return found
 
 
 # --- carrying it out ------------------------------------------------------------------------------------------------
@@ -461,7 +481,7 @@ def gather(wanted: Sequence[Sequence[Tensor]], read: Callable[[], T], group: Any
     plan = _Plan(spreads, group)
     exchange, incoming = _prepared(plan, group)
     for source in spreads[plan.rank]:
-        source.incoming = incoming if plan.exchanges(source) else _Local()
+        source.incoming = incoming
     try:
         with ThreadPoolExecutor(1, "lora_state_format exchange") as thread:
             reading = thread.submit(_read, read, incoming)
@@ -478,16 +498,16 @@ def gather(wanted: Sequence[Sequence[Tensor]], read: Callable[[], T], group: Any
 def _prepared(plan: _Plan, group: Any) -> tuple[Callable[[], None], _Incoming]:
     """Lay the rounds out, and return what carries them out, and the buckets into which it brings the bytes."""
     if not plan.longest():
-        return lambda: None, _Incoming([])
+        return lambda: None, _Incoming([], plan.held)
     device = "cuda" if dist.get_backend(group) == "nccl" else "cpu"
     size = min(BUCKET, max(SMALLEST, SHARED // 2 // plan.world), -(-plan.longest() // ALIGNMENT) * ALIGNMENT)
     buckets = shared_buckets(2, size, group) if device == "cpu" else None
     if buckets is not None:
         plan.lay(size)
-        incoming = _Incoming(buckets[plan.rank])
+        incoming = _Incoming(buckets[plan.rank], plan.held)
         return partial(_put_all, plan, incoming, buckets, group), incoming
     _fit(plan, device, group)
-    incoming = _Incoming([torch.empty(plan.size, dtype=torch.uint8) for _ in range(2)])
+    incoming = _Incoming([torch.empty(plan.size, dtype=torch.uint8) for _ in range(2)], plan.held)
     return partial(_send_all, plan, incoming, device, group), incoming
 
 
