@@ -317,7 +317,7 @@ def group_options(reader: Reader, group: Mapping[str, Any], where: str | None = 
 def _content(tensor: torch.Tensor, copy: bool = False) -> Tensor:
     """Return a tensor's bytes, live or copied; of a sharded one all of them, which arrive inside ``gather``."""
     if is_sharded(tensor):
-        from lora_state_format.torch.exchange import spread
+        from lora_state_format.torch.spread import spread
 
         sharded = cast("Any", tensor)
         if tensor.shape:
@@ -348,7 +348,7 @@ def _leaf(name: str, part: Part | None, copy: bool) -> Leaf:
 
 
 def _part_content(name: str, part: Part, local: torch.Tensor, copy: bool) -> Tensor:
-    from lora_state_format.torch.exchange import run
+    from lora_state_format.torch.spread import run
 
     return run(name, part.shape, part.start, local, copy=copy)
 

@@ -32,7 +32,8 @@ from lora_state_format.errors import DigestError, RankError
 from lora_state_format.model.digests import hash_tensor, stated_hash
 from lora_state_format.model.states import OptimizerState
 from lora_state_format.model.tensors import CHUNK, Tensor
-from lora_state_format.torch.exchange import box_of, gather
+from lora_state_format.torch.exchange import gather
+from lora_state_format.torch.spread import box_of
 from lora_state_format.torch.tensors import DTYPES, read_into
 
 __all__ = [

@@ -27,8 +27,9 @@ from lora_state_format.model.states import OptimizerState, Parameter, Role, Slot
 from lora_state_format.model.tensors import CHUNK, Digest, Tensor
 from lora_state_format.optimizers.rounded import stored
 from lora_state_format.torch.distributed import Ranks
-from lora_state_format.torch.exchange import gather, run
+from lora_state_format.torch.exchange import gather
 from lora_state_format.torch.fsdp1 import Part
+from lora_state_format.torch.spread import run
 from lora_state_format.torch.tensors import dtype_of
 
 __all__ = ["Captured", "write_together"]
