@@ -1,7 +1,8 @@
 """The table of parallelisms in docs/cluster.md, out of the cases that the tests prove: run this file to print it.
 
 A case's name says how it was made: ``tests/golden`` has a folder for each, and ``test_megatron.py``,
-``test_deepspeed_parallel.py`` and ``test_nanotron.py`` compare all that there are with what the ranks held.
+``test_deepspeed_parallel.py``, ``test_nanotron.py`` and ``test_torchtitan.py`` compare all that there are with what the
+ranks held.
 ``fsdp_run.py`` makes those of torch when the tests run, which take their cases from here.
 """
 
@@ -21,7 +22,7 @@ FORMS: Final = {
 }  # fmt: skip
 WORDS: Final = {
     "tp": "tensor {}", "pp": "pipeline {}", "vp": "virtual pipeline {}", "ep": "expert {}", "dp": "data {}",
-    "gated": "SwiGLU", "tied": "tied embeddings", "slow": "norms equal in bf16", "rms": "RMSNorm",
+    "fsdp": "FSDP2 {}", "gated": "SwiGLU", "tied": "tied embeddings", "slow": "norms equal in bf16", "rms": "RMSNorm",
 }  # fmt: skip
 KINDS: Final = {
     "pipeline": "pipeline 2", "tensor": "AutoTP 2", "experts": "expert 2", "hpz": "`zero_hpz_partition_size` 2",
@@ -71,10 +72,16 @@ def nanotron(case: str) -> tuple[str, ...]:
     return "nanotron 0.4", "nanotron", "ZeRO 1" if "zero" in case else "without ZeRO", ", ".join(says), case
 
 
+def torchtitan(case: str) -> tuple[str, ...]:
+    says = [WORDS[match[1]].format(match[2]) for match in re.finditer(r"(fsdp|tp|pp|ep)(\d)", case)]
+    return "torchtitan 0.3.0", "dcp", "flattened", ", ".join(says) + ", 4 ranks", case
+
+
 def rows() -> Iterator[tuple[str, ...]]:
     yield from map(megatron, cases("megatron"))
     yield from map(deepspeed, cases("deepspeed"))
     yield from map(nanotron, cases("nanotron"))
+    yield from map(torchtitan, cases("torchtitan"))
     for case, (converter, ranks, form, says) in TORCH.items():
         yield "torch 2.13", converter, form, f"{says}, {ranks} ranks", case
 
