@@ -125,7 +125,10 @@ class _Run:
 def _run(folder: Path, files: Files) -> _Run:
     path = folder / _CONFIG
     config = read_json_object(path)
-    stated, configs = member(config, "parallelism", dict, path), config.get("configs") or {}
+    stated, configs = (
+        member(config, "parallelism", dict, path),
+        member({"configs": {}, **config}, "configs", dict, path),
+    )
     pipeline, data, tensor, expert = (
         _number(stated.get(key, 1), path) for key in ("pp_size", "dp_size", "tp_size", "expert_parallel_size")
     )
@@ -172,13 +175,13 @@ def _rank(path: Path, files: Files) -> _Rank:
     names = member(tree, "names", dict, path)
     entries = member(tree, "state", dict, path)
     state = {member(names, identity, str, path): dict(member(entries, identity, dict, path)) for identity in entries}
-    for name, master in (tree.get("gradient_accumulator") or {}).items():
-        if name in state:
-            state[name][MASTER] = master
-    groups = [
-        {**group, "params": [member(names, identity, str, path) for identity in member(group, "params", list, path)]}
-        for group in member(tree, "param_groups", list, path)
-    ]
+    masters = member({"gradient_accumulator": {}, **tree}, "gradient_accumulator", dict, path)
+    for name in masters.keys() & state.keys():
+        state[name][MASTER] = member(masters, name, Tensor, path)
+    groups = []
+    for group in member(tree, "param_groups", list, path):
+        listed = [member(names, identity, str, path) for identity in member(group, "params", list, path)]
+        groups.append({**group, "params": listed})
     return _Rank(path, state, groups)
 
 

@@ -214,6 +214,23 @@ def test_metadata_that_is_wrong(golden: Callable[[str], Path], key: str, value: 
     assert says in str(error.value)
 
 
+@pytest.mark.parametrize(
+    ("key", "value", "says"),
+    [
+        ("gradient_accumulator", [1], "'gradient_accumulator' is a list, where dict is expected"),
+        ("param_groups", [3], "has no 'params' where one is expected, in a int"),
+        ("names", {}, "has no 0 where one is expected, in a dict"),
+    ],
+)
+def test_a_file_of_another_form(golden: Callable[[str], Path], key: str, value: Any, says: str) -> None:
+    folder = golden("tp2")
+    path = folder / "optimizer" / "optimizer_pp-0-of-1_tp-0-of-2_exp-0-of-1.pt"
+    edited(path, lambda tree: tree.update({key: value}))
+    with pytest.raises(FileError) as error:
+        read(folder)
+    assert str(error.value) == f"{path}: {says}"
+
+
 def test_a_config_without_numbers(golden: Callable[[str], Path]) -> None:
     folder = golden("dp2-zero")
     path = folder / "optimizer" / "optimizer_config.json"
