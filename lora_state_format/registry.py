@@ -64,6 +64,7 @@ BUILT_IN: Final[Mapping[str, str]] = {
     NAMED: "lora_state_format.converters.named",
     "accelerate": "lora_state_format.converters.accelerate",
     "chainer": "lora_state_format.converters.chainer",
+    "colossalai": "lora_state_format.converters.colossalai",
     "composer": "lora_state_format.converters.composer",
     "dcp": "lora_state_format.converters.dcp",
     "dcp_safetensors": "lora_state_format.converters.dcp_safetensors",

@@ -118,12 +118,10 @@ def test_another_rank_and_a_loop_of_your_own(tmp_path: Path, monkeypatch: pytest
 
 
 def test_the_table_of_parallelisms_is_that_of_the_tests(load_module: Callable[[Path], ModuleType]) -> None:
-    """The page has the table that is made of the cases; each case of torch's is one that the tests ask for."""
+    """The page has the table that is made of the cases, which are those that the tests run."""
     tests = Path(__file__).parent / "converters"
     made = load_module(tests / "parallelism.py")
     assert made.table() in (DOCS / "cluster.md").read_text(encoding="utf-8")
-    asked = "".join((tests / f"test_{name}.py").read_text() for name in ("dcp", "fsdp2_ranks"))
-    assert [case for case in made.TORCH if f'"{case}"' not in asked] == []
 
 
 # --- pages that a newcomer reads ----------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import runpy
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -56,9 +57,10 @@ def zero(tmp_path_factory: pytest.TempPathFactory, run_ranks: RunRanks) -> Calla
 def fsdp(tmp_path_factory: pytest.TempPathFactory, run_ranks: RunRanks) -> Callable[[str], Path]:
     """What an FSDP run saved, by case; what the run held lies beside it."""
     root = tmp_path_factory.mktemp("fsdp")
-    two = "nested,flattened,positional,rows,fsdp1,flat,local,items,zstd,async,hugging,consolidated,ranks,replicas"
-    run_ranks("fsdp_run", root, 2, two)
-    run_ranks("fsdp_run", root, 3, "three,three-5")
-    run_ranks("fsdp_run", root, 1, "full")
-    run_ranks("fsdp_run", root, 4, "grid")
+    table = runpy.run_path(str(Path(__file__).with_name("parallelism.py")))["TORCH"]
+    cases = {2: ["positional", "flat", "local"], 3: ["three", "three-5"], 1: ["full"]}
+    for case, (_, ranks, _, _) in table.items():
+        cases.setdefault(ranks, []).append(case)
+    for ranks, asked in cases.items():
+        run_ranks("fsdp_run", root, ranks, ",".join(asked))
     return lambda case: root / case

@@ -1,8 +1,9 @@
 """The table of parallelisms in docs/cluster.md, out of the cases that the tests prove: run this file to print it.
 
-A case's name says how it was made: ``tests/golden/megatron`` and ``tests/golden/deepspeed`` hold a folder for each,
-and ``test_megatron.py`` and ``test_deepspeed_parallel.py`` compare all that there are with what the ranks held.
-``fsdp_run.py`` makes those of torch when the tests run.
+A case's name says how it was made: ``tests/golden`` has a folder for each, and ``test_megatron.py``,
+``test_deepspeed_parallel.py``, ``test_nanotron.py`` and ``test_torchtitan.py`` compare all that there are with what the
+ranks held.
+``fsdp_run.py`` makes those of torch when the tests run, which take their cases from here.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ FORMS: Final = {
 }  # fmt: skip
 WORDS: Final = {
     "tp": "tensor {}", "pp": "pipeline {}", "vp": "virtual pipeline {}", "ep": "expert {}", "dp": "data {}",
-    "gated": "SwiGLU", "tied": "tied embeddings", "slow": "norms equal in bf16", "rms": "RMSNorm",
+    "fsdp": "FSDP2 {}", "gated": "SwiGLU", "tied": "tied embeddings", "slow": "norms equal in bf16", "rms": "RMSNorm",
 }  # fmt: skip
 KINDS: Final = {
     "pipeline": "pipeline 2", "tensor": "AutoTP 2", "experts": "expert 2", "hpz": "`zero_hpz_partition_size` 2",
@@ -39,6 +40,7 @@ TORCH: Final = {
     "consolidated": ("dcp_safetensors", 2, "the same, consolidated", "FSDP2"),
     "ranks": ("fsdp2_ranks", 2, "a file of each rank", "FSDP2"),
     "replicas": ("fsdp2_ranks", 2, "a file of each rank", "hybrid 2"),
+    "cells": ("fsdp2_ranks", 4, "a file of each rank", "FSDP2 2, tensor 2"),
 }
 """Case of ``fsdp_run.py`` -> converter, ranks, form, parallelism."""
 
@@ -64,9 +66,22 @@ def deepspeed(case: str) -> tuple[str, ...]:
     return "DeepSpeed 0.19.8", converter, f"ZeRO {stage}" if stage != "0" else "without ZeRO", says, case
 
 
+def nanotron(case: str) -> tuple[str, ...]:
+    says = [WORDS[match[1]].format(match[2]) for match in re.finditer(r"(tp|pp|dp)(\d)", case)]
+    says += ["fp32 masters"] if "masters" in case else []
+    return "nanotron 0.4", "nanotron", "ZeRO 1" if "zero" in case else "without ZeRO", ", ".join(says), case
+
+
+def torchtitan(case: str) -> tuple[str, ...]:
+    says = [WORDS[match[1]].format(match[2]) for match in re.finditer(r"(fsdp|tp|pp|ep)(\d)", case)]
+    return "torchtitan 0.3.0", "dcp", "flattened", ", ".join(says) + ", 4 ranks", case
+
+
 def rows() -> Iterator[tuple[str, ...]]:
     yield from map(megatron, cases("megatron"))
     yield from map(deepspeed, cases("deepspeed"))
+    yield from map(nanotron, cases("nanotron"))
+    yield from map(torchtitan, cases("torchtitan"))
     for case, (converter, ranks, form, says) in TORCH.items():
         yield "torch 2.13", converter, form, f"{says}, {ranks} ranks", case
 

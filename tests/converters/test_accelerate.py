@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from accelerate import Accelerator
 
 from lora_state_format import registry
 from lora_state_format.converters import accelerate
-from lora_state_format.errors import OptionError, RefusedError, TargetExistsError
+from lora_state_format.errors import FileError, OptionError, RefusedError, TargetExistsError
 from lora_state_format.model.states import OptimizerState
 from lora_state_format.operations.conversion import convert, read
 
@@ -116,9 +117,32 @@ def test_fsdp_full_state_dict_has_names(fsdp: Callable[[str], Path], assert_hold
     assert same(torch.load(tmp_path / "again" / "optimizer.bin"), torch.load(folder / "optimizer.bin"))
 
 
-def test_files_of_single_ranks_are_refused(fsdp: Callable[[str], Path]) -> None:
-    folder = fsdp("local")
-    assert registry.detect(folder)[1].reason == "FSDP state of single ranks"
+def test_files_of_single_ranks_say_where_their_parts_belong(
+    fsdp: Callable[[str], Path], assert_holds: Any, tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(fsdp("local"), tmp_path / "local"))
+    converter, match = registry.detect(folder)
+    assert (converter.NAME, match.reason) == ("accelerate", "FSDP state of single ranks")
+    live = torch.load(fsdp("local").with_name("local.live.pt"))
+    names = [name for group in live["param_groups"] for name in group["params"]]
+    report = convert(folder, tmp_path / "optimizer.safetensors")
+    assert (report.groups, report.paired) == ((2, 4), 6)
+    with read(tmp_path / "optimizer.safetensors") as state:
+        assert_holds(state, {name: live["state"].get(name, {}) for name in names})
+    (folder / "optimizer_0_rank1.bin").unlink()
+    with pytest.raises(FileError) as error:
+        read(folder)
+    assert str(error.value) == (
+        f"{folder}: exp_avg of parameter lora_A.default.weight: the ranks' files do not make up [3, 13] (pieces with "
+        "26 elements for a tensor of shape [3, 13]): one is a copy of another, or of another save"
+    )
+
+
+def test_files_of_single_ranks_that_do_not_say_it_are_refused(tmp_path: Path) -> None:
+    folder = tmp_path
+    for rank in range(2):
+        tree = {"state": {"a": {"exp_avg": torch.ones(3)}}, "param_groups": [{"params": ["a"]}]}
+        torch.save(tree, folder / f"optimizer_0_rank{rank}.bin")
     with pytest.raises(RefusedError) as error:
         read(folder)
     assert str(error.value) == (

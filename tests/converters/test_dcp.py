@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import runpy
 import shutil
 from collections.abc import Callable
 from math import prod
@@ -44,7 +45,16 @@ def read(path: Path) -> OptimizerState:
     return state
 
 
-@pytest.mark.parametrize("case", ["nested", "flattened", "grid", "rows", "items", "zstd", "async"])
+TABLE = runpy.run_path(str(Path(__file__).with_name("parallelism.py")))["TORCH"]
+"""The rows of the table in ``docs/cluster.md`` that the runs here make."""
+
+
+def rows(converter: str) -> list[str]:
+    """The cases of the table that a converter reads; FSDP1 has a test of its own."""
+    return [case for case, (by, *_) in TABLE.items() if by == converter and case != "fsdp1"]
+
+
+@pytest.mark.parametrize("case", rows("dcp"))
 def test_it_holds_what_the_ranks_held(fsdp: Callable[[str], Path], assert_holds: Any, case: str) -> None:
     path = fsdp(case)
     converter, match = registry.detect(path)
@@ -61,7 +71,7 @@ def test_it_holds_what_the_ranks_held(fsdp: Callable[[str], Path], assert_holds:
         ] == live["param_groups"]
 
 
-@pytest.mark.parametrize("case", ["hugging", "consolidated"])
+@pytest.mark.parametrize("case", rows("dcp_safetensors"))
 def test_what_the_hugging_face_writer_makes(fsdp: Callable[[str], Path], assert_holds: Any, case: str) -> None:
     converter, match = registry.detect(fsdp(case))
     assert converter.NAME == "dcp_safetensors"

@@ -1,4 +1,4 @@
-"""Layouts read off a framework's source and laid out by hand: kohya's, nanotron's; and diffusers'."""
+"""Layouts read off a framework's source and laid out by hand: kohya's; and diffusers'."""
 
 from __future__ import annotations
 
@@ -11,8 +11,7 @@ import torch
 from safetensors.torch import save_file
 
 from lora_state_format import registry
-from lora_state_format.cli import run
-from lora_state_format.errors import FileError, MissingNamesError, RefusedError
+from lora_state_format.errors import MissingNamesError
 from lora_state_format.operations.conversion import convert, read
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -56,76 +55,6 @@ def test_accelerates_files_with_another_scripts_mark(tmp_path: Path, name: str, 
         assert_holds(state, dict(zip(names, (optimizer.state[p] for p in parameters), strict=True)))
         assert state.global_step == 3
         assert state.origin.get("support") == ("from source only" if name == "kohya" else None)
-
-
-# --- nanotron -----------------------------------------------------------------------------------------------------
-
-
-def nanotron_folder(path: Path, data_ranks: int) -> tuple[Path, dict[str, Any]]:
-    """``optimizer.state_dict()`` with names beside it; with several ranks flat parts, as ZeRO-1 has them."""
-    folder = path / "optimizer"
-    folder.mkdir()
-    shapes = {"model.a.weight": (3, 5), "model.b.weight": (7,)}
-    parameters, optimizer = adam(*shapes.values())
-    held = dict(zip(shapes, (optimizer.state[p] for p in parameters), strict=True))
-    config: dict[str, Any] = {
-        "type": "NamedOptimizer",
-        "parallelism": {"tp_size": "1", "dp_size": str(data_ranks), "pp_size": "1", "expert_parallel_size": "1"},
-        "configs": {},
-    }
-    if data_ranks == 1:
-        tree = {**optimizer.state_dict(), "names": dict(enumerate(shapes))}
-        torch.save(tree, folder / "optimizer_pp-0-of-1_tp-0-of-1_exp-0-of-1.pt")
-    else:
-        offsets: dict[str, dict[str, list[str]]] = {name: {} for name in shapes}
-        for rank in range(data_ranks):
-            state = {}
-            for identity, (name, slots) in enumerate(held.items()):
-                flat = slots["exp_avg"].numel()
-                share = -(-flat // data_ranks)
-                start, stop = rank * share, min((rank + 1) * share, flat)
-                offsets[name][str(rank)] = [str(start), str(stop)]
-                state[identity] = {
-                    key: value.flatten()[start:stop].clone() if value.dim() else value for key, value in slots.items()
-                }
-            groups = [{**group, "params": [0, 1]} for group in optimizer.state_dict()["param_groups"]]
-            tree = {"state": state, "param_groups": groups, "names": dict(enumerate(shapes))}
-            torch.save(tree, folder / f"optimizer_pp-0-of-1_dp-{rank}-of-{data_ranks}_tp-0-of-1_exp-0-of-1.pt")
-        config["configs"] = {
-            "param_name_to_dp_rank_offsets": offsets,
-            "orig_param_shapes": {name: [str(n) for n in shape] for name, shape in shapes.items()},
-        }
-    (folder / "optimizer_config.json").write_text(json.dumps(config))
-    return folder, held
-
-
-@pytest.mark.parametrize("data_ranks", [1, 2, 3])
-def test_nanotron(tmp_path: Path, data_ranks: int, assert_holds: Any, capsys: pytest.CaptureFixture[str]) -> None:
-    _, held = nanotron_folder(tmp_path, data_ranks)
-    assert registry.detect(tmp_path)[0].NAME == "nanotron"
-    said = "support of this format is from source only: it was never tried on a file of a real run"
-    assert run(["inspect", str(tmp_path)]) == 0
-    assert said in " ".join(capsys.readouterr().out.split())
-    report = convert(tmp_path, tmp_path / "optimizer.safetensors")
-    assert report.notes == (said,)
-    assert report.naming.source == "checkpoint"
-    with read(tmp_path / "optimizer.safetensors") as state:
-        assert_holds(state, held)
-        assert state.origin["support"] == "from source only"
-
-
-def test_nanotron_refuses_what_it_cannot_put_together(tmp_path: Path) -> None:
-    folder, _ = nanotron_folder(tmp_path, 3)
-    (folder / "optimizer_pp-0-of-1_dp-1-of-3_tp-0-of-1_exp-0-of-1.pt").unlink()
-    with pytest.raises(FileError) as missing:
-        registry.read(folder, "nanotron")
-    assert str(missing.value) == f"{folder}: no file of pipeline rank 0, data rank 1"
-    config = json.loads((folder / "optimizer_config.json").read_text())
-    config["parallelism"]["tp_size"] = "2"
-    (folder / "optimizer_config.json").write_text(json.dumps(config))
-    with pytest.raises(RefusedError) as parallel:
-        registry.read(folder, "nanotron")
-    assert str(parallel.value) == f"{folder}: parameters are sharded (tp_size 2), and nothing says how"
 
 
 def test_positional_files_without_names_say_what_is_needed(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import runpy
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -12,12 +13,17 @@ import torch
 
 from lora_state_format import registry
 from lora_state_format.errors import FileError, RefusedError
+from lora_state_format.model.states import OptimizerState
 from lora_state_format.operations.conversion import convert, read
+from lora_state_format.operations.look import look
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 
-@pytest.mark.parametrize("case", ["ranks", "replicas"])
+TABLE = runpy.run_path(str(Path(__file__).with_name("parallelism.py")))["TORCH"]
+
+
+@pytest.mark.parametrize("case", [case for case, (converter, *_) in TABLE.items() if converter == "fsdp2_ranks"])
 def test_it_holds_what_the_ranks_held(
     fsdp: Callable[[str], Path], assert_holds: Any, case: str, tmp_path: Path
 ) -> None:
@@ -30,6 +36,28 @@ def test_it_holds_what_the_ranks_held(
         assert state["idle"].state is None
         assert dict(state.groups[0].options)["lr"] == 1e-3
         assert state.naming.source == "checkpoint"
+
+
+@pytest.mark.parametrize("case", ["ranks", "cells"])
+def test_a_first_look_reads_the_files_of_the_first_rank(
+    fsdp: Callable[[str], Path], case: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lora_state_format.converters.fsdp2_ranks.FEW", 1)
+    folder = fsdp(case)
+    seen = look(folder).state
+    assert isinstance(seen, OptimizerState)
+    ranks = len(list(folder.glob("optim_*")))
+    assert seen.origin == {
+        "format": "fsdp2_ranks", "ranks": ranks, "first_look": {"files_read": 2, "files": 2 * ranks}
+    }  # fmt: skip
+    with read(folder) as whole:
+        assert [repr(parameter) for parameter in whole.parameters] == [repr(p) for p in seen.parameters]
+        assert whole.groups == seen.groups
+    with pytest.raises(FileError) as error:
+        seen["norm.weight"]["exp_avg"].bytes()
+    assert str(error.value) == (
+        f"{folder}: was only looked at, and none of its tensors can be read: open it with read()"
+    )
 
 
 def test_files_that_are_not_all_there(fsdp: Callable[[str], Path], tmp_path: Path) -> None:

@@ -4,7 +4,9 @@ Usage: fsdp_run.py OUT RANK WORLD PORT CASE[,CASE..]
 Cases that save: nested, flattened, positional (DCP folders of FSDP2), rows (sharded along axis 1), three (nested, for
 three ranks; three-5 two steps later), grid (flattened: FSDP2 over tensor parallelism on four ranks, as torchtitan and
 accelerate's parallelism_config have it: rows of a matrix are cut by both), full (FSDP1's one file), fsdp1 (its sharded
-folder), flat (its local state dicts, a folder and a file of each rank), local (FSDP2's per-rank files).
+folder), flat (its local state dicts, a folder and a file of each rank), local (FSDP2's files of each rank, as
+accelerate's save_fsdp_optimizer writes them with use_dcp=False), ranks and replicas (files of each rank as verl has
+them, cut and copied), cells (such files of the ranks of grid).
 Cases that load: load:FOLDER, load:FOLDER:flattened. OUT/CASE is what was saved, OUT/CASE.live.pt the gathered
 state: {name: {slot: tensor}} and its groups.
 """
@@ -75,15 +77,17 @@ def optimizer_of(model: torch.nn.Module, *, named: bool = False) -> torch.optim.
 
 def sharded(case: str) -> tuple[torch.nn.Module, torch.optim.Optimizer]:
     torch.manual_seed(0)
-    if case == "grid":
+    if case in ("grid", "cells"):
         mesh, tensor = init_device_mesh("cpu", (2, world // 2), mesh_dim_names=("data", "tensor")), Net(16, 12)
         plan = {
             "lora_A.default": RowwiseParallel(input_layouts=Replicate()),
             "lora_B.default": ColwiseParallel(output_layouts=Replicate()),
         }
         parallelize_module(tensor, mesh["tensor"], plan)
+        if case == "cells":  # as verl has it: an optimizer over all parameters, in one group
+            tensor.requires_grad_(True)
         fully_shard(tensor, mesh=mesh["data"])
-        optimizer = optimizer_of(tensor)
+        optimizer = torch.optim.AdamW(tensor.parameters(), lr=1e-3) if case == "cells" else optimizer_of(tensor)
         for group in optimizer.param_groups:
             group["foreach"] = False  # torch has no such operations on parameters of two meshes
         return tensor, optimizer
@@ -98,7 +102,7 @@ def sharded(case: str) -> tuple[torch.nn.Module, torch.optim.Optimizer]:
     def rows(parameter: torch.nn.Parameter) -> Shard | None:
         return Shard(1) if case == "rows" and parameter.shape == (3, 14) else None
 
-    if case in ("ranks", "replicas"):  # as verl has it: an optimizer over all parameters, in one group
+    if case in ("ranks", "replicas"):
         model.requires_grad_(True)
         shape = (world,) if case == "ranks" else (2, world // 2)
         fully_shard(model, mesh=init_device_mesh("cpu", shape, mesh_dim_names=("copy", "cut")[-len(shape) :]))
@@ -167,14 +171,15 @@ def save(case: str) -> None:
         elif case in ("flattened", "grid"):
             options = StateDictOptions(flatten_optimizer_state_dict=True)
             state = {**get_model_state_dict(model), **get_optimizer_state_dict(model, optimizer, options=options)}
-        elif case in ("ranks", "replicas"):
+        elif case in ("ranks", "replicas", "cells"):
             folder.mkdir(parents=True, exist_ok=True)
             torch.save(model.state_dict(), folder / f"model_world_size_{world}_rank_{rank}.pt")
             torch.save(optimizer.state_dict(), folder / f"optim_world_size_{world}_rank_{rank}.pt")
             state = None
         elif case == "local":
             folder.mkdir(parents=True, exist_ok=True)
-            torch.save(optimizer.state_dict(), folder / f"optimizer_0_rank{rank}.bin")
+            torch.save(get_optimizer_state_dict(model, optimizer), folder / f"optimizer_0_rank{rank}.bin")
+            torch.save(get_model_state_dict(model), folder / f"pytorch_model_fsdp_0_rank{rank}.bin")
             state = None
         else:
             state = {"model": get_model_state_dict(model), "optim": get_optimizer_state_dict(model, optimizer)}

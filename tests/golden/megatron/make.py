@@ -4,11 +4,10 @@
 they are, tests/converters/runs/megatron_run.py says, which makes them.
 """
 
-import socket
-import subprocess
 import sys
-import tarfile
 from pathlib import Path
+
+import ranks
 
 RUN = Path(__file__).parents[2] / "converters" / "runs" / "megatron_run.py"
 CASES = {
@@ -18,17 +17,8 @@ CASES = {
 }
 
 out = Path(sys.argv[1])
-out.mkdir(parents=True, exist_ok=True)
 for world, cases in CASES.items():
     made = out.with_name(f"made-{world}")
-    made.mkdir()
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    commands = [[sys.executable, str(RUN), str(made), *map(str, (rank, world, port)), cases] for rank in range(world)]
-    for process in [subprocess.Popen(command) for command in commands]:
-        assert process.wait() == 0
+    ranks.run(RUN, made, world, cases)
     for case in cases.split(","):
-        with tarfile.open(out / f"{case}.tar.xz", "w:xz") as archive:
-            for path in (made / case, *sorted(made.glob(f"{case}.*"))):
-                archive.add(path, path.name)
+        ranks.keep(made, case, out / f"{case}.tar.xz")
