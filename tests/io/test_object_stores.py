@@ -45,9 +45,7 @@ def s3(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
         "AWS_ENDPOINT_URL": f"http://{host}:{port}",
     }.items():
         monkeypatch.setenv(key, value)
-    import boto3
-
-    boto3.client("s3").create_bucket(Bucket="bucket")
+    pytest.importorskip("boto3").client("s3").create_bucket(Bucket="bucket")
     yield "s3://bucket"
     server.stop()
     _forget("s3")
