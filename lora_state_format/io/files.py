@@ -13,7 +13,18 @@ from typing import Final
 from lora_state_format.errors import FileError, RefusedError
 from lora_state_format.model.sources import File
 
-__all__ = ["FEW", "Files", "PooledFile", "first_look", "folders_in", "inside", "is_plain", "names_in", "reading", "steady"]
+__all__ = [
+    "FEW",
+    "Files",
+    "PooledFile",
+    "first_look",
+    "folders_in",
+    "inside",
+    "is_plain",
+    "names_in",
+    "reading",
+    "steady",
+]
 
 MAX_NAME: Final = 255
 """Bytes of a file's name, as most file systems have it."""
