@@ -1,8 +1,8 @@
 #!/bin/bash
 # Makes the folders next to this script anew that Trainers on both sides of each change of its grouping wrote: with torch
-# 2.13, and transformers 4.20 to 4.53 with the accelerate and PEFT of their time; 4.20 without its tokenizers, of which
-# there are none for Python 3.11. The folders of torch 1.13 and 2.1 came from environments of those versions (their
-# names.json says which), which this script does not build.
+# 2.13, and transformers 4.20 to 4.53 with the accelerate and PEFT of their time. 4.20 asks for tokenizers of which there
+# are none for Python 3.11: it gets the next ones, and is told that these will do. The folders of torch 1.13 and 2.1 came
+# from environments of those versions (their names.json says which), which this script does not build.
 set -euo pipefail
 cd "$(dirname "$0")"
 work=$(mktemp -d)
@@ -10,8 +10,9 @@ trap 'rm -rf "$work"' EXIT
 while read -r transformers accelerate peft folders; do
     python3.11 -m venv "$work/venv"
     if [ "$accelerate" = - ]; then
-        "$work/venv/bin/pip" install --quiet "torch==2.13.0" "numpy<2" "huggingface_hub<0.14" regex packaging
+        "$work/venv/bin/pip" install --quiet "torch==2.13.0" "numpy<2" "huggingface_hub<0.14" tokenizers==0.13.3 regex
         "$work/venv/bin/pip" install --quiet --no-deps "transformers==$transformers"
+        sed -i '/"tokenizers":/s/<0.13"/<0.14"/' "$work"/venv/lib/*/site-packages/transformers/dependency_versions_table.py
     else
         "$work/venv/bin/pip" install --quiet "torch==2.13.0" "numpy<2" psutil "safetensors" \
             "transformers==$transformers" "accelerate==$accelerate" "peft==$peft"
