@@ -16,7 +16,7 @@ from dataclasses import dataclass, field, replace
 from itertools import count, islice
 from typing import Any, Final, TypeAlias, TypeVar
 
-from lora_state_format.errors import FileError, UnrepresentableError
+from lora_state_format.errors import FileError, Remedy, UnrepresentableError
 from lora_state_format.foreign.pickles import Foreign, Global, NumpyScalar, Record, array
 from lora_state_format.foreign.stated import group_labels, stated_names
 from lora_state_format.foreign.torchao import pack_torchao, unpack_torchao
@@ -169,7 +169,31 @@ class Reader:
         if isinstance(raw, bytearray):
             self.converted.append(f"{_dotted(place)}: bytearray to bytes")
             return bytes(raw)
-        raise UnrepresentableError(f"{_dotted(place)} is {_kind(raw)}, which has no form in a state")
+        again = _saved_as(raw)
+        raise UnrepresentableError(
+            f"{_dotted(place)} is {_kind(raw)}, which has no form in a state",
+            remedy=Remedy(f"load it with torch, and save {again} in its place") if again else None,
+        )
+
+
+SAVED_AS: Final = {
+    ("torch", "Tensor that is to be conjugated or negated"): "resolve_conj().resolve_neg()",
+    ("torch", "complex32"): "to(torch.complex64)",
+    ("torch._utils", "_rebuild_sparse_tensor"): "to_dense()",
+    ("torch._utils", "_rebuild_sparse_csr_tensor"): "to_dense()",
+    ("torch._utils", "_rebuild_qtensor"): "dequantize()",
+}
+"""Tensors without a form in a state, and the methods that make one that has a form."""
+
+
+def _saved_as(raw: Any) -> str | None:
+    """Return what to save in place of a tensor or an array that has no form in a state."""
+    match raw:
+        case Record("numpy", "ndarray", _, (1, _, Record("numpy", "dtype", _, (_, ">", *_)), *_)):
+            return "array.astype(array.dtype.newbyteorder('='))"
+        case Record(module, name) if (module, name) in SAVED_AS:
+            return f"tensor.{SAVED_AS[module, name]}"
+    return None
 
 
 def _check_key(key: Any, place: Place) -> None:
