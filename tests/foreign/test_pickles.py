@@ -452,7 +452,7 @@ def test_what_is_said_of_tensors_without_a_form_works() -> None:
         np.arange(3, dtype=">f8"),
     ]  # fmt: skip
     for value in odd:
-        tree = {"state": {0: {"exp_avg": value}}, "param_groups": [{"params": [0]}]}
+        tree: dict[str, Any] = {"state": {0: {"exp_avg": value}}, "param_groups": [{"params": [0]}]}
         with pytest.raises(UnrepresentableError) as caught:
             from_state_dict(read(tree).value)
         told = re.search(r"and save (.*) in its place$", str(caught.value))
