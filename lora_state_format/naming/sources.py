@@ -294,7 +294,9 @@ def _inferred(
         return decided(state, _of_weights(weights, checkpoint, rebuild)._replace(partly=partly))
 
     for tier in checkpoint.tiers():
-        models = [*tier, *(part for weights in tier for part in _divided(weights))] if optimizer else tier
+        models = [*tier, *(found for weights in tier if (found := _without_copies(weights)))]
+        if optimizer:
+            models += [part for weights in tier for part in _divided(weights)]
         if state.names is not None:  # what the file itself states goes first
             models = [weights for weights in models if _form(weights, checkpoint) != PLAIN]
         for partly in (False, True):
@@ -348,6 +350,16 @@ def _divided(weights: Weights) -> list[Weights]:
     if len(parts) == 1:
         return []
     return [replace(weights, where=f"{weights.where}:{part}", tensors=own) for part, own in parts.items()]
+
+
+def _without_copies(weights: Weights) -> Weights | None:
+    """Return a model without its modules that follow others (``q_net_target``); ``None`` for one without them."""
+    own = {
+        name: tensor
+        for name, tensor in weights.tensors.items()
+        if not any(_COPY.search(segment.lower()) for segment in name.split(".")[:-1])
+    }
+    return replace(weights, tensors=own) if 0 < len(own) < len(weights.tensors) else None
 
 
 def _nothing_known(path: Path, state: PositionalState) -> str:

@@ -319,6 +319,17 @@ def test_two_models_that_nothing_matches_with_two_optimizers(tmp_path: Path) -> 
     holds(tmp_path / "last.pt", {"left.": (a, o), "right.": (b, p)}, names=names)
 
 
+def test_a_model_with_the_copy_that_follows_it(tmp_path: Path) -> None:
+    """As a DQN of stable-baselines3 has it: the optimizer trains one of two that are alike."""
+    agent = nn.ModuleDict({"q_net_target": net_of(3, 3, 3), "q_net": net_of(3, 3, 3)})
+    optimizer = stepped(agent["q_net"].parameters())
+    torch.save({"policy": agent.state_dict(), "optimizer": optimizer.state_dict()}, tmp_path / "last.pt")
+    holds(tmp_path / "last.pt", {"": (agent, optimizer)})
+    both = stepped(agent.parameters())
+    torch.save({"policy": agent.state_dict(), "optimizer": both.state_dict()}, tmp_path / "last.pt")
+    holds(tmp_path / "last.pt", {"": (agent, both)})
+
+
 def test_a_single_tensor_with_an_optimizer_of_its_own(tmp_path: Path) -> None:
     """As the temperature of a soft actor-critic."""
     net, box = net_of(3, 2), nn.ParameterDict({"log_alpha": nn.Parameter(torch.zeros(1))})
