@@ -294,9 +294,7 @@ def _inferred(
         return decided(state, _of_weights(weights, checkpoint, rebuild)._replace(partly=partly))
 
     for tier in checkpoint.tiers():
-        models = [*tier, *(found for weights in tier if (found := _without_copies(weights)))]
-        if optimizer:
-            models += [part for weights in tier for part in _divided(weights)]
+        models = _models(tier, parts=bool(optimizer))
         if state.names is not None:  # what the file itself states goes first
             models = [weights for weights in models if _form(weights, checkpoint) != PLAIN]
         for partly in (False, True):
@@ -352,6 +350,12 @@ def _divided(weights: Weights) -> list[Weights]:
     return [replace(weights, where=f"{weights.where}:{part}", tensors=own) for part, own in parts.items()]
 
 
+def _models(tier: Sequence[Weights], *, parts: bool) -> list[Weights]:
+    """Return what may be an optimizer's model: those of a tier, those without copies, and ``parts`` of them."""
+    divided = [part for weights in tier for part in _divided(weights)] if parts else []
+    return [*tier, *(found for weights in tier if (found := _without_copies(weights))), *divided]
+
+
 def _without_copies(weights: Weights) -> Weights | None:
     """Return a model without its modules that follow others (``q_net_target``); ``None`` for one without them."""
     own = {
@@ -396,12 +400,17 @@ def _nearest(fitting: Sequence[Named], optimizer: str, path: Path) -> Named:
     spelled = {tuple(map(plain_name, named.state)) for named in rivals}
     if len(spelled) == 1 and not (optimizer and len(alike) > 1):
         return alike[0] if len(alike) == 1 else alike[0]._replace(weights={})
-    told = "and nothing says which of them it trains" if len(spelled) == 1 else "and give them different names"
+    raise _not_told(rivals, optimizer, path, len(spelled) == 1)
+
+
+def _not_told(rivals: Sequence[Named], optimizer: str, path: Path, same: bool) -> AmbiguousOrderError:
+    """Return what to say of models that fit; ``same`` is whether they give the same names."""
+    told = "and nothing says which of them it trains" if same else "and give them different names"
     lines = [f"\n  {_place(named)}: '{next(iter(named.state))}', ..." for named in rivals]
-    raise AmbiguousOrderError(
-        f"{path}: {len(lines)} models fit the {len(alike[0].state)} parameters of the optimizer"
+    return AmbiguousOrderError(
+        f"{path}: {len(lines)} models fit the {len(rivals[0].state)} parameters of the optimizer"
         f"{f' {optimizer!r}' if optimizer else ''}, {told}:{''.join(lines)}",
-        tuple(_place(named) for named in fitting),
+        tuple(_place(named) for named in rivals),
         remedy=Remedy("pass the names of the right one in optimizer order as {names}", {"names": ...}),
     )
 
