@@ -13,7 +13,7 @@ from typing import Any, Final
 
 from lora_state_format.errors import FileError
 from lora_state_format.foreign import pickles
-from lora_state_format.foreign.npz import names_in, read_npz
+from lora_state_format.foreign.npz import arrays_in, read_npz
 from lora_state_format.io.files import reading
 from lora_state_format.model.sources import File
 from lora_state_format.model.states import (
@@ -46,7 +46,7 @@ def detect(path: Path) -> Match | None:
         if pickles.container(file) != "zip archive":
             return None
         try:
-            names = names_in(file, path)
+            names = arrays_in(file, path)
         except FileError:
             return None
     if any(name.startswith(OPTIMIZER) for name in names):

@@ -89,6 +89,8 @@ def read(match: Match, options: Mapping[str, Any]) -> Checkpoint:
     with reading(folder) as files:
         ranks = {mp: [_rank(files[file]) for file in of] for mp, of in paths.items()}
         _check_agreement([rank for of in ranks.values() for rank in of])
+        for of in ranks.values():
+            _check_copies(of)
         save = _save(folder, ranks, options, files)
         weights = deepspeed.weights(folder, save.trees, save.slices, files)
         laid_out = _proven(save, weights)
@@ -445,6 +447,18 @@ def _check_agreement(ranks: Sequence[_Rank]) -> None:
                     f"'{found}' is {theirs!r}, where {first.path.name} has {ours!r}: files of different steps",
                     path=rank.path,
                 )
+
+
+def _check_copies(ranks: Sequence[_Rank]) -> None:
+    """Raise ``FileError`` where two ranks hold the very same masters: each has a share of its own, or but padding."""
+    seen: dict[tuple[object, ...], _Rank] = {}
+    for rank in ranks:
+        sums = tuple((piece.source.crc32, master.shape) for master in rank.masters for piece in master.pieces)
+        if not sums or any(crc is None for crc, _ in sums):
+            continue
+        other = seen.setdefault(sums, rank)
+        if other is not rank and any(any(bytes(master.bytes())) for master in rank.masters):
+            raise FileError(f"holds the fp32 masters of {other.path.name}: one is a copy of the other", path=rank.path)
 
 
 def _plain(groups: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, Any]]:

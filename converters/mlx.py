@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from lora_state_format.errors import FileError, OptionError, RefusedError, Remedy, UnrepresentableError
-from lora_state_format.foreign.npz import names_in, read_npz
+from lora_state_format.foreign.npz import arrays_in, read_npz
 from lora_state_format.foreign.zips import Archive
 from lora_state_format.io import plain
 from lora_state_format.io.safetensors import read_header
@@ -71,7 +71,7 @@ def detect(path: Path) -> Match | None:
             if path.suffix == ".zip":
                 members = [name for name in Archive(file, path) if name.endswith(SUFFIX)]
                 return Match(f"a zip archive with {members[0]}, as mflux writes it", path) if members else None
-            if path.suffix == ".npz" and not LEARNING_RATES & set(names_in(file, path)):
+            if path.suffix == ".npz" and not LEARNING_RATES & set(arrays_in(file, path)):
                 return None  # before an archive that is compressed is unpacked
             tensors = _tensors(file, path) if path.suffix in (".safetensors", ".npz") else {}
         except FileError:

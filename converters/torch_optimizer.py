@@ -7,7 +7,8 @@ stable-baselines3, a zip whose members are such files themselves. torch is not i
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -18,12 +19,14 @@ from lora_state_format.foreign.elsewhere import is_trainer
 from lora_state_format.foreign.pickles import Foreign
 from lora_state_format.foreign.state_dict import Found, find, from_state_dict, to_state_dict
 from lora_state_format.foreign.torch_save import save
-from lora_state_format.foreign.weights import in_tree, next_to
+from lora_state_format.foreign.weights import in_tree, near, next_to
+from lora_state_format.foreign.whole import names_in_models
 from lora_state_format.foreign.zips import Archive, Member
 from lora_state_format.io.files import reading
 from lora_state_format.io.json_files import read_json_object
 from lora_state_format.model.sources import File, Source
-from lora_state_format.model.states import Checkpoint, OptimizerState, Value
+from lora_state_format.model.states import Checkpoint, OptimizerState, Value, Weights
+from lora_state_format.naming.sources import stem_of
 from lora_state_format.registry import Match
 
 NAME: Final = "torch_optimizer"
@@ -73,8 +76,12 @@ def read(match: Match, options: Mapping[str, Any]) -> Checkpoint:
             raise FileError(f"no optimizer's state dict in it (a dict with state and param_groups){told}", path=path)
         check_whole(tree, [item.tree for item in found], path)
         inside = in_tree(tree)
+        found = [_with_names(item, inside, len(found) > 1) for item in found]
         tiers, skipped = next_to(path, files)
-        beside = _beside(path.parent, skipped)
+        folder = path.parent
+        if not inside and not tiers and not any((folder / name).is_file() for name in CONFIGS):
+            tiers, folder = near(path, files, skipped)
+        beside = {**_beside(folder, CONFIGS, skipped), **_beside(path.parent, (TRAINER,), skipped)}
         state = from_state_dict(
             *found,
             origin=_origin(found, beside),
@@ -86,7 +93,7 @@ def read(match: Match, options: Mapping[str, Any]) -> Checkpoint:
         return Checkpoint(
             state,
             nearest[0].tensors if len(nearest) == 1 and nearest[0].own else {},
-            {name: path.with_name(name) for name in CONFIGS if name in beside},
+            {name: folder / name for name in CONFIGS if name in beside},
             candidates,
             tuple(skipped),
         )
@@ -105,8 +112,22 @@ def write(state: OptimizerState, path: Path, *, base: Path | None, force: bool, 
     save(to_state_dict(state), path, force=force)
 
 
+def _with_names(found: Found, models: Sequence[Weights], several: bool) -> Found:
+    """Return a state dict with the names that models in the same file give the parameters of a whole optimizer.
+
+    Of several optimizers each gets in front what its model is called.
+    """
+    named = names_in_models(found.whole, models) if found.whole else None
+    if named is None:
+        return found
+    where, names = named
+    prefix = f"{stem_of(where)}." if several and stem_of(where) else ""
+    stated = {identity: prefix + name for identity, name in names.items()}
+    return replace(found, around=({"param_names": stated}, *found.around))
+
+
 def _whole_optimizers(tree: Any) -> Iterator[tuple[str, Foreign]]:
-    """Yield the optimizers that were pickled as objects, by their keys."""
+    """Yield, by their keys, what seem to be pickled optimizers and have no state as torch's have it."""
     for key, value in tree.items() if isinstance(tree, Mapping) else [("the file", tree)]:
         if isinstance(value, Foreign) and "optim" in f"{value.module}.{value.name}".lower():
             yield str(key), value
@@ -141,10 +162,10 @@ def _tree(file: Source, path: Path) -> Any:
     return tree
 
 
-def _beside(folder: Path, skipped: list[str]) -> dict[str, dict[str, Any]]:
-    """Return the JSON files next to the optimizer's, by name; ``skipped`` gets what cannot be read."""
+def _beside(folder: Path, names: Sequence[str], skipped: list[str]) -> dict[str, dict[str, Any]]:
+    """Return the JSON files of these names in a folder; ``skipped`` gets what cannot be read."""
     found = {}
-    for name in (*CONFIGS, TRAINER):
+    for name in names:
         if (folder / name).is_file():
             try:
                 found[name] = read_json_object(folder / name)

@@ -424,8 +424,8 @@ def convert(source: Path, target: str, reading: dict[str, Any], latest: bool, as
 # --- looking ------------------------------------------------------------------------------------------------------
 
 
-def _survey(path: Path, as_json: bool) -> None:
-    """Print every checkpoint below a folder."""
+def _survey(path: Path, as_json: bool) -> int:
+    """Print every checkpoint below a folder; return the exit code: a finding where one cannot be read or named."""
     from lora_state_format.operations.report import SCHEMA_VERSION
     from lora_state_format.operations.survey import survey
 
@@ -433,12 +433,17 @@ def _survey(path: Path, as_json: bool) -> None:
     first = next(found, None)
     if first is None:
         raise UnknownFormatError(f"{path}: no checkpoint of a known format here or in the folders below")
-    if as_json:
-        members = [checkpoint.to_json() for checkpoint in (first, *found)]
-        _say_json({"schema_version": SCHEMA_VERSION, "checkpoints": members})
-        return
+    failed = False
+    members = []
     for checkpoint in chain([first], found):
-        _say(*str(checkpoint).split("\n"))
+        failed |= checkpoint.reason is not None
+        if as_json:
+            members.append(checkpoint.to_json())
+        else:
+            _say(*str(checkpoint).split("\n"))
+    if as_json:
+        _say_json({"schema_version": SCHEMA_VERSION, "checkpoints": members})
+    return FINDING if failed else 0
 
 
 @_command(
@@ -458,7 +463,11 @@ def _survey(path: Path, as_json: bool) -> None:
 @click.option("--tree", "as_tree", is_flag=True, help="The modules as a tree.")
 @click.option("--stats", is_flag=True, help="Read every tensor: sizes, zeros, what is odd.")
 @click.option("--markdown", "as_markdown", is_flag=True, help="Print Markdown.")
-@click.option("--recursive", is_flag=True, help="List every checkpoint below PATH, with where its names come from.")
+@click.option(
+    "--recursive", is_flag=True,
+    help="List every checkpoint below PATH, with where its names come from; ends with 1 if one cannot be read or "
+    "named.",
+)  # fmt: skip
 @_latest
 @_json
 def inspect(
@@ -473,7 +482,7 @@ def inspect(
     recursive: bool,
     latest: bool,
     as_json: bool,
-) -> None:
+) -> int:
     """Show what a checkpoint of any known format holds; no tensor is read without --stats."""
     from lora_state_format import registry
     from lora_state_format.operations import overview, report
@@ -481,8 +490,7 @@ def inspect(
     from lora_state_format.operations.look import look
 
     if recursive:
-        _survey(path, as_json)
-        return
+        return _survey(path, as_json)
     path = registry.latest(path) if latest else path
     if sort == "update" and not stats:
         raise click.UsageError("--sort update needs --stats", click.get_current_context())
@@ -497,11 +505,11 @@ def inspect(
         if as_json:
             members = report.to_json(state, statistics)
             _say_json({**members, "path": str(path), "format": found.source_format, "unnamed": unnamed or None})
-            return
+            return 0
         title = f"{path} ({found.source_format})"
         if as_tree:
             _say(title, *overview.tree(state))
-            return
+            return 0
         summary = overview.summary(state, statistics, unnamed=unnamed)
         if every:
             short = sys.stdout.isatty() and not as_markdown
@@ -510,6 +518,7 @@ def inspect(
         _say_markdown(title, summary)
     else:
         _say_summary(title, summary, None if every and not sys.stdout.isatty() else _width())
+    return 0
 
 
 def _measured(state: OptimizerState | PositionalState, name: str) -> Statistics:
@@ -969,10 +978,15 @@ def formats(as_json: bool) -> None:
 @_json
 def prune_checkpoints(folder: Path, keep: int, legacy: bool, dry_run: bool, as_json: bool) -> None:
     """Remove the optimizer's state from all but a run's last checkpoints; weights and all else stay."""
+    from lora_state_format.format.rotation import STATE
     from lora_state_format.operations.checkpoints import prune_checkpoints
     from lora_state_format.operations.report import SCHEMA_VERSION
 
     pruned = prune_checkpoints(folder, keep, legacy=legacy, dry_run=dry_run)
+    if not pruned.kept:
+        more = "" if legacy else "; --legacy counts optimizer.pt and optimizer.bin too"
+        nothing = f"note: nothing to remove: no checkpoint in {folder} has an optimizer's state under {STATE}{more}"
+        click.echo(printable(nothing), err=True)
     if as_json:
         members = {"kept": list(map(str, pruned.kept)), "removed": list(map(str, pruned.removed))}
         _say_json({"schema_version": SCHEMA_VERSION, "dry_run": dry_run, **members, "bytes": pruned.size})

@@ -119,11 +119,15 @@ def open_folder(path: Path, *, raw: bool = False) -> Folder:
     paths = paths or {}
     try:
         chunks = _chunks(_state(root, "storage_data", dict, meta), files, meta)
+        if unknown := next((key for key in chunks if key not in described), None):
+            raise FileError(f"says where '{unknown}' is, and not what it is: an entry was taken out", path=meta)
         entries = {}
         for key in [*(key for key in paths if key in described), *(key for key in described if key not in paths)]:
             where = paths.get(key, (key,))
             if type(where) is not tuple or not where or not all(type(step) in (str, int) for step in where):
                 raise FileError(f"places '{key}' at {where!r}, which is no path", path=meta)
+            if ".".join(map(str, where)) != key:
+                raise FileError(f"places '{key}' at {where!r}, which is the path of another entry", path=meta)
             if where in entries:
                 raise FileError(f"has two entries at {where}", path=meta)
             entries[where] = _entry(key, described[key], chunks.get(key, {}), meta, raw=raw)

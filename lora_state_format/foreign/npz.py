@@ -17,7 +17,7 @@ from lora_state_format.model.dtypes import SPELLED
 from lora_state_format.model.sources import File, Range, Source, Stream
 from lora_state_format.model.tensors import Tensor, contiguous
 
-__all__ = ["names_in", "read_npz"]
+__all__ = ["arrays_in", "read_npz"]
 
 MAGIC: Final = b"\x93NUMPY"
 SUFFIX: Final = ".npy"
@@ -25,7 +25,7 @@ LONGEST: Final = 1 << 16
 """Bytes of an array's header: its format, shape and order, in text."""
 
 
-def names_in(source: Source, path: object = None) -> list[str]:
+def arrays_in(source: Source, path: object = None) -> list[str]:
     """Return the names of the arrays in an archive; none for one of anything else."""
     names = list(Archive(source, path))
     return [name.removesuffix(SUFFIX) for name in names] if all(name.endswith(SUFFIX) for name in names) else []

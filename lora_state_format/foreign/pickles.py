@@ -34,6 +34,7 @@ __all__ = [
     "Record",
     "array",
     "container",
+    "is_bounded",
     "load",
     "load_plain",
     "mentions",
@@ -120,12 +121,15 @@ class Record:
 class Foreign:
     """An object of a class that nothing here knows; nothing of it is kept, so it may refer to itself.
 
-    Of one that looks like a whole ``torch.nn.Module``, ``parts`` has the dicts of its parameters and of its modules.
+    Of one that looks like a whole ``torch.nn.Module``, ``parts`` has the dicts of its parameters and of its modules; of
+    one that looks like a whole ``torch.optim.Optimizer``, ``optimizer`` has its state and its groups. Both may be deep,
+    or hold themselves: ``is_bounded`` tells.
     """
 
     module: str
     name: str
     parts: tuple[Mapping[Any, Any], Mapping[Any, Any]] | None = None
+    optimizer: tuple[Mapping[Any, Any], list[Any]] | None = None
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -173,7 +177,8 @@ class _Machine:
 
     ``open_storage`` gives the bytes of a storage by its key and size; ``room`` is how many bytes of tensors may come of
     it. Errors name the byte of ``where`` (a member, a file) at which a pickle went wrong. Where ``data`` is only the
-    beginning of it (``windowed``), running into its end raises ``_CutShortError``.
+    beginning of it (``windowed``), running into its end raises ``_CutShortError``. ``inner`` says that the pickle is
+    itself a value of another one.
     """
 
     def __init__(
@@ -184,6 +189,7 @@ class _Machine:
         room: int = 0,
         open_storage: Callable[[str, int], Range] | None = None,
         windowed: bool = False,
+        inner: bool = False,
     ) -> None:
         self.data = data
         self.path = path
@@ -191,6 +197,7 @@ class _Machine:
         self.room = room
         self.open_storage = open_storage
         self.windowed = windowed
+        self.inner = inner
         self.storages: dict[str, Range] = {}
         self.widths: dict[str, int] = {}
         self.protocol = 0
@@ -366,7 +373,7 @@ class _Machine:
                         if type(stack[-1]) is Record:
                             stack[-1].state = value
                         elif type(stack[-1]) is Foreign:
-                            stack[-1].parts = _module_parts(value)
+                            stack[-1].parts, stack[-1].optimizer = _module_parts(value), _optimizer_parts(value)
                         elif type(stack[-1]) is not dict:  # the attributes of an OrderedDict are not kept
                             raise _MalformedError("the pickle sets the state of something that has none")
                     elif op in _SIZED:
@@ -555,6 +562,23 @@ def _module_parts(state: Any) -> tuple[Mapping[Any, Any], Mapping[Any, Any]] | N
     return (parameters, modules) if type(parameters) is dict and type(modules) is dict else None
 
 
+def _optimizer_parts(state: Any) -> tuple[Mapping[Any, Any], list[Any]] | None:
+    """Return the state and the groups in the state of a ``torch.optim.Optimizer``; ``None`` for any other state."""
+    if type(state) is not dict:
+        return None
+    entries, groups = state.get("state"), state.get("param_groups")
+    return (entries, groups) if type(entries) is dict and type(groups) is list else None
+
+
+def is_bounded(value: Any) -> bool:
+    """Return whether a walk over what a ``Foreign`` holds comes to an end: ``load`` promises that of all else."""
+    try:
+        _check_tree(value, MAX_REFERENCES)
+    except _MalformedError:
+        return False
+    return True
+
+
 def _put(memo: list[Any], index: int, value: Any) -> None:
     """Entries are numbered in the order in which they are written; only an older one may be written again."""
     if index > len(memo):
@@ -683,6 +707,21 @@ def _frozenset(machine: _Machine, items: Any = ()) -> frozenset[Any]:
     return frozenset(_set(machine, items))
 
 
+def _storage_of_bytes(machine: _Machine, data: Any) -> _Storage:
+    """Return a storage that Python's own pickle wrote: torch makes a stream of its own of each, in bytes."""
+    if machine.inner or type(data) is not bytes:
+        raise _MalformedError("a storage that is not written in bytes")
+    machine.charge(len(data) + STREAM)
+    found = _load_stream(Memory(data), machine.path, inner=True).value
+    if type(found) is not _Storage:
+        raise _MalformedError("bytes that hold something else than a storage")
+    return found
+
+
+STREAM: Final = 20_000
+"""Bytes that are counted for a stream in a pickle: to read one takes 0.1 ms, and the same bytes may be read again."""
+
+
 def _encode(machine: _Machine, text: Any, codec: Any) -> bytes:
     """Protocol 2 has no bytes: they come as text, one character for each."""
     if type(text) is not str or codec not in ("latin1", "latin-1"):
@@ -779,6 +818,7 @@ _CALLS: Final[Mapping[str, Mapping[str, Callable[..., Any]]]] = {
         "_rebuild_device_tensor_from_numpy": _from_numpy,
     },
     "torch._tensor": {"_rebuild_from_type_v2": _subclass},
+    "torch.storage": {"_load_from_bytes": _storage_of_bytes},
     "torch": {"Size": _size},
     "collections": {"OrderedDict": _dict, "Counter": _dict, "defaultdict": _defaultdict},
     "builtins": {
@@ -848,7 +888,6 @@ RUNNING: Final[Mapping[str, str]] = {
     "_io": "open open_code FileIO",
     "numpy": "load fromfile loadtxt memmap",
     "torch": "load hub compile classes ops",
-    "torch.storage": "_load_from_bytes",
     "torch.serialization": "load",
 }
 """Modules (all of one where nothing follows), and names in them, that a pickle needs for nothing but to run code.
@@ -897,6 +936,8 @@ def mentions(source: Source, word: bytes) -> bool:
 def load(source: Source, path: object = None, *, alike: dict[bytes, Pickled] | None = None) -> Pickled:
     """Return what ``torch.save`` wrote: a zip archive, or the stream from before torch 1.6. No tensor is read.
 
+    What Python's own ``pickle.dump`` wrote is read too; its tensors are then in memory.
+
     ``source`` may be a file or a part of one: a member of another zip, an item of a ``.distcp`` file. Tensors become
     ``Tensor`` objects over byte ranges of it that carry the CRC-32 of the archive; nothing else than plain values,
     ``Record``, ``Global`` and ``NumpyScalar`` comes beside them. ``path`` is for messages. ``alike`` keeps tensors by
@@ -912,7 +953,10 @@ def load(source: Source, path: object = None, *, alike: dict[bytes, Pickled] | N
     if kind == "tar archive":
         raise RefusedError("a tar archive of torch 0.1: save it again with a newer torch", path=path)
     with paused():
-        return _load_zip(source, path, alike) if kind == "zip archive" else _load_stream(source, path)
+        if kind == "zip archive":
+            return _load_zip(source, path, alike)
+        streamed = MAGIC.to_bytes(10, "little") in _peek(source, 0, 32)
+        return _load_stream(source, path) if streamed else _load_pickle(source, path)
 
 
 def load_plain(data: bytes, path: object = None, *, payload: bool = False) -> Any:
@@ -1013,7 +1057,21 @@ def _elsewhere(known: Pickled, open_storage: Callable[[str, int], Range]) -> Pic
     return replace(known, value=replace(known.value, pieces=pieces), storages=storages)
 
 
-def _load_stream(source: Source, path: object) -> Pickled:
+def _load_pickle(source: Source, path: object) -> Pickled:
+    """Read what Python's own ``pickle.dump`` wrote: all of it is in one pickle, tensors too."""
+    if source.size > MAX_BUILT:
+        raise FileError(
+            f"a pickle of {source.size} bytes, which torch.save did not write; the limit is {MAX_BUILT}", path=path
+        )
+    data = _peek(source, 0, source.size)
+    machine = _Machine(data, path, "the file", _room(source))
+    value, end = machine.run()
+    if end != len(data):
+        raise FileError(f"{len(data) - end} bytes follow the pickle, which torch.save did not write", path=path)
+    return Pickled(value, "pickle", machine.protocol, {})
+
+
+def _load_stream(source: Source, path: object, inner: bool = False) -> Pickled:
     """Five pickles (magic number, version, the writer's machine, the value, the storages' keys), then the storages."""
 
     def open_storage(key: str, size: int) -> Range:
@@ -1025,7 +1083,7 @@ def _load_stream(source: Source, path: object) -> Pickled:
     while True:
         data = _peek(source, 0, window)
         windowed = len(data) < min(source.size, MAX_PICKLE)
-        machine = _Machine(data, path, "the file", _room(source), open_storage, windowed)
+        machine = _Machine(data, path, "the file", _room(source), open_storage, windowed, inner)
         try:
             magic, at = machine.run()
             if magic != MAGIC:

@@ -16,10 +16,11 @@ from dataclasses import dataclass, field, replace
 from itertools import count, islice
 from typing import Any, Final, TypeAlias, TypeVar
 
-from lora_state_format.errors import FileError, UnrepresentableError
+from lora_state_format.errors import FileError, Remedy, UnrepresentableError
 from lora_state_format.foreign.pickles import Foreign, Global, NumpyScalar, Record, array
 from lora_state_format.foreign.stated import group_labels, stated_names
 from lora_state_format.foreign.torchao import pack_torchao, unpack_torchao
+from lora_state_format.foreign.whole import class_of, state_dict_of
 from lora_state_format.io.ledger import crc32
 from lora_state_format.model.gc import paused
 from lora_state_format.model.states import Group, Optimizer, OptimizerState, PositionalState, Role, Scalar, Slot, Value
@@ -52,12 +53,14 @@ _Listed: TypeAlias = "tuple[int | str | None, Mapping[str, Value] | None]"
 class Found:
     """A state dict inside a checkpoint; ``path`` is empty where it is the whole.
 
-    ``around`` are the dicts that hold it, the innermost first, where it is the only one of the checkpoint.
+    ``around`` are the dicts that hold it, the innermost first, where it is the only one of the checkpoint. ``whole`` is
+    the optimizer that was pickled as an object, if the state dict is made of one.
     """
 
     path: tuple[str | int, ...]
     tree: Mapping[str, Any]
     around: tuple[Mapping[Any, Any], ...] = ()
+    whole: Foreign | None = None
 
     @property
     def where(self) -> str:
@@ -76,7 +79,10 @@ def is_state_dict(tree: Any) -> bool:
 
 
 def find(tree: Any) -> list[Found]:
-    """Return every optimizer's state dict in a checkpoint, wherever it lies (``optimizer``, ``optimizer_states.0``)."""
+    """Return every optimizer's state dict in a checkpoint, wherever it lies (``optimizer``, ``optimizer_states.0``).
+
+    Optimizers that were pickled as objects count as what their ``state_dict()`` would have returned.
+    """
     found = list(_search(tree, ()))
     return [replace(found[0], around=tuple(_around(tree, found[0].path)))] if len(found) == 1 else found
 
@@ -96,9 +102,12 @@ def _around(tree: Any, path: Sequence[str | int]) -> list[Mapping[Any, Any]]:
 def _search(tree: Any, path: tuple[str | int, ...]) -> Iterator[Found]:
     if is_state_dict(tree):
         yield Found(path, tree)
+    elif isinstance(tree, Foreign):
+        if (known := state_dict_of(tree)) is not None:
+            yield Found(path, known, whole=tree)
     elif len(path) < SEARCH_DEPTH and isinstance(tree, (Mapping, list, tuple)):
         for key, inner in tree.items() if isinstance(tree, Mapping) else enumerate(tree):
-            if isinstance(inner, (Mapping, list, tuple)):
+            if isinstance(inner, (Mapping, list, tuple, Foreign)):
                 yield from _search(inner, (*path, key if isinstance(key, int) else str(key)))
 
 
@@ -160,7 +169,31 @@ class Reader:
         if isinstance(raw, bytearray):
             self.converted.append(f"{_dotted(place)}: bytearray to bytes")
             return bytes(raw)
-        raise UnrepresentableError(f"{_dotted(place)} is {_kind(raw)}, which has no form in a state")
+        again = _saved_as(raw)
+        raise UnrepresentableError(
+            f"{_dotted(place)} is {_kind(raw)}, which has no form in a state",
+            remedy=Remedy(f"load it with torch, and save {again} in its place") if again else None,
+        )
+
+
+SAVED_AS: Final = {
+    ("torch", "Tensor that is to be conjugated or negated"): "resolve_conj().resolve_neg()",
+    ("torch", "complex32"): "to(torch.complex64)",
+    ("torch._utils", "_rebuild_sparse_tensor"): "to_dense()",
+    ("torch._utils", "_rebuild_sparse_csr_tensor"): "to_dense()",
+    ("torch._utils", "_rebuild_qtensor"): "dequantize()",
+}
+"""Tensors without a form in a state, and the methods that make one that has a form."""
+
+
+def _saved_as(raw: Any) -> str | None:
+    """Return what to save in place of a tensor or an array that has no form in a state."""
+    match raw:
+        case Record("numpy", "ndarray", _, (1, _, Record("numpy", "dtype", _, (_, ">", *_)), *_)):
+            return "array.astype(array.dtype.newbyteorder('='))"
+        case Record(module, name) if (module, name) in SAVED_AS:
+            return f"tensor.{SAVED_AS[module, name]}"
+    return None
 
 
 def _check_key(key: Any, place: Place) -> None:
@@ -213,7 +246,10 @@ def from_state_dict(
         parts = [_read_one(reader, item, i, f"{i}:" if several else None) for i, item in enumerate(found)]
     ids = tuple(identity for part in parts for identity in part.ids)
     return PositionalState(
-        optimizers=tuple(Optimizer(class_path, item.where if several else None) for item in found),
+        optimizers=tuple(
+            Optimizer(class_of(item.whole) if item.whole else class_path, item.where if several else None)
+            for item in found
+        ),
         groups=tuple(group for part in parts for group in part.groups),
         ids=ids,
         entries=_joined(part.entries for part in parts),
@@ -290,10 +326,16 @@ def _read_groups(reader: Reader, found: Found, index: int) -> tuple[list[Group],
 def _read_entries(
     reader: Reader, found: Found, members: Mapping[int | str, Mapping[str, Any]]
 ) -> tuple[dict[int | str, Mapping[str, Value]], dict[Any, Value]]:
-    """Return the slots of every id that a group lists, and what else ``state`` holds."""
+    """Return the slots of every id that a group lists, and what else ``state`` holds.
+
+    Writers whose keys are text turn the ids of ``state`` into text, and leave those that the groups list as numbers.
+    """
     entries: dict[int | str, Mapping[str, Value]] = {}
     loose: dict[Any, Value] = {}
-    for key, raw in found.tree["state"].items():
+    state = found.tree["state"]
+    spelled = {str(identity): identity for identity in members if identity not in state}
+    for written, raw in state.items():
+        key = spelled.get(written, written) if written not in members and isinstance(written, str) else written
         place = (*found.path, "state", key)
         if key not in members:
             _check_key(key, place[:-1])

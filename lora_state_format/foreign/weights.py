@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
@@ -16,10 +17,10 @@ from lora_state_format.io.files import Files, PooledFile, inside
 from lora_state_format.io.json_files import read_json_object
 from lora_state_format.io.safetensors import read_header
 from lora_state_format.model.sources import File
-from lora_state_format.model.states import Weights
+from lora_state_format.model.states import TOP, Weights
 from lora_state_format.model.tensors import Tensor
 
-__all__ = ["in_tree", "next_to", "read_weights", "weights_at"]
+__all__ = ["in_tree", "near", "next_to", "read_weights", "weights_at"]
 
 STANDARD: Final = (
     "adapter_model.safetensors",
@@ -84,7 +85,7 @@ def _search(node: Any, path: tuple[str, ...], seen: dict[int, Any]) -> Iterator[
 
 def _found(path: tuple[str, ...], tensors: dict[str, Tensor]) -> Weights:
     """Return tensors of a tree as candidates. An average of the weights has their names, and other values."""
-    return Weights(".".join(path) or "its top level", tensors, ordered=True, own=not any("ema" in p for p in path))
+    return Weights(".".join(path) or TOP, tensors, ordered=True, own=not any("ema" in p for p in path))
 
 
 def _of_module(whole: Foreign) -> dict[str, Tensor]:
@@ -113,19 +114,18 @@ MAX_NAME: Final = 4096
 def next_to(path: Path, files: Files) -> tuple[list[tuple[Weights, ...]], list[str]]:
     """Return what may be the model in the files next to an optimizer's, the likeliest first, and what cannot be read.
 
-    Looked into are the files that frameworks write together with an optimizer's, the one that is called ``model`` where
-    this is called ``optimizer``, and, where there is none of them, all other files of weights. The values of those are
-    not known to be of the state's moment.
+    Looked into are the files that frameworks write together with an optimizer's, those that are called as this one is
+    but for the word ``optimizer``, and, where there is none of them, all other files of weights. The values of those
+    are not known to be of the state's moment.
     """
     skipped: list[str] = []
-    namesake = path.with_name(re.sub("optim(izer)?", "model", path.name, count=1))
-    likely = dict.fromkeys((*(path.with_name(name) for name in STANDARD), namesake))
+    likely = dict.fromkeys((*(path.with_name(name) for name in STANDARD), *_namesakes(path)))
     tiers = [found for file in likely if file != path and file.is_file() and (found := _read(file, files, skipped))]
     if not tiers:
         others = sorted(
             file
             for file in path.parent.iterdir()
-            if file.suffix in SUFFIXES
+            if (file.suffix in SUFFIXES or (file.suffix == path.suffix and _is_saved(file)))
             and file not in {path, *likely}
             and not NO_MODEL.search(file.name.lower())
             and file.is_file()
@@ -134,6 +134,42 @@ def next_to(path: Path, files: Files) -> tuple[list[tuple[Weights, ...]], list[s
             found = tuple(weights for file in others for weights in _read(file, files, skipped, own=False))
             tiers = [found] if found else []
     return tiers, skipped
+
+
+_WORD: Final = re.compile("optim(izer)?|^opt(?=[^a-z])")
+_LEFT_OUT: Final = re.compile("[._-]optim(izer)?(?=[._-]|$)|^optim(izer)?[._-]")
+
+
+def _namesakes(path: Path) -> list[Path]:
+    """Return what a model may be called whose optimizer is called so: by another word in its place, or by none."""
+    names = [_WORD.sub(word, path.name, count=1) for word in ("model", "params", "weights", "net")]
+    found = [path.with_name(name) for name in (*names, _LEFT_OUT.sub("", path.name, count=1)) if name]
+    folder = path.parent
+    if folder.name and (other := _WORD.sub("model", folder.name, count=1)) != folder.name:
+        found.append(folder.with_name(other) / path.name)
+    return found
+
+
+def _is_saved(path: Path) -> bool:
+    """Return whether a file looks like one of ``torch.save``, whatever it is called."""
+    if not path.is_file():
+        return False
+    with File(path) as file:
+        return pickles.container(file) is not None
+
+
+def near(path: Path, files: Files, skipped: list[str]) -> tuple[list[tuple[Weights, ...]], Path]:
+    """Return what may be the model of an optimizer with nothing next to it, and the folder where that is.
+
+    Looked into are a folder ``model``, and the folder above. Nothing says that these weights are of the state's moment.
+    """
+    path = path.absolute()
+    for folder in (path.with_name("model"), path.parent.parent):
+        there = [folder / name for name in STANDARD if (folder / name).is_file()]
+        if tiers := [found for file in there if (found := _read(file, files, skipped, own=False))]:
+            place = os.path.relpath(folder, path.parent)
+            return [tuple(replace(w, where=f"{place}/{w.where}") for w in tier) for tier in tiers], folder
+    return [], path.parent
 
 
 def weights_at(path: Path, files: Files) -> tuple[Weights, ...]:

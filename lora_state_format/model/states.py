@@ -465,6 +465,10 @@ class PositionalState:
         )
 
 
+TOP: Final = "its top level"
+"""What tensors are called that stand in no mapping of their own in a file."""
+
+
 @dataclass(frozen=True)
 class Weights:
     """Tensors under names that may be those of a model's parameters: a state dict in a file, a file of weights.

@@ -183,8 +183,14 @@ def _saved_module(key: str, config: Mapping[str, Any] | None) -> str | None:
 
 
 def is_adapter_key(key: str) -> bool:
-    """Return whether a key of a file is that of a tensor that PEFT trains, as its adapter files have them."""
-    return _KEY.fullmatch(key) is not None or key == "prompt_embeddings"
+    """Return whether a key of a file is that of a tensor that PEFT trains, as its adapter files have them.
+
+    Other libraries' LoRA (loralib, LitGPT) has parameters called ``lora_A`` and ``lora_B`` in modules of its own.
+    """
+    match = _KEY.fullmatch(key)
+    if match and match[2] == "" and key.endswith((".lora_A", ".lora_B")) and "base_model.model." not in key:
+        return False
+    return match is not None or key == "prompt_embeddings"
 
 
 def adapter_parameters(

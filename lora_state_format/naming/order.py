@@ -42,7 +42,7 @@ from lora_state_format.naming.rules import (
     trainable_of,
 )
 
-__all__ = ["ContradictedError", "candidates", "decide", "interchangeable"]
+__all__ = ["NAME_ORDER", "ContradictedError", "candidates", "decide", "interchangeable"]
 
 LIVE: Final = "live"
 """Stands for a rule where the order is that of a live optimizer."""
@@ -209,9 +209,9 @@ def _settled(
     judged = chain([best], map(weighed, found[1:] if has_weights else ()))
     settled = next((other for other in judged if other.evidence and other.evidence.rules_out(labels)), None)
     if settled is None and first is None:
-        raise AmbiguousOrderError(
-            _several_fit(found, has_weights), labels, remedy=FORCE if has_weights else FORCE_OR_WEIGH
-        )
+        ruled = len({label.partition(WAY)[0] for label in labels}) > 1
+        remedy = NAME_ORDER if not ruled else FORCE if has_weights else FORCE_OR_WEIGH
+        raise AmbiguousOrderError(_several_fit(found, has_weights), labels, remedy=remedy)
     return settled or best
 
 

@@ -233,7 +233,7 @@ def _timm(parameters: Sequence[Described], state: PositionalState) -> Iterator[S
 
 
 def _ultralytics(parameters: Sequence[Described], state: PositionalState) -> Iterator[Splits]:
-    """Yield the groups as newer versions call them, else in the order of older ones; with frozen parameters."""
+    """Yield the groups as newer versions call them, else in the orders of older ones; with frozen parameters."""
     biases, plain, weights = _apart(
         parameters,
         lambda item: "bias" in item.name,
@@ -241,7 +241,15 @@ def _ultralytics(parameters: Sequence[Described], state: PositionalState) -> Ite
     )
     kinds = {"bias": Split(biases, decays=False), "weight": Split(weights), "bn": Split(plain, decays=False)}
     called = [str(dict(group.options).get("param_group")) for group in state.groups]
-    yield [kinds[kind] for kind in (called if sorted(called) == sorted(kinds) else kinds)]
+    for order in [called] if sorted(called) == sorted(kinds) else (("bias", "weight", "bn"), ("bn", "weight", "bias")):
+        yield [kinds[kind] for kind in order]
+
+
+def _norms_last(parameters: Sequence[Described], state: PositionalState) -> Iterator[Splits]:
+    """Yield all but normalisations, then these: modules whose weight has one axis."""
+    norms = {item.name.removesuffix("weight") for item in parameters if item.axes == 1 and item.name.endswith("weight")}
+    plain, rest = _apart(trainable_of(parameters), lambda item: item.name.rpartition(".")[0] + "." in norms)
+    yield [Split(rest), Split(plain)]
 
 
 def _rises(item: Described) -> bool:
@@ -388,7 +396,8 @@ RULES: Final[tuple[Rule, ...]] = (
     Rule("scripts", "no weight decay for 'bias' and 'LayerNorm.weight', as example scripts had it", _trainer(_SCRIPTS)),
     Rule("nanogpt", "nanoGPT: two or more axes, then the rest", _matrices_first),
     Rule("timm", "timm's param_groups_weight_decay: one axis and biases, then the rest", _timm),
-    Rule("ultralytics", "ultralytics: biases, weights, weights of normalisations; frozen ones too", _ultralytics),
+    Rule("torchvision", "torchvision's set_weight_decay: all but normalisations, then these", _norms_last),
+    Rule("ultralytics", "ultralytics, YOLOv5 and v7: biases, weights, weights of normalisations", _ultralytics),
     Rule("peft-loraplus", "PEFT's LoRA+: A, embeddings, B, B without weight decay", _peft_loraplus),
     Rule("llamafactory-loraplus", "LLaMA-Factory's LoRA+: A, B, B without decay, embeddings", _llamafactory_loraplus),
     Rule("llamafactory-badam", "LLaMA-Factory's BAdam: without weight decay, then with", _plain_first),

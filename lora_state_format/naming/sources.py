@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -27,12 +28,19 @@ from lora_state_format.errors import (
 )
 from lora_state_format.io.json_files import read_json_object
 from lora_state_format.model.sources import File
-from lora_state_format.model.states import Checkpoint, OptimizerState, Parameter, PositionalState, Value, Weights
+from lora_state_format.model.states import TOP, Checkpoint, OptimizerState, Parameter, PositionalState, Value, Weights
 from lora_state_format.model.tensors import Tensor
 from lora_state_format.naming import order
 from lora_state_format.naming.evidence import head_size
 from lora_state_format.naming.modules import in_module_order
-from lora_state_format.naming.names import adapter_orders, is_adapter_key, peft_key, read_names, split_adapter
+from lora_state_format.naming.names import (
+    adapter_orders,
+    is_adapter_key,
+    peft_key,
+    plain_name,
+    read_names,
+    split_adapter,
+)
 from lora_state_format.naming.rules import Described
 
 __all__ = [
@@ -45,6 +53,7 @@ __all__ = [
     "config_of",
     "name_state",
     "split_names",
+    "stem_of",
 ]
 
 ADAPTER_CONFIG: Final = "adapter_config.json"
@@ -216,7 +225,13 @@ def _joined(state: PositionalState, parts: Sequence[Named]) -> Named:
     Where they were named by different models, each name gets what its model is called in front.
     """
     places = [_place(part).partition(":")[0] for part in parts]
-    prefixes = [f"{_stem(place)}." if len(set(places)) > 1 and _stem(place) else "" for place in places]
+    prefixes = [_prefix(place) if len(set(places)) > 1 else "" for place in places]
+    given = Counter(prefix + name for part, prefix in zip(parts, prefixes, strict=True) for name in part.state)
+    if twice := next((name for name, count in given.items() if count > 1), None):
+        raise ConversionError(
+            f"two optimizers have a parameter '{twice}': {', '.join(dict.fromkeys(places)) or 'the file'} names both",
+            remedy=order.NAME_ORDER,
+        )
     parameters: list[Parameter] = []
     weights: dict[str, Tensor] = {}
     for part, prefix in zip(parts, prefixes, strict=True):
@@ -233,18 +248,25 @@ def _joined(state: PositionalState, parts: Sequence[Named]) -> Named:
     return Named(state.named(parameters, replace(naming, details=details)), weights)
 
 
+def _prefix(place: str) -> str:
+    """Return what goes in front of the names of a model; those of several that were joined have it already."""
+    return f"{stem_of(place)}." if stem_of(place) and ", " not in place else ""
+
+
 def _place(named: Named) -> str:
     return str(named.state.naming.details.get("place", ""))
 
 
 _AFFIXES: Final = re.compile(
-    r"optimi[sz]ers?|optim|opt|models?|networks?|net|states?|dicts?|weights|params|pth|pt|ckpt"
+    r"optimi[sz]ers?|optims?|opts?|models?|networks?|nets?|states?|dicts?|weights|params|pth|pt|ckpt|bin|safetensors"
 )
 """What says of a key that it holds an optimizer or a model; the rest of it says which."""
 
 
-def _stem(place: str) -> str:
+def stem_of(place: str) -> str:
     """Return which one a key says that it holds: ``actor`` of ``actor_state_dict`` and of ``actor.optimizer.pth``."""
+    if place == TOP:
+        return ""
     place = place.rpartition(":")[2]
     words = [word for word in re.split(r"[._\s-]+", re.sub(r"(?<=[a-z])(?=[A-Z])", "_", place)) if word]
     return "_".join(word for word in words if not _AFFIXES.fullmatch(word.lower()))
@@ -272,14 +294,14 @@ def _inferred(
         return decided(state, _of_weights(weights, checkpoint, rebuild)._replace(partly=partly))
 
     for tier in checkpoint.tiers():
-        models = [*tier, *(part for weights in tier for part in _divided(weights))] if optimizer else tier
+        models = _models(tier, parts=bool(optimizer))
         if state.names is not None:  # what the file itself states goes first
             models = [weights for weights in models if _form(weights, checkpoint) != PLAIN]
         for partly in (False, True):
             asked = [weights for weights in models if weights.ordered or not partly]
             if fitting := _fitting(asked, partial(named_by, partly=partly), failures):
                 return _nearest(fitting, optimizer, path)
-    for source in _further(state, checkpoint, rebuild, failures):
+    for source in _further(state, checkpoint, rebuild, optimizer, failures):
         try:
             return decided(state, source)
         except order.ContradictedError:  # noqa: PERF203
@@ -297,21 +319,19 @@ def _fitting(
     models: Iterable[Weights],
     named_by: Callable[[Weights], Named],
     failures: dict[str, ConversionError | FileError],
-) -> dict[tuple[str, ...], list[Named]]:
-    """Return the state under the names of every model that fits, by these names; ``failures`` gets why others do not.
+) -> list[Named]:
+    """Return the state under the names of every model that fits; ``failures`` gets why others do not.
 
     Raises ``ContradictedError`` where the weights of a model contradict the order.
     """
-    fitting: dict[tuple[str, ...], list[Named]] = {}
+    fitting: list[Named] = []
     for weights in models:
         try:
-            named = named_by(weights)
+            fitting.append(named_by(weights))
         except order.ContradictedError:  # noqa: PERF203
             raise
         except ConversionError as error:
             failures[weights.where] = error
-        else:
-            fitting.setdefault(tuple(named.state), []).append(named)
     return fitting
 
 
@@ -325,7 +345,25 @@ def _divided(weights: Weights) -> list[Weights]:
     parts: dict[str, dict[str, Tensor]] = {}
     for name, tensor in weights.tensors.items():
         parts.setdefault(name.partition(".")[0], {})[name] = tensor
+    if len(parts) == 1:
+        return []
     return [replace(weights, where=f"{weights.where}:{part}", tensors=own) for part, own in parts.items()]
+
+
+def _models(tier: Sequence[Weights], *, parts: bool) -> list[Weights]:
+    """Return what may be an optimizer's model: those of a tier, those without copies, and ``parts`` of them."""
+    divided = [part for weights in tier for part in _divided(weights)] if parts else []
+    return [*tier, *(found for weights in tier if (found := _without_copies(weights))), *divided]
+
+
+def _without_copies(weights: Weights) -> Weights | None:
+    """Return a model without its modules that follow others (``q_net_target``); ``None`` for one without them."""
+    own = {
+        name: tensor
+        for name, tensor in weights.tensors.items()
+        if not any(_COPY.search(segment.lower()) for segment in name.split(".")[:-1])
+    }
+    return replace(weights, tensors=own) if 0 < len(own) < len(weights.tensors) else None
 
 
 def _nothing_known(path: Path, state: PositionalState) -> str:
@@ -345,29 +383,65 @@ NAME_IT: Final = Remedy(
 )
 
 
-def _nearest(fitting: Mapping[tuple[str, ...], Sequence[Named]], optimizer: str, path: Path) -> Named:
+def _nearest(fitting: Sequence[Named], optimizer: str, path: Path) -> Named:
     """Return the one state of those that fit, or the one whose model is called as the optimizer is.
 
-    Raises ``AmbiguousOrderError`` if there is no such one.
+    Models that give the same names are one source, wrappers left aside. Where nothing tells whose values are those of
+    the state, a copy's or the model's, no values are taken. ``optimizer`` is what is said of one among several.
+
+    Raises ``AmbiguousOrderError`` if the names differ, or if models of several optimizers are not told apart.
     """
-    every = [named for same in fitting.values() for named in same]
-    places = [_place(named) for named in every]
-    alike = [named for named, place in zip(every, places, strict=True) if _stem(place) == _stem(optimizer)]
-    if len(fitting) == 1:
-        return (alike or every)[0]
-    if len({tuple(named.state) for named in alike}) == 1 and optimizer:
-        return alike[0]
-    lines = [f"\n  {_place(same[0])}: '{names[0]}', ..." for names, same in fitting.items()]
-    raise AmbiguousOrderError(
-        f"{path}: {len(fitting)} models fit the {len(every[0].state)} parameters of the optimizer"
-        f"{f' {optimizer!r}' if optimizer else ''}, and give them different names:{''.join(lines)}",
-        tuple(places),
+    copies = [_COPY.search(stem_of(_place(named)).lower()) is not None for named in fitting]
+    asked = [named for named, copy in zip(fitting, copies, strict=True) if not copy] or fitting
+    likeness = [_likeness(stem_of(_place(named)), stem_of(optimizer)) for named in asked]
+    alike = [named for named, like in zip(asked, likeness, strict=True) if like == max(likeness)]
+    apart = [n for n, copy in zip(fitting, copies, strict=True) if not copy or not _follows(n, asked[0])]
+    rivals = alike if optimizer else apart or asked
+    spelled = {tuple(map(plain_name, named.state)) for named in rivals}
+    if len(spelled) == 1 and not (optimizer and len(alike) > 1):
+        return alike[0] if len(alike) == 1 else alike[0]._replace(weights={})
+    raise _not_told(rivals, optimizer, path, len(spelled) == 1)
+
+
+def _not_told(rivals: Sequence[Named], optimizer: str, path: Path, same: bool) -> AmbiguousOrderError:
+    """Return what to say of models that fit; ``same`` is whether they give the same names."""
+    told = "and nothing says which of them it trains" if same else "and give them different names"
+    lines = [f"\n  {_place(named)}: '{next(iter(named.state))}', ..." for named in rivals]
+    return AmbiguousOrderError(
+        f"{path}: {len(lines)} models fit the {len(rivals[0].state)} parameters of the optimizer"
+        f"{f' {optimizer!r}' if optimizer else ''}, {told}:{''.join(lines)}",
+        tuple(_place(named) for named in rivals),
         remedy=Remedy("pass the names of the right one in optimizer order as {names}", {"names": ...}),
     )
 
 
+_COPY: Final = re.compile(r"(^|_)(ema|teacher|target|shadow|avg|averaged?|swa|best)(_|$)")
+"""What says of a model that it follows another one, which is trained."""
+
+
+def _follows(copy: Named, model: Named) -> bool:
+    """Return whether a copy's names are the model's, behind what the copy puts in front of each."""
+    return all(f".{plain_name(b)}".endswith(f".{plain_name(a)}") for a, b in zip(model.state, copy.state, strict=True))
+
+
+def _likeness(model: str, optimizer: str) -> int:
+    """Return how much a model is called as an optimizer: the same, by some of its words, or by how it begins."""
+    model, optimizer = model.lower(), optimizer.lower()
+    if model == optimizer:
+        return 3
+    if not model or not optimizer:
+        return 0
+    if set(model.split("_")) <= set(optimizer.split("_")):
+        return 2
+    return 1 if model.startswith(optimizer) or optimizer.startswith(model) else 0
+
+
 def _further(
-    state: PositionalState, checkpoint: Checkpoint, rebuild: Rebuild, failures: dict[str, ConversionError | FileError]
+    state: PositionalState,
+    checkpoint: Checkpoint,
+    rebuild: Rebuild,
+    optimizer: str,
+    failures: dict[str, ConversionError | FileError],
 ) -> Iterator[_Source]:
     """Yield the sources that are no weights: names that the file states, the configs, several models joined."""
     if state.names is not None:
@@ -383,19 +457,44 @@ def _further(
             yield _Source(parameters, "configs", None, checkpoint.weights)
     for tier in checkpoint.tiers()[:1]:
         models = [weights for weights in tier if weights.ordered and _form(weights, checkpoint) == PLAIN]
-        if 1 < len(models) <= MAX_JOINED:
-            first, *others = [_concatenated(turn, checkpoint) for turn in permutations(models)]
-            yield _Source(first, "checkpoint", None, {}, others, where=", ".join(model.where for model in models))
+        if turns := _together(models, len(state.ids), optimizer):
+            first, *others = [_concatenated(turn, checkpoint) for turn in turns]
+            yield _Source(first, "checkpoint", None, {}, others, where=", ".join(model.where for model in turns[0]))
 
 
 MAX_JOINED: Final = 4
 """Models that one optimizer may hold together; their order is tried in every way."""
 
+MAX_SEVERAL: Final = 8
+"""Models of a checkpoint among which those of one optimizer are looked for."""
+
+
+def _together(models: Sequence[Weights], count: int, optimizer: str) -> list[tuple[Weights, ...]]:
+    """Return the models that may make up the ``count`` parameters of an optimizer, in every order.
+
+    Where some are called as the optimizer is (``G_A`` and ``G_B`` of ``optimizer_G``), these; else all, first without
+    copies of others.
+    """
+    called = [model for model in models if stem_of(optimizer).lower() in stem_of(model.where).lower().split("_")]
+    trained = [model for model in models if not _COPY.search(stem_of(model.where).lower())]
+    for chosen in (called, trained, models):
+        if 1 < len(chosen) <= MAX_SEVERAL:
+            sizes = {id(model): len(_parameters(model)) for model in chosen}
+            turns = [
+                turn
+                for number in range(2, min(len(chosen), MAX_JOINED) + 1)
+                for turn in permutations(chosen, number)
+                if sum(sizes[id(model)] for model in turn) == count
+            ]
+            if turns:
+                return turns
+    return []
+
 
 def _concatenated(models: Sequence[Weights], checkpoint: Checkpoint) -> list[Described]:
     """Return the parameters of several models as one optimizer may hold them, under what each model is called."""
     return [
-        replace(item, parameter=replace(item.parameter, name=f"{_stem(model.where) or model.where}.{item.name}"))
+        replace(item, parameter=replace(item.parameter, name=f"{stem_of(model.where) or model.where}.{item.name}"))
         for model in models
         for item in _of_weights(model, checkpoint, None).parameters
         if isinstance(item, Described)

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from lora_state_format.errors import OptionError
 from lora_state_format.format.envelope import index_of
 from lora_state_format.format.rotation import STATE, plan_rotation, remove_states, series_of
 
@@ -44,7 +43,7 @@ def prune_checkpoints(folder: Path, keep: int, *, legacy: bool = False, dry_run:
         dry_run: Remove nothing.
 
     Raises:
-        OptionError: If there is no state in the folder's checkpoints, or their order is unknown.
+        OptionError: If the order of the folder's checkpoints is unknown.
     """
     kept: list[Path] = []
     removed: list[Path] = []
@@ -63,8 +62,6 @@ def prune_checkpoints(folder: Path, keep: int, *, legacy: bool = False, dry_run:
         size += sum(path.stat().st_size for path in old)
         for path in () if dry_run else old:
             path.unlink()
-    if not kept:
-        raise OptionError(f"{folder}: no checkpoint in this folder has an optimizer's state under {STATE}")
     return Pruned(tuple(kept), tuple(removed), size, dry_run)
 
 

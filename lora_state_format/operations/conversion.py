@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, TypeAlias
@@ -44,7 +45,7 @@ if TYPE_CHECKING:
     from lora_state_format.naming.evidence import Evidence, Pairing
     from lora_state_format.registry import Converter, Match, Writer
 
-__all__ = ["ConversionReport", "Names", "belongs", "convert", "look_closer", "read", "read_either"]
+__all__ = ["ConversionReport", "Names", "belongs", "convert", "look_closer", "opened", "read", "read_either"]
 
 ASKED: Final = {"trainable": ..., "names": ...}
 
@@ -151,6 +152,16 @@ def read(
     for skipped in named.skipped:
         logger.warning("%s", skipped)
     return named.state
+
+
+@contextlib.contextmanager
+def opened(state: OptimizerState | str | os.PathLike[str]) -> Iterator[OptimizerState]:
+    """Yield a state as it is, or the one that ``read`` finds at a path, which is closed at the end of the block."""
+    if isinstance(state, OptimizerState):
+        yield state
+    else:
+        with read(state) as found:
+            yield found
 
 
 def read_either(path: str | os.PathLike[str], **reading: Any) -> OptimizerState:

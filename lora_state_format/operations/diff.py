@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -18,6 +19,7 @@ from lora_state_format.model.dtypes import NUMBERS, decoded, item_size
 from lora_state_format.model.states import OptimizerState, Parameter, Scalar, Slot, Value
 from lora_state_format.model.tensors import CHUNK, Tensor
 from lora_state_format.model.text import printable
+from lora_state_format.operations.conversion import opened
 
 __all__ = ["Difference", "Distance", "diff"]
 
@@ -161,14 +163,25 @@ def _listed(title: str, items: tuple[str, ...]) -> Iterator[str]:
             yield f"  ... and {len(items) - SHOWN} more"
 
 
-def diff(a: OptimizerState, b: OptimizerState) -> Difference:
+def diff(a: OptimizerState | str | os.PathLike[str], b: OptimizerState | str | os.PathLike[str]) -> Difference:
     """Compare two states bit for bit: optimizers, groups and options, parameters, slots, and the rest of a state.
 
     Every byte of both is read, and compared with the digest that its file states: a tensor that is no longer what it
     was is a difference, also to itself. Where names came from (``naming``), what wrote the state (``origin``), and
     digests of weights that only one of them has make no difference. Types do: 1, 1.0 and true are three values, a tuple
     is no list.
+
+    Args:
+        a: A state, or the path of a checkpoint that ``read`` can name.
+        b: The one to compare it with.
+
+    Raises what ``read`` raises.
     """
+    with opened(a) as first, opened(b) as second:
+        return _compared(first, second)
+
+
+def _compared(a: OptimizerState, b: OptimizerState) -> Difference:
     second = set(b)
     common = [name for name in a if name in second]
     here = set(common)

@@ -17,9 +17,12 @@ from lora_state_format.io import plain
 from lora_state_format.io.atomic import check_target
 from lora_state_format.model.dtypes import DTYPES, FLOATS, decoded
 from lora_state_format.model.states import OptimizerState, Parameter, Scalar, Value
+from lora_state_format.operations.conversion import opened
 
 if TYPE_CHECKING:
     import numpy as np
+
+    from lora_state_format.model.tensors import Tensor
 
     Function: TypeAlias = Callable[["np.ndarray[Any, Any]"], "np.ndarray[Any, Any]"]
 
@@ -48,7 +51,7 @@ class Exported:
 
 
 def export(
-    state: OptimizerState,
+    state: OptimizerState | str | os.PathLike[str],
     path: str | os.PathLike[str],
     slot: str,
     *,
@@ -64,7 +67,7 @@ def export(
     Computed tensors are F32 (F64 stays F64), others keep their bytes. On an error nothing is left behind.
 
     Args:
-        state: The state.
+        state: The state, or the path of a checkpoint that ``read`` can name.
         path: The file to write.
         slot: Name of the slot: ``exp_avg_sq``, for example.
         keys: ``"model"`` for the parameters' names, ``"peft"`` for their keys in ``adapter_model.safetensors``.
@@ -78,6 +81,7 @@ def export(
         TargetExistsError: Something is at the path, and ``force`` is false.
         DigestError: A tensor does not match its digest.
         FileError: The source is damaged.
+        StateFormatError: What ``read`` raises.
     """
     path = Path(path)
     check_target(path, force=force)
@@ -86,7 +90,25 @@ def export(
             "eps is used for the inverse root only",
             remedy=Remedy("pass {inverse_root} with it", {"inverse_root": True}),
         )
-    found = state.slot(slot)
+    with opened(state) as source:
+        found = source.slot(slot)
+        items = _items(source, found, slot, keys, unbiased, inverse_root, eps)
+        # "format" is what loaders of model weights look for in a file of tensors
+        plain.save(items, path, metadata={"format": "pt"}, force=force)
+        size = sum(item.size for item in items.values())
+        return Exported(str(path), len(items), size, tuple(p.name for p in source.parameters if p.name not in found))
+
+
+def _items(
+    state: OptimizerState,
+    found: Mapping[str, Tensor],
+    slot: str,
+    keys: Keys,
+    unbiased: bool,
+    inverse_root: bool,
+    eps: float | None,
+) -> dict[str, plain.Item]:
+    """Return what is to be written, by key: the tensors of a slot by parameter, and how each is computed."""
     options = {p.name: dict(g.options) for g, ps in zip(state.groups, state.members(), strict=True) for p in ps}
     items: dict[str, plain.Item] = {}
     for name, tensor in found.items():
@@ -107,10 +129,7 @@ def export(
                 f"'{other.name}' and '{item.name}' would have the same key, '{_key(parameter, keys)}': export one "
                 "adapter at a time (`lora-state prune`)"
             )
-    # "format" is what loaders of model weights look for in a file of tensors
-    plain.save(items, path, metadata={"format": "pt"}, force=force)
-    size = sum(item.size for item in items.values())
-    return Exported(str(path), len(items), size, tuple(p.name for p in state.parameters if p.name not in found))
+    return items
 
 
 def _key(parameter: Parameter, keys: Keys) -> str:

@@ -158,6 +158,30 @@ def test_two_keys_in_one_place_are_refused(fsdp: Callable[[str], Path], tmp_path
     )
 
 
+def test_entries_that_were_taken_out_or_exchanged_are_refused(fsdp: Callable[[str], Path], tmp_path: Path) -> None:
+    """``.metadata`` names each entry three times: it has to be the same one."""
+    keys = [f"optim.state.lora_A.default.weight.{slot}" for slot in ("exp_avg", "exp_avg_sq")]
+
+    def exchange(metadata: Any) -> None:
+        paths = metadata.planner_data
+        paths[keys[0]], paths[keys[1]] = paths[keys[1]], paths[keys[0]]
+
+    def take_out(metadata: Any) -> None:
+        del metadata.state_dict_metadata[keys[1]]
+
+    told = {
+        exchange: f"places '{keys[0]}' at ('optim', 'state', 'lora_A.default.weight', 'exp_avg_sq'), which is the path "
+        "of another entry",
+        take_out: f"says where '{keys[1]}' is, and not what it is: an entry was taken out",
+    }
+    for edit, message in told.items():
+        folder = Path(shutil.copytree(fsdp("nested"), tmp_path / edit.__name__))
+        edit_metadata(folder, edit)
+        with pytest.raises(FileError) as error:
+            registry.read(folder)
+        assert str(error.value) == f"{folder / '.metadata'}: {message}"
+
+
 def test_compression_that_lies_about_its_size(fsdp: Callable[[str], Path], tmp_path: Path) -> None:
     """A stream that unfolds to more than its tensor is cut off, not held in memory."""
     import zstandard

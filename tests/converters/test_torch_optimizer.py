@@ -124,17 +124,6 @@ def test_a_file_without_an_optimizer_says_so(tmp_path: Path, model: torch.nn.Mod
     assert str(caught.value) == f"{path}: no optimizer's state dict in it (a dict with state and param_groups)"
 
 
-def test_an_optimizer_that_was_saved_whole_says_so(tmp_path: Path, model: torch.nn.Module) -> None:
-    path = tmp_path / "last.pt"
-    torch.save({"optimizer": trained(model), "model": model.state_dict()}, path)
-    with pytest.raises(FileError) as caught:
-        lsf.read(path)
-    assert str(caught.value) == (
-        f"{path}: no optimizer's state dict in it (a dict with state and param_groups); 'optimizer' is a whole "
-        "torch.optim.adamw.AdamW: save its state_dict()"
-    )
-
-
 def test_an_interrupted_save_is_claimed_to_say_so(tmp_path: Path) -> None:
     with zipfile.ZipFile(tmp_path / "optimizer.pt", "w") as archive:
         archive.writestr("optimizer/version", "3\n")

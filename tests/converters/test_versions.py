@@ -61,8 +61,10 @@ def test_a_trainers_checkpoint(folder: Path) -> None:
 
 
 def test_both_sides_of_each_change_of_the_grouping_are_there() -> None:
-    """The registered norms of Llama (4.34), patterns in names (4.49, 4.53); of 4.28 to 4.53, with and without LoRA."""
+    """The registered norms of T5 (4.21) and Llama (4.34), patterns in names (4.49, 4.53); with and without LoRA."""
     rules = {folder.name: lsf.read(folder).naming.rule for folder in TRAINERS}
+    assert rules["transformers4.20.1-t5-full"] == "trainer-4.0"
+    assert rules["transformers4.26.1-t5-full"] == "trainer"
     assert rules["transformers4.33.3-llama-full"] == "trainer-4.33"
     assert rules["transformers4.34.1-llama-full"] == "trainer"
     assert rules["transformers4.47.1-gemma-full"] == "trainer-4.48"

@@ -13,6 +13,7 @@ import pathlib
 import pickle
 import pickletools
 import random
+import re
 import struct
 import subprocess
 import sys
@@ -438,8 +439,28 @@ def test_a_tensor_that_is_yet_to_be_conjugated_or_negated_is_refused(name: str, 
         from_state_dict(found)
     assert str(caught.value) == (
         "state.0.exp_avg is an object of class torch.Tensor that is to be conjugated or negated, which has no form in "
-        "a state"
+        "a state; load it with torch, and save tensor.resolve_conj().resolve_neg() in its place"
     )
+
+
+@pytest.mark.filterwarnings("ignore:.*:UserWarning")
+def test_what_is_said_of_tensors_without_a_form_works() -> None:
+    """Each is saved again as its message says, and read."""
+    odd = [
+        *CONJUGATES.values(), torch.ones(2, 2).to_sparse(), torch.ones(2, 2).to_sparse_csr(),
+        torch.quantize_per_tensor(torch.ones(2), 0.1, 0, torch.quint8), torch.ones(2, dtype=torch.complex32),
+        np.arange(3, dtype=">f8"),
+    ]  # fmt: skip
+    for value in odd:
+        tree: dict[str, Any] = {"state": {0: {"exp_avg": value}}, "param_groups": [{"params": [0]}]}
+        with pytest.raises(UnrepresentableError) as caught:
+            from_state_dict(read(tree).value)
+        told = re.search(r"and save (.*) in its place$", str(caught.value))
+        assert told is not None, str(caught.value)
+        again = eval(told[1], {"tensor": value, "array": value, "torch": torch})
+        tree["state"][0]["exp_avg"] = again
+        held: Any = from_state_dict(read(tree).value).entries[0]["exp_avg"]
+        assert np.array_equal(held.tensor.numpy(), np.asarray(again))
 
 
 ARRAYS = {

@@ -174,6 +174,13 @@ def test_a_step_of_one_element_stays_a_tensor() -> None:
     assert (value.tensor.shape, value.role) == ((1,), Role.OPAQUE)
 
 
+def test_ids_that_became_text() -> None:
+    """As in JSON, whose keys are text."""
+    state = from_state_dict({"state": {"0": {"a": 1.0}, "2": {"a": 2.0}}, "param_groups": [{"params": [2, 0, 1]}]})
+    assert state.entries == {0: {"a": 1.0}, 2: {"a": 2.0}}
+    assert (state.ids, state.globals) == ((2, 0, 1), {})
+
+
 def test_state_that_belongs_to_no_parameter() -> None:
     tree = {
         "state": {0: {"exp_avg": torch.ones(2)}, "local_epoch": 219, 9: {"exp_avg": torch.zeros(3)}},

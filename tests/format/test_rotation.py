@@ -141,7 +141,16 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
 
 
 def test_a_folder_without_states(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert run(["prune-checkpoints", str(tmp_path), "--keep", "1"]) == 2
-    assert capsys.readouterr().err == (
-        f"error: {tmp_path}: no checkpoint in this folder has an optimizer's state under {STATE}\n"
+    """A script that makes room before a run starts has nothing to do then: that is no error."""
+    assert run(["prune-checkpoints", str(tmp_path), "--keep", "1"]) == 0
+    captured = capsys.readouterr()
+    assert captured.out == "0 removed, 0 kept, freed 0 bytes\n"
+    assert captured.err == (
+        f"note: nothing to remove: no checkpoint in {tmp_path} has an optimizer's state under {STATE}; --legacy counts "
+        "optimizer.pt and optimizer.bin too\n"
     )
+    assert run(["prune-checkpoints", str(tmp_path), "--keep", "1", "--legacy", "--json"]) == 0
+    captured = capsys.readouterr()
+    assert json.loads(captured.out) == {"schema_version": 1, "dry_run": False, "kept": [], "removed": [], "bytes": 0}
+    assert captured.err.endswith(f"under {STATE}\n")
+    assert run(["prune-checkpoints", str(tmp_path / "gone"), "--keep", "1"]) == 3

@@ -122,7 +122,6 @@ refused("in-a-foreign-object", b"cos\nsystem\n" + RUN, "os.system", b"csome.libr
 refused("nested-name", b"\x93.", "builtins.eval.__call__", text("builtins") + text("eval.__call__"))
 refused("pickle-in-pickle", b"c_pickle\nloads\n" + RUN, "_pickle.loads")
 refused("torch-load", b"ctorch\nload\n" + text("x") + b"\x85R.", "torch.load")
-refused("torch-blob", b"ctorch.storage\n_load_from_bytes\nC\1x\x85R.", "torch.storage._load_from_bytes")
 refused("numpy-load", b"cnumpy\nload\n" + RUN, "numpy.load")
 refused("stack-global", b"\x93" + RUN, "os.system", text("os") + text("system"))
 refused("terminal-escape", b"cos\n\x1b[2J\n.", "os.\\x1b[2J")
@@ -506,7 +505,41 @@ zipped(
     RefusedError,
 )
 zipped("stream-cut-in-the-pickle", lambda: stream()[: BEFORE + 20], "the pickle in the file is cut short")
-zipped("another-pickle", lambda: pickle.dumps([1, 2]), "a pickle that torch.save did not write")
+zipped(
+    "another-pickle-with-more", lambda: pickle.dumps([1, 2]) + b"x",
+    "1 bytes follow the pickle, which torch.save did not write",
+)  # fmt: skip
+
+# --- streams in the bytes of a pickle, as pickle.dump has them ------------------------------------------------------
+
+LOAD = b"ctorch.storage\n_load_from_bytes\n"
+
+
+def blob(body: bytes) -> bytes:
+    data = stream(body)
+    return LOAD + b"B" + struct.pack("<L", len(data)) + data + b"\x85"
+
+
+zipped(
+    "blob-of-code", lambda: saved(blob(b"cos\nsystem\n" + RUN) + b"R."),
+    f"pickle global 'os.system' refused, at byte {BEFORE + 2} of the file; nothing was run", RefusedError,
+)  # fmt: skip
+zipped("blob-of-nothing", lambda: saved(LOAD + b"C\1x\x85R."), "pickle opcode b'x' is not read, at byte 0 of the file")
+zipped(
+    "blob-in-a-blob", lambda: saved(blob(blob(storage() + b".") + b"R.") + b"R."),
+    "a storage that is not written in bytes, at byte "
+    f"{BEFORE + 2 + len(blob(storage() + b'.'))} of the file",
+)  # fmt: skip
+pickled(
+    "blob-of-a-tensor", blob(tensor() + b"R."), b"R.", "bytes that hold something else than a storage",
+)  # fmt: skip
+pickled("blob-of-text", LOAD + text("x") + b"\x85", b"R.", "a storage that is not written in bytes")
+CALLED = blob(storage() + b".") + b"q\0" + LOAD + b"q\1"
+CALLS = 430_000_000 // (20_000 + len(stream(storage() + b".")))
+pickled(
+    "blob-again-and-again", CALLED + b"h\1h\0R0" * CALLS, b"h\1h\0R0" * CALLS, BUILDS,
+    at=len(PROTO + CALLED) + 6 * CALLS + 4,
+)  # fmt: skip
 zipped(
     "tar",
     lambda: b"sys_info" + bytes(249) + b"ustar\0" + bytes(1000),
@@ -557,6 +590,14 @@ harmless("deep", FOREIGN + b")" + b"\x85" * 100_000 + b"\x85R")
 harmless("partial", b"cfunctools\npartial\n(" + FOREIGN + b"tR")
 harmless("a-module-of-old", b"(" + text("module") + FOREIGN + text("thing.py") + text("import os") + b"tQ)\x81")
 harmless("a-method", b"c__builtin__\ngetattr\n" + FOREIGN + text("mean") + b"\x86R")
+GROUPS = b")R}(" + text("state") + b"}" + text("param_groups") + b"]"
+"""The state of an object that looks like a whole optimizer, up to its first group."""
+
+OPTIONS = {"in-itself": b"]q\0h\0a", "doubling": doubling(b"l", 100), "deep": b"]" * 100_000 + b"a" * 99_999}
+for name, option in OPTIONS.items():
+    group = b"}(" + text("params") + b"]" + tensor() + b"Ra" + text("x") + option + b"u"
+    harmless(f"a-whole-optimizer-{name}", FOREIGN + GROUPS + group + b"aub")
+harmless("a-whole-optimizer-of-nothing", FOREIGN + GROUPS + b"Naub")
 harmless("python-2", b"c__builtin__\nlong\nc__builtin__\nunicode\n\x86")
 
 

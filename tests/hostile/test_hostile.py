@@ -347,6 +347,15 @@ def repeated(members: dict[str, Any]) -> None:
         members["storage_data"][place(key, "", 0, 0)[0]] = info
 
 
+def through(members: dict[str, Any]) -> None:
+    """A tensor stands inside of the groups."""
+    old, new = "optim.state.w.exp_avg", "optim.param_groups.exp_avg"
+    for table in ("state_dict_metadata", "planner_data"):
+        members[table][new] = members[table].pop(old)
+    members["planner_data"][new] = ("optim", "param_groups", "exp_avg")
+    next(index for index in members["storage_data"] if index.state["fqn"] == old).state["fqn"] = new
+
+
 def entangled(members: dict[str, Any]) -> None:
     """5,000 columns, each of which could overlap any other as far as the rows tell; one is there twice, one is not."""
     columns = 5_000
@@ -380,9 +389,10 @@ CHECKPOINTS: Final[dict[str, tuple[Callable[[dict[str, Any]], None], type[FileEr
     "sizes of text": (lambda m: resized(m, size=(ODD,)), FileError, "where sizes are expected"),
     "a thousand axes": (lambda m: resized(m, size=(1,) * 1000), FileError, "where sizes are expected"),
     "no chunks": (lambda m: resized(m, chunks=[]), FileError, "that do not make up [2, 3]"),
-    "a path through a value": (
+    "a path through a value": (through, FileError, "has a value on the way"),
+    "a path of another entry": (
         lambda m: m["planner_data"].update({"optim.param_groups": ("optim", "state", "w", "exp_avg", "x")}),
-        FileError, "has a value on the way"),
+        FileError, "which is the path of another entry"),
     "no path": (lambda m: m["planner_data"].update({"optim.param_groups": ()}), FileError, "which is no path"),
     "a key with escapes": (lambda m: m["storage_data"].update([place(ODD, "none", 0, 1)]), FileError, "missing"),
 }  # fmt: skip

@@ -200,7 +200,7 @@ def test_swift_multimodal() -> None:
 
 
 def test_every_rule_is_listed_once_with_what_it_is() -> None:
-    assert len({rule.name for rule in RULES}) == len(RULES) == 29
+    assert len({rule.name for rule in RULES}) == len(RULES) == 30
     assert [rule.name for rule in RULES if not rule.automatic] == ["parts", "sorted", "listed"]
     assert all(rule.summary for rule in RULES)
 
@@ -302,7 +302,7 @@ def test_unknown_rule() -> None:
         decide(state([]), [], rule="alphabetical", source="names")
     assert str(caught.value) == (
         "no grouping rule 'alphabetical'; there are: stated, flat, everything, trainer, trainer-4.52, trainer-4.48, "
-        "trainer-4.47, trainer-4.33, trainer-4.0, trainer-4.25, scripts, nanogpt, timm, ultralytics, "
+        "trainer-4.47, trainer-4.33, trainer-4.0, trainer-4.25, scripts, nanogpt, timm, torchvision, ultralytics, "
         "peft-loraplus, llamafactory-loraplus, llamafactory-badam, "
         "llamafactory-galore, muon, galore, axolotl, unsloth, swift-multimodal, swift-galore, one-per-parameter, "
         "whole-model, parts, sorted, listed"
@@ -320,8 +320,8 @@ def test_nothing_fits() -> None:
         "  flat, axolotl, swift-multimodal: 'a.lora_A.weight' has shape [4, 8], but id 0 has exp_avg of shape [2, 8] "
         "(half the rank: the adapter may be one that was converted from PiSSA or OLoRA when it was saved)\n"
         "  everything: makes groups of [3]\n"
-        "  trainer, trainer-4.52, trainer-4.48, trainer-4.47, trainer-4.33, trainer-4.0, scripts, nanogpt, unsloth: "
-        "makes groups of [2, 0]\n"
+        "  trainer, trainer-4.52, trainer-4.48, trainer-4.47, trainer-4.33, trainer-4.0, scripts, nanogpt, "
+        "torchvision, unsloth: makes groups of [2, 0]\n"
         "  trainer-4.25: makes groups of [3, 0]\n"
         "  timm, llamafactory-badam: makes groups of [0, 2]\n"
         "  ultralytics: makes groups of [0, 3, 0]\n"

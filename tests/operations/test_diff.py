@@ -52,6 +52,9 @@ def test_a_state_is_the_same_as_its_file_s(tmp_path: Path) -> None:
         found = lsf.diff(state(), stored)
         assert not found
         assert str(found) == "the same state"
+    assert not lsf.diff(str(tmp_path / "a.safetensors"), tmp_path / "a.safetensors")
+    with pytest.raises(FileNotFoundError):
+        lsf.diff(state(), tmp_path / "b.safetensors")
 
 
 def test_every_difference_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

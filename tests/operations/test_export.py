@@ -78,6 +78,13 @@ def saved(optimizer: torch.optim.Optimizer, model: torch.nn.Module, tmp_path: Pa
     return path
 
 
+def test_the_path_of_a_checkpoint(saved: Path, tmp_path: Path) -> None:
+    written = lsf.export(saved, tmp_path / "a.safetensors", "exp_avg")
+    with lsf.open_state(saved) as state:
+        assert lsf.export(state, tmp_path / "b.safetensors", "exp_avg").tensors == written.tensors == 2
+    assert (tmp_path / "a.safetensors").read_bytes() == (tmp_path / "b.safetensors").read_bytes()
+
+
 def exported(source: Path, slot: str, **options: Any) -> dict[str, torch.Tensor]:
     target = source.with_name("exported.safetensors")
     with lsf.open_state(source) as state:

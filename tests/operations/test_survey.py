@@ -40,7 +40,7 @@ def many(tmp_path: Path) -> Path:
 
 
 def test_every_checkpoint_below_a_folder(many: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert run(["inspect", str(many), "--recursive", "--json"]) == 0
+    assert run(["inspect", str(many), "--recursive", "--json"]) == 1  # one has no names, and one is broken
     found = json.loads(capsys.readouterr().out)
     assert found["schema_version"] == 1
     rows = {str(Path(row.pop("path")).relative_to(many)): row for row in found["checkpoints"]}
@@ -58,7 +58,9 @@ def test_every_checkpoint_below_a_folder(many: Path, capsys: pytest.CaptureFixtu
         f"{many / 'alone' / 'optim.pt'}: stores 1 parameters by position"
     )
     assert "no data.pkl among its 1 members" in rows["broken.pt"]["reason"]
-    assert run(["inspect", str(many), "--recursive"]) == 0
+    assert run(["inspect", str(many / "run"), "--recursive", "--json"]) == 0
+    assert len(json.loads(capsys.readouterr().out)["checkpoints"]) == 2
+    assert run(["inspect", str(many), "--recursive"]) == 1
     lines = capsys.readouterr().out.splitlines()
     assert lines[3] == (
         f"{many / 'run' / 'checkpoint-3'} (torch_optimizer): 10 parameters, step 3; names: adapter, "
@@ -69,7 +71,7 @@ def test_every_checkpoint_below_a_folder(many: Path, capsys: pytest.CaptureFixtu
 def test_reasons_are_whole_and_in_the_words_of_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     tree = {"state": {0: {"exp_avg": torch.ones(2, 2)}}, "param_groups": [{"lr": 1.0, "params": [0]}]}
     torch.save({"model": {"a": torch.ones(3), "b": torch.ones(2)}, "optimizer": tree}, tmp_path / "last.pt")
-    assert run(["inspect", str(tmp_path), "--recursive"]) == 0
+    assert run(["inspect", str(tmp_path), "--recursive"]) == 1
     first, *lines, last = capsys.readouterr().out.splitlines()
     assert first == (
         f"{tmp_path / 'last.pt'} (torch_optimizer): no order of the 2 parameters fits the 1 of the optimizer, whose "
@@ -81,7 +83,7 @@ def test_reasons_are_whole_and_in_the_words_of_the_command(tmp_path: Path, capsy
     assert run(["inspect", str(tmp_path / "last.pt"), "--names", str(tmp_path / "names.txt")]) == 0
     torch.save(tree, tmp_path / "last.pt")
     capsys.readouterr()
-    assert run(["inspect", str(tmp_path), "--recursive"]) == 0
+    assert run(["inspect", str(tmp_path), "--recursive"]) == 1
     assert "; pass --names with a file of names" in capsys.readouterr().out
 
 
@@ -107,7 +109,7 @@ def test_the_dcp_folders_of_a_run_are_not_one_checkpoint(tmp_path: Path, capsys:
         warnings.simplefilter("ignore")
         for name in ("step-5", "step-10", "split/optimizer_0", "split/optimizer_1"):
             save({"optimizer": {**state, "index": name}}, checkpoint_id=tmp_path / name)
-    assert run(["inspect", str(tmp_path), "--recursive"]) == 0
+    assert run(["inspect", str(tmp_path), "--recursive"]) == 1  # both optimizers of one have the same names
     assert [line.partition(":")[0] for line in capsys.readouterr().out.splitlines()] == [
         f"{tmp_path / 'split'} (dcp)", f"{tmp_path / 'step-10'} (dcp)", f"{tmp_path / 'step-5'} (dcp)",
     ]  # fmt: skip

@@ -14,6 +14,7 @@ import transformers
 from transformers import Trainer, TrainingArguments
 
 SIZES = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
+T5_SIZES = {"d_model": 8, "d_kv": 4, "d_ff": 12, "num_layers": 1, "num_heads": 2, "decoder_start_token_id": 0}
 KEPT = ("optimizer.pt", "trainer_state.json", "config.json", "adapter_config.json", "adapter_model", "model.saf", "pytorch_model")
 PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
@@ -24,11 +25,13 @@ classes = {
     "gemma": ("GemmaConfig", "GemmaForCausalLM", PROJECTIONS, "CAUSAL_LM"),
     "qwen2": ("Qwen2Config", "Qwen2ForCausalLM", PROJECTIONS, "CAUSAL_LM"),
     "bert": ("BertConfig", "BertForSequenceClassification", ["query", "value"], "SEQ_CLS"),
+    "t5": ("T5Config", "T5ForConditionalGeneration", ["q", "v"], "SEQ_2_SEQ_LM"),
     "roberta": ("RobertaConfig", "RobertaForSequenceClassification", ["query", "key", "value"], "SEQ_CLS"),
 }
 config_class, model_class, targets, task = classes[kind]
 extra = {"gemma": {"num_key_value_heads": 2, "head_dim": 8}, "qwen2": {"num_key_value_heads": 1}}.get(kind, {})
-config = getattr(transformers, config_class)(vocab_size=32, max_position_embeddings=40, **SIZES, **extra)
+sizes = T5_SIZES if kind == "t5" else {**SIZES, "max_position_embeddings": 40}
+config = getattr(transformers, config_class)(vocab_size=32, **sizes, **extra)
 config.use_cache = False
 model = getattr(transformers, model_class)(config)
 if mode == "lora":
