@@ -79,6 +79,7 @@ BUILT_IN: Final[Mapping[str, str]] = {
     "lerobot": "lora_state_format.converters.lerobot",
     "lightning": "lora_state_format.converters.lightning",
     "megatron": "lora_state_format.converters.megatron",
+    "mindspore": "lora_state_format.converters.mindspore",
     "mlx": "lora_state_format.converters.mlx",
     "nanotron": "lora_state_format.converters.nanotron",
     "olmo": "lora_state_format.converters.olmo",
