@@ -354,6 +354,7 @@ class Watch:
         paths = (*sys.path, *site.getsitepackages(), *sysconfig.get_paths().values(), sys.prefix, sys.base_prefix)
         self.program = tuple({os.path.realpath(path) for path in paths if path})
         self.on = False
+        sys.dont_write_bytecode = True  # a reader that is imported now would be compiled next to its source
         sys.addaudithook(self.hook)
 
     def hook(self, event: str, arguments: tuple[Any, ...]) -> None:
