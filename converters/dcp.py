@@ -20,7 +20,7 @@ from lora_state_format.foreign import keyed
 from lora_state_format.foreign.dcp import Folder, is_folder, metadata, open_folder, write_folder
 from lora_state_format.foreign.state_dict import Found, from_state_dict, is_state_dict
 from lora_state_format.io.files import folders_in
-from lora_state_format.model.states import Checkpoint, OptimizerState, Weights
+from lora_state_format.model.states import Checkpoint, OptimizerState, Weights, leaf_of
 from lora_state_format.model.tensors import Tensor
 from lora_state_format.registry import Match
 
@@ -102,7 +102,7 @@ def _optimizers(node: Any, path: tuple[str | int, ...] = ()) -> Iterator[Found]:
         yield Found(path, _by_name(node))
         return
     if any(str(key).startswith("param_groups.") for key in node):
-        yield Found(path, keyed.flattened(node))
+        yield Found(path, _flattened(node))
     for key, inner in node.items():
         yield from _optimizers(inner, (*path, key))
 
@@ -143,6 +143,31 @@ def _lists(node: Any) -> Any:
     if inner and set(inner) == set(range(len(inner))):
         return [inner[index] for index in range(len(inner))]
     return inner
+
+
+def _flattened(node: Mapping[Any, Any]) -> dict[str, Any]:
+    options: dict[str, dict[str, Any]] = {}
+    for key, value in node.items():
+        if str(key).startswith("param_groups."):
+            name, _, option = key.removeprefix("param_groups.").rpartition(".")
+            options.setdefault(name, {})[option] = leaf_of(value) if isinstance(value, Tensor) else value
+    groups: list[dict[str, Any]] = []
+    last = ""
+    for name, chosen in options.items():
+        if not groups or repr(chosen) != last:
+            groups.append({**chosen, "params": []})
+        last = repr(chosen)  # where 1, 1.0 and True differ, and NaN does not
+        groups[-1]["params"].append(name)
+    state: dict[str, dict[str, Any]] = {}
+    for key, value in node.items():
+        if str(key).startswith("state."):
+            rest = key.removeprefix("state.")
+            # A name may begin with another name: the longest that is one is meant.
+            cut = next((i for i in range(len(rest) - 1, 0, -1) if rest[i] == "." and rest[:i] in options), None)
+            if cut is None:
+                raise FileError(f"'{key}' is the state of no parameter that param_groups lists")
+            state.setdefault(rest[:cut], {})[rest[cut + 1 :]] = value
+    return {"state": state, "param_groups": groups}
 
 
 def _check_steps(found: Found) -> None:

@@ -457,7 +457,7 @@ def _check_copies(ranks: Sequence[_Rank]) -> None:
         if not sums or any(crc is None for crc, _ in sums):
             continue
         other = seen.setdefault(sums, rank)
-        if other is not rank and any(any(bytes(master.bytes())) for master in rank.masters):
+        if other is not rank and any(any(chunk) for master in rank.masters for chunk in master.chunks()):
             raise FileError(f"holds the fp32 masters of {other.path.name}: one is a copy of the other", path=rank.path)
 
 

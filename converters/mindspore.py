@@ -17,11 +17,12 @@ from lora_state_format.errors import FileError
 from lora_state_format.foreign import keyed
 from lora_state_format.foreign.state_dict import from_state_dict
 from lora_state_format.foreign.trees import member
+from lora_state_format.foreign.weights import read_weights
 from lora_state_format.io.files import Files, inside, reading
 from lora_state_format.io.json_files import read_json_object
 from lora_state_format.io.safetensors import read_header
 from lora_state_format.model.sources import File, Memory
-from lora_state_format.model.states import Checkpoint, Scalar
+from lora_state_format.model.states import Checkpoint, Scalar, scalar_of
 from lora_state_format.model.tensors import Box, Piece, Tensor, contiguous, is_tiling
 from lora_state_format.registry import Match
 
@@ -75,7 +76,7 @@ def read(match: Match, options: Mapping[str, Any]) -> Checkpoint:
     """
     path = match.path
     with reading(path) if path.is_dir() else reading() as files:
-        tensors = _joined(path, files) if path.is_dir() else _tensors(path, files)
+        tensors = _joined(path, files) if path.is_dir() else read_weights(path, files)
         slots = _slots(tensors)
         if not slots:
             raise FileError("holds no tensors of an optimizer: it was saved without one", path=path)
@@ -93,16 +94,6 @@ def read(match: Match, options: Mapping[str, Any]) -> Checkpoint:
         )
         weights = {name: tensors[name] for name in state if name in tensors}
         return Checkpoint(keyed.named(result, weights=weights), weights)
-
-
-def _tensors(path: Path, files: Files) -> dict[str, Tensor]:
-    """Return the tensors of a file."""
-    with File(path) as file:
-        header = read_header(file)
-    return {
-        key: contiguous(entry.dtype, entry.shape, files[path], header.size + entry.begin)
-        for key, entry in header.entries.items()
-    }
 
 
 def _slots(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
@@ -124,7 +115,7 @@ def _number(tensors: Mapping[str, Tensor], key: str) -> float | None:
     tensor = tensors.get(key)
     if tensor is None or tensor.count != 1:
         return None
-    value = Scalar(tensor.dtype, bytes(tensor.bytes())).item()
+    value = scalar_of(tensor).item()
     return value if isinstance(value, (int, float)) else None
 
 
@@ -152,7 +143,7 @@ def _joined(folder: Path, files: Files) -> dict[str, Tensor]:
             if file not in held:
                 if not file.is_file():
                     raise FileError(f"missing: {_METADATA} names it", path=file)
-                held[file] = _tensors(file, files)
+                held[file] = read_weights(file, files)
             parts[box] = member(held[file], key, Tensor, file)
             if parts[box].shape != box.shape:
                 raise FileError(

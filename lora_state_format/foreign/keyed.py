@@ -6,13 +6,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Final
 
-from lora_state_format.errors import FileError, RefusedError, UnrepresentableError
+from lora_state_format.errors import RefusedError, UnrepresentableError
 from lora_state_format.foreign.state_dict import to_state_dict
-from lora_state_format.model.states import Naming, OptimizerState, Parameter, PositionalState, leaf_of
+from lora_state_format.model.states import Naming, OptimizerState, Parameter, PositionalState
 from lora_state_format.model.tensors import Tensor
 from lora_state_format.naming.names import peft_key, split_adapter, without_wrappers
 
-__all__ = ["FLAT", "by_name", "flattened", "local_state", "named", "names_of"]
+__all__ = ["FLAT", "by_name", "local_state", "named", "names_of"]
 
 FLAT: Final = "_flat_param"
 """What FSDP1 calls the parameters that it flattened, in a local state dict."""
@@ -102,33 +102,3 @@ def by_name(state: OptimizerState, optimizer: int = 0) -> dict[str, Any]:
     prefix = "0:" if len(state.optimizers) > 1 else ""
     parameters = [replace(p, original_id=prefix + name) for p, name in zip(state.parameters, spelled, strict=True)]
     return to_state_dict(replace(state, parameters=tuple(parameters)), optimizer)
-
-
-def flattened(node: Mapping[Any, Any]) -> dict[str, Any]:
-    """Return a state dict that was flattened to ``state.<name>.<slot>`` and ``param_groups.<name>.<option>``.
-
-    Options are repeated for every parameter, and nothing says which group it was in: consecutive parameters with equal
-    options become a group. Raises ``FileError`` for the state of a parameter that has no options.
-    """
-    options: dict[str, dict[str, Any]] = {}
-    for key, value in node.items():
-        if str(key).startswith("param_groups."):
-            name, _, option = key.removeprefix("param_groups.").rpartition(".")
-            options.setdefault(name, {})[option] = leaf_of(value) if isinstance(value, Tensor) else value
-    groups: list[dict[str, Any]] = []
-    last = ""
-    for name, chosen in options.items():
-        if not groups or repr(chosen) != last:
-            groups.append({**chosen, "params": []})
-        last = repr(chosen)  # where 1, 1.0 and True differ, and NaN does not
-        groups[-1]["params"].append(name)
-    state: dict[str, dict[str, Any]] = {}
-    for key, value in node.items():
-        if str(key).startswith("state."):
-            rest = key.removeprefix("state.")
-            # A name may begin with another name: the longest that is one is meant.
-            cut = next((i for i in range(len(rest) - 1, 0, -1) if rest[i] == "." and rest[:i] in options), None)
-            if cut is None:
-                raise FileError(f"'{key}' is the state of no parameter that param_groups lists")
-            state.setdefault(rest[:cut], {})[rest[cut + 1 :]] = value
-    return {"state": state, "param_groups": groups}
