@@ -1,4 +1,4 @@
-"""Sharded models: what all ranks do in step, and state loaded by each rank with its own bytes only.
+"""Sharded models: state loaded by each rank with its own bytes only, and verified by all together.
 
 torch's own planner does the resharding: a state is a DCP ``StorageReader``, so any placement that DCP knows is loaded
 from any file, whatever it was saved on. Every rank takes part, and if one fails, all fail with its message.
@@ -6,11 +6,10 @@ from any file, whatever it was saved on. Every rank takes part, and if one fails
 
 from __future__ import annotations
 
-import contextlib
 import heapq
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, Final, TypeVar
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -28,26 +27,22 @@ from torch.distributed.checkpoint.storage import StorageReader
 from torch.distributed.tensor import DTensor
 from torch.futures import Future
 
-from lora_state_format.errors import DigestError, RankError
+from lora_state_format.errors import DigestError
 from lora_state_format.model.digests import hash_tensor, stated_hash
 from lora_state_format.model.states import OptimizerState
 from lora_state_format.model.tensors import CHUNK, Tensor
 from lora_state_format.torch.exchange import gather
+from lora_state_format.torch.ranks import Ranks
 from lora_state_format.torch.spread import box_of
 from lora_state_format.torch.tensors import DTYPES, read_into
 
 __all__ = [
-    "Ranks",
     "StateReader",
-    "agreement",
-    "background_group",
     "hashes",
     "read_shard",
     "shared_out",
     "verify_share",
 ]
-
-T = TypeVar("T")
 
 # --- loading --------------------------------------------------------------------------------------------------------
 
@@ -137,96 +132,7 @@ def read_shard(tensor: Tensor, out: DTensor, where: str) -> None:
     reader.read_data(planner.create_local_plan(), planner).wait()
 
 
-# --- in step --------------------------------------------------------------------------------------------------------
-
-
-class Ranks:
-    """The ranks of a process group, which do what they do all together or not at all.
-
-    Attributes:
-        group: ``None`` is the default one.
-        rank: The number of this one.
-        world: How many there are.
-    """
-
-    def __init__(self, group: Any = None) -> None:
-        self.group = group
-        self.rank = dist.get_rank(group)
-        self.world = dist.get_world_size(group)
-
-    def share(self, action: Callable[[], T]) -> list[T]:
-        """Return what ``action`` returned on each rank; every rank must call this, in the same order.
-
-        Raises:
-            RankError: If it raised on another rank, with that rank's message, or if one does not answer any more.
-            BaseException: What it raised on this one; the others know then.
-        """
-        value, error = None, None
-        try:
-            value = action()
-        except BaseException as caught:
-            error = caught
-        told: list[Any] = [None] * self.world
-        try:
-            dist.all_gather_object(told, (error and f"{type(error).__name__}: {error}", value), group=self.group)
-        except RuntimeError as lost:
-            if error is None:
-                raise _gone(lost) from None
-        if error is not None:
-            raise error
-        for rank, (message, _) in enumerate(told):
-            if message is not None:
-                raise RankError(f"rank {rank} failed: {message}")
-        return [value for _, value in told]
-
-
-def _gone(lost: RuntimeError) -> RankError:
-    return RankError(f"another rank does not answer any more, its process may have ended: {lost}")
-
-
-@contextlib.contextmanager
-def agreement() -> Iterator[Callable[[bool], None]]:
-    """Around what all ranks do or none: each calls what it is given before it changes anything.
-
-    It may be called several times, as often on every rank, with ``True`` for the last time. If a rank fails before
-    that, every other one raises ``RankError`` with its message.
-    """
-    ranks, settled = Ranks(), False
-
-    def settle(last: bool) -> None:
-        nonlocal settled
-        try:
-            ranks.share(lambda: None)
-        except RankError:
-            settled = True
-            raise
-        settled = last
-
-    def fail(error: BaseException) -> None:
-        raise error
-
-    try:
-        yield settle
-    except BaseException as error:
-        if not settled:
-            failed = error
-            ranks.share(lambda: fail(failed))
-        raise
-
-
-def background_group() -> Any:
-    """Return a process group for what runs behind the training, on the CPU; every rank must call this.
-
-    It is made once for a default group. Collectives of two groups do not wait for each other.
-    """
-    world = dist.group.WORLD
-    if world not in _BACKGROUND:
-        _BACKGROUND.clear()  # those of process groups that are gone
-        _BACKGROUND[world] = dist.new_group(backend="gloo")
-    return _BACKGROUND[world]
-
-
-_BACKGROUND: Final[dict[Any, Any]] = {}
+# --- verifying ------------------------------------------------------------------------------------------------------
 
 
 def shared_out(sizes: Sequence[int], count: int) -> list[int]:
@@ -237,9 +143,6 @@ def shared_out(sizes: Sequence[int], count: int) -> list[int]:
         load, owners[number] = heapq.heappop(loads)
         heapq.heappush(loads, (load + sizes[number], owners[number]))
     return owners
-
-
-# --- verifying ------------------------------------------------------------------------------------------------------
 
 
 def verify_share(tensors: Mapping[str, Tensor]) -> None:
@@ -256,9 +159,9 @@ def verify_share(tensors: Mapping[str, Tensor]) -> None:
             raise DigestError(f"{key} does not match its digest: the file was changed after it was written")
 
 
-def hashes(tensors: Mapping[str, Tensor]) -> dict[str, str]:
+def hashes(tensors: Mapping[str, Tensor], ranks: Ranks) -> dict[str, str]:
     """Return the hash of each of some tensors that are spread over the ranks: each is hashed by one rank."""
-    ranks, keys = Ranks(), list(tensors)
+    keys = list(tensors)
     owners = shared_out([tensor.size for tensor in tensors.values()], ranks.world)
     wanted: list[list[str]] = [[] for _ in range(ranks.world)]
     for key, owner in zip(keys, owners, strict=True):
@@ -267,5 +170,5 @@ def hashes(tensors: Mapping[str, Tensor]) -> dict[str, str]:
     def read() -> dict[str, str]:
         return {key: hash_tensor(tensors[key]) for key in wanted[ranks.rank]}
 
-    told = ranks.share(lambda: gather([[tensors[key] for key in mine] for mine in wanted], read))
+    told = gather([[tensors[key] for key in mine] for mine in wanted], read, ranks)
     return {key: value for found in told for key, value in found.items()}

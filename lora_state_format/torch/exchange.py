@@ -1,8 +1,8 @@
-"""Whole tensors at the ranks that want them: exchanged in rounds of bounded size, read while they arrive.
+"""Whole tensors at the ranks that want them, a piece at a time.
 
-``gather`` brings the bytes of each tensor to the one rank that wants it, in the order in which it reads them: ranks of
-one machine put theirs into its buckets, which they share, and others send them by ``all_to_all_single``. What the rank
-holds itself in one run of bytes, as rows of a matrix are, it reads where it is.
+``gather`` lets the one rank that wants a tensor read its bytes: ranks of one machine read each other's memory, and
+others send what is wanted by ``all_to_all_single``, in rounds of bounded size, in the order in which it is read. What
+the rank holds itself in one run of bytes, as rows of a matrix are, it reads where it is.
 """
 
 from __future__ import annotations
@@ -11,16 +11,26 @@ import math
 import queue
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
+from operator import mul
 from typing import Any, Final, NamedTuple, TypeVar
 
 import torch
 import torch.distributed as dist
 
 from lora_state_format.errors import RankError
-from lora_state_format.model.tensors import Box, Flat, Tensor, boxes_between, intersection
-from lora_state_format.torch.shared import Buckets, shared_buckets
-from lora_state_format.torch.spread import Holders, Spread, Where, holders_of, spread_of
+from lora_state_format.model.tensors import CHUNK, Box, Flat, Tensor, boxes_between, c_strides, intersection
+from lora_state_format.torch.neighbours import can_read, read_memory, shown_memory
+from lora_state_format.torch.ranks import Ranks, device_of
+from lora_state_format.torch.spread import (
+    Holders,
+    Incoming,
+    Kind,
+    Spread,
+    Where,
+    holders_of,
+    holding_of,
+    spread_of,
+)
 
 __all__ = ["BUCKET", "gather"]
 
@@ -30,9 +40,6 @@ BUCKET: Final = 16 << 20
 """Bytes that a rank sends, and receives, in one round. It holds four times as many: what it sends, what arrives, and
 two buckets of whole tensors, of which one is being read."""
 
-SHARED: Final = 64 << 20
-"""Bytes of the buckets of all ranks of a machine, where they share them. Each rank has two."""
-
 SMALLEST: Final = 1 << 20
 """Rounds do not become smaller than this, however much one rank has to send in them."""
 
@@ -40,7 +47,7 @@ ALIGNMENT: Final = 64
 """Where the parts of tensors begin in a bucket."""
 
 
-# --- rounds ---------------------------------------------------------------------------------------------------------
+# --- parts of tensors ------------------------------------------------------------------------------------------------
 
 
 class _Segment(NamedTuple):
@@ -55,11 +62,13 @@ class _Segment(NamedTuple):
 class _Part(NamedTuple):
     """What one rank holds of a segment: a box of bytes of its own tensor, and where that goes in the bucket.
 
-    ``local`` indexes the sender's bytes. In the bucket a run of shape ``run`` begins at ``place``; ``into`` indexes it.
+    ``local`` indexes the sender's bytes, which are one run from byte ``first`` on. In the bucket a run of shape ``run``
+    begins at ``place``; ``into`` indexes it.
     """
 
     spread: Spread
     shape: tuple[int, ...]
+    first: int
     local: tuple[slice, ...]
     place: int
     run: tuple[int, ...]
@@ -73,10 +82,53 @@ class _Part(NamedTuple):
         """Return the bytes of this rank's own tensor."""
         return self.spread.bytes_of_local[self.local]
 
-    def into_bucket(self, bucket: torch.Tensor, data: torch.Tensor) -> None:
-        """Copy bytes of shape ``shape`` to their place."""
-        whole = bucket[self.place : self.place + math.prod(self.run)].view(self.run)
-        whole[self.into].copy_(data)
+    def of(self, bucket: torch.Tensor) -> torch.Tensor:
+        """Return the place of these bytes in a bucket."""
+        return bucket[self.place : self.place + math.prod(self.run)].view(self.run)[self.into]
+
+
+def _parts(segment: _Segment, where: Where) -> Iterator[_Part]:
+    """Yield what a rank that holds ``where`` has of a segment."""
+    spread, first, last, place = segment
+    width = spread.width
+    if isinstance(where, Flat):
+        low, high = max(first, where.start * width), min(last, (where.start + where.count) * width)
+        if low < high:
+            own = low - where.start * width
+            shape = (high - low,)
+            yield _Part(spread, shape, own, (slice(own, own + shape[0]),), place + low - first, shape, (slice(None),))
+        return
+    if where is None:
+        return
+    whole, held = (*spread.shape[:-1], spread.shape[-1] * width), _in_bytes(where, width)
+    low = _position(held.start, whole)
+    if low >= last or low + _position([size - 1 for size in held.shape], whole) < first:
+        return
+    for position, box in boxes_between(whole, first, last):
+        common = intersection(held, box)
+        if common is not None:
+            local, into = _slices(common, held), _slices(common, box)
+            own = _position([index.start for index in local], held.shape)
+            yield _Part(spread, common.shape, own, local, place + position - first, box.shape, into)
+
+
+def _position(index: Sequence[int], shape: tuple[int, ...]) -> int:
+    """Return where an element stands in C order."""
+    return sum(map(mul, index, c_strides(shape)))
+
+
+def _in_bytes(box: Box, width: int) -> Box:
+    return Box((*box.start[:-1], box.start[-1] * width), (*box.shape[:-1], box.shape[-1] * width))
+
+
+def _slices(box: Box, inside: Box) -> tuple[slice, ...]:
+    return tuple(
+        slice(start - base, start - base + size)
+        for start, size, base in zip(box.start, box.shape, inside.start, strict=True)
+    )
+
+
+# --- rounds of messages ----------------------------------------------------------------------------------------------
 
 
 def _rounds(missing: Sequence[tuple[Spread, int, int]], size: int) -> list[list[_Segment]]:
@@ -95,45 +147,12 @@ def _rounds(missing: Sequence[tuple[Spread, int, int]], size: int) -> list[list[
     return rounds
 
 
-def _parts(segment: _Segment, where: Where) -> Iterator[_Part]:
-    """Yield what a rank that holds ``where`` has of a segment."""
-    spread, first, last, place = segment
-    width = spread.width
-    if isinstance(where, Flat):
-        low, high = max(first, where.start * width), min(last, (where.start + where.count) * width)
-        if low < high:
-            own = low - where.start * width
-            shape = (high - low,)
-            yield _Part(spread, shape, (slice(own, own + shape[0]),), place + low - first, shape, (slice(None),))
-        return
-    if where is None:
-        return
-    held = _in_bytes(where, width)
-    for position, box in boxes_between((*spread.shape[:-1], spread.shape[-1] * width), first, last):
-        common = intersection(held, box)
-        if common is not None:
-            local, into = _slices(common, held), _slices(common, box)
-            yield _Part(spread, common.shape, local, place + position - first, box.shape, into)
-
-
-def _in_bytes(box: Box, width: int) -> Box:
-    return Box((*box.start[:-1], box.start[-1] * width), (*box.shape[:-1], box.shape[-1] * width))
-
-
-def _slices(box: Box, inside: Box) -> tuple[slice, ...]:
-    return tuple(
-        slice(start - base, start - base + size)
-        for start, size, base in zip(box.start, box.shape, inside.start, strict=True)
-    )
-
-
 class _Plan:
     """What this rank sends and receives in each round. ``wanted`` has the tensors that each rank wants."""
 
-    def __init__(self, wanted: Sequence[Sequence[Spread]], group: Any) -> None:
-        self.rank = dist.get_rank(group)
-        self.world = len(wanted)
-        self._holders = holders_of([spread for spreads in wanted for spread in spreads], group)
+    def __init__(self, wanted: Sequence[Sequence[Spread]], holders: Mapping[Kind, Holders], rank: int) -> None:
+        self.rank = rank
+        self._holders = holders
         self._missing = [
             [(spread, *gap) for spread in spreads for gap in _around(self._of(spread).run(rank, spread), spread.size)]
             for rank, spreads in enumerate(wanted)
@@ -240,56 +259,135 @@ class _Incoming:
         return True
 
 
+# --- memory of one machine --------------------------------------------------------------------------------------------
+
+
+class _Direct:
+    """Bytes that are read from the memory of the ranks that hold them when they are wanted, a chunk at a time.
+
+    Attributes:
+        rank: The number of this rank.
+        holders: Who holds what.
+        processes: The number of each rank's process.
+        addresses: For each rank where its part of each tensor begins.
+        numbers: The place of each tensor among a rank's addresses.
+    """
+
+    def __init__(
+        self,
+        rank: int,
+        holders: Mapping[Kind, Holders],
+        processes: Sequence[int],
+        addresses: Sequence[Sequence[int]],
+        numbers: Mapping[int, int],
+    ) -> None:
+        self.rank = rank
+        self.holders = holders
+        self.processes = processes
+        self.addresses = addresses
+        self.numbers = numbers
+        self._senders = {kind: found.senders(rank) for kind, found in holders.items()}
+        self._bucket, self._scratch = (torch.empty(CHUNK, dtype=torch.uint8) for _ in range(2))
+
+    def find(self, spread: Spread, offset: int) -> memoryview:
+        """Return the bytes of a tensor from ``offset`` on, some of them; valid until the next call."""
+        kind = spread.kind, spread.shape
+        holders = self.holders[kind]
+        first, end = holders.run(self.rank, spread)
+        if first <= offset < end:
+            return spread.some_of_local(offset - first, end - offset)
+        last = min(offset + CHUNK, first if offset < first else spread.size)
+        segment = _Segment(spread, offset, last, 0)
+        for sender in self._senders[kind]:
+            for part in _parts(segment, holders.wheres[sender]):
+                self._fetch(sender, part)
+        found: memoryview = self._bucket.numpy().data[: last - offset]
+        return found
+
+    def _fetch(self, sender: int, part: _Part) -> None:
+        address = self.addresses[sender][self.numbers[id(part.spread)]] + part.first
+        target = part.of(self._bucket)
+        between = target if target.is_contiguous() else self._scratch[: part.size].view(part.shape)
+        read_memory(self.processes[sender], address, between.data_ptr(), part.size)
+        if between is not target:
+            target.copy_(between)
+
+
+def _addresses(spreads: Sequence[Spread]) -> list[int] | None:
+    """Return where this rank's part of each tensor begins; ``None`` if one is on a device or not in C order."""
+    held = [spread.local for spread in spreads if spread.local is not None]
+    if not all(local.device.type == "cpu" and local.is_contiguous() for local in held):
+        return None
+    return [0 if spread.local is None else spread.bytes_of_local.data_ptr() for spread in spreads]
+
+
 # --- carrying it out ------------------------------------------------------------------------------------------------
 
 
-def gather(wanted: Sequence[Sequence[Tensor]], read: Callable[[], T], group: Any = None) -> T:
-    """Return what ``read`` returns, which finds the whole tensors that its rank wants; every rank must call this.
+def gather(wanted: Sequence[Sequence[Tensor]], read: Callable[[], T], ranks: Ranks) -> list[T]:
+    """Return what each rank's ``read`` returns, which finds the whole tensors that its rank wants.
+
+    Every rank must call this. The tensors must not change before it returns.
 
     Args:
         wanted: For each rank the tensors that it wants, in the order in which its ``read`` reads them, each once;
             those that are not spread are nothing to exchange. The same on every rank.
-        read: Called in a thread of its own, so that it writes or hashes one bucket while the next one arrives.
-        group: The process group; ``None`` is the default one.
+        read: It may be called in a thread of its own, so that it writes or hashes what has arrived while more arrives.
+        ranks: The ranks.
 
     Raises:
         CaptureError: If the ranks do not hold every element of a tensor.
-        Exception: What ``read`` raises, when all rounds are over: the other ranks are not kept waiting.
+        RankError: If another rank failed, with its message.
+        Exception: What this rank's ``read`` raises, when all other ranks have read.
     """
     spreads = [[source for tensor in tensors if (source := spread_of(tensor))] for tensors in wanted]
-    if not any(spreads):
-        return read()
-    plan = _Plan(spreads, group)
-    exchange, incoming = _prepared(plan, group)
-    for source in spreads[plan.rank]:
-        source.incoming = incoming
+    every = [spread for theirs in spreads for spread in theirs]
+    if not every:
+        return ranks.share(read)
+    own = spreads[ranks.rank]
+    with shown_memory() as place:
+        told = ranks.share(lambda: (holding_of(every), place))
+        holders = holders_of(every, [holding for holding, _ in told], ranks.rank)
+        places = [place for _, place in told]
+
+        def look() -> list[int] | None:
+            found = _addresses(every)
+            return found if found is not None and can_read(places, [*filter(None, found)]) else None
+
+        addresses = [found for found in ranks.share(look) if found is not None]
+        if len(addresses) == ranks.world:
+            numbers = {id(spread): number for number, spread in enumerate(every)}
+            direct = _Direct(ranks.rank, holders, [place.process for place in places], addresses, numbers)
+            return ranks.share(lambda: _finding(own, direct, read))
+    plan = _Plan(spreads, holders, ranks.rank)
+    return ranks.share(lambda: _by_messages(plan, own, read, ranks.group))
+
+
+def _finding(spreads: Sequence[Spread], incoming: Incoming, read: Callable[[], T]) -> T:
+    """Return what ``read`` returns, which finds the bytes of some tensors where they arrive."""
+    for spread in spreads:
+        spread.incoming = incoming
     try:
-        with ThreadPoolExecutor(1, "lora_state_format exchange") as thread:
-            reading = thread.submit(_read, read, incoming)
-            try:
-                exchange()
-            finally:
-                incoming.end()
-            return reading.result()
+        return read()
     finally:
-        for source in spreads[plan.rank]:
-            source.incoming = None
+        for spread in spreads:
+            spread.incoming = None
 
 
-def _prepared(plan: _Plan, group: Any) -> tuple[Callable[[], None], _Incoming]:
-    """Lay the rounds out, and return what carries them out, and the buckets into which it brings the bytes."""
-    if not plan.longest():
-        return lambda: None, _Incoming([], plan.held)
-    device = "cuda" if dist.get_backend(group) == "nccl" else "cpu"
-    size = min(BUCKET, max(SMALLEST, SHARED // 2 // plan.world), -(-plan.longest() // ALIGNMENT) * ALIGNMENT)
-    buckets = shared_buckets(2, size, group) if device == "cpu" else None
-    if buckets is not None:
-        plan.lay(size)
-        incoming = _Incoming(buckets[plan.rank], plan.held)
-        return partial(_put_all, plan, incoming, buckets, group), incoming
-    _fit(plan, device, group)
+def _by_messages(plan: _Plan, own: Sequence[Spread], read: Callable[[], T], group: Any) -> T:
+    """Return what ``read`` returns in a thread of its own, while messages bring what it reads."""
+    device = device_of(group)
+    if plan.longest():
+        _fit(plan, device, group)
     incoming = _Incoming([torch.empty(plan.size, dtype=torch.uint8) for _ in range(2)], plan.held)
-    return partial(_send_all, plan, incoming, device, group), incoming
+    with ThreadPoolExecutor(1, "lora_state_format exchange") as thread:
+        reading = thread.submit(_finding, own, incoming, lambda: _read(read, incoming))
+        try:
+            if plan.longest():
+                _send_all(plan, incoming, device, group)
+        finally:
+            incoming.end()
+        return reading.result()
 
 
 def _read(read: Callable[[], T], incoming: _Incoming) -> T:
@@ -300,7 +398,7 @@ def _read(read: Callable[[], T], incoming: _Incoming) -> T:
             pass
 
 
-def _fit(plan: _Plan, device: str, group: Any) -> None:
+def _fit(plan: _Plan, device: torch.device, group: Any) -> None:
     """Lay the rounds out so that no rank sends more than a bucket in one, as one that holds what all want would."""
     size = BUCKET
     while True:
@@ -312,29 +410,7 @@ def _fit(plan: _Plan, device: str, group: Any) -> None:
         size = max(SMALLEST, size // 2)
 
 
-def _put_all(plan: _Plan, incoming: _Incoming, buckets: Buckets, group: Any) -> None:
-    """Carry the rounds out where all ranks write into all buckets. A rank that fails goes on, and raises at the end.
-
-    Behind a barrier every bucket of the round is full, and every bucket of the next round is free.
-    """
-    failure: Exception | None = None
-    own = incoming.free()
-    for number in range(plan.count):
-        try:
-            for receiver, parts in enumerate(plan.sends[number]):
-                for part in parts:
-                    part.into_bucket(buckets[receiver][number % 2], part.taken())
-        except Exception as error:
-            failure = failure or error
-        following = incoming.free() if number + 1 < plan.count else None
-        dist.barrier(group)
-        incoming.put(own, plan.own[number])
-        own = following if following is not None else own
-    if failure is not None:
-        raise failure
-
-
-def _send_all(plan: _Plan, incoming: _Incoming, device: str, group: Any) -> None:
+def _send_all(plan: _Plan, incoming: _Incoming, device: torch.device, group: Any) -> None:
     """Carry the rounds out by messages. A rank that fails to pack sends what is there, and raises at the end."""
     sent = torch.empty(plan.most(), dtype=torch.uint8, device=device)
     arrived = torch.empty(0, dtype=torch.uint8, device=device)
@@ -352,7 +428,7 @@ def _send_all(plan: _Plan, incoming: _Incoming, device: str, group: Any) -> None
         if plan.own[number]:
             bucket = incoming.free()
             for part in plan.sends[number][plan.rank]:
-                part.into_bucket(bucket, part.taken())
+                part.of(bucket).copy_(part.taken())
             _unpack(inward, arrived, bucket)
             incoming.put(bucket, plan.own[number])
     if failure is not None:
@@ -371,5 +447,5 @@ def _unpack(receives: Sequence[Sequence[_Part]], arrived: torch.Tensor, bucket: 
     place = 0
     for parts in receives:
         for part in parts:
-            part.into_bucket(bucket, arrived[place : place + part.size].view(part.shape))
+            part.of(bucket).copy_(arrived[place : place + part.size].view(part.shape))
             place += part.size

@@ -98,15 +98,17 @@ def _planned(state: OptimizerState, live: LiveOptimizer, policies: Policies) -> 
 
 def _load_together(optimizer: Optimizers, model: Models, path: Path, policies: Policies, verify: bool) -> LoadReport:
     """Load a sharded state: every rank its part, all of them or none."""
-    from lora_state_format.torch.distributed import agreement, hashes, verify_share
+    from lora_state_format.torch.distributed import hashes, verify_share
+    from lora_state_format.torch.ranks import Ranks, agreement
 
-    with agreement() as agree, _open(path, live := describe(optimizer, model)) as state:
+    ranks = Ranks()
+    with agreement(ranks) as agree, _open(path, live := describe(optimizer, model)) as state:
         named = live.named
         spread = {name for name, tensor in named.tensors.items() if is_sharded(tensor) or name in named.parts}
         agree(False)
         if verify and any(parameter.weights for parameter in state.parameters):
             own = {name: weights_of(named, name) for name in live.side.members if name in spread}
-            found = {name: Digest(ALGORITHM, own[name].dtype, value) for name, value in hashes(own).items()}
+            found = {name: Digest(ALGORITHM, own[name].dtype, value) for name, value in hashes(own, ranks).items()}
             live = replace(live, side=_with_digests(live.side, found))
         loading = _planned(state, live.side, policies)
         parts = {

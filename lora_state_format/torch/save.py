@@ -124,7 +124,7 @@ def save_optimizer(
     def together() -> Callable[[], writing.Written]:
         import torch.distributed as dist
 
-        from lora_state_format.torch.distributed import background_group
+        from lora_state_format.torch.ranks import background_group
         from lora_state_format.torch.together import write_together
 
         group = background_group() if background else None

@@ -10,10 +10,9 @@ from bisect import bisect_left
 from collections.abc import Sequence
 from functools import cached_property
 from operator import mul
-from typing import Any, Protocol, TypeAlias
+from typing import Any, NamedTuple, Protocol, TypeAlias
 
 import torch
-import torch.distributed as dist
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.placement_types import _StridedShard
 
@@ -22,10 +21,25 @@ from lora_state_format.model.tensors import CHUNK, Box, Flat, Tensor, c_strides,
 from lora_state_format.optimizers.rounded import Rounded
 from lora_state_format.torch.tensors import dtype_name, to_host
 
-__all__ = ["Holders", "Spread", "Where", "box_of", "holders_of", "run", "spread", "spread_of"]
+__all__ = [
+    "Holders",
+    "Holding",
+    "Kind",
+    "Spread",
+    "Where",
+    "box_of",
+    "holders_of",
+    "holding_of",
+    "run",
+    "spread",
+    "spread_of",
+]
 
 Where: TypeAlias = "Box | Flat | None"
 """The elements of a tensor that a rank holds."""
+
+Kind: TypeAlias = tuple[str, tuple[int, ...]]
+"""What decides who holds which elements: ``Spread.kind``, and the shape of the whole tensor."""
 
 
 class Incoming(Protocol):
@@ -230,23 +244,35 @@ def _nearest(ranks: Sequence[int], rank: int) -> int:
     return min(ranks[max(place - 1, 0) : place + 1], key=lambda other: abs(other - rank))
 
 
-def holders_of(spreads: Sequence[Spread], group: Any) -> dict[tuple[str, tuple[int, ...]], Holders]:
-    """Ask all ranks what they hold of each kind and shape of tensor: some tens in a model of any size.
+class Holding(NamedTuple):
+    """What a rank holds of each kind and shape of tensor: some tens in a model of any size."""
+
+    kinds: list[Kind]
+    wheres: list[Where]
+
+
+def holding_of(spreads: Sequence[Spread]) -> Holding:
+    """Return what this rank holds of some tensors, which are the same on every rank."""
+    wheres = {(spread.kind, spread.shape): spread.where for spread in spreads}
+    return Holding(list(wheres), list(wheres.values()))
+
+
+def holders_of(spreads: Sequence[Spread], told: Sequence[Holding], rank: int) -> dict[Kind, Holders]:
+    """Return who holds what of some tensors.
 
     Args:
         spreads: The tensors; the same on every rank.
-        group: The process group; ``None`` is the default one.
+        told: What each rank holds.
+        rank: The number of this one.
 
     Raises:
         CaptureError: If the ranks do not hold every element of a tensor once.
     """
-    kinds = {(spread.kind, spread.shape): spread for spread in spreads}
-    told: list[Any] = [None] * dist.get_world_size(group)
-    dist.all_gather_object(told, (list(kinds), [spread.where for spread in kinds.values()]), group=group)
-    for rank, (others, _) in enumerate(told):
-        if others != list(kinds):
-            raise CaptureError(f"rank {rank} shards its tensors in another way than rank {dist.get_rank(group)}")
-    holders = {key: Holders([wheres[number] for _, wheres in told]) for number, key in enumerate(kinds)}
-    for key, found in holders.items():
-        found.check(kinds[key])
+    kinds = told[rank].kinds
+    for other, holding in enumerate(told):
+        if holding.kinds != kinds:
+            raise CaptureError(f"rank {other} shards its tensors in another way than rank {rank}")
+    holders = {kind: Holders([holding.wheres[number] for holding in told]) for number, kind in enumerate(kinds)}
+    for spread in {(spread.kind, spread.shape): spread for spread in spreads}.values():
+        holders[spread.kind, spread.shape].check(spread)
     return holders

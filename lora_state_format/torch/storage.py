@@ -20,7 +20,7 @@ from lora_state_format.foreign.state_dict import Leaf, find, from_state_dict
 from lora_state_format.format import writing
 from lora_state_format.model.states import Naming, OptimizerState, Parameter
 from lora_state_format.torch.capture import as_leaf
-from lora_state_format.torch.distributed import background_group
+from lora_state_format.torch.ranks import background_group
 from lora_state_format.torch.together import Captured, write_together
 
 __all__ = ["NamedStorageWriter"]

@@ -26,9 +26,9 @@ from lora_state_format.model.digests import ALGORITHM, hash_tensor
 from lora_state_format.model.states import OptimizerState, Parameter, Role, Slot, Value, mapped
 from lora_state_format.model.tensors import CHUNK, Digest, Tensor
 from lora_state_format.optimizers.rounded import stored
-from lora_state_format.torch.distributed import Ranks
 from lora_state_format.torch.exchange import gather
 from lora_state_format.torch.fsdp1 import Part
+from lora_state_format.torch.ranks import Ranks
 from lora_state_format.torch.spread import run
 from lora_state_format.torch.tensors import dtype_of
 
@@ -125,7 +125,7 @@ def write_together(
             return {number: (writing.content(layouts[number]), layouts[number].header_size) for number in mine}
 
         ranks.share(begin)
-        told = ranks.share(lambda: gather(wanted, write, group))
+        told = gather(wanted, write, ranks)
         sizes = {number: size for found in told for number, (_, size) in found.items()}
         layouts = [layout._replace(header_size=sizes[number]) for number, layout in enumerate(layouts)]
         if len(layouts) == 1:

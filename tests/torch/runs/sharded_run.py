@@ -37,7 +37,7 @@ from lora_state_format import open_state, verify  # noqa: E402
 from lora_state_format.model.sources import File  # noqa: E402
 from lora_state_format.model.states import Slot  # noqa: E402
 from lora_state_format.model.tensors import Tensor  # noqa: E402
-from lora_state_format.torch import capture, load_optimizer, save_optimizer, shared  # noqa: E402
+from lora_state_format.torch import capture, load_optimizer, neighbours, save_optimizer  # noqa: E402
 from lora_state_format.torch.storage import NamedStorageWriter  # noqa: E402
 
 
@@ -305,11 +305,11 @@ def run(case: str) -> dict[str, Any]:
             return exchange(*arguments, **options)
 
         dist.all_to_all_single = counting
-        machine = shared._machine
+        machine = neighbours._machine
         if case == "shards-messages":
-            shared._machine = lambda: (f"machine {rank}", "")
+            neighbours._machine = lambda: (f"machine {rank}", "")
         written = save_optimizer(optimizer, net, target, global_step=3, max_shard_size=300_000)
-        dist.all_to_all_single, shared._machine = exchange, machine
+        dist.all_to_all_single, neighbours._machine = exchange, machine
         return {
             "digest": written.digest, "files": len(written.files), "verified": verify(target).ok,
             "messages": messages[0],
