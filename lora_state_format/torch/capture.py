@@ -329,7 +329,7 @@ def _content(tensor: torch.Tensor, copy: bool = False) -> Tensor:
 def as_leaf(raw: Any, copy: bool = False) -> Tensor | Scalar | None:
     """Live tensors, or copies of them, and NumPy's scalars as Python numbers."""
     if isinstance(raw, torch.Tensor):
-        return leaf_of(_content(raw, copy))
+        return leaf_of(_content(raw, copy and raw.dim() > 0))  # the value of one without axes is read at once
     numpy = sys.modules.get("numpy")
     if numpy is not None and isinstance(raw, numpy.generic) and not isinstance(raw, (numpy.str_, numpy.bytes_)):
         return cast("None", raw.item())

@@ -10,9 +10,11 @@ from bisect import bisect_left
 from collections.abc import Sequence
 from functools import cached_property
 from operator import mul
-from typing import Any, NamedTuple, Protocol, TypeAlias
+from typing import Any, Final, NamedTuple, Protocol, TypeAlias
+from weakref import WeakKeyDictionary
 
 import torch
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.placement_types import _StridedShard
 
@@ -115,9 +117,7 @@ def spread(tensor: DTensor, *, copy: bool = False) -> Tensor:
     """
     dtype = dtype_name(tensor.dtype)
     assert dtype is not None
-    mesh = tensor.device_mesh
-    kind = f"{tensor.placements} on {tuple(mesh.shape)} {mesh.mesh_dim_names}"
-    where = box_of(tensor)
+    kind, where = _layout_of(tensor)
     local = tensor.to_local().detach() if where else None
     if local is not None and copy:
         local = to_host(local)
@@ -140,6 +140,18 @@ def run(name: str, shape: tuple[int, ...], start: int, local: torch.Tensor, *, c
     local = to_host(local) if copy else local.detach()
     where = Flat(start, local.numel()) if local.numel() else None
     return contiguous(dtype, shape, Spread(shape, local.element_size(), f"runs of {name}", where, local.reshape(-1)))
+
+
+_LAYOUTS: Final[WeakKeyDictionary[DeviceMesh, dict[Any, tuple[str, Box | None]]]] = WeakKeyDictionary()
+
+
+def _layout_of(tensor: DTensor) -> tuple[str, Box | None]:
+    """Return the kind of a DTensor, and what ``box_of`` returns, which takes torch 0.1 ms to find out."""
+    mesh = tensor.device_mesh
+    known, key = _LAYOUTS.setdefault(mesh, {}), (tensor.placements, tensor.shape)
+    if key not in known:
+        known[key] = f"{tensor.placements} on {tuple(mesh.shape)} {mesh.mesh_dim_names}", box_of(tensor)
+    return known[key]
 
 
 def box_of(tensor: DTensor) -> Box | None:

@@ -14,7 +14,7 @@ CASES = {
     2: "save,background,recipe,storage,columns,replicas,fsdp1,shards,shards-columns,shards-messages,refused-save,"
     "missing-file,damaged,disagree",
     1: "load,shards,recipe",
-    3: "load,shards",
+    3: "load,shards,in-step",
     4: "load,hybrid,tensor-parallel,shards,shards-hybrid,shards-tensor-parallel,recipe",
 }
 """Number of ranks -> what they do, one after the other; the first run saves what all load."""
@@ -69,10 +69,16 @@ def test_sets_of_shards_are_those_of_one_process_whatever_the_placement(said: Sa
     assert all(rank["verified"] for ranks in sets.values() for rank in ranks)
 
 
-def test_ranks_of_one_machine_share_memory_and_others_send_messages(said: Said) -> None:
+def test_ranks_of_one_machine_read_each_others_memory_and_others_send_messages(said: Said) -> None:
     sets = {key: ranks for key, ranks in said.items() if key[0].startswith("shards")}
     for (case, _), ranks in sets.items():
         assert all((rank["messages"] > 0) == (case == "shards-messages") for rank in ranks)
+
+
+def test_ranks_tell_each_other_what_they_have_and_fail_together(said: Said) -> None:
+    told = {"long": [0, 3_000, 6_000], "short": [0, 1, 2], "then": [0, 1, 2]}
+    other = "RankError: rank 1 failed: ValueError: of its own"
+    assert said["in-step", 3] == [{**told, "error": error} for error in (other, "ValueError: of its own", other)]
 
 
 def test_a_damaged_tensor_stops_all_ranks_and_nothing_changes(said: Said) -> None:

@@ -2,10 +2,9 @@
 
 Usage: sharded_run.py OUT RANK WORLD PORT CASE[,CASE..]
 Cases: save, load, columns, hybrid, tensor-parallel, replicas, fsdp1, refused-save, missing-file, disagree, damaged,
-background; and shards, with -hybrid, -tensor-parallel, -columns, which load and save as a set of shards, and -messages,
-where each rank believes to be on a machine of its own. Rank r writes
-what it has to say as JSON to OUT/CASE.WORLD.r.json; ``save`` writes OUT/weights.pt, OUT/state.safetensors and, three
-steps later, OUT/final.pt.
+background, in-step; and shards, with -hybrid, -tensor-parallel, -columns, which load and save as a set of shards, and
+-messages, where each rank believes to be on a machine of its own. Rank r writes what it has to say as JSON to
+OUT/CASE.WORLD.r.json; ``save`` writes OUT/weights.pt, OUT/state.safetensors and, three steps later, OUT/final.pt.
 """
 
 from __future__ import annotations
@@ -38,6 +37,7 @@ from lora_state_format.model.sources import File  # noqa: E402
 from lora_state_format.model.states import Slot  # noqa: E402
 from lora_state_format.model.tensors import Tensor  # noqa: E402
 from lora_state_format.torch import capture, load_optimizer, neighbours, save_optimizer  # noqa: E402
+from lora_state_format.torch.ranks import Ranks, agreement  # noqa: E402
 from lora_state_format.torch.storage import NamedStorageWriter  # noqa: E402
 
 
@@ -181,6 +181,22 @@ def run_fsdp1(path: Path) -> dict[str, Any]:
     return result
 
 
+def in_step() -> dict[str, Any]:
+    """Tell the others little and much, and fail outside of what is shared."""
+    ranks = Ranks()
+    long = ranks.share(lambda: "*" * 3_000 * rank)
+    short = ranks.share(lambda: rank)
+
+    def attempt() -> None:
+        with agreement(Ranks()) as agree:
+            agree(False)
+            if rank == 1:
+                raise ValueError("of its own")
+            agree(True)
+
+    return {"long": list(map(len, long)), "short": short, "error": failed(attempt), "then": ranks.share(lambda: rank)}
+
+
 def read(state: Any) -> dict[str, Any]:
     return {name: value.tensor.torch().tolist() if isinstance(value, Slot) else value for name, value in state.items()}
 
@@ -215,6 +231,8 @@ def run(case: str) -> dict[str, Any]:
             save_optimizer(factored, plain, out / "factored.safetensors")
         dist.barrier()
         return run_fsdp1(path)
+    if case == "in-step":
+        return in_step()
     net, optimizer = build(case, torch.load(out / "weights.pt", weights_only=True))
     if case == "replicas":
         replica = nn.parallel.DistributedDataParallel(net)
