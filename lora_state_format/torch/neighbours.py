@@ -11,6 +11,7 @@ import contextlib
 import ctypes
 import os
 from collections.abc import Iterator, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
@@ -86,11 +87,10 @@ def read_memory(process: int, address: int, target: int, size: int) -> None:
     Raises:
         RankError: If they cannot be read: the process may have ended.
     """
-    call: Any = ctypes.CDLL(None, use_errno=True).process_vm_readv
-    call.restype = ctypes.c_ssize_t
+    call = _process_vm_readv()
     while size:
         local, remote = _Span(target, size), _Span(address, size)
-        count = call(process, ctypes.byref(local), ctypes.c_ulong(1), ctypes.byref(remote), ctypes.c_ulong(1), 0)
+        count = call(process, ctypes.byref(local), 1, ctypes.byref(remote), 1, 0)
         if count <= 0:
             reason = os.strerror(ctypes.get_errno())
             raise RankError(
@@ -98,6 +98,14 @@ def read_memory(process: int, address: int, target: int, size: int) -> None:
                 f"{process}: {reason}"
             )
         address, target, size = address + count, target + count, size - count
+
+
+@cache
+def _process_vm_readv() -> Any:
+    call = ctypes.CDLL(None, use_errno=True).process_vm_readv
+    spans = ctypes.POINTER(_Span), ctypes.c_ulong
+    call.argtypes, call.restype = (ctypes.c_int, *spans, *spans, ctypes.c_ulong), ctypes.c_ssize_t
+    return call
 
 
 def _machine() -> tuple[str, str] | None:

@@ -85,11 +85,15 @@ def measure(folder: Path, megabytes: int, rounds: int) -> None:
         kept = [v.to_local().clone() for s in optimizer.state.values() for v in s.values() if hasattr(v, "to_local")]
         del kept
 
-    def stalled(start: Callable[[], Any], end: Callable[[Any], Any]) -> float:
-        box: list[Any] = []
-        seconds = timed(lambda: box.append(start()))
-        end(box[0])
-        return seconds
+    def stalled(start: Callable[[], Any], end: Callable[[Any], Any] = lambda job: None) -> float:
+        """Return the seconds from the first rank's call to the last one's return; all of them read one clock."""
+        dist.barrier()
+        begun = time.perf_counter()
+        job = start()
+        span = torch.tensor([-begun, time.perf_counter()], dtype=torch.float64)
+        end(job)
+        dist.all_reduce(span, dist.ReduceOp.MAX)
+        return float(span.sum())
 
     def read(action: Callable[[], Any]) -> float:
         def taken() -> int:
@@ -106,7 +110,7 @@ def measure(folder: Path, megabytes: int, rounds: int) -> None:
         "save without weights": lambda: timed(lambda: save_optimizer(optimizer, model, ours, weights=False)),
         "dcp.save": lambda: timed(lambda: dcp_save(state_dict(), checkpoint_id=theirs)),
         "full": lambda: timed(full),
-        "copy": lambda: timed(copy),
+        "copy": lambda: stalled(copy),
         "stall": lambda: stalled(
             lambda: save_optimizer(optimizer, model, ours, background=True, weights=False), lambda job: job.wait()
         ),
