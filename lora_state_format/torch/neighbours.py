@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
+import threading
 from collections.abc import Iterator, Sequence
 from functools import cache
 from pathlib import Path
@@ -50,17 +51,14 @@ class _Span(ctypes.Structure):
 
 @contextlib.contextmanager
 def shown_memory() -> Iterator[Place]:
-    """Let other processes of this user read this one's memory, and yield where."""
+    """Let other processes of this user read this one's memory, and yield where. Several threads may do so at once."""
     token = os.urandom(16)
     buffer = ctypes.create_string_buffer(token, len(token))
-    restricted = _restricted()
-    if restricted:
-        _allow(ctypes.c_ulong(-1))
+    _allow(+1)
     try:
         yield Place(_machine(), os.getpid(), ctypes.addressof(buffer), token)
     finally:
-        if restricted:
-            _allow(ctypes.c_ulong(0))
+        _allow(-1)
 
 
 def can_read(places: Sequence[Place], addresses: Sequence[int]) -> bool:
@@ -114,11 +112,20 @@ def _machine() -> tuple[str, str] | None:
     return None
 
 
+def _allow(more: int) -> None:
+    """Where Yama restricts it, let others read this process as long as a thread wants that."""
+    global _showing
+    with _lock:
+        before, _showing = _showing, _showing + more
+        if bool(before) != bool(_showing) and _restricted():
+            ctypes.CDLL(None).prctl(PR_SET_PTRACER, ctypes.c_ulong(-1 if _showing else 0), 0, 0, 0)
+
+
 def _restricted() -> bool:
     with contextlib.suppress(OSError):
         return YAMA.read_text().strip() == "1"
     return False
 
 
-def _allow(process: ctypes.c_ulong) -> None:
-    ctypes.CDLL(None).prctl(PR_SET_PTRACER, process, 0, 0, 0)
+_lock = threading.Lock()
+_showing = 0
