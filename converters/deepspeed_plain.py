@@ -1,8 +1,9 @@
 """DeepSpeed checkpoints without ZeRO: ``mp_rank_NN_model_states.pt`` holds the optimizer, ``expp_rank_*`` with experts.
 
 Each model-parallel rank has the whole state of its own parameters under ids: of its pipeline stage, or of its slices.
-Stages follow each other; slices are joined by DeepSpeed's patterns (``foreign.deepspeed``). With experts, the state
-lies in one file per expert-parallel rank: all hold the dense parameters, and each its own experts. The optimizer's
+Stages follow each other; slices are joined by DeepSpeed's patterns (``foreign.deepspeed``). With experts, the state of
+a stage that has some lies in one file per expert-parallel rank: all hold the dense parameters, and each its own
+experts. The optimizer's
 class and its groups are DeepSpeed's own state dict; names are those of the model's files, in their order, which is the
 order of ``parameters()``, where the optimizer has one group, or one and the experts'. Otherwise only sizes are known,
 and names have to be given.
@@ -13,6 +14,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 from typing import Any, Final, cast
 
@@ -76,15 +78,14 @@ def read(match: Match, options: Mapping[str, Any]) -> Checkpoint:
         slices = deepspeed.slices_of(tensor, models[min(models)], options.get("slices"), paths[min(paths)])
         weights = deepspeed.weights(folder, models, slices, files)
         if any(map(_EXPERT_RANK.fullmatch, names_in(folder))):
-            if stages * tensor > 1:
+            if tensor > 1:
                 raise RefusedError(
-                    "experts together with pipeline stages or tensor parallelism: load it in DeepSpeed and save it "
-                    "with ZeRO stage 1",
+                    "experts together with tensor parallelism: load it in DeepSpeed and save it with ZeRO stage 1",
                     path=folder,
                 )
-            tree, names = _with_experts(folder, models[0], weights, files)
+            tree, names = _stages_with_experts(folder, models, paths, slices, files)
         else:
-            trees = {mp: _optimizer(model, paths[mp]) for mp, model in models.items()}
+            trees = {mp: _dense(_optimizer(model, paths[mp]), mp, folder) for mp, model in models.items()}
             tree, names = _stages(trees, weights, stages, slices, folder)
         first = models[min(models)]
         origin: dict[str, Value] = {"format": NAME}
@@ -109,6 +110,14 @@ def _optimizer(model: Mapping[str, Any], path: Path) -> Mapping[str, Any]:
             path=path,
         )
     return cast("Mapping[str, Any]", tree)
+
+
+def _dense(tree: Mapping[str, Any], mp: int, folder: Path) -> Mapping[str, Any]:
+    """Return the state dict in a model's file. Raises ``FileError`` where the experts in it are those of one rank."""
+    if any(group.get("moe") for group in tree["param_groups"]):
+        name = f"expp_rank_0_mp_rank_{mp:02d}_optim_states.pt"
+        raise FileError("missing: the experts of all ranks lie in files of such names", path=folder / name)
+    return tree
 
 
 def _stages(
@@ -153,26 +162,81 @@ def _joined(held: Sequence[Any], names: Sequence[str] | None, number: int, slice
 
 def _check_alike(trees: Mapping[int, Mapping[str, Any]], folder: Path) -> None:
     """Raise ``FileError`` for ranks with other options or steps than the first has."""
-    first, *rest = (
-        (
-            [{k: v for k, v in group.items() if k != "params"} for group in tree["param_groups"]],
-            {bytes(step.bytes()) for slots in tree["state"].values() if isinstance(step := slots.get("step"), Tensor)},
-        )
-        for tree in trees.values()
-    )
+    first, *rest = ((_options(tree), _steps(tree)) for tree in trees.values())
     for mp, (groups, steps) in zip(list(trees)[1:], rest, strict=True):
         if groups != first[0] or steps != first[1]:
-            what = "options" if groups != first[0] else "steps"
-            raise FileError(
-                f"model-parallel rank {mp} has other {what} than rank 0: files of different saves", path=folder
-            )
+            raise _other("options" if groups != first[0] else "steps", mp, folder)
+
+
+def _options(tree: Mapping[str, Any]) -> list[dict[str, Any]]:
+    return [{key: value for key, value in group.items() if key != "params"} for group in tree["param_groups"]]
+
+
+def _steps(tree: Mapping[str, Any]) -> set[bytes]:
+    return {bytes(step.bytes()) for slots in tree["state"].values() if isinstance(step := slots.get("step"), Tensor)}
+
+
+def _other(what: str, mp: int, folder: Path) -> FileError:
+    return FileError(f"model-parallel rank {mp} has other {what} than rank 0: files of different saves", path=folder)
+
+
+# --- experts ------------------------------------------------------------------------------------------------------
+
+
+def _stages_with_experts(
+    folder: Path, models: Mapping[int, Mapping[str, Any]], paths: Mapping[int, Path], slices: Slices, files: Files
+) -> tuple[dict[str, Any], list[str] | None]:
+    """Return the state dict of all stages together, and its parameters' names where they are known.
+
+    A stage without experts has its state in the model's file, and its weights in those of its layers.
+    """
+    ranks = {int(match[2]) for name in names_in(folder) if (match := _EXPERT_RANK.fullmatch(name))}
+    layers = deepspeed.weights(folder, {}, slices, files)
+    left = iter(layers)
+    parts: list[tuple[Mapping[str, Any], list[str] | None]] = []
+    for mp, model in models.items():
+        if mp in ranks:
+            weights = deepspeed.weights(folder, {mp: model}, slices, files)
+            own = {name: weight for name, weight in weights.items() if name not in layers}
+            parts.append(_with_experts(folder, mp, model, own, files))
+        else:
+            tree = _dense(_optimizer(model, paths[mp]), mp, folder)
+            count = sum(len(group["params"]) for group in tree["param_groups"])
+            own_layers = list(islice(left, count))
+            parts.append((tree, own_layers if len(tree["param_groups"]) == 1 else None))
+    return _together(parts, folder)
+
+
+def _together(
+    parts: Sequence[tuple[Mapping[str, Any], Sequence[str] | None]], folder: Path
+) -> tuple[dict[str, Any], list[str] | None]:
+    """Return one state dict of those of all stages, group by group; one without experts lacks their group."""
+    options = max((_options(tree) for tree, _ in parts), key=len)
+    held: list[list[tuple[Any, str | None]]] = [[] for _ in options]
+    for mp, (tree, names) in enumerate(parts):
+        left, named = list(range(len(options))), iter(names or ())
+        for group, chosen in zip(tree["param_groups"], _options(tree), strict=True):
+            number = next((number for number in left if options[number] == chosen), None)
+            if number is None or _steps(tree) != _steps(parts[0][0]):
+                raise _other("options" if number is None else "steps", mp, folder)
+            left.remove(number)
+            held[number] += [(tree["state"].get(identity), next(named, None)) for identity in group["params"]]
+    listed = [entry for of in held for entry in of]
+    ids = iter(range(len(listed)))
+    groups = [{**chosen, "params": [next(ids) for _ in of]} for chosen, of in zip(options, held, strict=True)]
+    state = {number: slots for number, (slots, _) in enumerate(listed) if slots is not None}
+    found = [name for _, name in listed if name is not None]
+    return {"state": state, "param_groups": groups}, found if len(found) == len(listed) else None
 
 
 def _with_experts(
-    folder: Path, model: Mapping[str, Any], weights: Mapping[str, Tensor], files: Files
+    folder: Path, mp: int, model: Mapping[str, Any], weights: Mapping[str, Tensor], files: Files
 ) -> tuple[dict[str, Any], list[str] | None]:
-    """Return the state dict of all expert-parallel ranks together, and its parameters' names where they are known."""
-    paths = _expert_ranks(folder)
+    """Return the state dict of all expert-parallel ranks together, and its parameters' names where they are known.
+
+    Both, and ``weights``, are of one pipeline stage.
+    """
+    paths = _expert_ranks(folder, mp)
     trees = {rank: _optimizer(pickles.load(files[path], path).value, path) for rank, path in paths.items()}
     _check_alike(trees, folder)
     of_experts = [name for name in weights if ".deepspeed_experts." in name]
@@ -188,14 +252,15 @@ def _with_experts(
     return tree, names if len(names) == sum(len(group["params"]) for group in tree["param_groups"]) else None
 
 
-def _expert_ranks(folder: Path) -> dict[int, Path]:
-    """Return the files of the expert-parallel ranks in their order. Raises ``FileError`` for a gap between them."""
-    paths = {int(m[1]): folder / name for name in names_in(folder) if (m := _EXPERT_RANK.fullmatch(name))}
+def _expert_ranks(folder: Path, mp: int) -> dict[int, Path]:
+    """Return a stage's files of the expert-parallel ranks in their order. Raises ``FileError`` for a gap in it."""
+    matches = filter(None, map(_EXPERT_RANK.fullmatch, names_in(folder)))
+    paths = {int(match[1]): folder / match[0] for match in matches if int(match[2]) == mp}
     for rank in range(max(paths) + 1):
         if rank not in paths:
             raise FileError(
                 f"missing: there are files of expert-parallel ranks {sorted(paths)}",
-                path=folder / f"expp_rank_{rank}_mp_rank_00_optim_states.pt",
+                path=folder / f"expp_rank_{rank}_mp_rank_{mp:02d}_optim_states.pt",
             )
     return dict(sorted(paths.items()))
 

@@ -2,7 +2,8 @@
 
 A case is what is parallel and the ZeRO stage: ``pipeline0``, ``pipeline1`` (two stages), ``tensor0``, ``tensor1``
 (AutoTP over two ranks), ``hpz3`` (ZeRO++: weights gathered within pairs of ranks), ``experts0``, ``experts1``,
-``experts2`` (four experts over two ranks); the rest is data-parallel. OUT/CASE becomes the checkpoint;
+``experts2`` (four experts over two ranks), ``staged0``, ``staged1`` (such experts in both of two stages), ``uneven0``
+(in the last stage only); the rest is data-parallel. OUT/CASE becomes the checkpoint;
 OUT/CASE.RANK.pt holds what the rank's optimizer held, by the rank's own names: moments, gathered over its
 data-parallel ranks, and, with ZeRO, fp32 masters.
 """
@@ -42,33 +43,58 @@ def config(stage: int, **more: Any) -> dict[str, Any]:
     }
 
 
-class Routed(torch.nn.Module):
-    """Linear layers around four experts."""
+class Layer(torch.nn.Module):
+    """A linear layer before four experts."""
 
     def __init__(self) -> None:
         super().__init__()
         expert = torch.nn.Sequential(torch.nn.Linear(8, 6), torch.nn.ReLU(), torch.nn.Linear(6, 8))
         self.before = torch.nn.Linear(8, 8)
         self.moe = MoE(8, expert, num_experts=4, ep_size=2, k=1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        hidden, _, _ = self.moe(self.before(x))
+        return hidden
+
+
+class Routed(Layer):
+    """Linear layers around four experts."""
+
+    def __init__(self) -> None:
+        super().__init__()
         self.after = torch.nn.Linear(8, 4)
 
-    def forward(self, x: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-        hidden, _, _ = self.moe(self.before(x))
-        return torch.nn.functional.cross_entropy(self.after(hidden).float(), target)
+    def forward(self, x: torch.Tensor, target: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+        return torch.nn.functional.cross_entropy(self.after(super().forward(x)).float(), target)
+
+
+def with_experts(model: torch.nn.Module) -> Any:
+    return split_params_into_different_moe_groups_for_optimizer({"params": list(model.parameters()), "name": "all"})
 
 
 def pipeline(stage: int, dtype: torch.dtype) -> Any:
     layers = [LayerSpec(torch.nn.Linear, 8, 12), LayerSpec(torch.nn.ReLU), LayerSpec(torch.nn.Linear, 12, 8)]
     layers += [LayerSpec(torch.nn.LayerNorm, 8), LayerSpec(torch.nn.Linear, 8, 4)]
-    model = PipelineModule(
-        layers, num_stages=2, loss_fn=torch.nn.functional.cross_entropy, partition_method="parameters"
-    )
-    engine, *_ = deepspeed.initialize(model=model, config=config(stage), model_parameters=list(model.parameters()))
+    return staged(stage, dtype, layers, "parameters", lambda model: list(model.parameters()), 2)
+
+
+def experts_in(*middle: Any) -> Any:
+    """The run of a pipeline with these layers between two linear ones."""
+    layers = [LayerSpec(torch.nn.Linear, 8, 8), *middle, LayerSpec(torch.nn.Linear, 8, 4)]
+    return lambda stage, dtype: staged(stage, dtype, layers, "uniform", with_experts, 8)
+
+
+def staged(stage: int, dtype: torch.dtype, layers: Any, method: str, of: Any, rows: int) -> Any:
+    def loss(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.cross_entropy(output.float(), target)
+
+    model = PipelineModule(layers, num_stages=2, loss_fn=loss, partition_method=method)
+    engine, *_ = deepspeed.initialize(model=model, config=config(stage), model_parameters=of(model))
 
     def batches() -> Any:
         generator = torch.Generator().manual_seed(rank % 2)
         while True:
-            yield torch.randn(2, 8, generator=generator).to(dtype), torch.randint(0, 4, (2,), generator=generator)
+            yield torch.randn(rows, 8, generator=generator).to(dtype), torch.randint(0, 4, (rows,), generator=generator)
 
     data = batches()
     for _ in range(STEPS):
@@ -78,8 +104,7 @@ def pipeline(stage: int, dtype: torch.dtype) -> Any:
 
 def experts(stage: int, dtype: torch.dtype) -> Any:
     model = Routed()
-    groups = split_params_into_different_moe_groups_for_optimizer({"params": list(model.parameters()), "name": "all"})
-    engine, *_ = deepspeed.initialize(model=model, config=config(stage), model_parameters=groups)
+    engine, *_ = deepspeed.initialize(model=model, config=config(stage), model_parameters=with_experts(model))
     for seed in range(STEPS):
         torch.manual_seed(seed * 10 + rank)
         engine.backward(engine(torch.randn(8, 8).to(dtype), torch.randint(0, 4, (8,))))
@@ -117,6 +142,13 @@ def hpz(stage: int, dtype: torch.dtype) -> Any:
     return engine, model
 
 
+BUILD = {
+    "pipeline": pipeline, "experts": experts, "tensor": tensor, "hpz": hpz,
+    "staged": experts_in(LayerSpec(Layer), LayerSpec(Layer)),
+    "uneven": experts_in(LayerSpec(torch.nn.LayerNorm, 8), LayerSpec(Layer)),
+}  # fmt: skip
+
+
 def held(engine: Any, model: torch.nn.Module, stage: int) -> dict[str, dict[str, torch.Tensor]]:
     result: dict[str, dict[str, torch.Tensor]] = {}
     if stage in (
@@ -140,8 +172,7 @@ def main() -> None:
     for case in cases.split(","):
         kind, stage = case[:-1], int(case[-1])
         torch.manual_seed(0)
-        build = {"pipeline": pipeline, "experts": experts, "tensor": tensor, "hpz": hpz}[kind]
-        engine, model = build(stage, torch.bfloat16 if stage else torch.float32)
+        engine, model = BUILD[kind](stage, torch.bfloat16 if stage else torch.float32)
         engine.save_checkpoint(str(out / case))
         torch.save(held(engine, model, stage), out / f"{case}.{rank}.pt")
     dist.barrier()
