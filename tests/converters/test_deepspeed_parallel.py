@@ -19,6 +19,8 @@ from lora_state_format.errors import FileError, RefusedError
 from lora_state_format.foreign import pickles
 from lora_state_format.foreign.torch_save import save
 from lora_state_format.io.files import Files
+from lora_state_format.model.sources import Memory
+from lora_state_format.model.tensors import contiguous
 from lora_state_format.operations.conversion import convert
 from lora_state_format.operations.conversion import read as read_any
 
@@ -28,7 +30,7 @@ GOLDEN = Path(__file__).parents[1] / "golden" / "deepspeed" / "files"
 CASES = sorted(path.name.removesuffix(".tar.xz") for path in GOLDEN.iterdir())
 
 
-GROUPS = {"experts": [5, 16], "staged": [10, 32], "uneven": [9, 16]}
+GROUPS = {"experts": [5, 16], "staged": [10, 32], "uneven": [9, 16], "routed": [10, 16]}
 """Kind of case with experts -> how many parameters each group has; others have one group."""
 
 
@@ -72,7 +74,7 @@ def check(folder: Path, target: Path) -> None:
                 for slot, expected in slots.items():
                     value = state[name][slot].torch()
                     if value.shape != expected.shape:  # AutoTP gives these two their columns, others their rows
-                        assert case.startswith("tensor")
+                        assert case.startswith(("tensor", "routed"))
                         value = value.chunk(2, 1 if re.search(r"(down|o)_proj\.", name) else 0)[rank % 2]
                     assert torch.equal(value, expected), (name, slot)
         assert set(state) == seen
@@ -163,6 +165,65 @@ def test_the_last_file_of_an_expert_rank_is_missing(folder: Path) -> None:
     assert str(rank.value) == (
         f"{folder}: there are files of 1 expert-parallel ranks, where group 'ep_size_2' had another number: a file is "
         "missing"
+    )
+
+
+@pytest.mark.parametrize("folder", ["4-staged0", "4-uneven0"], indirect=True)
+def test_a_stages_files_of_expert_ranks_are_missing(folder: Path) -> None:
+    (folder / "expp_rank_0_mp_rank_01_optim_states.pt").unlink()
+    with pytest.raises(FileError) as first:
+        read_any(folder)
+    assert str(first.value) == (
+        f"{folder / 'expp_rank_0_mp_rank_01_optim_states.pt'}: missing: there are files of expert-parallel ranks [1]"
+    )
+    for path in folder.glob("expp_*_mp_rank_01_*"):
+        path.unlink()
+    with pytest.raises(FileError) as both:
+        read_any(folder)
+    assert str(both.value) == (
+        f"{folder / 'expp_rank_0_mp_rank_01_optim_states.pt'}: missing: the experts of all ranks lie in files of such "
+        "names"
+    )
+
+
+@pytest.mark.parametrize("folder", ["4-uneven0"], indirect=True)
+def test_stages_with_experts_of_different_saves(folder: Path) -> None:
+    step = contiguous("F32", (), Memory(bytes(4)))
+    for path in folder.glob("expp_*"):
+        tree = loaded(path)
+        for group in tree["optimizer"]["param_groups"]:
+            group["lr"] = 0.5
+        save(tree, path, force=True)
+    with pytest.raises(FileError) as options:
+        read_any(folder)
+    assert str(options.value) == (
+        f"{folder}: model-parallel rank 0 has other options than rank 1: files of different saves"
+    )
+    for path in folder.glob("expp_*"):
+        tree = loaded(path)
+        for group in tree["optimizer"]["param_groups"]:
+            group["lr"] = 1e-2
+        for slots in tree["optimizer"]["state"].values():
+            slots["step"] = step
+        save(tree, path, force=True)
+    with pytest.raises(FileError) as steps:
+        read_any(folder)
+    assert str(steps.value) == f"{folder}: model-parallel rank 1 has other steps than rank 0: files of different saves"
+
+
+def loaded(path: Path) -> Any:
+    """What a file holds, in memory."""
+    return pickles.load(Memory(path.read_bytes()), path).value
+
+
+@pytest.mark.parametrize("folder", ["4-routed0"], indirect=True)
+def test_fewer_expert_ranks_than_tensor_ranks(folder: Path) -> None:
+    (folder / "expp_rank_1_mp_rank_01_optim_states.pt").unlink()
+    with pytest.raises(RefusedError) as error:
+        read_any(folder)
+    assert str(error.value) == (
+        f"{folder}: there are files of 1 expert-parallel ranks, where 2 tensor-parallel ranks have slices: a file is "
+        "missing, or it was trained with an ep_size of less than 2, which is not read"
     )
 
 

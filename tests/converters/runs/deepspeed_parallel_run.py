@@ -3,9 +3,9 @@
 A case is what is parallel and the ZeRO stage: ``pipeline0``, ``pipeline1`` (two stages), ``tensor0``, ``tensor1``
 (AutoTP over two ranks), ``hpz3`` (ZeRO++: weights gathered within pairs of ranks), ``experts0``, ``experts1``,
 ``experts2`` (four experts over two ranks), ``staged0``, ``staged1`` (such experts in both of two stages), ``uneven0``
-(in the last stage only); the rest is data-parallel. OUT/CASE becomes the checkpoint;
-OUT/CASE.RANK.pt holds what the rank's optimizer held, by the rank's own names: moments, gathered over its
-data-parallel ranks, and, with ZeRO, fp32 masters.
+(in the last stage only), ``routed0``, ``routed1`` (AutoTP and such experts); the rest is data-parallel. OUT/CASE
+becomes the checkpoint; OUT/CASE.RANK.pt holds what the rank's optimizer held, by the rank's own names: moments,
+gathered over its data-parallel ranks, and, with ZeRO, fp32 masters.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class Layer(torch.nn.Module):
         self.moe = MoE(8, expert, num_experts=4, ep_size=2, k=1)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        hidden, _, _ = self.moe(self.before(x))
+        hidden: torch.Tensor = self.moe(self.before(x))[0]
         return hidden
 
 
@@ -112,16 +112,49 @@ def experts(stage: int, dtype: torch.dtype) -> Any:
     return engine, model
 
 
+class Block(torch.nn.Module):
+    """Four experts in place of a Llama's MLP."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        expert = torch.nn.Sequential(torch.nn.Linear(16, 6), torch.nn.ReLU(), torch.nn.Linear(6, 16))
+        self.moe = MoE(16, expert, num_experts=4, ep_size=2, k=1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        hidden: torch.Tensor = self.moe(x)[0]
+        return hidden
+
+
+def routed(stage: int, _: torch.dtype) -> Any:
+    gather = deepspeed.comm.all_gather_into_tensor
+
+    def flat(output: torch.Tensor, own: torch.Tensor, *rest: Any, **named: Any) -> Any:
+        return gather(output.view(-1), own.reshape(-1), *rest, **named)  # gloo takes no other shapes
+
+    deepspeed.comm.all_gather_into_tensor = flat
+    model = llama()
+    model.model.layers[0].mlp = Block()
+    return sliced(stage, model, with_experts(model))
+
+
 def tensor(stage: int, _: torch.dtype) -> Any:
+    return sliced(stage, llama())
+
+
+def llama() -> Any:
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    model = LlamaForCausalLM(
+    return LlamaForCausalLM(
         LlamaConfig(
             vocab_size=32, hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=4,
             num_key_value_heads=2, max_position_embeddings=16,
         )
     )  # fmt: skip
-    engine, *_ = deepspeed.initialize(model=model, config=config(stage, tensor_parallel={"autotp_size": 2}))
+
+
+def sliced(stage: int, model: Any, parameters: Any = None) -> Any:
+    settings = config(stage, tensor_parallel={"autotp_size": 2})
+    engine, *_ = deepspeed.initialize(model=model, config=settings, model_parameters=parameters)
     for seed in range(STEPS):
         torch.manual_seed(seed * 10 + rank // 2)
         rows = torch.randint(0, 32, (2, 8))
@@ -143,7 +176,7 @@ def hpz(stage: int, dtype: torch.dtype) -> Any:
 
 
 BUILD = {
-    "pipeline": pipeline, "experts": experts, "tensor": tensor, "hpz": hpz,
+    "pipeline": pipeline, "experts": experts, "tensor": tensor, "hpz": hpz, "routed": routed,
     "staged": experts_in(LayerSpec(Layer), LayerSpec(Layer)),
     "uneven": experts_in(LayerSpec(torch.nn.LayerNorm, 8), LayerSpec(Layer)),
 }  # fmt: skip
