@@ -1,10 +1,11 @@
 """One rank of DeepSpeed runs with parallel models on the CPU: ``deepspeed_parallel_run.py OUT RANK WORLD PORT CASES``.
 
-A case is what is parallel and the ZeRO stage: ``pipeline0``, ``pipeline1`` (two stages), ``tensor0``, ``tensor1``
-(AutoTP over two ranks), ``hpz3`` (ZeRO++: weights gathered within pairs of ranks), ``experts0``, ``experts1``,
-``experts2`` (four experts over two ranks), ``staged0``, ``staged1`` (such experts in both of two stages), ``uneven0``
-(in the last stage only), ``routed0``, ``routed1`` (AutoTP and such experts); the rest is data-parallel. OUT/CASE
-becomes the checkpoint; OUT/CASE.RANK.pt holds what the rank's optimizer held, by the rank's own names: moments,
+A case is what is parallel and the ZeRO stage: ``pipeline0``, ``pipeline1`` (two stages), ``tensor0``, ``tensor1``,
+``tensor2`` (AutoTP over two ranks), ``hpz3`` (ZeRO++: weights gathered within pairs of ranks), ``experts0``,
+``experts1``, ``experts2`` (four experts over two ranks), ``staged0``, ``staged1`` (such experts in both of two stages),
+``uneven0`` (in the last stage only), ``routed0``, ``routed1``, ``routed2`` (AutoTP and such experts), ``grid0``,
+``grid1`` (two stages of two tensor-parallel ranks, with the names of Megatron's layers); the rest is data-parallel.
+OUT/CASE becomes the checkpoint; OUT/CASE.RANK.pt holds what the rank's optimizer held, by the rank's own names: moments,
 gathered over its data-parallel ranks, and, with ZeRO, fp32 masters.
 """
 
@@ -27,6 +28,7 @@ import torch.distributed as dist  # noqa: E402
 from deepspeed.moe.layer import MoE  # noqa: E402
 from deepspeed.moe.utils import split_params_into_different_moe_groups_for_optimizer  # noqa: E402
 from deepspeed.pipe import LayerSpec, PipelineModule  # noqa: E402
+from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology  # noqa: E402
 from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state  # noqa: E402
 
 STEPS = 3
@@ -72,6 +74,63 @@ def with_experts(model: torch.nn.Module) -> Any:
     return split_params_into_different_moe_groups_for_optimizer({"params": list(model.parameters()), "name": "all"})
 
 
+class Attention(torch.nn.Module):
+    """What one of two tensor-parallel ranks has of Megatron's matrices; nothing in it attends."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.query_key_value = torch.nn.Linear(8, 6)
+        self.dense = torch.nn.Linear(6, 8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        part = torch.nn.functional.linear(self.query_key_value(x), self.dense.weight)
+        return Summed.apply(part, True) + self.dense.bias  # type: ignore[no-untyped-call, no-any-return]
+
+
+class Half(torch.nn.Module):
+    """A layer of which each of two tensor-parallel ranks has a half."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.input_layernorm = torch.nn.LayerNorm(8)
+        self.attention = Attention()
+        for name, parameter in self.attention.named_parameters():
+            if name != "dense.bias":
+                parameter.tensor_model_parallel = True  # type: ignore[attr-defined]
+                torch.nn.init.normal_(parameter, generator=torch.Generator().manual_seed(rank))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        hidden: torch.Tensor = self.attention(Summed.apply(self.input_layernorm(x), False))  # type: ignore[no-untyped-call]
+        return hidden
+
+
+class Summed(torch.autograd.Function):
+    """A tensor, or its gradient, summed over the tensor-parallel ranks."""
+
+    group: Any = None
+
+    @staticmethod
+    def forward(context: Any, x: torch.Tensor, forwards: bool) -> torch.Tensor:
+        context.forwards = forwards
+        return Summed.over_ranks(x) if forwards else x.view_as(x)
+
+    @staticmethod
+    def backward(context: Any, x: torch.Tensor) -> Any:
+        return x if context.forwards else Summed.over_ranks(x), None
+
+    @staticmethod
+    def over_ranks(x: torch.Tensor) -> torch.Tensor:
+        x = x.clone()
+        dist.all_reduce(x, group=Summed.group)
+        return x
+
+
+def grid(stage: int, dtype: torch.dtype) -> Any:
+    topology = PipeModelDataParallelTopology(num_pp=2, num_mp=2, num_dp=world // 4)
+    layers = [LayerSpec(Half), LayerSpec(Half), LayerSpec(torch.nn.LayerNorm, 8)]
+    return staged(stage, dtype, layers, "uniform", lambda model: list(model.parameters()), 2, topology)
+
+
 def pipeline(stage: int, dtype: torch.dtype) -> Any:
     layers = [LayerSpec(torch.nn.Linear, 8, 12), LayerSpec(torch.nn.ReLU), LayerSpec(torch.nn.Linear, 12, 8)]
     layers += [LayerSpec(torch.nn.LayerNorm, 8), LayerSpec(torch.nn.Linear, 8, 4)]
@@ -84,15 +143,16 @@ def experts_in(*middle: Any) -> Any:
     return lambda stage, dtype: staged(stage, dtype, layers, "uniform", with_experts, 8)
 
 
-def staged(stage: int, dtype: torch.dtype, layers: Any, method: str, of: Any, rows: int) -> Any:
+def staged(stage: int, dtype: torch.dtype, layers: Any, method: str, of: Any, rows: int, topology: Any = None) -> Any:
     def loss(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
         return torch.nn.functional.cross_entropy(output.float(), target)
 
-    model = PipelineModule(layers, num_stages=2, loss_fn=loss, partition_method=method)
+    model = PipelineModule(layers, num_stages=2, topology=topology, loss_fn=loss, partition_method=method)
+    Summed.group = model._grid.get_slice_parallel_group()
     engine, *_ = deepspeed.initialize(model=model, config=config(stage), model_parameters=of(model))
 
     def batches() -> Any:
-        generator = torch.Generator().manual_seed(rank % 2)
+        generator = torch.Generator().manual_seed(0 if topology else rank % 2)
         while True:
             yield torch.randn(rows, 8, generator=generator).to(dtype), torch.randint(0, 4, (rows,), generator=generator)
 
@@ -176,7 +236,7 @@ def hpz(stage: int, dtype: torch.dtype) -> Any:
 
 
 BUILD = {
-    "pipeline": pipeline, "experts": experts, "tensor": tensor, "hpz": hpz, "routed": routed,
+    "pipeline": pipeline, "experts": experts, "tensor": tensor, "hpz": hpz, "routed": routed, "grid": grid,
     "staged": experts_in(LayerSpec(Layer), LayerSpec(Layer)),
     "uneven": experts_in(LayerSpec(torch.nn.LayerNorm, 8), LayerSpec(Layer)),
 }  # fmt: skip
