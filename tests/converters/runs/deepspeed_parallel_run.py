@@ -5,8 +5,8 @@ A case is what is parallel and the ZeRO stage: ``pipeline0``, ``pipeline1`` (two
 ``experts1``, ``experts2`` (four experts over two ranks), ``staged0``, ``staged1`` (such experts in both of two stages),
 ``uneven0`` (in the last stage only), ``routed0``, ``routed1``, ``routed2`` (AutoTP and such experts), ``grid0``,
 ``grid1`` (two stages of two tensor-parallel ranks, with the names of Megatron's layers); the rest is data-parallel.
-OUT/CASE becomes the checkpoint; OUT/CASE.RANK.pt holds what the rank's optimizer held, by the rank's own names: moments,
-gathered over its data-parallel ranks, and, with ZeRO, fp32 masters.
+OUT/CASE becomes the checkpoint; OUT/CASE.RANK.pt holds what the rank's optimizer held, by the rank's own names:
+moments, gathered over its data-parallel ranks, and, with ZeRO, fp32 masters.
 """
 
 from __future__ import annotations
