@@ -27,7 +27,7 @@ WORDS: Final = {
 KINDS: Final = {
     "pipeline": "pipeline 2", "tensor": "AutoTP 2", "experts": "expert 2", "hpz": "`zero_hpz_partition_size` 2",
     "staged": "pipeline 2, expert 2", "uneven": "pipeline 2, expert 2 in the last stage",
-    "routed": "AutoTP 2, expert 2", "grid": "tensor 2, pipeline 2",
+    "routed": "AutoTP 2, expert 2", "wide": "AutoTP 2, expert 4", "grid": "tensor 2, pipeline 2",
 }  # fmt: skip
 TORCH: Final = {
     "flattened": ("dcp", 2, "flattened", "FSDP2"),

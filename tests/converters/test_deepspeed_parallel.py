@@ -30,7 +30,7 @@ GOLDEN = Path(__file__).parents[1] / "golden" / "deepspeed" / "files"
 CASES = sorted(path.name.removesuffix(".tar.xz") for path in GOLDEN.iterdir())
 
 
-GROUPS = {"experts": [5, 16], "staged": [10, 32], "uneven": [9, 16], "routed": [10, 16]}
+GROUPS = {"experts": [5, 16], "staged": [10, 32], "uneven": [9, 16], "routed": [10, 16], "wide": [10, 16]}
 """Kind of case with experts -> how many parameters each group has; others have one group."""
 
 
@@ -70,12 +70,16 @@ def check(folder: Path, target: Path) -> None:
         for path in ranks:
             rank = int(path.suffixes[-2][1:])
             for local, slots in torch.load(path).items():
-                name = re.sub(r"(?<=deepspeed_experts\.)\d", partial(shifted, 2 * (rank % 2)), local)
+                name = re.sub(
+                    r"(?<=deepspeed_experts\.)\d",
+                    partial(shifted, rank if case.startswith("wide") else 2 * (rank % 2)),
+                    local,
+                )
                 seen.add(name)
                 for slot, expected in slots.items():
                     value = state[name][slot].torch()
                     if value.shape != expected.shape:  # these have their columns cut, others their rows
-                        assert case.startswith(("tensor", "routed", "grid"))
+                        assert case.startswith(("tensor", "routed", "wide", "grid"))
                         value = value.chunk(2, 1 if re.search(r"((down|o)_proj|dense)\.", name) else 0)[rank % 2]
                     assert torch.equal(value, expected), (name, slot)
         assert set(state) == seen

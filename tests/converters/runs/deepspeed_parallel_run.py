@@ -3,7 +3,8 @@
 A case is what is parallel and the ZeRO stage: ``pipeline0``, ``pipeline1`` (two stages), ``tensor0``, ``tensor1``,
 ``tensor2`` (AutoTP over two ranks), ``hpz3`` (ZeRO++: weights gathered within pairs of ranks), ``experts0``,
 ``experts1``, ``experts2`` (four experts over two ranks), ``staged0``, ``staged1`` (such experts in both of two stages),
-``uneven0`` (in the last stage only), ``routed0``, ``routed1``, ``routed2`` (AutoTP and such experts), ``grid0``,
+``uneven0`` (in the last stage only), ``routed0``, ``routed1``, ``routed2`` (AutoTP and such experts),
+``wide0``, ``wide1`` (the same, and an expert on each of four ranks), ``grid0``,
 ``grid1`` (two stages of two tensor-parallel ranks, with the names of Megatron's layers); the rest is data-parallel.
 OUT/CASE becomes the checkpoint; OUT/CASE.RANK.pt holds what the rank's optimizer held, by the rank's own names:
 moments, gathered over its data-parallel ranks, and, with ZeRO, fp32 masters.
@@ -13,6 +14,7 @@ from __future__ import annotations
 
 import os
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -175,17 +177,17 @@ def experts(stage: int, dtype: torch.dtype) -> Any:
 class Block(torch.nn.Module):
     """Four experts in place of a Llama's MLP."""
 
-    def __init__(self) -> None:
+    def __init__(self, ranks: int) -> None:
         super().__init__()
         expert = torch.nn.Sequential(torch.nn.Linear(16, 6), torch.nn.ReLU(), torch.nn.Linear(6, 16))
-        self.moe = MoE(16, expert, num_experts=4, ep_size=2, k=1)
+        self.moe = MoE(16, expert, num_experts=4, ep_size=ranks, k=1)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         hidden: torch.Tensor = self.moe(x)[0]
         return hidden
 
 
-def routed(stage: int, _: torch.dtype) -> Any:
+def routed(stage: int, _: torch.dtype, ranks: int = 2) -> Any:
     gather = deepspeed.comm.all_gather_into_tensor
 
     def flat(output: torch.Tensor, own: torch.Tensor, *rest: Any, **named: Any) -> Any:
@@ -193,7 +195,7 @@ def routed(stage: int, _: torch.dtype) -> Any:
 
     deepspeed.comm.all_gather_into_tensor = flat
     model = llama()
-    model.model.layers[0].mlp = Block()
+    model.model.layers[0].mlp = Block(ranks)
     return sliced(stage, model, with_experts(model))
 
 
@@ -236,7 +238,8 @@ def hpz(stage: int, dtype: torch.dtype) -> Any:
 
 
 BUILD = {
-    "pipeline": pipeline, "experts": experts, "tensor": tensor, "hpz": hpz, "routed": routed, "grid": grid,
+    "pipeline": pipeline, "experts": experts, "tensor": tensor, "hpz": hpz, "grid": grid,
+    "routed": routed, "wide": partial(routed, ranks=4),
     "staged": experts_in(LayerSpec(Layer), LayerSpec(Layer)),
     "uneven": experts_in(LayerSpec(torch.nn.LayerNorm, 8), LayerSpec(Layer)),
 }  # fmt: skip
