@@ -276,7 +276,7 @@ def _expert_ranks(folder: Path, stage: int, tensor: int) -> dict[int, Path]:
     if len(found) < tensor or any(mp % tensor != rank % tensor for rank, (mp, _) in found.items()):
         raise RefusedError(
             f"there are files of {len(found)} expert-parallel ranks, where {tensor} tensor-parallel ranks have slices: "
-            f"a file is missing, or it was trained with an ep_size of less than {tensor}, which is not read",
+            f"a file is missing, or ep_size was less than {tensor}, and DeepSpeed wrote no slices of the other ranks",
             path=folder,
         )
     return {rank: path for rank, (_, path) in sorted(found.items())}
