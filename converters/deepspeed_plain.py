@@ -188,7 +188,11 @@ def _stages_with_experts(
     A stage without experts has its state in the model's file, and its weights in those of its layers.
     """
     matches = filter(None, map(_EXPERT_RANK.fullmatch, names_in(folder)))
-    with_experts = {int(match[2]) // slices.count for match in matches}
+    with_experts = {int(match[2]) // slices.count: match[0] for match in matches}
+    if (most := max(with_experts)) * slices.count >= len(models):
+        raise FileError(
+            f"is of a rank beyond the {len(models)} that wrote the folder", path=folder / with_experts[most]
+        )
     layers = deepspeed.weights(folder, {}, slices, files)
     left = iter(layers)
     parts: list[tuple[Mapping[str, Any], list[str] | None]] = []

@@ -221,6 +221,15 @@ def loaded(path: Path) -> Any:
     return pickles.load(Memory(path.read_bytes()), path).value
 
 
+@pytest.mark.parametrize("folder", ["2-experts0"], indirect=True)
+def test_experts_of_a_rank_that_was_not_there(folder: Path) -> None:
+    stray = folder / "expp_rank_0_mp_rank_07_optim_states.pt"
+    shutil.copy(folder / "expp_rank_0_mp_rank_00_optim_states.pt", stray)
+    with pytest.raises(FileError) as error:
+        read_any(folder)
+    assert str(error.value) == f"{stray}: is of a rank beyond the 1 that wrote the folder"
+
+
 @pytest.mark.parametrize("folder", ["4-routed0"], indirect=True)
 def test_fewer_expert_ranks_than_tensor_ranks(folder: Path) -> None:
     (folder / "expp_rank_1_mp_rank_01_optim_states.pt").unlink()
