@@ -11,13 +11,14 @@ which group it was in: there, consecutive parameters with equal options become a
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
 from lora_state_format.errors import FileError, UnrepresentableError
 from lora_state_format.foreign import keyed
-from lora_state_format.foreign.dcp import Folder, is_folder, metadata, open_folder, write_folder
+from lora_state_format.foreign.dcp import Folder, is_folder, metadata, open_folder, seen, write_folder
 from lora_state_format.foreign.state_dict import Found, from_state_dict, is_state_dict
 from lora_state_format.io.files import folders_in
 from lora_state_format.model.states import Checkpoint, OptimizerState, Weights, leaf_of
@@ -54,19 +55,30 @@ def _folders(path: Path) -> list[Path]:
 
 def read(match: Match, options: Mapping[str, Any]) -> Checkpoint:
     """``options`` are for writing."""
-    path = match.path
+    return _read(match.path, open_folder)
+
+
+def glance(match: Match, options: Mapping[str, Any]) -> Checkpoint:
+    """Return what the folder holds by ``.metadata``, the values in it, and the names of its files.
+
+    A folder of up to ``FEW`` files is read as a whole. Raises what ``read`` raises, for what is seen.
+    """
+    return _read(match.path, partial(open_folder, glance=lambda _: True))
+
+
+def _read(path: Path, opener: Callable[[Path], Folder]) -> Checkpoint:
     places = _folders(path)
     others = [] if is_folder(path) else [f for f in folders_in(path) if is_folder(f) and f not in places]
     opened: list[Folder] = []
     try:
-        opened.extend(map(open_folder, (*places, *others)))
+        opened.extend(map(opener, (*places, *others)))
         _check_whole(opened, path)
         found = [item for folder in opened[: len(places)] for item in _optimizers(folder.tree())]
         if not found:
             raise FileError("no optimizer's state dict (state and param_groups) in it", path=path)
         for item in found:
             _check_steps(item)
-        state = from_state_dict(*found, origin={"format": NAME}, resources=tuple(opened))
+        state = from_state_dict(*found, origin={"format": NAME, **seen(opened)}, resources=tuple(opened))
         weights = {name: tensor for folder in opened for name, tensor in _weights(folder)}
         candidates = ((Weights("the folder", weights, ordered=True),),) if weights else ()
         return Checkpoint(keyed.named(state, weights=weights), weights, candidates=candidates)

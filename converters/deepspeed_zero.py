@@ -291,27 +291,43 @@ def _rank_files(folder: Path) -> dict[int, list[Path]]:
 def _whole(save: _Save, cut: _Cut) -> tuple[dict[str, Any], dict[str, tuple[int, ...]]]:
     """Return the state dict of all model-parallel ranks together, masters too, and the shapes of its parameters."""
     folder, stages, slices = save.folder, save.stages, save.slices
-    parts = {mp: _state_dict(save.ranks[mp], model.groups, model.path, cut) for mp, model in save.models.items()}
+    parts = {
+        mp: _state_dict(save.ranks[mp], model.groups, model.path, cut, (mp % slices.count, slices.count))
+        for mp, model in save.models.items()
+    }
     entries: dict[str, dict[str, Any]] = {}
     groups: list[dict[str, Any]] = [{**group, "params": []} for group in parts[0]["param_groups"]]
     for stage in range(stages):
         own = [parts[stage * slices.count + rank] for rank in range(slices.count)]
         for group, *of in zip(groups, *(part["param_groups"] for part in own), strict=True):
-            if any(other["params"] != of[0]["params"] for other in of):
+            if not of[0].get("moe") and any(other["params"] != of[0]["params"] for other in of):
                 raise FileError(f"the tensor-parallel ranks of stage {stage} have different parameters", path=folder)
-            for name in of[0]["params"]:
+            for name, held in _held(of, own):
                 if name in entries and name.startswith("tied_modules."):
                     continue  # two stages hold it, and step it alike
                 if name in entries:
                     raise FileError(f"two stages have a parameter '{name}'", path=folder)
                 group["params"].append(name)
-                held = [part["state"][name] for part in own]
                 entries[name] = {
                     slot: slices.join(name, [slots[slot] for slots in held]) if isinstance(value, Tensor) else value
                     for slot, value in held[0].items()
                 }
     shapes = {name: slots[MASTER].shape for name, slots in entries.items()}
     return {"state": entries, "param_groups": groups}, shapes
+
+
+def _held(
+    groups: Sequence[Mapping[str, Any]], parts: Sequence[Mapping[str, Any]]
+) -> Iterator[tuple[str, list[dict[str, Any]]]]:
+    """Yield each parameter of a group, and its slots on the tensor-parallel ranks: of an expert's, on the one with it.
+
+    Expert-parallel ranks follow each other as all ranks do, so tensor-parallel ranks have different experts.
+    """
+    if groups[0].get("moe"):
+        for group, part in zip(groups, parts, strict=True):
+            yield from ((name, [part["state"][name]]) for name in group["params"])
+    else:
+        yield from ((name, [part["state"][name] for part in parts]) for name in groups[0]["params"])
 
 
 def _rank(file: PooledFile) -> _Rank:
@@ -376,11 +392,12 @@ def _check_model(model: Mapping[str, Any], groups: Sequence[Any], ranks: Sequenc
 
 
 def _state_dict(
-    ranks: Sequence[_Rank], named: Sequence[Mapping[str, Any]], model_file: Path, cut: _Cut
+    ranks: Sequence[_Rank], named: Sequence[Mapping[str, Any]], model_file: Path, cut: _Cut, place: tuple[int, int]
 ) -> dict[str, Any]:
     """Return the state dict that one rank would have had, masters too, with names for ids.
 
-    ``cut`` takes the parameters of a group out of the ranks' flat tensors.
+    ``cut`` takes the parameters of a group out of the ranks' flat tensors; ``place`` is which of how many
+    tensor-parallel ranks these are.
     """
     first = ranks[0]
     entries: dict[str, dict[str, Any]] = {}
@@ -393,7 +410,8 @@ def _state_dict(
             own = ranks[expert_rank::parallel]
             flat, common = _split(own, number)
             for local, slots in cut(own, number, shapes, flat, model_file.parent):
-                name = deepspeed.global_expert(local, expert_rank, deepspeed.local_experts(list(shapes)))
+                rank = expert_rank * place[1] + place[0]
+                name = deepspeed.global_expert(local, rank, deepspeed.local_experts(list(shapes)))
                 if name in entries:
                     raise FileError(f"names parameter '{name}' twice", path=model_file)
                 entries[name] = {**common, **slots}

@@ -14,15 +14,16 @@ experts have groups of their own. Where the groups are not those of the rule, no
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Any, Final
 
 from lora_state_format.errors import FileError, OptionError, RefusedError, Remedy, UnrepresentableError
 from lora_state_format.foreign import keyed, pickles
-from lora_state_format.foreign.dcp import METADATA, Folder, is_folder, open_folder, write_folder
+from lora_state_format.foreign.dcp import METADATA, Folder, is_folder, metadata, open_folder, seen, write_folder
 from lora_state_format.foreign.flat_buckets import MASTER, Bucket, take_apart
 from lora_state_format.foreign.masters import check_masters
 from lora_state_format.foreign.state_dict import Found, from_state_dict
@@ -51,6 +52,7 @@ _COMMON: Final = "common.pt"
 _OPTIMIZER: Final = re.compile(r"(?:chained_(\d+)\.)?optimizer\.(.*)")
 _STATE: Final = re.compile(r"state\.([^.]+)\.(.+)")
 _BUCKET: Final = re.compile(r"distributed\.dp_group_idx_(\d+)\.gbuf_idx_(\d+)\.dtype_(.*)\.bucket_idx_(\d+)\.(\w+)")
+_FLAT: Final = b".gbuf_idx_"
 _GROUPS: Final = re.compile(r"distributed\.dp_group_idx_\d+\.optimizer/shard_0_1")
 _LAYERS: Final = re.compile(r"(.*\blayers)\.(?!\d)(.*)")
 _EXPERTS: Final = re.compile(r"(.*\.experts)\.experts\.(.*)")
@@ -71,9 +73,23 @@ def read(match: Match, options: Mapping[str, Any]) -> Checkpoint:
         RefusedError: another backend, or buckets that the weights do not take apart.
         FileError: no optimizer state, or groups that are not those of Megatron's rule.
     """
-    place = match.path
+    return _read(match.path, options, open_folder)
+
+
+def glance(match: Match, options: Mapping[str, Any]) -> Checkpoint:
+    """Return what the folder holds by ``.metadata``, the optimizer's values, and the names of its files.
+
+    A folder of up to ``FEW`` files is read as a whole, and so are flat buckets, which masters and weights take apart.
+    Raises what ``read`` raises, for what is seen.
+    """
+    if _FLAT in metadata(match.path):
+        return read(match, options)
+    return _read(match.path, options, partial(open_folder, glance=lambda key: bool(_OPTIMIZER.fullmatch(key))))
+
+
+def _read(place: Path, options: Mapping[str, Any], opener: Callable[[Path], Folder]) -> Checkpoint:
     _check_backend(place)
-    folder = open_folder(place)
+    folder = opener(place)
     try:
         return _checkpoint(folder, place, options)
     except BaseException:
@@ -98,7 +114,9 @@ def _checkpoint(folder: Folder, place: Path, options: Mapping[str, Any]) -> Chec
     if not states:
         raise FileError("has no entry under optimizer.state or optimizer.distributed", path=place / METADATA)
     masters = _masters(states, keep=bool(options.get("masters")))
-    origin: dict[str, Value] = {"format": NAME, "masters_compared": check_masters(masters, weights, place)}
+    origin: dict[str, Value] = {"format": NAME, **seen([folder])}
+    if "first_look" not in origin:
+        origin["masters_compared"] = check_masters(masters, weights, place)
     if told:
         origin["told_apart_by_order"] = told
     merge = options.get("groups") == "merge"

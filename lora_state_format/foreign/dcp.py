@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from itertools import pairwise
 from math import prod
@@ -23,19 +23,22 @@ from lora_state_format.foreign import pickles
 from lora_state_format.foreign.pickles import Global, Record
 from lora_state_format.foreign.torch_save import archive, dumps
 from lora_state_format.foreign.trees import member
-from lora_state_format.io.files import Files, PooledFile, is_plain
+from lora_state_format.io.files import FEW, Files, PooledFile, first_look, is_plain, names_in
 from lora_state_format.io.folders import new_folder
 from lora_state_format.io.ledger import Ledger
 from lora_state_format.io.safetensors import Header, read_header
 from lora_state_format.model.dtypes import item_size
-from lora_state_format.model.sources import File, Memory, Range, Source, bytes_of
-from lora_state_format.model.states import Scalar
-from lora_state_format.model.tensors import Box, Piece, Tensor, is_tiling
+from lora_state_format.model.sources import File, Memory, Range, Source, Unread, bytes_of
+from lora_state_format.model.states import Scalar, Value
+from lora_state_format.model.tensors import Box, Piece, Tensor, contiguous, is_tiling
 
-__all__ = ["METADATA", "Folder", "Item", "is_folder", "metadata", "open_folder", "write_folder"]
+__all__ = ["METADATA", "Folder", "Item", "is_folder", "metadata", "open_folder", "seen", "write_folder"]
 
 METADATA: Final = ".metadata"
 MAX_DIMENSIONS: Final = 64
+
+_TENSOR: Final = "TensorStorageMetadata"
+_VALUE: Final = "BytesStorageMetadata"
 
 ZSTD: Final = "stream.zstd/1"
 """How ``torch.distributed.checkpoint._extension`` calls its compression."""
@@ -46,10 +49,15 @@ ARCHIVE: Final = 1 << 16
 
 @dataclass(frozen=True)
 class Folder:
-    """What a folder holds: every entry by its path in the state dict, and the files behind it."""
+    """What a folder holds: every entry by its path in the state dict, and the files behind it.
+
+    ``named`` is how many data files it has; a first look, which leaves tensors out (``whole``), asks for some of them.
+    """
 
     entries: Mapping[tuple[Any, ...], Any]
     files: Files
+    named: int
+    whole: bool
     readable_together: ClassVar = True
 
     def tree(self) -> dict[Any, Any]:
@@ -99,13 +107,26 @@ class Item:
     source: Source
 
 
-def open_folder(path: Path, *, raw: bool = False) -> Folder:
+def seen(folders: Sequence[Folder]) -> dict[str, Value]:
+    """Return what ``origin`` says of folders of which some were only looked at; nothing where all were read."""
+    if all(folder.whole for folder in folders):
+        return {}
+    return {"first_look": first_look(sum(1 + len(f.files) for f in folders), sum(1 + f.named for f in folders))}
+
+
+def open_folder(path: Path, *, raw: bool = False, glance: Callable[[str], bool] | None = None) -> Folder:
     """Return the folder's entries, lazily: tensors as byte ranges, other values as they were pickled.
 
-    With ``raw``, other values are ``Item``, which ``write_folder`` copies, whatever is in them.
+    Args:
+        path: The folder.
+        raw: Whether other values are ``Item``, which ``write_folder`` copies, whatever is in them.
+        glance: For a first look at a folder of more than ``FEW`` data files: whether the value of a key is read.
+            Values for which it is not are left out. Only tensors of one element can be read; of the files that hold
+            the others, the names are checked.
 
-    Raises ``FileError`` for a missing or truncated file and for chunks that do not make up a tensor, ``RefusedError``
-    for transformed (compressed) items.
+    Raises:
+        FileError: A file is missing or truncated, or chunks do not make up a tensor.
+        RefusedError: Items are transformed (compressed) in a way that is not read.
     """
     meta = path / METADATA
     if not meta.is_file():
@@ -118,23 +139,58 @@ def open_folder(path: Path, *, raw: bool = False) -> Folder:
         raise FileError(f"has a {type(paths).__name__} for its paths, where a dict is expected", path=meta)
     paths = paths or {}
     try:
-        chunks = _chunks(_state(root, "storage_data", dict, meta), files, meta)
-        if unknown := next((key for key in chunks if key not in described), None):
+        storage = _state(root, "storage_data", dict, meta)
+        named = {_state(info, "relative_path", str, meta) for info in storage.values()}
+        passed = _passed_over(described, named, files, glance, meta)
+        placed = [(_state(index, "fqn", str, meta), index, info) for index, info in storage.items()]
+        chunks = _chunks((place for place in placed if place[0] not in passed), files, meta)
+        if unknown := next((key for key, *_ in placed if key not in described), None):
             raise FileError(f"says where '{unknown}' is, and not what it is: an entry was taken out", path=meta)
-        entries = {}
-        for key in [*(key for key in paths if key in described), *(key for key in described if key not in paths)]:
-            where = paths.get(key, (key,))
-            if type(where) is not tuple or not where or not all(type(step) in (str, int) for step in where):
-                raise FileError(f"places '{key}' at {where!r}, which is no path", path=meta)
-            if ".".join(map(str, where)) != key:
-                raise FileError(f"places '{key}' at {where!r}, which is the path of another entry", path=meta)
+        entries: dict[tuple[Any, ...], Any] = {}
+        for key, where in _paths(described, paths, meta):
             if where in entries:
                 raise FileError(f"has two entries at {where}", path=meta)
-            entries[where] = _entry(key, described[key], chunks.get(key, {}), meta, raw=raw)
+            if key not in passed:
+                entries[where] = _entry(key, described[key], chunks.get(key, {}), meta, raw=raw)
+            elif _kind(key, described[key], meta) == _TENSOR:
+                entries[where] = contiguous(*_form(described[key], meta), Unread(path))
     except BaseException:
         files.close()
         raise
-    return Folder(entries, files)
+    return Folder(entries, files, len(named), whole=not passed)
+
+
+def _paths(
+    described: Mapping[str, Any], paths: Mapping[str, Any], path: object
+) -> Iterator[tuple[str, tuple[Any, ...]]]:
+    """Yield each entry's key and its path in the state dict, in the order of the paths."""
+    for key in [*(key for key in paths if key in described), *(key for key in described if key not in paths)]:
+        where = paths.get(key, (key,))
+        if type(where) is not tuple or not where or not all(type(step) in (str, int) for step in where):
+            raise FileError(f"places '{key}' at {where!r}, which is no path", path=path)
+        if ".".join(map(str, where)) != key:
+            raise FileError(f"places '{key}' at {where!r}, which is the path of another entry", path=path)
+        yield key, where
+
+
+def _passed_over(
+    described: Mapping[str, Any],
+    named: Set[str],
+    files: Files,
+    glance: Callable[[str], bool] | None,
+    path: Path,
+) -> Set[str]:
+    """Return the keys that a first look does not read, of a folder of many data files whose names were then checked."""
+    if glance is None or len(named) <= FEW:
+        return frozenset()
+    for name in sorted({*named}.difference(names_in(path.parent))):
+        _file(name, files, path)  # which may be in a folder within
+    return {key for key, what in described.items() if not _is_read(key, what, glance, path)}
+
+
+def _is_read(key: str, described: Any, glance: Callable[[str], bool], path: object) -> bool:
+    """Return whether a first look reads an entry: a value that is asked for, or a tensor of one element, as steps."""
+    return glance(key) if _kind(key, described, path) == _VALUE else prod(_form(described, path)[1]) == 1
 
 
 @dataclass
@@ -300,15 +356,19 @@ def _state(record: Any, key: str, kind: Any, path: object) -> Any:
     return member(_fields(record, path), key, kind, path)
 
 
-def _chunks(storage: Mapping[Any, Any], files: Files, path: Path) -> dict[str, dict[tuple[int, ...] | None, _Place]]:
-    """Return every chunk's place by the entry's key and the chunk's offsets."""
+def _chunks(
+    placed: Iterable[tuple[str, Any, Any]], files: Files, path: Path
+) -> dict[str, dict[tuple[int, ...] | None, _Place]]:
+    """Return every chunk's place by the entry's key and the chunk's offsets.
+
+    ``placed`` has, of each chunk, the entry's key, the record that says which it is, and the one that says where.
+    """
     found: dict[str, dict[tuple[int, ...] | None, _Place]] = {}
     opened: dict[str, _Data] = {}
     alike: dict[bytes, pickles.Pickled] = {}
     room: dict[PooledFile, int] = {}
     spans: dict[PooledFile, list[tuple[int, int, str]]] = {}
-    for index, info in storage.items():
-        key = _state(index, "fqn", str, path)
+    for key, index, info in placed:
         offsets = _fields(index, path).get("offset")
         transforms = _fields(info, path).get("transform_descriptors") or []
         if transforms not in ([], [ZSTD]):
@@ -359,17 +419,20 @@ def _file(name: str, files: Files, metadata: Path) -> PooledFile:
         raise FileError("missing: .metadata says that it holds a part of the state", path=path) from None
 
 
+def _kind(key: str, described: Any, path: object) -> str:
+    if not isinstance(described, Record) or described.name not in (_TENSOR, _VALUE):
+        raise FileError(f"describes '{key}' in a way that is not known", path=path)
+    return described.name
+
+
 def _entry(
     key: str, described: Any, places: Mapping[tuple[int, ...] | None, _Place], path: object, *, raw: bool
 ) -> Any:
-    if not isinstance(described, Record) or described.name not in ("TensorStorageMetadata", "BytesStorageMetadata"):
-        raise FileError(f"describes '{key}' in a way that is not known", path=path)
-    if described.name == "BytesStorageMetadata":
+    if _kind(key, described, path) == _VALUE:
         if list(places) != [None]:
             raise FileError(f"has {len(places)} places for '{key}', which is one value", path=path)
         return places[None].item() if raw else places[None].value(pickles.MAX_PICKLE)
-    dtype = _dtype(_state(described, "properties", Record, path), path)
-    shape = _naturals(_state(described, "size", (list, tuple), path), path)
+    dtype, shape = _form(described, path)
     pieces = []
     for chunk in _state(described, "chunks", list, path):
         start, extent = (_naturals(_state(chunk, name, tuple, path), path) for name in ("offsets", "sizes"))
@@ -385,6 +448,12 @@ def _entry(
     if not is_tiling([piece.where for piece in pieces if isinstance(piece.where, Box)], shape):
         raise FileError(f"has chunks of '{key}' that do not make up {list(shape)}", path=path)
     return Tensor(dtype, shape, tuple(pieces))
+
+
+def _form(described: Record, path: object) -> tuple[str, tuple[int, ...]]:
+    """Return a tensor's dtype and shape."""
+    dtype = _dtype(_state(described, "properties", Record, path), path)
+    return dtype, _naturals(_state(described, "size", (list, tuple), path), path)
 
 
 def _dtype(properties: Record, path: object) -> str:
@@ -479,14 +548,14 @@ def _shape(value: Any) -> tuple[int, ...] | None:
 def _described(value: Any) -> Record:
     shape = _shape(value)
     if shape is None:
-        return Record(_MODULE, "BytesStorageMetadata", state={})
+        return Record(_MODULE, _VALUE, state={})
     name = next(name for name, dtype in pickles.DTYPES.items() if dtype == value.dtype)
     strided = Record("torch.serialization", "_get_layout", ("torch.strided",))
     properties = (Global("torch", name), strided, False, Record(_MODULE, "_MEM_FORMAT_ENCODING", (0,)), False)
     chunk = Record(_MODULE, "ChunkStorageMetadata", state={"offsets": _size([0] * len(shape)), "sizes": _size(shape)})
     return Record(
         _MODULE,
-        "TensorStorageMetadata",
+        _TENSOR,
         state={
             "properties": Record(_MODULE, "TensorProperties", state=properties),
             "size": _size(shape),

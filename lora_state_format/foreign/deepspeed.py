@@ -108,7 +108,10 @@ def degrees(models: Mapping[int, Mapping[str, Any]], folder: Path) -> tuple[int,
 
 
 def weights(folder: Path, models: Mapping[int, Mapping[str, Any]], slices: Slices, files: Files) -> dict[str, Tensor]:
-    """Return the model's own tensors by name: of the ranks' files, of pipeline layers, and of experts."""
+    """Return the model's own tensors by name: of the ranks' files, of pipeline layers, and of experts.
+
+    ``models`` are what the files of model-parallel ranks hold; of experts, those of the same ranks are read.
+    """
     parts: dict[str, dict[int, Tensor]] = {}
 
     def add(tree: Any, rank: int, prefix: str = "") -> None:
@@ -118,14 +121,16 @@ def weights(folder: Path, models: Mapping[int, Mapping[str, Any]], slices: Slice
 
     for rank, model in models.items():
         add(model.get("module"), rank % slices.count)
-    layers = {}
+    layers, experts = {}, {}
     for entry in names_in(folder):
         if match := LAYER.fullmatch(entry):
-            layers[int(match[1]), int(match[2] or 0)] = folder / entry, f"{int(match[1])}."
-        elif match := EXPERT.fullmatch(entry):
-            layers[1_000_000 + int(match[1]), int(match[2])] = folder / entry, ""
-    for (layer, rank), (file, prefix) in sorted(layers.items()):
-        add(pickles.load(files[file], file).value, rank if layer < 1_000_000 else 0, prefix)
+            layers[int(match[1]), int(match[2] or 0)] = folder / entry
+        elif (match := EXPERT.fullmatch(entry)) and int(match[3]) in models:
+            experts[int(match[3]), int(match[1]), int(match[2])] = folder / entry
+    for (layer, rank), file in sorted(layers.items()):
+        add(pickles.load(files[file], file).value, rank, f"{layer}.")
+    for (mp, *_), file in sorted(experts.items()):
+        add(pickles.load(files[file], file).value, mp % slices.count)
     return {
         name: slices.join(name, [of[r] for r in sorted(of)])
         for name, of in parts.items()

@@ -114,10 +114,8 @@ def describe_support(origin: Mapping[str, Value]) -> Iterator[str]:
         yield f"support of this format is {support}: it was never tried on a file of a real run"
     if isinstance(seen := origin.get("first_look"), Mapping):
         read, files = seen["files_read"], seen["files"]
-        yield (
-            f"a first look: {read!r} of {files!r} files were read, and the others are taken to be like them; convert "
-            "reads and compares all"
-        )
+        some = "and the others are taken to be like them" if read != files else "each in part"
+        yield f"a first look: {read!r} of {files!r} files were read, {some}; convert reads and compares all"
     if origin.get("masters_compared") == 0:
         yield NOT_COMPARED
     if writer := WITHOUT_CHECKSUMS.get(str(origin.get("format"))):

@@ -26,6 +26,8 @@ WORDS: Final = {
 }  # fmt: skip
 KINDS: Final = {
     "pipeline": "pipeline 2", "tensor": "AutoTP 2", "experts": "expert 2", "hpz": "`zero_hpz_partition_size` 2",
+    "staged": "pipeline 2, expert 2", "uneven": "pipeline 2, expert 2 in the last stage",
+    "routed": "AutoTP 2, expert 2", "wide": "AutoTP 2, expert 4", "grid": "tensor 2, pipeline 2",
 }  # fmt: skip
 TORCH: Final = {
     "flattened": ("dcp", 2, "flattened", "FSDP2"),
@@ -61,7 +63,7 @@ def deepspeed(case: str) -> tuple[str, ...]:
     match = re.fullmatch(r"(\d)-([a-z]+)(\d)", case)
     assert match
     ranks, kind, stage = int(match[1]), match[2], match[3]
-    says = KINDS[kind] + (f", data {ranks // 2}" if ranks > 2 and kind != "hpz" else "")
+    says = KINDS[kind] + (f", data {ranks // 2}" if ranks > 2 and kind in ("pipeline", "tensor", "experts") else "")
     converter = "deepspeed_zero" if stage != "0" else "deepspeed_plain"
     return "DeepSpeed 0.19.8", converter, f"ZeRO {stage}" if stage != "0" else "without ZeRO", says, case
 

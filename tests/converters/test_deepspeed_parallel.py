@@ -19,6 +19,8 @@ from lora_state_format.errors import FileError, RefusedError
 from lora_state_format.foreign import pickles
 from lora_state_format.foreign.torch_save import save
 from lora_state_format.io.files import Files
+from lora_state_format.model.sources import Memory
+from lora_state_format.model.tensors import contiguous
 from lora_state_format.operations.conversion import convert
 from lora_state_format.operations.conversion import read as read_any
 
@@ -26,6 +28,10 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "deepspeed" / "files"
 CASES = sorted(path.name.removesuffix(".tar.xz") for path in GOLDEN.iterdir())
+
+
+GROUPS = {"experts": [5, 16], "staged": [10, 32], "uneven": [9, 16], "routed": [10, 16], "wide": [10, 16]}
+"""Kind of case with experts -> how many parameters each group has; others have one group."""
 
 
 @pytest.fixture
@@ -57,25 +63,30 @@ def check(folder: Path, target: Path) -> None:
     zero = not case.endswith("0")
     converter, _ = registry.detect(folder.parent)
     assert ("deepspeed_zero" if zero else "deepspeed_plain") == converter.NAME
-    convert(folder, target, options={"masters": True} if zero else {})
+    slices = {"slices": "megatron"} if case.startswith("grid") else {}
+    convert(folder, target, options=slices | ({"masters": True} if zero else {}))
     seen = set()
     with read_any(target) as state:
         for path in ranks:
             rank = int(path.suffixes[-2][1:])
             for local, slots in torch.load(path).items():
-                name = re.sub(r"(?<=deepspeed_experts\.)\d", partial(shifted, 2 * (rank % 2)), local)
+                name = re.sub(
+                    r"(?<=deepspeed_experts\.)\d",
+                    partial(shifted, rank if case.startswith("wide") else 2 * (rank % 2)),
+                    local,
+                )
                 seen.add(name)
                 for slot, expected in slots.items():
                     value = state[name][slot].torch()
-                    if value.shape != expected.shape:  # AutoTP gives these two their columns, others their rows
-                        assert case.startswith("tensor")
-                        value = value.chunk(2, 1 if re.search(r"(down|o)_proj\.", name) else 0)[rank % 2]
+                    if value.shape != expected.shape:  # these have their columns cut, others their rows
+                        assert case.startswith(("tensor", "routed", "wide", "grid"))
+                        value = value.chunk(2, 1 if re.search(r"((down|o)_proj|dense)\.", name) else 0)[rank % 2]
                     assert torch.equal(value, expected), (name, slot)
         assert set(state) == seen
         assert {parameter["step"].item() for parameter in state.values()} == {3.0}
         assert state.global_step == 3
         sizes = [group.count for group in state.groups]
-        assert sizes == ([5, 16] if case.startswith("experts") else [len(seen)])
+        assert sizes == GROUPS.get(case[:-1], [len(seen)])
         assert dict(state.groups[0].options)["lr"] == 1e-2
         stage3 = case.endswith("3")  # its model files hold no weights
         assert all((parameter.weights is None) == stage3 for parameter in state.values())
@@ -159,6 +170,74 @@ def test_the_last_file_of_an_expert_rank_is_missing(folder: Path) -> None:
     assert str(rank.value) == (
         f"{folder}: there are files of 1 expert-parallel ranks, where group 'ep_size_2' had another number: a file is "
         "missing"
+    )
+
+
+@pytest.mark.parametrize("folder", ["4-staged0", "4-uneven0"], indirect=True)
+def test_a_stages_files_of_expert_ranks_are_missing(folder: Path) -> None:
+    (folder / "expp_rank_0_mp_rank_01_optim_states.pt").unlink()
+    with pytest.raises(FileError) as first:
+        read_any(folder)
+    assert str(first.value) == (
+        f"{folder / 'expp_rank_0_mp_rank_01_optim_states.pt'}: missing: there are files of expert-parallel ranks [1]"
+    )
+    for path in folder.glob("expp_*_mp_rank_01_*"):
+        path.unlink()
+    with pytest.raises(FileError) as both:
+        read_any(folder)
+    assert str(both.value) == (
+        f"{folder / 'expp_rank_0_mp_rank_01_optim_states.pt'}: missing: the experts of all ranks lie in files of such "
+        "names"
+    )
+
+
+@pytest.mark.parametrize("folder", ["4-uneven0"], indirect=True)
+def test_stages_with_experts_of_different_saves(folder: Path) -> None:
+    step = contiguous("F32", (), Memory(bytes(4)))
+    for path in folder.glob("expp_*"):
+        tree = loaded(path)
+        for group in tree["optimizer"]["param_groups"]:
+            group["lr"] = 0.5
+        save(tree, path, force=True)
+    with pytest.raises(FileError) as options:
+        read_any(folder)
+    assert str(options.value) == (
+        f"{folder}: model-parallel rank 0 has other options than rank 1: files of different saves"
+    )
+    for path in folder.glob("expp_*"):
+        tree = loaded(path)
+        for group in tree["optimizer"]["param_groups"]:
+            group["lr"] = 1e-2
+        for slots in tree["optimizer"]["state"].values():
+            slots["step"] = step
+        save(tree, path, force=True)
+    with pytest.raises(FileError) as steps:
+        read_any(folder)
+    assert str(steps.value) == f"{folder}: model-parallel rank 1 has other steps than rank 0: files of different saves"
+
+
+def loaded(path: Path) -> Any:
+    """What a file holds, in memory."""
+    return pickles.load(Memory(path.read_bytes()), path).value
+
+
+@pytest.mark.parametrize("folder", ["2-experts0"], indirect=True)
+def test_experts_of_a_rank_that_was_not_there(folder: Path) -> None:
+    stray = folder / "expp_rank_0_mp_rank_07_optim_states.pt"
+    shutil.copy(folder / "expp_rank_0_mp_rank_00_optim_states.pt", stray)
+    with pytest.raises(FileError) as error:
+        read_any(folder)
+    assert str(error.value) == f"{stray}: is of a rank beyond the 1 that wrote the folder"
+
+
+@pytest.mark.parametrize("folder", ["4-routed0"], indirect=True)
+def test_fewer_expert_ranks_than_tensor_ranks(folder: Path) -> None:
+    (folder / "expp_rank_1_mp_rank_01_optim_states.pt").unlink()
+    with pytest.raises(RefusedError) as error:
+        read_any(folder)
+    assert str(error.value) == (
+        f"{folder}: there are files of 1 expert-parallel ranks, where 2 tensor-parallel ranks have slices: a file is "
+        "missing, or ep_size was less than 2, and DeepSpeed wrote no slices of the other ranks"
     )
 
 

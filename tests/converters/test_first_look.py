@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import tarfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -13,20 +14,31 @@ import pytest
 from lora_state_format import registry
 from lora_state_format.cli import run
 from lora_state_format.errors import FileError, RefusedError
+from lora_state_format.foreign import dcp, pickles
+from lora_state_format.foreign.dcp import metadata, write_folder
 from lora_state_format.foreign.pickles import Record
-from lora_state_format.foreign.torch_save import save
+from lora_state_format.foreign.torch_save import dumps, save
 from lora_state_format.io.files import FEW
 from lora_state_format.model.sources import Memory
-from lora_state_format.model.states import OptimizerState
+from lora_state_format.model.states import OptimizerState, Scalar
 from lora_state_format.model.tensors import contiguous
 from lora_state_format.operations import report
 from lora_state_format.operations.conversion import read
 from lora_state_format.operations.look import look
 
-GOLDEN: Final = Path(__file__).parents[1] / "golden" / "deepspeed" / "files"
+GOLDEN: Final = Path(__file__).parents[1] / "golden"
 ZERO: Final = sorted(
-    p.name.removesuffix(".tar.xz") for p in GOLDEN.iterdir() if p.name.removesuffix(".tar.xz")[-1] > "0"
+    p.name.removesuffix(".tar.xz")
+    for p in (GOLDEN / "deepspeed" / "files").iterdir()
+    if p.name.removesuffix(".tar.xz")[-1] > "0"
 )
+DCP: Final = [
+    (framework, path.name)
+    for framework in ("megatron", "torchtitan")
+    for path in sorted((GOLDEN / framework / "files").iterdir())
+    if not path.name.startswith("bucket")
+]
+BUCKETS: Final = sorted(path.name for path in (GOLDEN / "megatron" / "files").glob("bucket-*"))
 SHAPES: Final = {"a.weight": (FEW + 1, 2), "b.weight": (5, 3)}
 
 
@@ -58,6 +70,11 @@ def shown(state: Any) -> dict[str, Any]:
     """What ``inspect --json`` says of a state, where it came from aside."""
     members = report.to_json(state)
     return {key: value for key, value in members.items() if key not in {"origin", "notes"}}
+
+
+def unpack(path: Path, folder: Path) -> None:
+    with tarfile.open(path) as archive:
+        archive.extractall(folder, filter="data")
 
 
 def test_a_look_at_many_ranks_reads_two_files_and_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -127,15 +144,102 @@ def test_few_ranks_are_all_read(tmp_path: Path) -> None:
 @pytest.mark.parametrize("case", ZERO)
 def test_a_look_shows_what_reading_shows(case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """On what DeepSpeed itself wrote, with pipeline stages, slices and experts."""
-    with tarfile.open(GOLDEN / f"{case}.tar.xz") as archive:
-        archive.extractall(tmp_path, filter="data")
+    unpack(GOLDEN / "deepspeed" / "files" / f"{case}.tar.xz", tmp_path)
     folder = next(tmp_path.glob("*/global_step3"))
     monkeypatch.setattr(registry.get("deepspeed_zero"), "FEW", 0)
-    with read(folder) as whole:
-        looked = look(folder).state
+    options = {"slices": "megatron"} if "grid" in case else {}
+    with read(folder, options=options) as whole:
+        looked = look(folder, options=options).state
         assert "first_look" in looked.origin
         assert shown(looked) == shown(whole)
         assert {**looked.origin, "first_look": 0} == {
             **{key: value for key, value in whole.origin.items() if key != "masters_compared"},
             "first_look": 0,
         }
+
+
+def spread(folder: Path, count: int) -> Path:
+    """A DCP folder whose moments lie in ``count`` files, a chunk in each; its step lies in one, with the groups."""
+    moments = contiguous("F32", (1, 4), Memory(bytes(16)))
+    entries = {
+        ("optimizer", "state", "w", "exp_avg"): moments,
+        ("optimizer", "state", "w", "step"): Scalar.of("F32", 3.0),
+    }
+    write_folder({**entries, ("optimizer", "param_groups", 0, "params"): ["w"]}, folder)
+    tree = pickles.load_plain(metadata(folder))
+    key, places = "optimizer.state.w.exp_avg", tree.state["storage_data"]
+    described = tree.state["state_dict_metadata"][key].state
+    index, info = next((index, info) for index, info in places.items() if index.state["fqn"] == key)
+    chunk = described["chunks"][0]
+    size = Record("torch", "Size", ((count, 4),))
+    chunks = []
+    del places[index]
+    for number in range(count):
+        at, name = Record("torch", "Size", ((number, 0),)), f"__{number}_0.distcp"
+        chunks.append(replace(chunk, state={**chunk.state, "offsets": at}))
+        places[replace(index, state={**index.state, "offset": at})] = replace(
+            info, state={**info.state, "relative_path": name}
+        )
+        if number:
+            shutil.copy(folder / "__0_0.distcp", folder / name)
+    described.update(size=size, chunks=chunks)
+    (folder / ".metadata").write_bytes(dumps(tree))
+    return folder
+
+
+def test_a_look_at_a_dcp_folder_reads_no_tensor(tmp_path: Path) -> None:
+    folder = spread(tmp_path / "step", FEW + 1)
+    with read(folder) as whole:
+        looked = look(folder).state
+        assert whole.origin == {"format": "dcp"}
+        assert looked.origin == {"format": "dcp", "first_look": {"files_read": 2, "files": FEW + 2}}
+        assert shown(looked) == shown(whole)
+    for path in folder.glob("__[1-9]*"):
+        path.write_bytes(b"")  # none of them is opened, let alone read
+    assert look(folder).state.origin == looked.origin
+    with pytest.raises(FileError) as error:
+        read(folder)
+    assert error.value.detail.startswith(
+        "is cut short: 0 bytes, where .metadata places 'optimizer.state.w.exp_avg' at "
+    )
+    (folder / "__7_0.distcp").unlink()  # names alone show this
+    with pytest.raises(FileError) as missing:
+        look(folder)
+    assert str(missing.value) == (
+        f"{folder / '__7_0.distcp'}: missing: .metadata says that it holds a part of the state"
+    )
+
+
+@pytest.mark.parametrize("number", [0, 1])
+def test_a_look_at_a_dcp_folder_follows_no_name_out_of_it(number: int, tmp_path: Path) -> None:
+    folder = spread(tmp_path / "step", FEW + 1)
+    old = f"__{number}_0.distcp".encode()
+    (folder / ".metadata").write_bytes((folder / ".metadata").read_bytes().replace(old, b"../../passwd"))
+    with pytest.raises(RefusedError) as error:
+        look(folder)
+    assert str(error.value) == f"{folder / '.metadata'}: points at a file outside the folder: '../../passwd'"
+
+
+@pytest.mark.parametrize(("framework", "archive"), DCP)
+def test_a_look_at_genuine_dcp_folders_shows_what_reading_shows(
+    framework: str, archive: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    unpack(GOLDEN / framework / "files" / archive, tmp_path)
+    folder = next(tmp_path.rglob(".metadata")).parent
+    with read(folder) as whole:
+        monkeypatch.setattr(dcp, "FEW", 0)
+        looked = look(folder).state
+        first = report.to_json(looked)["origin"]["first_look"]
+        assert first["files_read"] <= first["files"] == 1 + len(list(folder.rglob("*.distcp")))
+        assert shown(looked) == shown(whole)
+    if first["files_read"] == first["files"]:
+        note = f"a first look: {first['files']} of {first['files']} files were read, each in part; convert reads and "
+        assert f"{note}compares all" in report.to_json(looked)["notes"]
+
+
+@pytest.mark.parametrize("archive", BUCKETS)
+def test_a_look_at_flat_buckets_reads_all(archive: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    unpack(GOLDEN / "megatron" / "files" / archive, tmp_path)
+    folder = next(tmp_path.rglob(".metadata")).parent
+    monkeypatch.setattr(dcp, "FEW", 0)
+    assert "first_look" not in look(folder).state.origin

@@ -200,7 +200,7 @@ BLOB = b"B" + struct.pack("<L", 1 << 20) + bytes(1 << 20)
 TEXT = text("x" * (1 << 20))
 LIST = b"](" + b"".join(b"M" + struct.pack("<H", n) for n in range(60_000)) + b"e"
 AGAIN = {  # what is copied, what copies it, and how often that fits into the memory that is counted
-    "bytearrays": (BLOB, b"cbuiltins\nbytearray\nh\0\x85R0", 410),
+    "bytearrays": (BLOB, b"cbuiltins\nbytearray\nh\0\x85R0", 409),
     "bytes": (TEXT, b"c_codecs\nencode\nh\0\x8c\6latin1\x86R0", 410),
     "sets": (LIST, b"cbuiltins\nset\nh\0\x85R0", 111),
     "sizes": (LIST, b"ctorch\nSize\nh\0\x85R0", 895),

@@ -398,15 +398,20 @@ CHECKPOINTS: Final[dict[str, tuple[Callable[[dict[str, Any]], None], type[FileEr
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", CHECKPOINTS)
-def test_checkpoints(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    change, error, detail = CHECKPOINTS[name]
-    folder = tmp_path / "checkpoint"
+def hostile_checkpoint(name: str, path: Path) -> Path:
+    folder = path / "checkpoint"
     members = checkpoint(folder)
     os.mkfifo(folder / "pipe")
     (folder / "zero").symlink_to("/dev/zero")
-    change(members)
+    CHECKPOINTS[name][0](members)
     (folder / ".metadata").write_bytes(torch_save.dumps(Record(METADATA, "Metadata", state=members)))
+    return folder
+
+
+@pytest.mark.parametrize("name", CHECKPOINTS)
+def test_checkpoints(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    _, error, detail = CHECKPOINTS[name]
+    folder = hostile_checkpoint(name, tmp_path)
     before = listing(tmp_path)
     start = time.process_time()
     with pytest.raises(FileError, match=re.escape(detail)) as caught:
@@ -415,6 +420,20 @@ def test_checkpoints(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert caught.type is error
     assert command(capsys, "inspect", folder)[0] == 3
     assert command(capsys, "convert", folder, tmp_path / "out")[0] == 3
+    assert listing(tmp_path) == before
+
+
+@pytest.mark.parametrize("name", CHECKPOINTS)
+def test_a_first_look_at_checkpoints(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a folder of very many files is looked at: what is not read may be wrong, and is not followed."""
+    monkeypatch.setattr(dcp, "FEW", 0)
+    folder = hostile_checkpoint(name, tmp_path)
+    before = listing(tmp_path)
+    start = time.process_time()
+    assert command(capsys, "inspect", folder)[0] in (0, 3)
+    assert time.process_time() - start < SECONDS
     assert listing(tmp_path) == before
 
 

@@ -11,7 +11,8 @@ import ranks
 
 RUN = Path(__file__).parents[2] / "converters" / "runs" / "deepspeed_parallel_run.py"
 CASES = ["2-pipeline0", "4-pipeline1", "2-tensor0", "4-tensor1", "2-experts0", "4-experts0", "2-experts1", "4-experts2",
-         "4-hpz3"]
+         "4-hpz3", "4-staged0", "4-staged1", "4-uneven0", "4-routed0", "4-routed1",
+         "4-routed2", "4-tensor2", "4-wide0", "4-wide1", "4-grid0", "4-grid1"]
 
 
 def without_scripts(entry):
