@@ -28,6 +28,7 @@ __all__ = [
     "degrees",
     "global_expert",
     "local_experts",
+    "local_weights",
     "slices_of",
     "tag_folder",
     "weights",
@@ -109,6 +110,21 @@ def degrees(models: Mapping[int, Mapping[str, Any]], folder: Path) -> tuple[int,
 
 def weights(folder: Path, models: Mapping[int, Mapping[str, Any]], slices: Slices, files: Files) -> dict[str, Tensor]:
     """Return the model's own tensors by name: of the ranks' files, of pipeline layers, and of experts."""
+    parts = local_weights(folder, models, slices.count, files)
+    return {
+        name: slices.join(name, [of[r] for r in sorted(of)])
+        for name, of in parts.items()
+        if len(of) in (1, slices.count)
+    }
+
+
+def local_weights(
+    folder: Path, models: Mapping[int, Mapping[str, Any]], count: int, files: Files
+) -> dict[str, dict[int, Tensor]]:
+    """Return the same as the tensor-parallel ranks have it: by name and, of ``count``, by rank.
+
+    What all ranks have, and is in one file only, is under rank 0.
+    """
     parts: dict[str, dict[int, Tensor]] = {}
 
     def add(tree: Any, rank: int, prefix: str = "") -> None:
@@ -117,7 +133,7 @@ def weights(folder: Path, models: Mapping[int, Mapping[str, Any]], slices: Slice
                 parts.setdefault(prefix + str(key), {})[rank] = value
 
     for rank, model in models.items():
-        add(model.get("module"), rank % slices.count)
+        add(model.get("module"), rank % count)
     layers = {}
     for entry in names_in(folder):
         if match := LAYER.fullmatch(entry):
@@ -126,11 +142,7 @@ def weights(folder: Path, models: Mapping[int, Mapping[str, Any]], slices: Slice
             layers[1_000_000 + int(match[1]), int(match[2])] = folder / entry, ""
     for (layer, rank), (file, prefix) in sorted(layers.items()):
         add(pickles.load(files[file], file).value, rank if layer < 1_000_000 else 0, prefix)
-    return {
-        name: slices.join(name, [of[r] for r in sorted(of)])
-        for name, of in parts.items()
-        if len(of) in (1, slices.count)
-    }
+    return parts
 
 
 def check_whole(tree: Any, found: Sequence[Mapping[str, Any]], path: object) -> None:

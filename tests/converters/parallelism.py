@@ -1,8 +1,8 @@
 """The table of parallelisms in docs/cluster.md, out of the cases that the tests prove: run this file to print it.
 
 A case's name says how it was made: ``tests/golden`` has a folder for each, and ``test_megatron.py``,
-``test_deepspeed_parallel.py``, ``test_nanotron.py`` and ``test_torchtitan.py`` compare all that there are with what the
-ranks held.
+``test_deepspeed_parallel.py``, ``test_sub_partitions.py``, ``test_nanotron.py`` and ``test_torchtitan.py`` compare
+all that there are with what the ranks held.
 ``fsdp_run.py`` makes those of torch when the tests run, which take their cases from here.
 """
 
@@ -22,7 +22,8 @@ FORMS: Final = {
 }  # fmt: skip
 WORDS: Final = {
     "tp": "tensor {}", "pp": "pipeline {}", "vp": "virtual pipeline {}", "ep": "expert {}", "dp": "data {}",
-    "fsdp": "FSDP2 {}", "gated": "SwiGLU", "tied": "tied embeddings", "slow": "norms equal in bf16", "rms": "RMSNorm",
+    "one": "a single group", "frozen": "a frozen parameter", "rigid": "`elastic_checkpoint` false", "fsdp": "FSDP2 {}",
+    "gated": "SwiGLU", "tied": "tied embeddings", "slow": "norms equal in bf16", "rms": "RMSNorm",
 }  # fmt: skip
 KINDS: Final = {
     "pipeline": "pipeline 2", "tensor": "AutoTP 2", "experts": "expert 2", "hpz": "`zero_hpz_partition_size` 2",
@@ -66,6 +67,12 @@ def deepspeed(case: str) -> tuple[str, ...]:
     return "DeepSpeed 0.19.8", converter, f"ZeRO {stage}" if stage != "0" else "without ZeRO", says, case
 
 
+def deeperspeed(case: str) -> tuple[str, ...]:
+    found = [re.fullmatch(r"([a-z]+)(\d*)", word) for word in case.split("-")]
+    says = [WORDS[match[1]].format(match[2]) for match in found if match]
+    return "DeepSpeed 0.3.15", "deepspeed_zero", "ZeRO 1, sub-partitions", ", ".join(says), case
+
+
 def nanotron(case: str) -> tuple[str, ...]:
     says = [WORDS[match[1]].format(match[2]) for match in re.finditer(r"(tp|pp|dp)(\d)", case)]
     says += ["fp32 masters"] if "masters" in case else []
@@ -80,6 +87,7 @@ def torchtitan(case: str) -> tuple[str, ...]:
 def rows() -> Iterator[tuple[str, ...]]:
     yield from map(megatron, cases("megatron"))
     yield from map(deepspeed, cases("deepspeed"))
+    yield from map(deeperspeed, cases("deeperspeed"))
     yield from map(nanotron, cases("nanotron"))
     yield from map(torchtitan, cases("torchtitan"))
     for case, (converter, ranks, form, says) in TORCH.items():
