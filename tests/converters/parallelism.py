@@ -1,8 +1,8 @@
 """The table of parallelisms in docs/cluster.md, out of the cases that the tests prove: run this file to print it.
 
 A case's name says how it was made: ``tests/golden`` has a folder for each, and ``test_megatron.py``,
-``test_deepspeed_parallel.py``, ``test_sub_partitions.py``, ``test_nanotron.py`` and ``test_torchtitan.py`` compare
-all that there are with what the ranks held.
+``test_megatron_fsdp.py``, ``test_deepspeed_parallel.py``, ``test_sub_partitions.py``, ``test_nanotron.py`` and
+``test_torchtitan.py`` compare all that there are with what the ranks held.
 ``fsdp_run.py`` makes those of torch when the tests run, which take their cases from here.
 """
 
@@ -58,6 +58,11 @@ def megatron(case: str) -> tuple[str, ...]:
     return "Megatron-Core 0.16.1", "megatron", FORMS[form], ", ".join(says), case
 
 
+def megatron_fsdp(case: str) -> tuple[str, ...]:
+    says = [WORDS[match[1]].format(match[2]) for match in re.finditer(r"(tp|dp|gated)(\d*)", case)]
+    return "Megatron-FSDP of 0.16.1", "dcp", "`fsdp_dtensor`", ", ".join(says), case
+
+
 def deepspeed(case: str) -> tuple[str, ...]:
     match = re.fullmatch(r"(\d)-([a-z]+)(\d)", case)
     assert match
@@ -86,6 +91,7 @@ def torchtitan(case: str) -> tuple[str, ...]:
 
 def rows() -> Iterator[tuple[str, ...]]:
     yield from map(megatron, cases("megatron"))
+    yield from map(megatron_fsdp, cases("megatron_fsdp"))
     yield from map(deepspeed, cases("deepspeed"))
     yield from map(deeperspeed, cases("deeperspeed"))
     yield from map(nanotron, cases("nanotron"))
