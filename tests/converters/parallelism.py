@@ -18,7 +18,8 @@ HERE: Final = Path(__file__).parent
 GOLDEN: Final = HERE.parent / "golden"
 
 FORMS: Final = {
-    "fp32": "not distributed", "full": "`fully_reshardable`", "bucket": "`dp_reshardable`",
+    "fp32": "not distributed", "space": "`fully_sharded_model_space`", "full": "`fully_reshardable`",
+    "bucket": "`dp_reshardable`",
 }  # fmt: skip
 WORDS: Final = {
     "tp": "tensor {}", "pp": "pipeline {}", "vp": "virtual pipeline {}", "ep": "expert {}", "dp": "data {}",
@@ -49,6 +50,10 @@ TORCH: Final = {
 def cases(framework: str) -> list[str]:
     """The names of a framework's folders."""
     return sorted(path.name.removesuffix(".tar.xz") for path in (GOLDEN / framework / "files").iterdir())
+
+
+def nemo(case: str) -> tuple[str, ...]:
+    return "NeMo 2.4.0, Megatron-Core 0.13.1", *megatron(case)[1:]
 
 
 def megatron(case: str) -> tuple[str, ...]:
@@ -91,6 +96,7 @@ def torchtitan(case: str) -> tuple[str, ...]:
 
 def rows() -> Iterator[tuple[str, ...]]:
     yield from map(megatron, cases("megatron"))
+    yield from map(nemo, cases("nemo"))
     yield from map(megatron_fsdp, cases("megatron_fsdp"))
     yield from map(deepspeed, cases("deepspeed"))
     yield from map(deeperspeed, cases("deeperspeed"))
