@@ -33,6 +33,7 @@ GROUPED = {**SIZES, "intermediate_size": 24, "num_key_value_heads": 2}
 NEOX = {**SIZES, "intermediate_size": 64, "rotary_pct": 0.5, "use_parallel_residual": True}
 MODELS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "neox": ("gpt_neox", "GPTNeoX", NEOX),
+    "neox_sequential": ("gpt_neox", "GPTNeoX", NEOX),
     "bloom": ("bloom", "Bloom", {"vocab_size": 32, "hidden_size": 16, "n_layer": 2, "n_head": 4}),
     "litgpt": ("litgpt", "Llama", {**GROUPED, "rms_norm_eps": 1e-5}),
     "olmo": ("olmo", "Olmo", GROUPED),

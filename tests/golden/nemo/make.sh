@@ -6,4 +6,4 @@ install torch==2.13.0 "numpy<2" safetensors packaging setuptools lightning omega
     cloudpickle onnx defusedxml braceexpand webdataset ruamel.yaml wget transformers datasets multi-storage-client \
     tensorboard einops psutil pynvml
 install --no-deps megatron-core==0.13.1 nemo_toolkit==2.4.0 nemo_run nvidia_resiliency_ext catalogue toml graphviz leptonai
-make "torch|megatron-core|nemo_toolkit|numpy|lightning"
+make "torch|megatron-core|nemo[-_]toolkit|numpy|lightning"

@@ -28,11 +28,12 @@ out = Path(sys.argv[1])
 out.mkdir(parents=True, exist_ok=True)
 made = out.with_name("made")
 made.mkdir(exist_ok=True)
-for family in ("neox", "bloom", "litgpt", "olmo", "olmo2"):
-    if family in ("neox", "bloom"):
+for family in ("neox", "neox_sequential", "bloom", "litgpt", "olmo", "olmo2"):
+    source = SOURCES / family.partition("_")[0]
+    if source.is_dir():
         shared, run = port(), str(HERE / "megatron_run.py")
         commands = [
-            [sys.executable, "-W", "ignore", run, str(made), str(rank), "2", shared, family, str(SOURCES / family)]
+            [sys.executable, "-W", "ignore", run, str(made), str(rank), "2", shared, family, str(source)]
             for rank in range(2)
         ]
     else:
