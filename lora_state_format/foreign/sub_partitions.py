@@ -15,15 +15,22 @@ from itertools import accumulate
 from math import prod
 from typing import Any, Final
 
-from lora_state_format.errors import AmbiguousOrderError, FileError
+from lora_state_format.errors import AmbiguousOrderError, FileError, RefusedError
 from lora_state_format.foreign.masters import REMEDY, ROUNDED, SAMPLE, elements, rounded
 from lora_state_format.foreign.trees import member
+from lora_state_format.model.dtypes import item_size
 from lora_state_format.model.tensors import Flat, Piece, Tensor
 
 __all__ = ["Interval", "grouped", "intervals"]
 
 MAX_WAYS: Final = 4096
 """Ways of dealing out the parameters that are followed at a time."""
+
+BEGIN: Final = 8
+"""Elements by which parameters are told apart that may be taken for each other."""
+
+MAX_GROUPS: Final = 256
+"""Groups that parameters are dealt out to; an optimizer has two, or one for each layer."""
 
 _LATER: Final = "convert a later checkpoint of the run, whose weights differ"
 
@@ -100,8 +107,15 @@ def grouped(
 
     Raises:
         FileError: no way of dealing out the parameters fits the masters.
-        AmbiguousOrderError: several do.
+        RefusedError: more groups than are tried.
+        AmbiguousOrderError: several ways fit.
     """
+    if len(shares) > MAX_GROUPS:
+        raise RefusedError(
+            f"{len(shares):,} groups of parameters, where up to {MAX_GROUPS} are read: load it in the DeepSpeed that "
+            "wrote it, with fewer groups",
+            path=path,
+        )
     flats = [_end_to_end(tensors) for tensors in shares]
     shapes = {name: shape for name, shape in shapes.items() if prod(shape)}
     weights = {
@@ -178,18 +192,22 @@ class _Dealing:
         """Return up to two ways that leave nothing of the groups over.
 
         ``skipping`` is whether parameters may be in none of them. One that fits is only left out where a later one
-        begins with the same element: the groups would stay at a place that nothing else fits.
+        begins with the same elements: the groups would stay at a place that nothing else fits. What is left out is no
+        more than there is besides what fills the groups.
         """
         likely = self._left_out() if skipping else frozenset()
+        seen, spare = 0, sum(map(prod, self.shapes.values()))
+        spare -= 0 if self.padded else sum(flat.count for flat in self.flats)
         frontier = {(0,) * len(self.flats): [_Way(None, None)]}
         for name, shape in self.shapes.items():
+            seen += prod(shape)
             following: dict[tuple[int, ...], list[_Way]] = {}
             for taken, ways in frontier.items():
                 groups = [number for number in range(len(taken)) if self._fits(name, number, taken[number])]
                 for group in groups:
                     moved = tuple(at + prod(shape) * (group == number) for number, at in enumerate(taken))
                     following.setdefault(moved, []).extend(_Way(group, way) for way in ways)
-                if skipping and (not groups or name in likely):
+                if skipping and (not groups or name in likely) and seen - sum(taken) <= spare:
                     following.setdefault(taken, []).extend(_Way(None, way) for way in ways)
             if len(following) > MAX_WAYS:
                 raise AmbiguousOrderError(
@@ -201,14 +219,34 @@ class _Dealing:
         return [way.groups() for place, ways in frontier.items() if self._is_full(place) for way in ways][:2]
 
     def _left_out(self) -> frozenset[str]:
-        """Return the parameters that may be left out although they fit: those that others may be taken for."""
-        last: dict[object, str] = {}
-        begins = {}
-        for name in self.shapes:
-            weight = self.weights.get(name)
-            begins[name] = None if weight is None else bytes(elements(weight, 0, 1))
-            last[begins[name]] = name
-        return frozenset(name for name, first in begins.items() if first is None or last[first] != name)
+        """Return the parameters that may be left out although they fit: those that later ones may be taken for."""
+        begins = {name: self._begin(name) for name in self.shapes}
+        longer: dict[tuple[bytes, ...], str] = {}
+        whole: dict[tuple[bytes, ...], str] = {}
+        for name, begin in begins.items():
+            for count in range(len(begin) + 1):
+                longer[begin[:count]] = name
+            if len(begin) < BEGIN:
+                whole[begin] = name
+        unseen = next((name for name in reversed(self.shapes) if name not in self.weights), "")
+        place = {name: number for number, name in enumerate(self.shapes)}
+        return frozenset(
+            name
+            for name, begin in begins.items()
+            if any(
+                place.get(later, -1) > place[name]
+                for later in (unseen, longer[begin], *(whole.get(begin[:count], "") for count in range(len(begin))))
+            )
+        )
+
+    def _begin(self, name: str) -> tuple[bytes, ...]:
+        """Return the first elements of a parameter's weight, none of one that is not there."""
+        weight = self.weights.get(name)
+        if weight is None:
+            return ()
+        count = min(BEGIN, weight.count)
+        found, size = bytes(elements(weight, 0, count)), item_size(weight.dtype)
+        return tuple(found[number * size :][:size] for number in range(count))
 
     def _fits(self, name: str, number: int, at: int) -> bool:
         """Whether a parameter's weights, as far as they are there, are what follows in a group, by its two ends."""

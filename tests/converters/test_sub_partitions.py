@@ -12,7 +12,7 @@ import torch
 
 from lora_state_format import registry
 from lora_state_format.cli import run
-from lora_state_format.errors import AmbiguousOrderError, FileError
+from lora_state_format.errors import AmbiguousOrderError, FileError, RefusedError
 from lora_state_format.foreign import pickles, sub_partitions
 from lora_state_format.foreign.torch_save import save
 from lora_state_format.io.files import reading
@@ -229,6 +229,15 @@ def test_parameters_that_are_not_trained_are_in_no_group() -> None:
 
 def test_values_between_two_halves_are_the_nearest_one() -> None:
     assert dealt([[flat(1.0001, -2.0001)]], {"a": half(1), "b": half(-2)}) == [["a", "b"]]
+
+
+def test_more_groups_than_are_tried_are_refused() -> None:
+    with pytest.raises(RefusedError) as error:
+        dealt([[flat(1)]] * 257, {"a": half(1)})
+    assert str(error.value) == (
+        "rank: 257 groups of parameters, where up to 256 are read: load it in the DeepSpeed that wrote it, with fewer "
+        "groups"
+    )
 
 
 def test_more_ways_than_are_followed_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
