@@ -228,7 +228,7 @@ class _Dealing:
                 longer[begin[:count]] = name
             if len(begin) < BEGIN:
                 whole[begin] = name
-        unseen = next((name for name in reversed(self.shapes) if name not in self.weights), "")
+        unseen = next((name for name in reversed([*self.shapes]) if name not in self.weights), "")
         place = {name: number for number, name in enumerate(self.shapes)}
         return frozenset(
             name
