@@ -17,19 +17,16 @@ from pathlib import Path
 from typing import Any, Final
 
 from lora_state_format.errors import FileError, UnrepresentableError
-from lora_state_format.foreign import keyed
+from lora_state_format.foreign import fsdp_dtensor, keyed
 from lora_state_format.foreign.dcp import Folder, is_folder, metadata, open_folder, seen, write_folder
 from lora_state_format.foreign.state_dict import Found, from_state_dict, is_state_dict
 from lora_state_format.io.files import folders_in
-from lora_state_format.model.states import Checkpoint, OptimizerState, Weights, leaf_of
+from lora_state_format.model.states import Checkpoint, OptimizerState, PositionalState, Weights, leaf_of
 from lora_state_format.model.tensors import Tensor
 from lora_state_format.registry import Match
 
 NAME: Final = "dcp"
 DESCRIPTION: Final = "a torch.distributed.checkpoint folder (FSDP, torchtitan, ...): .metadata and *.distcp files"
-_PER_NAME: Final = b"param_to_group_meta"
-"""What the state dicts of Megatron-FSDP have in place of param_groups."""
-
 OPTIONS: Final = {
     "key": "where the optimizer stands in the tree that is written: 'optimizer' if not said, '' for the top",
     "flattened": "write torch's flattened layout (flatten_optimizer_state_dict=True)",
@@ -48,7 +45,11 @@ def _folders(path: Path) -> list[Path]:
     if not path.is_dir() or (path / "metadata.json").exists():  # metadata.json: Megatron
         return []
     candidates = [path] if is_folder(path) else [folder for folder in folders_in(path) if is_folder(folder)]
-    found = [folder for folder in candidates if any(word in metadata(folder) for word in (b"param_groups", _PER_NAME))]
+    found = [
+        folder
+        for folder in candidates
+        if any(word in metadata(folder) for word in (b"param_groups", fsdp_dtensor.KEY.encode()))
+    ]
     parts = len(found) == 1 or all(folder.name.startswith("optim") for folder in found)
     return found if parts else []  # the checkpoints of a run, step after step
 
@@ -80,8 +81,10 @@ def _read(path: Path, opener: Callable[[Path], Folder]) -> Checkpoint:
             _check_steps(item)
         state = from_state_dict(*found, origin={"format": NAME, **seen(opened)}, resources=tuple(opened))
         weights = {name: tensor for folder in opened for name, tensor in _weights(folder)}
+        weights = fsdp_dtensor.under_its_names(weights, state.ids)
         candidates = ((Weights("the folder", weights, ordered=True),),) if weights else ()
-        return Checkpoint(keyed.named(state, weights=weights), weights, candidates=candidates)
+        named = keyed.named(state, weights=weights)
+        return Checkpoint(named, {**weights, **_own(named, weights)}, candidates=candidates)
     except BaseException:
         for folder in opened:
             folder.close()
@@ -94,6 +97,14 @@ def _check_whole(opened: Sequence[Folder], path: Path) -> None:
         for where in folder.entries:
             if where and str(where[-1]).endswith(keyed.FLAT):
                 raise keyed.local_state(path)
+
+
+def _own(state: OptimizerState | PositionalState, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the weights of parameters whose names lost a wrapper's segments, by the names that are left."""
+    if isinstance(state, PositionalState):
+        return {}
+    raw = {p.name: p.original_id for p in state.parameters if isinstance(p.original_id, str)}
+    return {name: weights[original] for name, original in raw.items() if original in weights}
 
 
 def _weights(folder: Folder) -> Iterator[tuple[str, Tensor]]:
@@ -110,8 +121,8 @@ def _optimizers(node: Any, path: tuple[str | int, ...] = ()) -> Iterator[Found]:
     if "param_groups" in node:
         yield Found(path, _nested(node))
         return
-    if "param_to_group_meta" in node:
-        yield Found(path, _by_name(node))
+    if fsdp_dtensor.KEY in node:
+        yield Found(path, fsdp_dtensor.state_dict(node[fsdp_dtensor.KEY], _lists(node.get("state", {}))))
         return
     if any(str(key).startswith("param_groups.") for key in node):
         yield Found(path, _flattened(node))
@@ -127,23 +138,6 @@ def _nested(node: Mapping[Any, Any]) -> dict[str, Any]:
     listed = {identity for group in groups for identity in group["params"] if type(identity) is int}
     # The path of an entry is of strings, also where a state dict's ids are numbers.
     state = {int(key) if str(key).isdecimal() and int(key) in listed else key: slots for key, slots in state.items()}
-    return {"state": state, "param_groups": groups}
-
-
-def _by_name(node: Mapping[Any, Any]) -> dict[str, Any]:
-    """Return what Megatron-FSDP saves as a state dict: it states each parameter's options under its name."""
-    stated, state = node["param_to_group_meta"], _lists(node.get("state", {}))
-    if not isinstance(stated, dict) or not isinstance(state, dict):
-        raise FileError("holds a param_to_group_meta or a state that is no dict")
-    groups: list[dict[str, Any]] = []
-    for name, options in stated.items():
-        chosen = options if isinstance(options, dict) else {}
-        for group in groups:
-            if {key: value for key, value in group.items() if key != "params"} == chosen:
-                group["params"].append(name)
-                break
-        else:
-            groups.append({**chosen, "params": [name]})
     return {"state": state, "param_groups": groups}
 
 

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any, Final, TypeAlias
 
 from lora_state_format.errors import FileError, RefusedError
-from lora_state_format.foreign import deepspeed, keyed, pickles
+from lora_state_format.foreign import deepspeed, keyed, pickles, sub_partitions
 from lora_state_format.foreign.masters import check_masters
 from lora_state_format.foreign.pickles import Record
 from lora_state_format.foreign.state_dict import from_state_dict
@@ -46,6 +46,7 @@ OPTIONS: Final = {
 }
 
 _OPTIM: Final = re.compile(r"(?:bf16_)?zero_pp_rank_(\d+)_mp_rank_(\d+)(_\d+)?_optim_states\.pt")
+_SUB_PARTITIONS: Final = "sub-partitions of DeepSpeed 0.3, whose masters prove which group a parameter is in"
 _WAY_OUT: Final = "make a universal checkpoint of it with DeepSpeed's ds_to_universal.py and convert that"
 
 
@@ -65,7 +66,11 @@ def _holds(folder: Path) -> bool:
 
 @dataclass(frozen=True)
 class _Rank:
-    """What one rank's file holds: flat tensors and other values by group, the fp32 masters, the groups' options."""
+    """What one rank's file holds: flat tensors and other values by group, the fp32 masters, the groups' options.
+
+    Of DeepSpeed 0.3's ZeRO 1, one of its sub-partitions of each group. ``shapes`` are then those of the model's
+    parameters in their order, none of a version that did not save them; ``padded`` is whether padding was saved.
+    """
 
     path: Path
     stage: int
@@ -75,6 +80,8 @@ class _Rank:
     options: Sequence[Mapping[str, Any]]
     slices: Sequence[Mapping[str, Any]]
     partitions: Sequence[int]
+    shapes: Mapping[str, tuple[int, ...]] | None = None
+    padded: bool = False
 
 
 def read(match: Match, options: Mapping[str, Any]) -> Checkpoint:
@@ -87,7 +94,7 @@ def read(match: Match, options: Mapping[str, Any]) -> Checkpoint:
     folder = match.path
     paths = _rank_files(folder)
     with reading(folder) as files:
-        ranks = {mp: [_rank(files[file]) for file in of] for mp, of in paths.items()}
+        ranks = {mp: _flat_order([_rank(files[file]) for file in of]) for mp, of in paths.items()}
         _check_agreement([rank for of in ranks.values() for rank in of])
         for of in ranks.values():
             _check_copies(of)
@@ -111,7 +118,10 @@ def glance(match: Match, options: Mapping[str, Any]) -> Checkpoint:
     if sum(map(len, paths.values())) <= FEW:
         return read(match, options)
     with reading(folder) as files:
-        ranks = {mp: [_rank(files[of[0]])] * len(of) for mp, of in paths.items()}
+        first = {mp: _rank(files[of[0]]) for mp, of in paths.items()}
+        if any(shares[0].shapes is not None for shares in first.values()):  # only all ranks together name their groups
+            return read(match, options)
+        ranks = {mp: [replace(first[mp][0], path=path) for path in of] for mp, of in paths.items()}
         _check_agreement([of[0] for of in ranks.values()])
         save = _save(folder, ranks, options, files, seen=False)
         laid_out = _Whole(*_whole(save, _unread), {"first_look": first_look(len(files), len(names_in(folder)))})
@@ -139,6 +149,24 @@ class _Save:
         return self.ranks[0][0].stage
 
 
+def _with_groups(
+    folder: Path, ranks: Mapping[int, Sequence[_Rank]], models: Mapping[int, _Model], files: Files
+) -> dict[int, _Model]:
+    """Return the models with the groups of their parameters, as the masters prove them."""
+    trees = {mp: model.tree for mp, model in models.items()}
+    _, tensor = deepspeed.degrees(trees, folder)
+    parts = deepspeed.local_weights(folder, trees, tensor, files)
+    found = {}
+    for mp, model in models.items():
+        first = ranks[mp][0]
+        own = {name: of.get(mp % tensor, of[min(of)]) for name, of in parts.items()}
+        shapes = first.shapes or {name: weight.shape for name, weight in own.items()}
+        masters = [[rank.masters[number] for rank in ranks[mp]] for number in range(len(first.masters))]
+        groups = sub_partitions.grouped(masters, shapes, own, padded=first.padded, path=first.path)
+        found[mp] = replace(model, groups=groups)
+    return found
+
+
 @dataclass(frozen=True)
 class _Whole:
     """The state dict of all ranks together, with masters; the shapes of its parameters; what there is to say of it."""
@@ -158,6 +186,8 @@ def _save(
     models = {mp: _model(folder, mp, ranks[mp], files) for mp in ranks}
     for mp, model in models.items():
         _check_model(model.tree, model.groups, ranks[mp], model.path)
+    if ranks[0][0].shapes is not None:
+        models = _with_groups(folder, ranks, models, files)
     trees = {mp: model.tree for mp, model in models.items()}
     stages, tensor = deepspeed.degrees(trees, folder) if ranks[0][0].stage < 3 else (1, 1)
     slices = deepspeed.slices_of(tensor, trees[0], options.get("slices"), models[0].path, seen=seen)
@@ -170,6 +200,8 @@ def _proven(save: _Save, weights: Mapping[str, Tensor]) -> _Whole:
     Raises:
         FileError: the masters are not the model's weights in either order.
     """
+    if save.ranks[0][0].shapes is not None:
+        return _compared(_Whole(*_whole(save, _cut_in_order), {"layout": _SUB_PARTITIONS}), weights, save.folder)
     found = _Whole(*_whole(save, _cut_stage3 if save.stage == 3 else _cut_stage12), {})
     try:
         return _compared(found, weights, save.folder)
@@ -214,7 +246,7 @@ def _beside(found: _Whole, folder: Path, files: Files) -> tuple[_Whole, dict[str
 
 def _compared(found: _Whole, weights: Mapping[str, Tensor], folder: Path) -> _Whole:
     masters = {name: slots[MASTER] for name, slots in found.tree["state"].items()}
-    return replace(found, said={"masters_compared": check_masters(masters, weights, folder)})
+    return replace(found, said={**found.said, "masters_compared": check_masters(masters, weights, folder)})
 
 
 def _checkpoint(
@@ -257,6 +289,8 @@ def _model(folder: Path, mp: int, ranks: Sequence[_Rank], files: Files) -> _Mode
     if not path.exists():
         raise FileError("missing: it has the parameters' names and shapes", path=path)
     tree = pickles.load(files[path], path).value
+    if ranks[0].shapes is not None:
+        return _Model(path, tree, [])
     shapes = member(tree, "param_shapes", list, path)
     return _Model(path, tree, [member(shapes, number, dict, path) for number in range(len(shapes))])
 
@@ -330,20 +364,47 @@ def _held(
         yield from ((name, [part["state"][name] for part in parts]) for name in groups[0]["params"])
 
 
-def _rank(file: PooledFile) -> _Rank:
+def _flat_order(files: Sequence[Sequence[_Rank]]) -> list[_Rank]:
+    """Return the shares of all ranks' files in the order in which they make up the groups.
+
+    Raises ``FileError`` where files have different numbers of them.
+    """
+    for shares in files:
+        if len(shares) != len(files[0]):
+            raise FileError(
+                f"has {len(shares)} sub-partitions of each group, where {files[0][0].path.name} has {len(files[0])}",
+                path=shares[0].path,
+            )
+    return [share for interval in zip(*files, strict=True) for share in interval]
+
+
+def _rank(file: PooledFile) -> list[_Rank]:
+    """Return what a rank's file holds: one share of the groups, or the sub-partitions of DeepSpeed 0.3's ZeRO 1."""
     path = file.path
-    tree = member(pickles.load(file, path).value, "optimizer_state_dict", dict, path)
+    whole = pickles.load(file, path).value
+    tree = member(whole, "optimizer_state_dict", dict, path)
     stage = tree.get("zero_stage", 1)
     if isinstance(stage, Record):
         stage = stage.args[0] if stage.args else stage.state
     if stage not in (1, 2, 3):
         raise RefusedError(f"ZeRO stage {stage!r}; stages 1, 2 and 3 are read", path=path)
     if "local_sub_partitions_of_fp32_groups" in tree:
-        raise RefusedError(
-            "the sub-partitions of an older DeepSpeed's ZeRO stage 1 (0.3, which trained Pythia): load it with the "
-            "version that wrote it and save it without ZeRO",
-            path=path,
-        )
+        return _sub_partitions(whole, tree, path)
+    return [_share(tree, stage, path)]
+
+
+def _sub_partitions(whole: Mapping[str, Any], tree: Mapping[str, Any], path: Path) -> list[_Rank]:
+    found, options = sub_partitions.intervals(tree, path)
+    shapes = member(whole, "param_shapes", dict, path) if "param_shapes" in whole else {}
+    padded = "num_comm_intervals_per_group" not in tree
+    count = [] if padded else [member(tree, "partition_count", int, path)]
+    return [
+        _Rank(path, 1, part.states, part.masters, [0] * len(part.masters), options, [], count, shapes, padded)
+        for part in found
+    ]
+
+
+def _share(tree: Mapping[str, Any], stage: int, path: Path) -> _Rank:
     if stage == 3:
         if "ds_zero_partition_groups" in tree:
             raise RefusedError(f"parameters are cut over groups of ranks of different sizes: {_WAY_OUT}", path=path)
@@ -377,18 +438,20 @@ def _rank(file: PooledFile) -> _Rank:
 
 def _check_model(model: Mapping[str, Any], groups: Sequence[Any], ranks: Sequence[_Rank], path: Path) -> None:
     """Check that the model's file and the ranks' agree on how many ranks and groups there were."""
-    first = ranks[0]
-    if len(groups) != len(first.states):
+    first, count = ranks[0], _files(ranks)
+    if first.shapes is None and len(groups) != len(first.states):
         raise FileError(f"names {len(groups)} groups of parameters; the ranks hold {len(first.states)}", path=path)
     for number, partitions in enumerate(first.partitions):
         experts = number < len(first.options) and first.options[number].get("moe")
-        if partitions < 1 or (len(ranks) % partitions if experts else partitions != len(ranks)):
-            raise FileError(
-                f"says the state was cut over {partitions} ranks; there are {len(ranks)} files", path=first.path
-            )
+        if partitions < 1 or (count % partitions if experts else partitions != count):
+            raise FileError(f"says the state was cut over {partitions} ranks; there are {count} files", path=first.path)
     world = model.get("dp_world_size")
-    if world not in (None, len(ranks)):
-        raise FileError(f"says there were {world} ranks; there are optimizer files of {len(ranks)}", path=path)
+    if world not in (None, count):
+        raise FileError(f"says there were {world} ranks; there are optimizer files of {count}", path=path)
+
+
+def _files(ranks: Sequence[_Rank]) -> int:
+    return len({rank.path for rank in ranks})
 
 
 def _state_dict(
@@ -431,7 +494,7 @@ def _state_dict(
 
 def _origin(save: _Save) -> dict[str, Value]:
     version = save.models[0].tree.get("ds_version")
-    origin: dict[str, Value] = {"format": NAME, "stage": save.stage, "ranks": sum(map(len, save.ranks.values()))}
+    origin: dict[str, Value] = {"format": NAME, "stage": save.stage, "ranks": sum(map(_files, save.ranks.values()))}
     if save.stages * save.slices.count > 1:
         origin |= {"pipeline_stages": save.stages, "tensor_parallel": save.slices.count}
     return {**origin, "deepspeed": version} if isinstance(version, str) else origin
@@ -533,13 +596,14 @@ def _cut_stage12(
 def _cut_in_order(
     ranks: Sequence[_Rank], number: int, named: Mapping[str, Any], flat: Mapping[str, Sequence[Tensor]], folder: Path
 ) -> Iterator[tuple[str, dict[str, Tensor]]]:
-    """Take parameters of stages 1 and 2 as they stand in ``param_shapes``, whatever ``param_slice_mappings`` says.
+    """Take parameters of stages 1 and 2 as they stand in the group's shapes, whatever ``param_slice_mappings`` says.
 
     With ``round_robin_gradients``, DeepSpeed (seen with 0.19.8) writes the mappings of the order that it had before
     (``_link_all_hp_params`` in ``stage_1_and_2.py``).
     """
     ends = list(accumulate(rank.masters[number].count for rank in ranks))
-    if ends[-1] != sum(map(prod, named.values())):
+    left = ends[-1] - sum(map(prod, named.values()))
+    if left and not (left > 0 and ranks[0].padded):
         raise FileError(
             f"the ranks hold {ends[-1]} elements of group {number}, and its parameters have others", path=folder
         )

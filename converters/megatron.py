@@ -26,6 +26,7 @@ from lora_state_format.foreign import keyed, pickles
 from lora_state_format.foreign.dcp import METADATA, Folder, is_folder, metadata, open_folder, seen, write_folder
 from lora_state_format.foreign.flat_buckets import MASTER, Bucket, take_apart
 from lora_state_format.foreign.masters import check_masters
+from lora_state_format.foreign.model_space import in_shape
 from lora_state_format.foreign.state_dict import Found, from_state_dict
 from lora_state_format.foreign.torch_save import with_items
 from lora_state_format.foreign.trees import member
@@ -198,7 +199,8 @@ def _states(
         if inner := _STATE.fullmatch(match[2]):
             slot = MASTER if inner[1] == "fp32_param" else inner[1]
             for name, part in _apart(inner[2].removeprefix("model."), value):
-                states.setdefault(number, {}).setdefault(name, {})[slot] = part
+                whole = in_shape(part, weights[name].shape) if name in weights else part
+                states.setdefault(number, {}).setdefault(name, {})[slot] = whole
         elif inner := _BUCKET.fullmatch(match[2]):
             group, buffer, bucket = int(inner[1]), int(inner[2]), int(inner[4])
             domain = f"optimizer {number}, dp_group_idx {group}, gbuf_idx {buffer}"
@@ -225,7 +227,9 @@ def _groups(place: Path, entries: Mapping[str, Any]) -> dict[int, tuple[list[dic
         return found
     with File(path) as file:
         tree = pickles.load(file).value
-        optimizer = member(tree, "optimizer", dict, path)
+        optimizer = member(tree, "optimizer", (dict, list), path)
+        if isinstance(optimizer, list):  # Lightning's, of which NeMo has one
+            optimizer = member(optimizer, 0, dict, path)
         chained = {key: value for key, value in optimizer.items() if type(key) is int}
         for number, inner in (chained or {0: optimizer}).items():
             step = None
@@ -287,7 +291,8 @@ def _by_rule(shapes: Mapping[str, Sequence[int]], groups: Sequence[Mapping[str, 
     """
     kinds: dict[tuple[bool, bool], int] = {}
     for number, group in enumerate(groups):
-        kind = bool(group.get("is_expert_parallel")), group.get("wd_mult", 1.0) != 0.0
+        decay = group.get("wd_mult", group.get("pre_wd_mult", 1.0))  # NeMo's has been taken into account
+        kind = bool(group.get("is_expert_parallel")), decay != 0.0
         if kinds.setdefault(kind, number) != number:
             raise RefusedError(
                 f"groups {kinds[kind]} and {number} differ in more than decay and experts, and the file does not say "
@@ -356,6 +361,11 @@ def _common_items(common: File, optimizers: Sequence[Any]) -> dict[str, Any]:
     """Return what changes in ``common.pt``: the optimizers, and what it says of the form of their state."""
     items: dict[str, Any] = {"optimizer": dict(enumerate(optimizers)) if len(optimizers) > 1 else optimizers[0]}
     tree = pickles.load(common).value
+    if isinstance(tree, dict) and isinstance(tree.get("optimizer"), list):
+        raise UnrepresentableError(
+            f"{common.path} is NeMo's, which has a list of optimizers and cannot load what is written here: pass a "
+            "folder that Megatron-Core saved as base"
+        )
     content = tree.get("content_metadata") if isinstance(tree, dict) else None
     if isinstance(content, dict) and _CONTENT in content:
         items["content_metadata"] = {**content, _CONTENT: FULL}

@@ -28,6 +28,7 @@ __all__ = [
     "degrees",
     "global_expert",
     "local_experts",
+    "local_weights",
     "slices_of",
     "tag_folder",
     "weights",
@@ -112,6 +113,21 @@ def weights(folder: Path, models: Mapping[int, Mapping[str, Any]], slices: Slice
 
     ``models`` are what the files of model-parallel ranks hold; of experts, those of the same ranks are read.
     """
+    parts = local_weights(folder, models, slices.count, files)
+    return {
+        name: slices.join(name, [of[r] for r in sorted(of)])
+        for name, of in parts.items()
+        if len(of) in (1, slices.count)
+    }
+
+
+def local_weights(
+    folder: Path, models: Mapping[int, Mapping[str, Any]], count: int, files: Files
+) -> dict[str, dict[int, Tensor]]:
+    """Return the same as the tensor-parallel ranks have it: by name and, of ``count``, by rank.
+
+    What all ranks have, and is in one file only, is under that one rank.
+    """
     parts: dict[str, dict[int, Tensor]] = {}
 
     def add(tree: Any, rank: int, prefix: str = "") -> None:
@@ -120,7 +136,7 @@ def weights(folder: Path, models: Mapping[int, Mapping[str, Any]], slices: Slice
                 parts.setdefault(prefix + str(key), {})[rank] = value
 
     for rank, model in models.items():
-        add(model.get("module"), rank % slices.count)
+        add(model.get("module"), rank % count)
     layers, experts = {}, {}
     for entry in names_in(folder):
         if match := LAYER.fullmatch(entry):
@@ -130,12 +146,8 @@ def weights(folder: Path, models: Mapping[int, Mapping[str, Any]], slices: Slice
     for (layer, rank), file in sorted(layers.items()):
         add(pickles.load(files[file], file).value, rank, f"{layer}.")
     for (mp, *_), file in sorted(experts.items()):
-        add(pickles.load(files[file], file).value, mp % slices.count)
-    return {
-        name: slices.join(name, [of[r] for r in sorted(of)])
-        for name, of in parts.items()
-        if len(of) in (1, slices.count)
-    }
+        add(pickles.load(files[file], file).value, mp % count)
+    return parts
 
 
 def check_whole(tree: Any, found: Sequence[Mapping[str, Any]], path: object) -> None:

@@ -16,7 +16,7 @@ from lora_state_format.model.tensors import CHUNK, Box, Tensor, c_strides
 if TYPE_CHECKING:
     import numpy as np
 
-__all__ = ["ROUNDED", "check_masters", "elements", "rounded"]
+__all__ = ["REMEDY", "ROUNDED", "SAMPLE", "check_masters", "elements", "rounded"]
 
 ROUNDED: Final = ("BF16", "F16", "F32")
 """The dtypes of weights that have an fp32 master."""

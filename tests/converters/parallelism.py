@@ -1,8 +1,8 @@
 """The table of parallelisms in docs/cluster.md, out of the cases that the tests prove: run this file to print it.
 
 A case's name says how it was made: ``tests/golden`` has a folder for each, and ``test_megatron.py``,
-``test_deepspeed_parallel.py``, ``test_nanotron.py`` and ``test_torchtitan.py`` compare all that there are with what the
-ranks held.
+``test_megatron_fsdp.py``, ``test_deepspeed_parallel.py``, ``test_sub_partitions.py``, ``test_nanotron.py`` and
+``test_torchtitan.py`` compare all that there are with what the ranks held.
 ``fsdp_run.py`` makes those of torch when the tests run, which take their cases from here.
 """
 
@@ -18,11 +18,13 @@ HERE: Final = Path(__file__).parent
 GOLDEN: Final = HERE.parent / "golden"
 
 FORMS: Final = {
-    "fp32": "not distributed", "full": "`fully_reshardable`", "bucket": "`dp_reshardable`",
+    "fp32": "not distributed", "space": "`fully_sharded_model_space`", "full": "`fully_reshardable`",
+    "bucket": "`dp_reshardable`",
 }  # fmt: skip
 WORDS: Final = {
     "tp": "tensor {}", "pp": "pipeline {}", "vp": "virtual pipeline {}", "ep": "expert {}", "dp": "data {}",
-    "fsdp": "FSDP2 {}", "gated": "SwiGLU", "tied": "tied embeddings", "slow": "norms equal in bf16", "rms": "RMSNorm",
+    "one": "a single group", "frozen": "a frozen parameter", "rigid": "`elastic_checkpoint` false", "fsdp": "FSDP2 {}",
+    "gated": "SwiGLU", "tied": "tied embeddings", "slow": "norms equal in bf16", "rms": "RMSNorm",
 }  # fmt: skip
 KINDS: Final = {
     "pipeline": "pipeline 2", "tensor": "AutoTP 2", "experts": "expert 2", "hpz": "`zero_hpz_partition_size` 2",
@@ -52,11 +54,20 @@ def cases(framework: str) -> list[str]:
     return sorted(path.name.removesuffix(".tar.xz") for path in (GOLDEN / framework / "files").iterdir())
 
 
+def nemo(case: str) -> tuple[str, ...]:
+    return "NeMo 2.4.0, Megatron-Core 0.13.1", *megatron(case)[1:]
+
+
 def megatron(case: str) -> tuple[str, ...]:
     form, *words = case.split("-")
     found = [re.fullmatch(r"([a-z]+)(\d*)", word) for word in words]
     says = [WORDS[match[1]].format(match[2]) for match in found if match]
     return "Megatron-Core 0.16.1", "megatron", FORMS[form], ", ".join(says), case
+
+
+def megatron_fsdp(case: str) -> tuple[str, ...]:
+    says = [WORDS[match[1]].format(match[2]) for match in re.finditer(r"(tp|dp|gated)(\d*)", case)]
+    return "Megatron-FSDP of 0.16.1", "dcp", "`fsdp_dtensor`", ", ".join(says), case
 
 
 def deepspeed(case: str) -> tuple[str, ...]:
@@ -66,6 +77,12 @@ def deepspeed(case: str) -> tuple[str, ...]:
     says = KINDS[kind] + (f", data {ranks // 2}" if ranks > 2 and kind in ("pipeline", "tensor", "experts") else "")
     converter = "deepspeed_zero" if stage != "0" else "deepspeed_plain"
     return "DeepSpeed 0.19.8", converter, f"ZeRO {stage}" if stage != "0" else "without ZeRO", says, case
+
+
+def deeperspeed(case: str) -> tuple[str, ...]:
+    found = [re.fullmatch(r"([a-z]+)(\d*)", word) for word in case.split("-")]
+    says = [WORDS[match[1]].format(match[2]) for match in found if match]
+    return "DeepSpeed 0.3.15", "deepspeed_zero", "ZeRO 1, sub-partitions", ", ".join(says), case
 
 
 def nanotron(case: str) -> tuple[str, ...]:
@@ -81,7 +98,10 @@ def torchtitan(case: str) -> tuple[str, ...]:
 
 def rows() -> Iterator[tuple[str, ...]]:
     yield from map(megatron, cases("megatron"))
+    yield from map(nemo, cases("nemo"))
+    yield from map(megatron_fsdp, cases("megatron_fsdp"))
     yield from map(deepspeed, cases("deepspeed"))
+    yield from map(deeperspeed, cases("deeperspeed"))
     yield from map(nanotron, cases("nanotron"))
     yield from map(torchtitan, cases("torchtitan"))
     for case, (converter, ranks, form, says) in TORCH.items():

@@ -114,7 +114,7 @@ def test_a_shard_of_the_hugging_face_writer_is_missing(fsdp: Callable[[str], Pat
 
 
 def test_megatron_fsdp_states_options_by_name(tmp_path: Path) -> None:
-    """Laid out as ``DistributedOptimizer.sharded_param_state_fsdp_dtensor`` does; its wrapper needs a GPU."""
+    """Laid out as ``DistributedOptimizer.sharded_param_state_fsdp_dtensor`` does."""
     torch.manual_seed(0)
     names = ["module.a.weight", "module.a.bias", "module.b.weight"]
     state = {

@@ -121,21 +121,6 @@ def test_what_was_not_read_is_not_claimed(tmp_path: Path) -> None:
     assert error.value.detail.startswith("missing: there are files of ranks [0, 1, 2,")
 
 
-def test_the_sub_partitions_of_an_old_stage_1_are_refused(tmp_path: Path) -> None:
-    """Laid out from DeepSpeed 0.3's ``runtime/zero/stage1.py``."""
-    path = tmp_path / "zero_pp_rank_0_mp_rank_00_optim_states.pt"
-    flat = contiguous("F32", (4,), Memory(bytes(16)))
-    tree = {"zero_stage": 1, "partition_count": 1, "num_comm_intervals_per_group": [1]}
-    tree |= {"base_optimizer_state": [[{"exp_avg": flat}]], "local_sub_partitions_of_fp32_groups": [[flat]]}
-    save({"optimizer_state_dict": tree}, path)
-    with pytest.raises(RefusedError) as error:
-        read(tmp_path)
-    assert str(error.value) == (
-        f"{path}: the sub-partitions of an older DeepSpeed's ZeRO stage 1 (0.3, which trained Pythia): load it with "
-        "the version that wrote it and save it without ZeRO"
-    )
-
-
 def test_few_ranks_are_all_read(tmp_path: Path) -> None:
     state = look(many(tmp_path / "step", FEW)).state
     assert (state.origin["ranks"], "first_look" in state.origin) == (FEW, False)

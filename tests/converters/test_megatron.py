@@ -17,6 +17,7 @@ from lora_state_format import registry
 from lora_state_format.converters import megatron
 from lora_state_format.errors import ConversionError, FileError, OptionError, RefusedError, UnrepresentableError
 from lora_state_format.foreign.dcp import Item, open_folder, write_folder
+from lora_state_format.foreign.model_space import in_shape
 from lora_state_format.model.sources import Memory, bytes_of
 from lora_state_format.model.states import OptimizerState
 from lora_state_format.model.tensors import Tensor, contiguous
@@ -26,7 +27,8 @@ from lora_state_format.operations.diff import diff
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "megatron" / "files"
-CASES = sorted(path.name.removesuffix(".tar.xz") for path in GOLDEN.iterdir())
+NEMO = GOLDEN.parents[1] / "nemo" / "files"
+CASES = sorted(path.name.removesuffix(".tar.xz") for files in (GOLDEN, NEMO) for path in files.iterdir())
 LIVE = ["full-tp2-gated", "bucket-tp2-gated"]
 
 
@@ -37,7 +39,8 @@ def folder(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
 
 
 def unpack(case: str, path: Path) -> Path:
-    with tarfile.open(GOLDEN / f"{case}.tar.xz") as archive:
+    files = next(files for files in (GOLDEN, NEMO) if (files / f"{case}.tar.xz").is_file())
+    with tarfile.open(files / f"{case}.tar.xz") as archive:
         archive.extractall(path, filter="data")
     return path / case
 
@@ -107,6 +110,7 @@ def test_megatron_loads_what_is_written(tmp_path: Path, run_ranks: Any) -> None:
 
 def check(folder: Path) -> None:
     words = folder.name.split("-")
+    nemo = words[0] in ("space", "whole")  # which multiplies the groups' decay itself
     with read(folder, options={"masters": True}) as state:
         seen = set()
         for described in folder.parent.glob(f"{folder.name}.*.json"):
@@ -127,9 +131,10 @@ def check(folder: Path) -> None:
         assert {number(parameter["step"]) for parameter in state.values()} == {3.0}
         for group, members in zip(state.groups, state.members(), strict=True):
             options = dict(group.options)
-            assert {p.name.endswith(".bias") or len(p.shape) == 1 for p in members} == {options["wd_mult"] == 0.0}
+            decayed = options["weight_decay" if nemo else "wd_mult"] != 0.0
+            assert {p.name.endswith(".bias") or len(p.shape) == 1 for p in members} == {not decayed}
             assert {".experts." in p.name for p in members} == {options["is_expert_parallel"]}
-            assert (options["betas"], options["weight_decay"]) == ((0.9, 0.999), 0.1)
+            assert (options["betas"], options["weight_decay"]) == ((0.9, 0.999), 0.1 if decayed or not nemo else 0.0)
         assert state.origin["masters_compared"] == (0 if "fp32" in words else len(state))
         assert bool(state.origin.get("told_apart_by_order")) == ("slow" in words)
 
@@ -154,6 +159,27 @@ def shard(value: torch.Tensor, axis: int | None, where: dict[str, Any], *, gated
         return value
     halves = value.chunk(2) if gated else (value,)
     return torch.cat([half.chunk(size, axis)[where["tp"]] for half in halves])
+
+
+@pytest.mark.parametrize("folder", ["space-tp2-dp2"], indirect=True)
+def test_nemos_folders_are_no_base(folder: Path, tmp_path: Path) -> None:
+    with read(folder, options={"masters": True}) as state, pytest.raises(UnrepresentableError) as error:
+        megatron.write(state, tmp_path / "written", base=folder, force=False, options={})
+    assert str(error.value) == (
+        f"{folder / 'weights' / 'common.pt'} is NeMo's, which has a list of optimizers and cannot load what is written "
+        "here: pass a folder that Megatron-Core saved as base"
+    )
+
+
+def test_flat_parts_of_a_parameter_are_put_in_their_places() -> None:
+    """Only where the parts are those of the parameter: two by two, of two rows and three columns."""
+    whole = torch.arange(24.0).reshape(4, 6)
+    parts = torch.stack([torch.stack([part.flatten() for part in row.chunk(2, 1)]) for row in whole.chunk(2)])
+    tensor = contiguous("F32", tuple(parts.shape), Memory(parts.numpy().tobytes()))
+    assert torch.equal(in_shape(tensor, (4, 6)).torch(), whole)
+    for shape in ((4, 6, 1), (6, 4), (5, 6), (8, 6)):
+        found = in_shape(tensor, shape)
+        assert found.shape == (shape if shape == (6, 4) else tensor.shape)
 
 
 @pytest.mark.parametrize("folder", ["bucket-dp2"], indirect=True)

@@ -5,7 +5,7 @@ cd "$(dirname "$0")"
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 VENV=${VENV:-$work/venv}
-python3.11 -m venv "$VENV"
+"${PYTHON:-python3.11}" -m venv "$VENV"
 
 install() { "$VENV/bin/pip" install --quiet "$@"; }
 

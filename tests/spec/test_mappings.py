@@ -42,7 +42,7 @@ TRIED: Final[Mapping[str, str]] = {
     "bloom": "with Megatron-DeepSpeed's pipeline and transformers",
     "olmo": "with OLMo and transformers",
     "olmo2": "with OLMo and transformers",
-    "litgpt": "with Lit-GPT and transformers; TinyLlama's older names from source only",
+    "litgpt": "with Lit-GPT, TinyLlama and transformers",
     "megatron": "with Megatron-Core; the function with transformers",
 }
 """Maps that were tried with the real libraries; others with the library's function, their names from source only."""

@@ -11,6 +11,7 @@ import sys
 import tarfile
 from pathlib import Path
 
+MEGATRON = {"neox": "neox", "neox_sequential": "neox", "bloom": "bloom"}
 HERE, SOURCES = Path(__file__).parent, Path(os.environ["SOURCES"])
 
 
@@ -28,11 +29,11 @@ out = Path(sys.argv[1])
 out.mkdir(parents=True, exist_ok=True)
 made = out.with_name("made")
 made.mkdir(exist_ok=True)
-for family in ("neox", "bloom", "litgpt", "olmo", "olmo2"):
-    if family in ("neox", "bloom"):
+for family in (*MEGATRON, "litgpt", "tinyllama", "olmo", "olmo2"):
+    if family in MEGATRON:
         shared, run = port(), str(HERE / "megatron_run.py")
         commands = [
-            [sys.executable, "-W", "ignore", run, str(made), str(rank), "2", shared, family, str(SOURCES / family)]
+            [sys.executable, "-W", "ignore", run, str(made), str(rank), "2", shared, family, str(SOURCES / MEGATRON[family])]
             for rank in range(2)
         ]
     else:

@@ -1,7 +1,8 @@
 """One rank of GPT-NeoX or BLOOM's Megatron-DeepSpeed on the CPU: ``megatron_run.py OUT RANK WORLD PORT FAMILY SOURCE``.
 
-SOURCE is a checkout of the family. Its own model and DeepSpeed's engine run with two pipeline stages; arguments are
-the defaults of its own parser, with small sizes. What the CPU lacks (fused kernels, tokenizers) is never reached.
+SOURCE is a checkout of the family. Its own model and DeepSpeed's engine run with two pipeline stages, or as what
+GPT-NeoX makes of it without pipeline stages (``neox_sequential``), on two data-parallel ranks; arguments are the defaults
+of its own parser, with small sizes. What the CPU lacks (fused kernels, tokenizers) is never reached.
 """
 
 import contextlib
@@ -99,12 +100,14 @@ def inputs(ids):
     """What the first stage takes; BLOOM's was trained without a mask of its own."""
     positions = torch.arange(ids.shape[1])[None].expand_as(ids).contiguous()
     mask = torch.ones(1, 1, ids.shape[1], ids.shape[1]).triu(1) > 0.5
-    return (ids, positions, mask.expand(len(ids), -1, -1, -1).contiguous())[: 3 if family == "neox" else 2]
+    return (ids, positions, mask.expand(len(ids), -1, -1, -1).contiguous())[: 2 if family == "bloom" else 3]
 
 
 def logits(model, ids):
     """What the stages compute one after the other, on the last one."""
     with torch.no_grad():
+        if not staged:
+            return model(inputs(ids))
         if rank == 0:
             hidden = model(inputs(ids))
             dist.send((hidden[0] if isinstance(hidden, tuple) else hidden).contiguous(), 1)
@@ -116,8 +119,10 @@ def logits(model, ids):
 
 deepspeed.init_distributed("gloo")
 torch.manual_seed(rank)
-topology = PipeModelDataParallelTopology(num_pp=2, num_mp=1, num_dp=world // 2)
-model = {"neox": neox, "bloom": bloom}[family](topology)
+staged = family != "neox_sequential"
+topology = PipeModelDataParallelTopology(num_pp=2 if staged else 1, num_mp=1, num_dp=world // 2 if staged else world)
+model = (bloom if family == "bloom" else neox)(topology)
+model = model if staged else model.to_sequential()
 config = {
     "train_micro_batch_size_per_gpu": 2, "zero_optimization": {"stage": 1}, "steps_per_print": 1000,
     "optimizer": {"type": "AdamW", "params": {"lr": 1e-2, "torch_adam": True}},
@@ -134,7 +139,11 @@ def batches():
 
 data = batches()
 for _ in range(3):
-    engine.train_batch(data_iter=data)
+    if staged:
+        engine.train_batch(data_iter=data)
+    else:
+        engine.backward(engine(next(data)[0]).float().square().mean())
+        engine.step()
 engine.save_checkpoint(str(out / family))
 torch.manual_seed(9)
 ids = torch.randint(0, 32, (2, 8))

@@ -1,10 +1,13 @@
-"""What Lit-GPT and OLMo write for tiny models of their own: ``models_run.py OUT FAMILY``. Run by make.sh.
+"""What Lit-GPT, TinyLlama and OLMo write for tiny models of their own: ``models_run.py OUT FAMILY``. Run by make.sh.
 
-``logits`` are the model's for ``ids``. For Lit-GPT, ``held`` are the moments as its own converter of weights would
-have them under Hugging Face's names.
+``logits`` are the model's for ``ids``. For Lit-GPT and TinyLlama, ``held`` are the moments as their own converters of
+weights would have them under Hugging Face's names. TinyLlama imports kernels that need a device; the two that it calls,
+the rotary one (not in place, which torch 2.13 refuses) and xformers' SwiGLU, stand here as plain functions.
 """
 
+import os
 import sys
+import types
 from pathlib import Path
 
 import torch
@@ -32,16 +35,63 @@ def litgpt():
     from litgpt.model import GPT
     from litgpt.scripts.convert_lit_checkpoint import copy_weights_llama
 
-    config = Config(
-        n_embd=16, n_layer=2, n_head=4, n_query_groups=2, head_size=4, block_size=16, vocab_size=32,
-        padded_vocab_size=32, bias=False, norm_class_name="RMSNorm", mlp_class_name="LLaMAMLP", intermediate_size=24,
-        parallel_residual=False, rotary_percentage=1.0,
-    )
+    return saved_by_fabric(lightning, GPT(Config(head_size=4, **SIZES)), "lit_model.pth", copy_weights_llama)
+
+
+class SwiGLU(torch.nn.Module):
+    """As xformers has it without packed weights."""
+
+    def __init__(self, size, hidden, bias, _pack_weights):
+        super().__init__()
+        self.w1, self.w2 = (torch.nn.Linear(size, hidden, bias=bias) for _ in range(2))
+        self.w3 = torch.nn.Linear(hidden, size, bias=bias)
+
+    def forward(self, x):
+        return self.w3(torch.nn.functional.silu(self.w1(x)) * self.w2(x))
+
+
+def rotated(first, second, cos, sin, first_out, second_out, conjugate):
+    sin = -sin if conjugate else sin
+    turned = first * cos - second * sin, first * sin + second * cos
+    first_out.copy_(turned[0])
+    second_out.copy_(turned[1])
+
+
+def tinyllama():
+    import lightning
+
+    stubs = {
+        "flash_attn": {"flash_attn_func": None}, "xformers": {}, "xformers.ops": {"SwiGLU": SwiGLU},
+        "rotary_emb": {"apply_rotary": rotated}, "dropout_layer_norm": {}, "xentropy_cuda_lib": {},
+    }
+    for name, members in stubs.items():
+        sys.modules[name] = types.ModuleType(name)
+        vars(sys.modules[name]).update(members)
+    sys.path.insert(0, os.path.join(os.environ["SOURCES"], "tinyllama"))
+    from lit_gpt import GPT, Config
+    from lit_gpt import model as module
+    from scripts.convert_lit_checkpoint import copy_weights_llama
+
+    rotate = module.apply_rotary_emb_func
+    module.apply_rotary_emb_func = lambda x, cos, sin, interleaved, _: rotate(x, cos, sin, interleaved, False)
+    model = GPT(Config(_norm_class="RMSNorm", _mlp_class="LLaMAMLP", **OLDER))
+    return saved_by_fabric(lightning, model, "iter-000003-ckpt.pth", copy_weights_llama)
+
+
+OLDER = {
+    "n_embd": 16, "n_layer": 2, "n_head": 4, "n_query_groups": 2, "block_size": 16, "vocab_size": 32,
+    "padded_vocab_size": 32, "bias": False, "intermediate_size": 24, "parallel_residual": False,
+    "rotary_percentage": 1.0,
+}
+SIZES = {**OLDER, "norm_class_name": "RMSNorm", "mlp_class_name": "LLaMAMLP"}
+
+
+def saved_by_fabric(lightning, model, file, copy_weights_llama):
+    config = model.config
     fabric = lightning.Fabric(accelerator="cpu", devices=1)
-    model = GPT(config)
     model, optimizer = fabric.setup(model, torch.optim.AdamW(model.parameters(), lr=1e-2))
     trained(model, optimizer)
-    fabric.save(out / "lit_model.pth", {"model": model, "optimizer": optimizer, "iter_num": 3, "step_count": 3})
+    fabric.save(out / file, {"model": model, "optimizer": optimizer, "iter_num": 3, "step_count": 3})
     held = {}
     for slot in ("exp_avg", "exp_avg_sq"):
         moved = {}
@@ -80,5 +130,6 @@ def olmo(later):
     return {"held": held, "logits": model(ids).logits.detach()}
 
 
-made = litgpt() if family == "litgpt" else olmo(later=family == "olmo2")
+makers = {"litgpt": litgpt, "tinyllama": tinyllama, "olmo": lambda: olmo(False), "olmo2": lambda: olmo(True)}
+made = makers[family]()
 torch.save({**made, "ids": ids}, out / "expected.pt")
