@@ -47,7 +47,7 @@ from lora_state_format.torch.fsdp1 import Part, parts_of
 from lora_state_format.torch.layers import layer_of
 from lora_state_format.torch.nested import beside, inner, outside, stepping, wrapped
 from lora_state_format.torch.objects import unpacked
-from lora_state_format.torch.tensors import dtype_name, from_torch, is_sharded, refusal, to_host
+from lora_state_format.torch.tensors import Copies, dtype_name, from_torch, is_sharded, refusal
 from lora_state_format.torch.versions import Versions
 from lora_state_format.torch.zero import parts_of_zero, view_of
 
@@ -314,43 +314,43 @@ def group_options(reader: Reader, group: Mapping[str, Any], where: str | None = 
                 logger.warning("%s: option %s; it is not saved, and a load keeps what the live group has", where, error)
 
 
-def _content(tensor: torch.Tensor, copy: bool = False) -> Tensor:
-    """Return a tensor's bytes, live or copied; of a sharded one all of them, which arrive inside ``gather``."""
+def _content(tensor: torch.Tensor, copies: Copies | None = None) -> Tensor:
+    """Return a tensor's bytes, live or of a copy to be made; of a sharded one all, which arrive inside ``gather``."""
     if is_sharded(tensor):
         from lora_state_format.torch.spread import spread
 
         sharded = cast("Any", tensor)
         if tensor.shape:
-            return spread(sharded, copy=copy)
+            return spread(sharded, copies)
         tensor = sharded.full_tensor()
-    return from_torch(to_host(tensor) if copy else tensor)
+    return from_torch(copies.of(tensor) if copies and not refusal(tensor) else tensor)
 
 
-def as_leaf(raw: Any, copy: bool = False) -> Tensor | Scalar | None:
+def as_leaf(raw: Any, copies: Copies | None = None) -> Tensor | Scalar | None:
     """Live tensors, or copies of them, and NumPy's scalars as Python numbers."""
     if isinstance(raw, torch.Tensor):
-        return leaf_of(_content(raw, copy and raw.dim() > 0))  # the value of one without axes is read at once
+        return leaf_of(_content(raw, copies if raw.dim() else None))  # the value of one without axes is read at once
     numpy = sys.modules.get("numpy")
     if numpy is not None and isinstance(raw, numpy.generic) and not isinstance(raw, (numpy.str_, numpy.bytes_)):
         return cast("None", raw.item())
     return None
 
 
-def _leaf(name: str, part: Part | None, copy: bool) -> Leaf:
+def _leaf(name: str, part: Part | None, copies: Copies | None) -> Leaf:
     """Return what reads the slots of a parameter; those of a part stand for the whole parameter's."""
 
     def leaf(raw: Any) -> Tensor | Scalar | None:
         if part and isinstance(raw, torch.Tensor) and raw.shape == (part.count,):
-            return _part_content(name, part, raw, copy) if part.shape else as_leaf(raw[0])
-        return as_leaf(raw, copy)
+            return _part_content(name, part, raw, copies) if part.shape else as_leaf(raw[0])
+        return as_leaf(raw, copies)
 
     return cast("Leaf", leaf)
 
 
-def _part_content(name: str, part: Part, local: torch.Tensor, copy: bool) -> Tensor:
+def _part_content(name: str, part: Part, local: torch.Tensor, copies: Copies | None) -> Tensor:
     from lora_state_format.torch.spread import run
 
-    return run(name, part.shape, part.start, local, copy=copy)
+    return run(name, part.shape, part.start, local, copies)
 
 
 # --- capture --------------------------------------------------------------------------------------------------------
@@ -379,7 +379,8 @@ def capture(
         raise CaptureError(
             "FSDP has cut the parameters up: call save_optimizer on every rank, which brings them together"
         )
-    return capture_parts(optimizer, model, named, weights=weights, extra=extra, global_step=global_step, copy=copy)
+    copies = Copies() if copy else None
+    return capture_parts(optimizer, model, named, weights=weights, extra=extra, global_step=global_step, copies=copies)
 
 
 @torch.no_grad()  # else every look at a DTensor's own part goes through autograd: a third of the time of a small copy
@@ -391,48 +392,52 @@ def capture_parts(
     weights: bool,
     extra: Mapping[str, Any] | None,
     global_step: int | None,
-    copy: bool,
+    copies: Copies | None,
 ) -> OptimizerState:
     """Return what ``capture`` does, with the slots of this rank where parameters are cut up.
 
-    A parameter of which this rank has no elements has no state here.
+    A parameter of which this rank has no elements has no state here. Of ``copies`` those that were promised before are
+    made, too.
     """
     optimizers = optimizers_of(optimizer)
     versions = Versions(optimizers)
-    reader = Reader(cast("Leaf", partial(as_leaf, copy=copy)))
+    reader = Reader(cast("Leaf", partial(as_leaf, copies=copies)))
     groups: list[Group] = []
     parameters: dict[str, Parameter] = {}
     for place, (number, group, names) in enumerate(grouped(optimizers, named)):
         options = tuple(group_options(reader, group, f"group {place}"))
         groups.append(Group(number, options, len(names), group_name(group)))
         for name in names:
-            parameters[name] = _parameter(optimizers[number], name, named, group, weights, copy)
+            parameters[name] = _parameter(optimizers[number], name, named, group, weights, copies)
     members = tuple(parameters)
     for found in optimizers:
         for name in _groupless(found, named):
             if name not in parameters:
-                parameters[name] = _parameter(found, name, named, {}, weights, copy)
+                parameters[name] = _parameter(found, name, named, {}, weights, copies)
     for carried in kept(named.tensors.values(), members):
         own = parameters.setdefault(carried.name, carried)
         if own.state is None:  # its parameter came back, and has not taken a step since
             parameters[carried.name] = replace(own, state=carried.state)
-    if copy:
+    found_globals = _globals(reader, optimizers)
+    found_extra = _extra(reader, extra or {})
+    if copies:
+        copies.make()
         versions.check_unchanged()
     return OptimizerState(
         optimizers=tuple(Optimizer(class_path(type(stepper(found)))) for found in optimizers),
         groups=tuple(groups),
         parameters=tuple(parameters.values()),
         naming=Naming("model"),
-        globals=_globals(reader, optimizers),
+        globals=found_globals,
         origin={
             "format": "torch",
             "torch": str(torch.__version__),
             **_scalings(parameters.values(), named),
             **_origin([*map(stepper, optimizers)], parameters, named),
         },
-        extra=_extra(reader, extra or {}),
+        extra=found_extra,
         global_step=global_step,
-        resources=() if copy else (versions,),
+        resources=() if copies else (versions,),
     )
 
 
@@ -490,23 +495,28 @@ def _origin(
     return {key: value for key, value in every.items() if value}
 
 
-def weights_of(named: Named, name: str, *, copy: bool = False) -> Tensor:
-    """Return a parameter's own bytes, or a copy of them; of a sharded one they arrive inside ``gather``."""
+def weights_of(named: Named, name: str, copies: Copies | None = None) -> Tensor:
+    """Return a parameter's own bytes, or those of a copy to be made; of a sharded one they arrive inside ``gather``."""
     part, tensor = named.parts.get(name), named.tensors[name]
     if part is None or part.own is None:
-        return _content(tensor, copy)
-    return _part_content(name, part, part.own, copy) if part.shape else _content(part.own.reshape(()), copy)
+        return _content(tensor, copies)
+    return _part_content(name, part, part.own, copies) if part.shape else _content(part.own.reshape(()), copies)
 
 
 def _parameter(
-    optimizer: torch.optim.Optimizer, name: str, named: Named, options: Mapping[str, Any], weights: bool, copy: bool
+    optimizer: torch.optim.Optimizer,
+    name: str,
+    named: Named,
+    options: Mapping[str, Any],
+    weights: bool,
+    copies: Copies | None,
 ) -> Parameter:
     parts, key, tensor, part = split_adapter(name), peft_key(name), named.tensors[name], named.parts.get(name)
     entry = _entry(optimizer, tensor) if part is None or part.count else None
     return Parameter(
         name=name,
         shape=named.shape(name),
-        state=None if entry is None else _slots(Reader(_leaf(name, part, copy)), name, named, entry, options),
+        state=None if entry is None else _slots(Reader(_leaf(name, part, copies)), name, named, entry, options),
         dtype=dtype_name(tensor.dtype),
         adapter=parts[1] if parts else None,
         tied=named.tied.get(name, ()),

@@ -24,6 +24,7 @@ from lora_state_format.torch.capture import (
     sharding,
     weights_of,
 )
+from lora_state_format.torch.tensors import Copies
 
 if TYPE_CHECKING:
     from lora_state_format.torch.together import Captured
@@ -113,10 +114,10 @@ def save_optimizer(
     if keep_last is not None:
         plan_rotation([], keep_last)  # refuses what is no number of checkpoints, before anything is written
     check_stored(store or {})
-    capturing: dict[str, Any] = {"extra": extra, "global_step": global_step, "copy": background}
+    capturing: dict[str, Any] = {"extra": extra, "global_step": global_step}
 
     def whole() -> Callable[[], writing.Written]:
-        state = capture(optimizer, model, weights=weights, **capturing)
+        state = capture(optimizer, model, weights=weights, copy=background, **capturing)
         state = stored(state, store).state if store else state
         with made_folders(path):
             return lambda: _rotated(writing.write(state, path, force=force, max_shard_size=max_shard_size), keep_last)
@@ -128,7 +129,7 @@ def save_optimizer(
         from lora_state_format.torch.together import write_together
 
         group = background_group() if background else None
-        captured = _attempt(lambda: _captured(optimizer, model, weights, capturing, store or {}))
+        captured = _attempt(lambda: _captured(optimizer, model, weights, background, capturing, store or {}))
 
         def write() -> writing.Written:
             written = write_together(
@@ -172,15 +173,22 @@ def _rotated(written: writing.Written, keep_last: int | None) -> writing.Written
 
 
 def _captured(
-    optimizer: Optimizers, model: Models, weights: bool, capturing: Mapping[str, Any], store: Mapping[str, str]
+    optimizer: Optimizers,
+    model: Models,
+    weights: bool,
+    copy: bool,
+    capturing: Mapping[str, Any],
+    store: Mapping[str, str],
 ) -> Captured:
     """Return what this rank has of a sharded state."""
     from lora_state_format.torch.together import Captured
 
-    named = named_tensors(model)
-    state = capture_parts(optimizer, model, named, weights=False, **capturing)
+    named, copies = named_tensors(model), Copies() if copy else None
+    state = capture_parts(optimizer, model, named, weights=False, copies=copies, **capturing)
     names = [parameter.name for parameter in state.parameters if parameter.name in named.tensors] if weights else []
-    own = {name: weights_of(named, name, copy=capturing["copy"]) for name in names}
+    own = {name: weights_of(named, name, copies) for name in names}
+    if copies:
+        copies.make()
     return Captured(state, own, named.parts, store)
 
 

@@ -21,7 +21,7 @@ from torch.distributed.tensor.placement_types import _StridedShard
 from lora_state_format.errors import CaptureError
 from lora_state_format.model.tensors import CHUNK, Box, Flat, Tensor, c_strides, contiguous, is_tiling
 from lora_state_format.optimizers.rounded import Rounded
-from lora_state_format.torch.tensors import dtype_name, to_host
+from lora_state_format.torch.tensors import Copies, dtype_name
 
 __all__ = [
     "Holders",
@@ -105,12 +105,12 @@ class Spread:
         return found
 
 
-def spread(tensor: DTensor, *, copy: bool = False) -> Tensor:
+def spread(tensor: DTensor, copies: Copies | None = None) -> Tensor:
     """Return a DTensor as the places of all its bytes, which can be read inside ``gather``.
 
     Args:
         tensor: Of one or more dimensions.
-        copy: Keep this rank's part as it is now, in the host's memory.
+        copies: Where this rank's part is to be kept as it is now.
 
     Raises:
         CaptureError: For a placement that gives a rank elements that are not a box, and for partial sums.
@@ -119,13 +119,13 @@ def spread(tensor: DTensor, *, copy: bool = False) -> Tensor:
     assert dtype is not None
     kind, where = _layout_of(tensor)
     local = tensor.to_local().detach() if where else None
-    if local is not None and copy:
-        local = to_host(local)
+    if local is not None and copies:
+        local = copies.of(local)
     source = Spread(tuple(tensor.shape), tensor.element_size(), kind, where, local)
     return contiguous(dtype, source.shape, source)
 
 
-def run(name: str, shape: tuple[int, ...], start: int, local: torch.Tensor, *, copy: bool = False) -> Tensor:
+def run(name: str, shape: tuple[int, ...], start: int, local: torch.Tensor, copies: Copies | None = None) -> Tensor:
     """Return a tensor of which each rank has a run of elements in C order, as ``spread`` does.
 
     Args:
@@ -133,11 +133,11 @@ def run(name: str, shape: tuple[int, ...], start: int, local: torch.Tensor, *, c
         shape: Of the whole tensor, with one axis or more.
         start: The first element that this rank has.
         local: The elements from there on; none are allowed.
-        copy: Keep them as they are now, in the host's memory.
+        copies: Where they are to be kept as they are now.
     """
     dtype = dtype_name(local.dtype)
     assert dtype is not None
-    local = to_host(local) if copy else local.detach()
+    local = copies.of(local) if copies else local.detach()
     where = Flat(start, local.numel()) if local.numel() else None
     return contiguous(dtype, shape, Spread(shape, local.element_size(), f"runs of {name}", where, local.reshape(-1)))
 

@@ -21,6 +21,7 @@ from lora_state_format.model.text import class_path
 
 __all__ = [
     "DTYPES",
+    "Copies",
     "dtype_name",
     "dtype_of",
     "empty",
@@ -30,7 +31,6 @@ __all__ = [
     "refusal",
     "scalar_to_torch",
     "tensors_in",
-    "to_host",
     "to_torch",
 ]
 
@@ -128,13 +128,29 @@ def empty(
     return torch.empty([shape[axis] for axis in axes], dtype=dtype, device=device).permute(back)
 
 
-def to_host(tensor: torch.Tensor) -> torch.Tensor:
-    """Return a copy of a tensor in the host's memory; in pinned memory, which copies faster, if it is on a device."""
-    source = tensor.detach()
-    if source.device.type == "cpu":
-        return source.clone()
-    host = torch.empty_like(source, device="cpu", pin_memory=source.device.type == "cuda")
-    return host.copy_(source)
+class Copies:
+    """Copies of tensors in the host's memory, promised one by one and made all at once, while training stands still.
+
+    Between copies of some MB, Python finds nothing of its own in the cache: capturing 96 tensors takes 5 ms without
+    any, and took 25 ms between them.
+    """
+
+    def __init__(self) -> None:
+        self._promised: list[tuple[torch.Tensor, torch.Tensor]] = []
+
+    def of(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Return where a tensor's copy will be; in pinned memory, which copies faster, if it is on a device."""
+        source = tensor.detach()
+        host = torch.empty_like(source, device="cpu", pin_memory=source.device.type == "cuda")
+        self._promised.append((host, source))
+        return host
+
+    @torch.no_grad()
+    def make(self) -> None:
+        """Make all copies that were promised."""
+        for host, source in self._promised:
+            host.copy_(source)
+        self._promised.clear()
 
 
 def scalar_to_torch(scalar: Scalar) -> torch.Tensor:
