@@ -121,25 +121,29 @@ def grouped(
     weights = {
         name: weights[name] for name, shape in shapes.items() if name in weights and weights[name].shape == shape
     }
-    dealing = _Dealing(flats, shapes, weights, padded, path)
-    room, sizes = sum(flat.count for flat in flats), sum(map(prod, shapes.values()))
-    ways: Sequence[tuple[int | None, ...]] = ()
-    if sizes == room or (padded and sizes < room):
-        ways = dealing.ways(skipping=False)
-    if not ways and (padded or sizes > room):  # then some are not trained
-        ways = dealing.ways(skipping=True)
+    ways = _ways(_Dealing(flats, shapes, weights, padded, path))
     if len(ways) > 1:
         _raise_ambiguous(list(shapes), ways, weights, path)
     if not ways:
         raise FileError(
             f"the fp32 masters in its groups, of {' and '.join(f'{flat.count:,}' for flat in flats)} elements, are not "
-            f"the model's {len(shapes)} parameters, of {sizes:,} elements, rounded and in their order: {REMEDY}",
+            f"the model's {len(shapes)} parameters, of {sum(map(prod, shapes.values())):,} elements, rounded and in "
+            f"their order: {REMEDY}",
             path=path,
         )
     return [
         {name: shape for (name, shape), group in zip(shapes.items(), ways[0], strict=True) if group == number}
         for number in range(len(flats))
     ]
+
+
+def _ways(dealing: _Dealing) -> Sequence[tuple[int | None, ...]]:
+    """Return up to two ways of dealing out all parameters, or else those that are trained."""
+    room, sizes = sum(flat.count for flat in dealing.flats), sum(map(prod, dealing.shapes.values()))
+    all_fit = sizes == room or (dealing.padded and sizes < room)
+    if all_fit and (ways := dealing.ways(skipping=False)):
+        return ways
+    return dealing.ways(skipping=True) if dealing.padded or sizes > room else ()
 
 
 def _raise_ambiguous(
@@ -203,7 +207,7 @@ class _Dealing:
             seen += prod(shape)
             following: dict[tuple[int, ...], list[_Way]] = {}
             for taken, ways in frontier.items():
-                groups = [number for number in range(len(taken)) if self._fits(name, number, taken[number])]
+                groups = self._groups(name, taken)
                 for group in groups:
                     moved = tuple(at + prod(shape) * (group == number) for number, at in enumerate(taken))
                     following.setdefault(moved, []).extend(_Way(group, way) for way in ways)
@@ -247,6 +251,10 @@ class _Dealing:
         count = min(BEGIN, weight.count)
         found, size = bytes(elements(weight, 0, count)), item_size(weight.dtype)
         return tuple(found[number * size :][:size] for number in range(count))
+
+    def _groups(self, name: str, taken: Sequence[int]) -> list[int]:
+        """Return the groups in which a parameter fits behind what they have taken."""
+        return [number for number, at in enumerate(taken) if self._fits(name, number, at)]
 
     def _fits(self, name: str, number: int, at: int) -> bool:
         """Whether a parameter's weights, as far as they are there, are what follows in a group, by its two ends."""
