@@ -18,7 +18,7 @@ from pathlib import Path
 from types import MappingProxyType, NoneType
 from typing import Any, ClassVar, Final, cast
 
-from lora_state_format.errors import FileError, MissingDependencyError, RefusedError, UnrepresentableError
+from lora_state_format.errors import FileError, MissingDependencyError, RefusedError, Remedy, UnrepresentableError
 from lora_state_format.foreign import pickles
 from lora_state_format.foreign.pickles import Global, Record
 from lora_state_format.foreign.torch_save import archive, dumps
@@ -42,6 +42,9 @@ _VALUE: Final = "BytesStorageMetadata"
 
 ZSTD: Final = "stream.zstd/1"
 """How ``torch.distributed.checkpoint._extension`` calls its compression."""
+
+LARGE: Final = 16 << 20
+"""Bytes of a ``.metadata`` that lists more than 100,000 chunks."""
 
 ARCHIVE: Final = 1 << 16
 """Bytes that an archive may have beside its tensor's own."""
@@ -96,8 +99,27 @@ def metadata(path: Path) -> bytes:
     """Return the bytes of a folder's ``.metadata``. Raises ``FileError`` if they are more than a pickle may have."""
     with File(path / METADATA) as file:
         if file.size > pickles.MAX_PICKLE:
-            raise FileError(f"a pickle of {file.size} bytes; the limit is {pickles.MAX_PICKLE}", path=file.path)
+            detail = f"a pickle of {file.size} bytes; the limit is {pickles.MAX_PICKLE}"
+            raise FileError(detail, path=file.path, remedy=_one_file(path))
         return bytes(file.read(0, file.size))
+
+
+def _root(path: Path) -> Any:
+    """Return what ``.metadata`` holds. One of many chunks may build more than a pickle may."""
+    data = metadata(path)
+    try:
+        return pickles.load_plain(data, path / METADATA)
+    except FileError as error:
+        if len(data) < LARGE:
+            raise
+        raise FileError(error.detail, path=error.path, remedy=_one_file(path)) from None
+
+
+def _one_file(path: Path) -> Remedy:
+    return Remedy(
+        f"let torch make one file of the folder and convert that: python -m torch.distributed.checkpoint.format_utils "
+        f"dcp_to_torch {path} FILE.pt"
+    )
 
 
 @dataclass(frozen=True)
@@ -132,7 +154,7 @@ def open_folder(path: Path, *, raw: bool = False, glance: Callable[[str], bool] 
     if not meta.is_file():
         raise FileError("missing: without it nothing says what the other files hold", path=meta)
     files = Files(path)
-    root = pickles.load_plain(metadata(path), meta)
+    root = _root(path)
     described = _state(root, "state_dict_metadata", dict, meta)
     paths = _fields(root, meta).get("planner_data")
     if not isinstance(paths, (dict, NoneType)):

@@ -5,6 +5,8 @@ from __future__ import annotations
 import pickle
 import runpy
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from math import prod
 from pathlib import Path
@@ -21,7 +23,7 @@ from lora_state_format.foreign.dcp import open_folder, write_folder
 from lora_state_format.format.reading import open_state
 from lora_state_format.model.sources import Memory
 from lora_state_format.model.states import OptimizerState, PositionalState, Role
-from lora_state_format.model.tensors import contiguous
+from lora_state_format.model.tensors import Tensor, contiguous
 from lora_state_format.operations.conversion import convert
 from lora_state_format.operations.conversion import read as open_any
 from lora_state_format.operations.report import to_json
@@ -428,3 +430,44 @@ def test_two_paths_with_one_key_cannot_be_written(tmp_path: Path) -> None:
         write_folder({("a", "b.c"): 1, ("a.b", "c"): 2}, tmp_path / "x")
     assert str(error.value) == "DCP would give ('a', 'b.c') and ('a.b', 'c') the same key"
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_metadata_of_too_many_chunks_names_a_way_out(tmp_path: Path) -> None:
+    """Its text names a way that ``test_one_file_of_torchs_is_read`` goes."""
+    path = tmp_path / "step" / ".metadata"
+    path.parent.mkdir()
+    way = (
+        "let torch make one file of the folder and convert that: python -m torch.distributed.checkpoint.format_utils "
+        f"dcp_to_torch {path.parent} FILE.pt"
+    )
+    path.write_bytes(b"\x80\x02" + b"}" * 6_000_000 + b"\0" * 12_000_000)
+    with pytest.raises(FileError) as error:
+        open_folder(path.parent)
+    assert str(error.value) == (
+        f"{path}: the pickle builds more than 430000000 bytes of objects, at byte 4849663 of the file; {way}"
+    )
+    with path.open("ab") as file:
+        file.truncate(50 << 20)
+    with pytest.raises(FileError) as error:
+        open_folder(path.parent)
+    assert str(error.value) == f"{path}: a pickle of 52428800 bytes; the limit is 41943040; {way}"
+
+
+def test_one_file_of_torchs_is_read(fsdp: Callable[[str], Path], tmp_path: Path) -> None:
+    folder, file = fsdp("nested"), tmp_path / "file.pt"
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.checkpoint.format_utils",
+        "dcp_to_torch",
+        str(folder),
+        str(file),
+    ]
+    subprocess.run(command, check=True, capture_output=True)
+    convert(file, tmp_path / "one.safetensors")
+    with read(folder) as expected, open_state(tmp_path / "one.safetensors") as found:
+        assert list(found) == list(expected)
+        for name, parameter in expected.items():
+            held = {slot: value.bytes() if isinstance(value, Tensor) else value for slot, value in parameter.items()}
+            own = found[name].items()
+            assert {slot: value.bytes() if isinstance(value, Tensor) else value for slot, value in own} == held
