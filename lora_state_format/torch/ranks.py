@@ -100,10 +100,9 @@ def _gone(lost: RuntimeError) -> RankError:
 
 
 def device_of(group: Any) -> torch.device:
-    """Return the device of the tensors that the ranks of a group send: that of a GPU under NCCL, else the CPU."""
-    return (
-        torch.device("cuda", torch.cuda.current_device()) if dist.get_backend(group) == "nccl" else torch.device("cpu")
-    )
+    """Return the device of the tensors that the ranks of a group send: the CPU, or what its backend takes instead."""
+    devices = dist.Backend.backend_capability.get(dist.get_backend(group), ["cpu"])
+    return torch.device("cpu" if "cpu" in devices else devices[0])
 
 
 @contextlib.contextmanager
