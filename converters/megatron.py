@@ -23,8 +23,8 @@ from typing import Any, Final
 
 from lora_state_format.errors import FileError, OptionError, RefusedError, Remedy, UnrepresentableError
 from lora_state_format.foreign import keyed, pickles
-from lora_state_format.foreign.dcp import METADATA, Folder, is_folder, metadata, open_folder, seen, write_folder
-from lora_state_format.foreign.flat_buckets import MASTER, Bucket, take_apart
+from lora_state_format.foreign.dcp import METADATA, Folder, is_folder, open_folder, seen, write_folder
+from lora_state_format.foreign.flat_buckets import MASTER, Bucket, NotAllError, look_at, take_apart
 from lora_state_format.foreign.masters import check_masters
 from lora_state_format.foreign.model_space import in_shape
 from lora_state_format.foreign.state_dict import Found, from_state_dict
@@ -53,7 +53,7 @@ _COMMON: Final = "common.pt"
 _OPTIMIZER: Final = re.compile(r"(?:chained_(\d+)\.)?optimizer\.(.*)")
 _STATE: Final = re.compile(r"state\.([^.]+)\.(.+)")
 _BUCKET: Final = re.compile(r"distributed\.dp_group_idx_(\d+)\.gbuf_idx_(\d+)\.dtype_(.*)\.bucket_idx_(\d+)\.(\w+)")
-_FLAT: Final = b".gbuf_idx_"
+_SEEN: Final = "all weights of the folder; convert proves by the fp32 masters which of them have state"
 _GROUPS: Final = re.compile(r"distributed\.dp_group_idx_\d+\.optimizer/shard_0_1")
 _LAYERS: Final = re.compile(r"(.*\blayers)\.(?!\d)(.*)")
 _EXPERTS: Final = re.compile(r"(.*\.experts)\.experts\.(.*)")
@@ -80,12 +80,14 @@ def read(match: Match, options: Mapping[str, Any]) -> Checkpoint:
 def glance(match: Match, options: Mapping[str, Any]) -> Checkpoint:
     """Return what the folder holds by ``.metadata``, the optimizer's values, and the names of its files.
 
-    A folder of up to ``FEW`` files is read as a whole, and so are flat buckets, which masters and weights take apart.
+    A folder of up to ``FEW`` files is read as a whole. Of flat buckets, whose parameters only masters and weights tell
+    apart, all weights are taken to have state; a folder in which there is no room for that is read as a whole, too.
     Raises what ``read`` raises, for what is seen.
     """
-    if _FLAT in metadata(match.path):
+    try:
+        return _read(match.path, options, partial(open_folder, glance=lambda key: bool(_OPTIMIZER.fullmatch(key))))
+    except NotAllError:
         return read(match, options)
-    return _read(match.path, options, partial(open_folder, glance=lambda key: bool(_OPTIMIZER.fullmatch(key))))
 
 
 def _read(place: Path, options: Mapping[str, Any], opener: Callable[[Path], Folder]) -> Checkpoint:
@@ -111,13 +113,15 @@ def _check_backend(place: Path) -> None:
 def _checkpoint(folder: Folder, place: Path, options: Mapping[str, Any]) -> Checkpoint:
     entries = _by_key(folder)
     weights = _weights(entries)
-    states, told = _states(entries, weights, place / METADATA)
+    states, told = _states(entries, weights, place, whole=folder.whole)
     if not states:
         raise FileError("has no entry under optimizer.state or optimizer.distributed", path=place / METADATA)
     masters = _masters(states, keep=bool(options.get("masters")))
     origin: dict[str, Value] = {"format": NAME, **seen([folder])}
-    if "first_look" not in origin:
+    if folder.whole:
         origin["masters_compared"] = check_masters(masters, weights, place)
+    elif any(map(_is_bucket, entries)):
+        origin["parameters"] = _SEEN
     if told:
         origin["told_apart_by_order"] = told
     merge = options.get("groups") == "merge"
@@ -186,8 +190,13 @@ def _without_first(piece: Piece) -> Piece:
     return Piece(piece.source, piece.offset, where, piece.strides[1:] if piece.strides else None)
 
 
+def _is_bucket(key: str) -> bool:
+    match = _OPTIMIZER.fullmatch(key)
+    return match is not None and _BUCKET.fullmatch(match[2]) is not None
+
+
 def _states(
-    entries: Mapping[str, Any], weights: Mapping[str, Tensor], path: Path
+    entries: Mapping[str, Any], weights: Mapping[str, Tensor], place: Path, *, whole: bool
 ) -> tuple[dict[int, dict[str, dict[str, Any]]], int]:
     """Return the slots by parameter of each optimizer, and how many parameters the order told apart."""
     states: dict[int, dict[str, dict[str, Any]]] = {}
@@ -199,18 +208,31 @@ def _states(
         if inner := _STATE.fullmatch(match[2]):
             slot = MASTER if inner[1] == "fp32_param" else inner[1]
             for name, part in _apart(inner[2].removeprefix("model."), value):
-                whole = in_shape(part, weights[name].shape) if name in weights else part
-                states.setdefault(number, {}).setdefault(name, {})[slot] = whole
+                shaped = in_shape(part, weights[name].shape) if name in weights else part
+                states.setdefault(number, {}).setdefault(name, {})[slot] = shaped
         elif inner := _BUCKET.fullmatch(match[2]):
             group, buffer, bucket = int(inner[1]), int(inner[2]), int(inner[4])
             domain = f"optimizer {number}, dp_group_idx {group}, gbuf_idx {buffer}"
             buckets.setdefault((number, group, buffer, bucket), (domain, {}))[1][inner[5]] = value
     told = 0
-    for number in sorted({place[0] for place in buckets}):
-        own = [Bucket(*bucket) for place, bucket in sorted(buckets.items()) if place[0] == number]
-        states[number], ordered = take_apart(own, weights, path)
-        told += ordered
+    for number in sorted({key[0] for key in buckets}):
+        own = [Bucket(*bucket) for key, bucket in sorted(buckets.items()) if key[0] == number]
+        if whole:
+            states[number], ordered = take_apart(own, weights, place / METADATA)
+            told += ordered
+        else:
+            states[number] = look_at(own, _of_optimizer(number, weights, _groups(place, entries)), place)
     return states, told
+
+
+def _of_optimizer(
+    number: int, weights: Mapping[str, Tensor], groups: Mapping[int, tuple[Sequence[Mapping[str, Any]], Any]]
+) -> Mapping[str, Tensor]:
+    """Return the weights that an optimizer steps: where there are several, one of them has the experts."""
+    if len(groups) < 2:
+        return weights
+    experts = any(group.get("is_expert_parallel") for group in groups[number][0]) if number in groups else False
+    return {name: weight for name, weight in weights.items() if (".experts." in name) == experts}
 
 
 def _groups(place: Path, entries: Mapping[str, Any]) -> dict[int, tuple[list[dict[str, Any]], Any]]:

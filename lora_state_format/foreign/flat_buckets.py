@@ -22,9 +22,10 @@ import xxhash
 from lora_state_format.errors import AmbiguousOrderError, RefusedError
 from lora_state_format.foreign.masters import ROUNDED, elements, rounded
 from lora_state_format.model.dtypes import item_size
-from lora_state_format.model.tensors import Box, Piece, Tensor
+from lora_state_format.model.sources import Unread
+from lora_state_format.model.tensors import Box, Piece, Tensor, contiguous
 
-__all__ = ["MASTER", "Bucket", "take_apart"]
+__all__ = ["MASTER", "Bucket", "NotAllError", "look_at", "take_apart"]
 
 WAY_OUT: Final = "save with Megatron's --dist-ckpt-optim-fully-reshardable"
 
@@ -148,6 +149,32 @@ def take_apart(
         for place, shard in found.items():
             held.setdefault(shard, place)
     return _joined(buckets, weights, held, gap, path), told
+
+
+class NotAllError(Exception):
+    """The buckets have no room for all weights: only their bytes say which have state."""
+
+
+def look_at(buckets: Sequence[Bucket], weights: Mapping[str, Tensor], path: object) -> dict[str, dict[str, Tensor]]:
+    """Return the slots of all weights, without bytes: what ``take_apart`` returns if each of them has state.
+
+    Args:
+        buckets: all buckets.
+        weights: the model's parameters by name, as for ``take_apart``.
+        path: the file, for messages.
+
+    Raises:
+        NotAllError: some of the weights have no state.
+    """
+    trained = {name: weight for name, weight in weights.items() if weight.dtype in ROUNDED and weight.count}
+    room = sum(next(iter(bucket.slots.values())).count for bucket in buckets)
+    if sum(weight.count for weight in trained.values()) > room:
+        raise NotAllError
+    slots = {slot: tensor.dtype for bucket in buckets for slot, tensor in bucket.slots.items()}
+    return {
+        name: {slot: contiguous(dtype, weight.shape, Unread(path)) for slot, dtype in slots.items()}
+        for name, weight in trained.items()
+    }
 
 
 def _shards(name: str, weight: Tensor) -> Iterator[_Shard]:

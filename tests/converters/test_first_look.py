@@ -13,7 +13,7 @@ import pytest
 
 from lora_state_format import registry
 from lora_state_format.cli import run
-from lora_state_format.errors import FileError, RefusedError
+from lora_state_format.errors import AmbiguousOrderError, FileError, RefusedError
 from lora_state_format.foreign import dcp, pickles
 from lora_state_format.foreign.dcp import metadata, write_folder
 from lora_state_format.foreign.pickles import Record
@@ -223,8 +223,37 @@ def test_a_look_at_genuine_dcp_folders_shows_what_reading_shows(
 
 
 @pytest.mark.parametrize("archive", BUCKETS)
-def test_a_look_at_flat_buckets_reads_all(archive: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_look_at_flat_buckets_takes_all_weights_to_have_state(
+    archive: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     unpack(GOLDEN / "megatron" / "files" / archive, tmp_path)
     folder = next(tmp_path.rglob(".metadata")).parent
+    with read(folder) as whole:
+        monkeypatch.setattr(dcp, "FEW", 0)
+        looked = look(folder).state
+        assert shown(looked) == shown(whole)
+        assert looked.origin["parameters"] == (
+            "all weights of the folder; convert proves by the fp32 masters which of them have state"
+        )
+
+
+def test_flat_buckets_without_room_for_all_weights_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    unpack(GOLDEN / "megatron" / "files" / "bucket-dp2.tar.xz", tmp_path)
+    folder = next(tmp_path.rglob(".metadata")).parent
+    tree = pickles.load_plain(metadata(folder))
+    described, places = tree.state["state_dict_metadata"], tree.state["storage_data"]
+    for index, info in [*places.items()]:
+        key, file = index.state["fqn"], info.state["relative_path"]
+        if "optimizer" not in key and described[key].name == "TensorStorageMetadata":
+            described[f"frozen.{key}"] = described[key]
+            places[replace(index, state={**index.state, "fqn": f"frozen.{key}"})] = replace(
+                info, state={**info.state, "relative_path": f"again_{file}"}
+            )
+            shutil.copy(folder / file, folder / f"again_{file}")
+    (folder / ".metadata").write_bytes(dumps(tree))
     monkeypatch.setattr(dcp, "FEW", 0)
-    assert "first_look" not in look(folder).state.origin
+    with pytest.raises(AmbiguousOrderError) as expected:
+        read(folder)
+    with pytest.raises(AmbiguousOrderError) as error:
+        look(folder)
+    assert str(error.value) == str(expected.value)
