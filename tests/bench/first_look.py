@@ -22,7 +22,7 @@ import torch
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex
 from torch.distributed.checkpoint.state_dict_saver import save
 
-MEGATRON: Final = Path(__file__).parents[1] / "golden" / "megatron" / "files" / "full-tp2-pp2.tar.xz"
+MEGATRON: Final = Path(__file__).parents[1] / "golden" / "megatron" / "files"
 
 
 def of_torch(folder: Path, chunks: int) -> tuple[Path, list[str]]:
@@ -36,15 +36,28 @@ def of_torch(folder: Path, chunks: int) -> tuple[Path, list[str]]:
 
 def of_megatron(folder: Path, _: int) -> tuple[Path, list[str]]:
     """Unpack Megatron's folder; the embeddings, their moments and masters are to be spread."""
-    with tarfile.open(MEGATRON) as archive:
-        archive.extractall(folder, filter="data")
     name = "embedding.word_embeddings.weight"
-    return next(folder.rglob(".metadata")).parent, [
+    return unpacked("full-tp2-pp2", folder), [
         name, *(f"optimizer.state.{slot}.{name}" for slot in ("param", "exp_avg", "exp_avg_sq"))
     ]  # fmt: skip
 
 
-MAKERS: Final[dict[str, Callable[[Path, int], tuple[Path, list[str]]]]] = {"torch": of_torch, "Megatron": of_megatron}
+def of_buckets(folder: Path, _: int) -> tuple[Path, list[str]]:
+    """Unpack Megatron's folder of flat buckets, which are to be spread."""
+    bucket = "optimizer.distributed.dp_group_idx_0.gbuf_idx_0.dtype_(torch.bfloat16, torch.float32).bucket_idx_0"
+    return unpacked("bucket-dp2", folder), [f"{bucket}.{slot}" for slot in ("param", "exp_avg", "exp_avg_sq")]
+
+
+def unpacked(case: str, folder: Path) -> Path:
+    """Unpack one of Megatron's folders."""
+    with tarfile.open(MEGATRON / f"{case}.tar.xz") as archive:
+        archive.extractall(folder, filter="data")
+    return next(folder.rglob(".metadata")).parent
+
+
+MAKERS: Final[dict[str, Callable[[Path, int], tuple[Path, list[str]]]]] = {
+    "torch": of_torch, "Megatron": of_megatron, "Megatron, flat buckets": of_buckets,
+}  # fmt: skip
 
 
 def spread(folder: Path, keys: list[str], files: int, chunks: int) -> None:
