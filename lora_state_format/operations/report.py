@@ -116,6 +116,8 @@ def describe_support(origin: Mapping[str, Value]) -> Iterator[str]:
         read, files = seen["files_read"], seen["files"]
         some = "and the others are taken to be like them" if read != files else "each in part"
         yield f"a first look: {read!r} of {files!r} files were read, {some}; convert reads and compares all"
+        if isinstance(parameters := origin.get("parameters"), str):
+            yield f"parameters: {parameters}"
     if origin.get("masters_compared") == 0:
         yield NOT_COMPARED
     if writer := WITHOUT_CHECKSUMS.get(str(origin.get("format"))):

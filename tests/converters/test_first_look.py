@@ -232,9 +232,9 @@ def test_a_look_at_flat_buckets_takes_all_weights_to_have_state(
         monkeypatch.setattr(dcp, "FEW", 0)
         looked = look(folder).state
         assert shown(looked) == shown(whole)
-        assert looked.origin["parameters"] == (
-            "all weights of the folder; convert proves by the fp32 masters which of them have state"
-        )
+        said = "all weights of the folder; convert proves by the fp32 masters which of them have state"
+        assert looked.origin["parameters"] == said
+        assert f"parameters: {said}" in report.to_json(looked)["notes"]
 
 
 def test_flat_buckets_without_room_for_all_weights_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
