@@ -3,10 +3,9 @@
 Each model-parallel rank has the whole state of its own parameters under ids: of its pipeline stage, or of its slices.
 Stages follow each other; slices are joined by DeepSpeed's patterns (``foreign.deepspeed``). With experts, the state of
 a stage that has some lies in one file per expert-parallel rank: all hold the dense parameters, and each its own
-experts. The optimizer's
-class and its groups are DeepSpeed's own state dict; names are those of the model's files, in their order, which is the
-order of ``parameters()``, where the optimizer has one group, or one and the experts'. Otherwise only sizes are known,
-and names have to be given.
+experts. The optimizer's class and its groups are DeepSpeed's own state dict; names are those of the model's files, in
+their order, which is the order of ``parameters()``, where the optimizer has one group, or one and the experts'.
+Otherwise only sizes are known, and names have to be given.
 """
 
 from __future__ import annotations
@@ -200,7 +199,7 @@ def _stages_with_experts(
         own = {stage * slices.count + rank: models[stage * slices.count + rank] for rank in range(slices.count)}
         mp = min(own)
         if stage in with_experts:
-            found = deepspeed.weights(folder, own, slices, files)
+            found = deepspeed.weights(folder, own, slices, files, layers=False)
             weights = {name: weight for name, weight in found.items() if name not in layers}
             parts.append(_with_experts(folder, stage, models[mp], weights, slices, files))
         else:

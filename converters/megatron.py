@@ -113,17 +113,14 @@ def _check_backend(place: Path) -> None:
 def _checkpoint(folder: Folder, place: Path, options: Mapping[str, Any]) -> Checkpoint:
     entries = _by_key(folder)
     weights = _weights(entries)
-    states, told = _states(entries, weights, place, whole=folder.whole)
+    states, said = _states(entries, weights, place, whole=folder.whole)
     if not states:
         raise FileError("has no entry under optimizer.state or optimizer.distributed", path=place / METADATA)
     masters = _masters(states, keep=bool(options.get("masters")))
     origin: dict[str, Value] = {"format": NAME, **seen([folder])}
     if folder.whole:
         origin["masters_compared"] = check_masters(masters, weights, place)
-    elif any(map(_is_bucket, entries)):
-        origin["parameters"] = _SEEN
-    if told:
-        origin["told_apart_by_order"] = told
+    origin |= said
     merge = options.get("groups") == "merge"
     if not merge:
         origin["groups"] = "by Megatron's rule: biases and tensors with one axis are not decayed"
@@ -190,15 +187,10 @@ def _without_first(piece: Piece) -> Piece:
     return Piece(piece.source, piece.offset, where, piece.strides[1:] if piece.strides else None)
 
 
-def _is_bucket(key: str) -> bool:
-    match = _OPTIMIZER.fullmatch(key)
-    return match is not None and _BUCKET.fullmatch(match[2]) is not None
-
-
 def _states(
     entries: Mapping[str, Any], weights: Mapping[str, Tensor], place: Path, *, whole: bool
-) -> tuple[dict[int, dict[str, dict[str, Any]]], int]:
-    """Return the slots by parameter of each optimizer, and how many parameters the order told apart."""
+) -> tuple[dict[int, dict[str, dict[str, Any]]], dict[str, Value]]:
+    """Return the slots by parameter of each optimizer, and what ``origin`` says of how buckets were taken apart."""
     states: dict[int, dict[str, dict[str, Any]]] = {}
     buckets: dict[tuple[int, ...], tuple[str, dict[str, Tensor]]] = {}
     for key, value in entries.items():
@@ -214,15 +206,19 @@ def _states(
             group, buffer, bucket = int(inner[1]), int(inner[2]), int(inner[4])
             domain = f"optimizer {number}, dp_group_idx {group}, gbuf_idx {buffer}"
             buckets.setdefault((number, group, buffer, bucket), (domain, {}))[1][inner[5]] = value
+    of_optimizer: dict[int, list[Bucket]] = {}
+    for numbers, (domain, slots) in sorted(buckets.items(), key=lambda item: item[0]):
+        of_optimizer.setdefault(numbers[0], []).append(Bucket(domain, slots))
+    if of_optimizer and not whole:
+        groups = _groups(place, entries)
+        for number, own in of_optimizer.items():
+            states[number] = look_at(own, _of_optimizer(number, weights, groups), place)
+        return states, {"parameters": _SEEN}
     told = 0
-    for number in sorted({key[0] for key in buckets}):
-        own = [Bucket(*bucket) for key, bucket in sorted(buckets.items()) if key[0] == number]
-        if whole:
-            states[number], ordered = take_apart(own, weights, place / METADATA)
-            told += ordered
-        else:
-            states[number] = look_at(own, _of_optimizer(number, weights, _groups(place, entries)), place)
-    return states, told
+    for number, own in of_optimizer.items():
+        states[number], ordered = take_apart(own, weights, place / METADATA)
+        told += ordered
+    return states, {"told_apart_by_order": told} if told else {}
 
 
 def _of_optimizer(

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
-from math import prod
 from pathlib import Path
 from typing import Any, Final
 
@@ -18,7 +17,7 @@ from lora_state_format.foreign import pickles
 from lora_state_format.foreign.masters import SAMPLE, elements
 from lora_state_format.io.files import Files, folders_in, is_plain, names_in
 from lora_state_format.io.json_files import read_json_object
-from lora_state_format.model.tensors import Box, Piece, Tensor
+from lora_state_format.model.tensors import Tensor, joined
 
 __all__ = [
     "EXPERT",
@@ -108,12 +107,15 @@ def degrees(models: Mapping[int, Mapping[str, Any]], folder: Path) -> tuple[int,
     return pipeline, tensor
 
 
-def weights(folder: Path, models: Mapping[int, Mapping[str, Any]], slices: Slices, files: Files) -> dict[str, Tensor]:
+def weights(
+    folder: Path, models: Mapping[int, Mapping[str, Any]], slices: Slices, files: Files, *, layers: bool = True
+) -> dict[str, Tensor]:
     """Return the model's own tensors by name: of the ranks' files, of pipeline layers, and of experts.
 
-    ``models`` are what the files of model-parallel ranks hold; of experts, those of the same ranks are read.
+    ``models`` are what the files of model-parallel ranks hold; of experts, those of the same ranks are read. Without
+    ``layers`` the files of pipeline layers, which do not say whose they are, are left out.
     """
-    parts = local_weights(folder, models, slices.count, files)
+    parts = local_weights(folder, models, slices.count, files, layers=layers)
     return {
         name: slices.join(name, [of[r] for r in sorted(of)])
         for name, of in parts.items()
@@ -122,7 +124,7 @@ def weights(folder: Path, models: Mapping[int, Mapping[str, Any]], slices: Slice
 
 
 def local_weights(
-    folder: Path, models: Mapping[int, Mapping[str, Any]], count: int, files: Files
+    folder: Path, models: Mapping[int, Mapping[str, Any]], count: int, files: Files, *, layers: bool = True
 ) -> dict[str, dict[int, Tensor]]:
     """Return the same as the tensor-parallel ranks have it: by name and, of ``count``, by rank.
 
@@ -137,13 +139,13 @@ def local_weights(
 
     for rank, model in models.items():
         add(model.get("module"), rank % count)
-    layers, experts = {}, {}
+    of_layers, experts = {}, {}
     for entry in names_in(folder):
         if match := LAYER.fullmatch(entry):
-            layers[int(match[1]), int(match[2] or 0)] = folder / entry
+            of_layers[int(match[1]), int(match[2] or 0)] = folder / entry
         elif (match := EXPERT.fullmatch(entry)) and int(match[3]) in models:
             experts[int(match[3]), int(match[1]), int(match[2])] = folder / entry
-    for (layer, rank), file in sorted(layers.items()):
+    for (layer, rank), file in sorted(of_layers.items()) if layers else ():
         add(pickles.load(files[file], file).value, rank, f"{layer}.")
     for (mp, *_), file in sorted(experts.items()):
         add(pickles.load(files[file], file).value, mp % count)
@@ -223,8 +225,8 @@ class Slices:
                 )
             return slices[0]
         if _matches(self._patterns[HALVES], name):
-            return _joined(slices, 0, 2)
-        return _joined(slices, 1 if _matches(self._patterns[ROWS], name) else 0, 1)
+            return joined(slices, parts=2)
+        return joined(slices, 1 if _matches(self._patterns[ROWS], name) and len(slices[0].shape) > 1 else 0)
 
 
 def slices_of(count: int, model: Mapping[str, Any], chosen: object, path: Path, *, seen: bool = True) -> Slices:
@@ -248,25 +250,6 @@ def slices_of(count: int, model: Mapping[str, Any], chosen: object, path: Path, 
             ),
         )
     return Slices(count, patterns if isinstance(patterns, Mapping) else {}, path, seen=seen)
-
-
-def _joined(slices: Sequence[Tensor], axis: int, parts: int) -> Tensor:
-    """Return slices joined along an axis, of which each holds ``parts`` equal matrices of its own."""
-    first = slices[0]
-    if len(first.shape) <= axis:
-        axis = 0
-    sizes = [piece.shape[axis] for piece in slices]
-    whole = (*first.shape[:axis], sum(sizes), *first.shape[axis + 1 :])
-    pieces, position = [], 0
-    for part in range(parts):
-        for tensor, size in zip(slices, sizes, strict=True):
-            extent = (*first.shape[:axis], size // parts, *first.shape[axis + 1 :])
-            start = tuple(part * (size // parts) if a == axis else 0 for a in range(len(whole)))
-            to = tuple(position if a == axis else 0 for a in range(len(whole)))
-            if prod(extent):
-                pieces.append(Piece(tensor.part(start, extent), 0, Box(to, extent)))
-            position += size // parts
-    return Tensor(first.dtype, whole, tuple(pieces))
 
 
 def _compiled(patterns: Any, path: object) -> tuple[frozenset[str], list[re.Pattern[str]]]:

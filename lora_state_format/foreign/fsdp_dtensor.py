@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any, Final
 
 from lora_state_format.errors import FileError
-from lora_state_format.model.tensors import Box, Piece, Tensor
+from lora_state_format.model.tensors import Tensor, joined
 
 __all__ = ["KEY", "state_dict", "under_its_names"]
 
@@ -86,8 +86,4 @@ def _stacked(name: str, parts: Iterable[Tensor]) -> Tensor:
     if any(part.shape[1:] != first.shape[1:] or part.dtype != first.dtype for part in others):
         shapes = " and ".join(str(list(part.shape)) for part in (first, *others))
         raise FileError(f"the halves of '{name}' have shapes that do not fit: {shapes}")
-    pieces, row = [], 0
-    for part in (first, *others):
-        pieces.append(Piece(part, 0, Box((row, *(0,) * (len(part.shape) - 1)), part.shape)))
-        row += part.shape[0]
-    return Tensor(first.dtype, (row, *first.shape[1:]), tuple(pieces))
+    return joined([first, *others])

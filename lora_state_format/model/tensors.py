@@ -29,6 +29,7 @@ __all__ = [
     "contiguous",
     "intersection",
     "is_tiling",
+    "joined",
     "memory_order",
 ]
 
@@ -341,6 +342,28 @@ def contiguous(
     """Return a tensor whose bytes lie in one run, in C order, from ``offset`` on."""
     shape = tuple(shape)
     return Tensor(dtype, shape, (Piece(source, offset, Box((0,) * len(shape), shape)),), digest)
+
+
+def joined(tensors: Sequence[Tensor], axis: int = 0, *, parts: int = 1) -> Tensor:
+    """Return tensors joined along an axis; nothing is read.
+
+    Args:
+        tensors: One or more, alike but for their sizes along the axis.
+        axis: Its number.
+        parts: How many equal matrices each of them holds along it: first come all first ones, then all second ones.
+    """
+    first = tensors[0]
+    sizes = [tensor.shape[axis] // parts for tensor in tensors]
+    pieces, position = [], 0
+    for part in range(parts):
+        for tensor, size in zip(tensors, sizes, strict=True):
+            extent = (*first.shape[:axis], size, *first.shape[axis + 1 :])
+            start, to = (tuple(at * (a == axis) for a in range(len(extent))) for at in (part * size, position))
+            if math.prod(extent):
+                pieces.append(Piece(tensor.part(start, extent), 0, Box(to, extent)))
+            position += size
+    whole = (*first.shape[:axis], sum(tensor.shape[axis] for tensor in tensors), *first.shape[axis + 1 :])
+    return Tensor(first.dtype, whole, tuple(pieces))
 
 
 def c_strides(shape: Sequence[int]) -> tuple[int, ...]:

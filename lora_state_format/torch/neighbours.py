@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, Final, NamedTuple
 
 from lora_state_format.errors import RankError
+from lora_state_format.torch.ranks import gone
 
 __all__ = ["Place", "can_read", "read_memory", "shown_memory"]
 
@@ -90,11 +91,7 @@ def read_memory(process: int, address: int, target: int, size: int) -> None:
         local, remote = _Span(target, size), _Span(address, size)
         count = call(process, ctypes.byref(local), 1, ctypes.byref(remote), 1, 0)
         if count <= 0:
-            reason = os.strerror(ctypes.get_errno())
-            raise RankError(
-                f"another rank does not answer any more, its process may have ended: reading the memory of process "
-                f"{process}: {reason}"
-            )
+            raise gone(f"reading the memory of process {process}: {os.strerror(ctypes.get_errno())}")
         address, target, size = address + count, target + count, size - count
 
 

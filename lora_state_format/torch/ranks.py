@@ -12,7 +12,7 @@ import torch.distributed as dist
 
 from lora_state_format.errors import RankError
 
-__all__ = ["Ranks", "agreement", "background_group", "device_of"]
+__all__ = ["Ranks", "agreement", "background_group", "device_of", "gone"]
 
 T = TypeVar("T")
 
@@ -55,7 +55,7 @@ class Ranks:
         try:
             told = self._told((error and f"{type(error).__name__}: {error}", value))
         except RuntimeError as lost:
-            raise (error or _gone(lost)) from None
+            raise (error or gone(lost)) from None
         if error is not None:
             raise error
         for rank, (message, _) in enumerate(told):
@@ -95,7 +95,8 @@ class Ranks:
         return [row.numpy().data for row in frames.cpu()]
 
 
-def _gone(lost: RuntimeError) -> RankError:
+def gone(lost: object) -> RankError:
+    """Return the error of a rank that is not there any more, by what shows it."""
     return RankError(f"another rank does not answer any more, its process may have ended: {lost}")
 
 
